@@ -1,0 +1,266 @@
+"""Files that are there whole or not at all: scratch directories, atomic writes, and locks between processes.
+
+A scratch directory is guarded by a lock file that its owner holds. The kernel lets go of the lock when the owner
+dies, however it dies, so a directory whose lock can be taken is a dead process's and may be removed. Process ids
+can't tell that, because containers that share a directory count theirs apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Final
+
+from piecework.errors import StoreError
+
+_NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
+_NO_PERMISSION: Final = (errno.EACCES, errno.EPERM)
+_OCCUPIED: Final = (errno.ENOTEMPTY, errno.EEXIST)
+_MARK: Final = ".piecework-"
+
+
+class Existing(Enum):
+    """What happens to a directory that is already where a new one is to be published."""
+
+    KEEP = "keep"
+    REPLACE = "replace"
+
+
+@contextlib.contextmanager
+def store_errors(asked: str) -> Iterator[None]:
+    """Turn an OSError inside the block into a StoreError that says what was asked and what would help."""
+    try:
+        yield
+    except OSError as error:
+        raise as_store_error(error, asked=asked) from error
+
+
+def as_store_error(error: OSError, *, asked: str) -> StoreError:
+    """Return the StoreError that explains `error`."""
+    where = f" ({error.filename})" if error.filename is not None else ""
+    elsewhere = "or name another directory with PIECEWORK_HOME or --out"
+    if error.errno in _NO_SPACE:
+        return StoreError(asked=asked, found=f"no space left on the disk{where}", try_=f"free some space, {elsewhere}")
+    if error.errno == errno.EROFS:
+        return StoreError(asked=asked, found=f"a read-only file system{where}", try_=f"mount it writable, {elsewhere}")
+    if error.errno in _NO_PERMISSION:
+        found = f"permission denied{where}"
+        return StoreError(asked=asked, found=found, try_=f"allow this user to read and write there, {elsewhere}")
+    found = f"{error.strerror or error}{where}"
+    return StoreError(asked=asked, found=found, try_=f"check that the directory is a writable one, {elsewhere}")
+
+
+@contextlib.contextmanager
+def scratch(parent: Path, *, name: str = "") -> Iterator[Path]:
+    """Make an empty directory under `parent`, and remove it with all it holds when the block is left.
+
+    Its name starts with a dot, so that it is never taken for content. Raises OSError where it can't be made.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    directory = parent / f"{_MARK}{name}{secrets.token_hex(8)}"
+    guard = directory.with_name(directory.name + ".lock")
+    with lock(guard):
+        directory.mkdir()
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def remove_stale_scratch(parent: Path) -> int:
+    """Remove the scratch directories that dead processes left under `parent`; return how many there were.
+
+    Does nothing where `parent` can't be read or written: being tidy is never a reason to fail.
+    """
+    removed = 0
+    with contextlib.suppress(OSError):
+        for guard in sorted(parent.glob(f"{_MARK}*.lock")):
+            with contextlib.suppress(OSError), _try_lock(guard) as held:
+                if held:
+                    shutil.rmtree(guard.with_name(guard.name.removesuffix(".lock")), ignore_errors=True)
+                    removed += 1
+    return removed
+
+
+def is_scratch_name(name: str) -> bool:
+    """Whether a file of this name belongs to a write that is going on (or was cut off) beside it."""
+    return name.startswith(_MARK)
+
+
+def write_file(path: Path, data: bytes, *, scratch_parent: Path | None = None) -> None:
+    """Write `data` to `path` so that a reader sees the old content or all of the new.
+
+    Args:
+        path: the file; its directory is made where missing.
+        data: the whole content.
+        scratch_parent: a directory on the same file system for the unfinished file; default: beside `path`.
+
+    Raises OSError; see `store_errors`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with scratch(scratch_parent or path.parent) as directory:
+        unfinished = directory / path.name
+        write_and_sync(unfinished, data)
+        os.replace(unfinished, path)
+        sync_directory(path.parent)
+
+
+def copy_file(source: Path, *, to: Path, scratch_parent: Path | None = None) -> None:
+    """Copy a file's content to `to`, as atomically as `write_file`. Raises OSError."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with scratch(scratch_parent or to.parent) as directory:
+        unfinished = directory / to.name
+        shutil.copyfile(source, unfinished)
+        sync_file(unfinished)
+        os.replace(unfinished, to)
+        sync_directory(to.parent)
+
+
+def publish_directory(unfinished: Path, *, to: Path, existing: Existing) -> bool:
+    """Rename a finished directory to its place, after its files have reached the disk.
+
+    Args:
+        unfinished: the directory, on the file system of `to`.
+        to: where it shall be.
+        existing: whether a directory that is there already stays or gives way.
+
+    Returns False where the existing directory stayed. Raises OSError.
+    """
+    to.parent.mkdir(parents=True, exist_ok=True)
+    sync_tree(unfinished)
+    if existing is Existing.KEEP:
+        try:
+            os.rename(unfinished, to)
+        except OSError as error:
+            if error.errno in _OCCUPIED:
+                return False
+            raise
+    else:
+        _rename_over(unfinished, to=to)
+    sync_directory(to.parent)
+    return True
+
+
+def _rename_over(unfinished: Path, *, to: Path) -> None:
+    """Rename a directory to `to`, moving whatever is there (also by a writer who is faster) out of the way."""
+    while True:
+        try:
+            os.rename(unfinished, to)
+            return
+        except OSError as error:
+            if error.errno not in _OCCUPIED:
+                raise
+        with scratch(to.parent) as directory, contextlib.suppress(FileNotFoundError):
+            os.rename(to, directory / "old")
+
+
+@contextlib.contextmanager
+def lock(path: Path, *, timeout_s: float | None = None) -> Iterator[None]:
+    """Hold an exclusive lock between processes (and threads) for the length of the block.
+
+    Args:
+        path: the lock file; it is made, and removed when the lock is let go.
+        timeout_s: how long to wait, in seconds; None waits for ever.
+
+    Raises StoreError when the time is over, OSError where the file can't be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            _wait_for_lock(descriptor, path=path, deadline=deadline)
+            if _is_at(descriptor, path=path):
+                try:
+                    yield
+                    return
+                finally:
+                    # removed before the lock is let go; whoever waits for this file sees that and opens a new one
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _try_lock(path: Path) -> Iterator[bool]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        held = _is_at(descriptor, path=path)
+        yield held
+        if held:
+            path.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def _wait_for_lock(descriptor: int, *, path: Path, deadline: float | None) -> None:
+    if deadline is None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise StoreError(
+                    asked=f"lock {path}",
+                    found="another process holds it for longer than the time allowed",
+                    try_="wait for the other piecework process to finish, or end it",
+                ) from None
+        time.sleep(0.02)
+
+
+def _is_at(descriptor: int, *, path: Path) -> bool:
+    """Whether the open file is still the one at `path`, and not one that its last owner has removed."""
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    ours = os.fstat(descriptor)
+    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+
+
+def write_and_sync(path: Path, data: bytes) -> None:
+    """Write a new file and wait until the disk has it. Raises OSError."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the disk has a file's content."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until the disk has a directory's entries; some file systems can't, which is no error."""
+    with contextlib.suppress(OSError):
+        sync_file(path)
+
+
+def sync_tree(root: Path) -> None:
+    """Wait until the disk has every file and directory under `root`."""
+    for directory, _, files in os.walk(root):
+        for name in files:
+            sync_file(Path(directory) / name)
+        sync_directory(Path(directory))
