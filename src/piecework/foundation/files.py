@@ -11,7 +11,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -65,7 +64,7 @@ def scratch(parent: Path, *, name: str = "") -> Iterator[Path]:
     Its name starts with a dot, so that it is never taken for content. Raises OSError where it can't be made.
     """
     parent.mkdir(parents=True, exist_ok=True)
-    directory = parent / f"{_MARK}{name}{secrets.token_hex(8)}"
+    directory = parent / f"{_MARK}{name}{os.urandom(8).hex()}"
     guard = directory.with_name(directory.name + ".lock")
     with lock(guard):
         directory.mkdir()

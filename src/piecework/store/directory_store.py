@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, cast, final
@@ -125,7 +124,7 @@ class DirectoryStore(Store):
             if content is not None:
                 with contextlib.suppress(FileNotFoundError):
                     os.rename(content, unfinished / content.name)
-            place = self.root / "aside" / f"{kind.value}-{key}-{secrets.token_hex(4)}"
+            place = self.root / "aside" / f"{kind.value}-{key}-{os.urandom(4).hex()}"
             files.publish_directory(unfinished, to=place, existing=files.Existing.KEEP)
         return True
 

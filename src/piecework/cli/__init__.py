@@ -1,0 +1,1 @@
+"""The command line: one file per command, of which only the chosen one is imported."""

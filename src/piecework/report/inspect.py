@@ -1,0 +1,239 @@
+"""What is in a bundle: a report as data, which is written as text for people and as JSON for machines."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from piecework.record import Record
+from piecework.store import Bundle, Fact
+from piecework.store.format import FORMAT, PLAN
+from piecework.store.manifest import corrupt
+
+# Keys of a recipe that say what comes out, not how it's made.
+_RECIPE_RESULT = frozenset({"shape", "dtype", "stride"})
+
+
+@dataclass(frozen=True)
+class ArtifactReport:
+    """A unique piece's artifact for the values `min` to `max` of its dynamic size; `size_bytes` of the file."""
+
+    min: int | None
+    max: int | None
+    file: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class PieceReport:
+    """A unique piece.
+
+    Args:
+        fingerprint: of its structure.
+        num_ops: how many operators it has.
+        num_constants: how many weights each instance binds.
+        num_uses: how many of the plan's steps run it.
+        size: the dynamic size that chooses its artifact, or "".
+        artifacts: one per shape range.
+    """
+
+    fingerprint: str
+    num_ops: int
+    num_constants: int
+    num_uses: int
+    size: str
+    artifacts: tuple[ArtifactReport, ...]
+
+
+@dataclass(frozen=True)
+class BundleReport:
+    """What is in a bundle.
+
+    Args:
+        path: what was opened.
+        digest: of the bundle.
+        format: the version of its format.
+        piecework: the version that wrote it.
+        verified: whether every file's digest was checked.
+        size_bytes: of all its files, uncompressed.
+        identity: what it's of.
+        num_pieces: how many of the plan's steps run a piece.
+        unique_pieces: the pieces that are structurally different.
+        opaque_ops: how many steps call which opaque op.
+        sizes: the dynamic sizes with their ranges.
+        inputs: names of the plan's inputs.
+        states: what lives between calls, such as KV caches: name, shape, dtype.
+        recipes: how many constants are made how, such as {"take": 3, "take, pack": 84}.
+        facts: what must hold.
+        record: what happened while it was compiled.
+    """
+
+    path: str
+    digest: str
+    format: int
+    piecework: str
+    verified: bool
+    size_bytes: int
+    identity: Mapping[str, object]
+    num_pieces: int
+    unique_pieces: tuple[PieceReport, ...]
+    opaque_ops: Mapping[str, int]
+    sizes: Mapping[str, object]
+    inputs: tuple[str, ...]
+    states: tuple[Mapping[str, object], ...]
+    recipes: Mapping[str, int]
+    facts: tuple[Fact, ...]
+    record: Record
+
+    def to_json(self) -> dict[str, object]:
+        """Return the report as a JSON object."""
+        facts = {f"{fact.kind}/{fact.name}": fact.value for fact in self.facts}
+        return {
+            **asdict(self),
+            "num_unique_pieces": len(self.unique_pieces),
+            "facts": facts,
+            "record": self.record.to_json(),
+        }
+
+    def to_text(self) -> str:
+        """Return the report as lines for people."""
+        sections = [
+            self._head(),
+            _section("dynamic sizes", [_size_line(name, size) for name, size in self.sizes.items()]),
+            _section("unique pieces", [line for piece in self.unique_pieces for line in _piece_lines(piece)]),
+            _section("opaque ops", [f"{count:>6} × {name}" for name, count in self.opaque_ops.items()]),
+            _section("recipes", [f"{count:>6} × {kind}" for kind, count in self.recipes.items()]),
+            _section("states", _state_lines(self.states)),
+            _section("facts", _fact_lines(self.facts)),
+            _section("record", _record_lines(self.record)),
+        ]
+        return "\n\n".join(section for section in sections if section)
+
+    def _head(self) -> str:
+        lines = [
+            f"bundle         {self.path}",
+            f"digest         {self.digest}",
+            f"written by     piecework {self.piecework}, format {self.format}",
+            f"verified       {'every file matches its digest' if self.verified else 'no (use --verify)'}",
+            f"size           {_bytes(self.size_bytes)}",
+            f"pieces         {self.num_pieces}, of which {len(self.unique_pieces)} unique",
+            *(f"{name:<14} {value}" for name, value in self.identity.items()),
+        ]
+        return "\n".join(lines)
+
+
+def describe(bundle: Bundle, *, verified: bool) -> BundleReport:
+    """Return what is in a bundle. Raises CorruptBundle where its plan isn't one."""
+    plan = bundle.plan()
+    try:
+        return _describe(bundle, plan=plan, verified=verified)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        found = f"is no plan that this piecework understands ({type(error).__name__}: {error})"
+        raise corrupt(PLAN, bundle=str(bundle.path), found=found) from error
+
+
+def _describe(bundle: Bundle, *, plan: Mapping[str, Any], verified: bool) -> BundleReport:
+    steps = plan["steps"]
+    piece_of_instance = [instance[0] for instance in plan["instances"]]
+    uses = Counter(piece_of_instance[step[1]] for step in steps if step[0] == "piece")
+    pieces = [_piece(bundle, piece=piece, num_uses=uses[index]) for index, piece in enumerate(plan["pieces"])]
+    return BundleReport(
+        path=str(bundle.path),
+        digest=bundle.digest,
+        format=FORMAT,
+        piecework=bundle.manifest.piecework,
+        verified=verified,
+        size_bytes=bundle.size_bytes,
+        identity=bundle.identity,
+        num_pieces=uses.total(),
+        unique_pieces=tuple(pieces),
+        opaque_ops=_counted(step[1] for step in steps if step[0] == "op"),
+        sizes=plan["sizes"],
+        inputs=tuple(item["name"] for item in plan["inputs"]),
+        states=tuple(plan["states"]),
+        recipes=_counted(_recipe_kind(recipe) for recipe in plan["recipes"]),
+        facts=bundle.facts,
+        record=bundle.record(),
+    )
+
+
+def _piece(bundle: Bundle, *, piece: Mapping[str, Any], num_uses: int) -> PieceReport:
+    artifacts = []
+    for entry in piece["ranges"]:
+        file = bundle.artifact_path(entry["artifact"]).name
+        size = bundle.artifacts[file].size
+        artifacts.append(ArtifactReport(min=entry.get("min"), max=entry.get("max"), file=file, size_bytes=size))
+    return PieceReport(
+        fingerprint=piece["fingerprint"],
+        num_ops=piece["num_ops"],
+        num_constants=len(piece["constants"]),
+        num_uses=num_uses,
+        size=piece.get("size") or "",
+        artifacts=tuple(artifacts),
+    )
+
+
+def _recipe_kind(recipe: Mapping[str, object]) -> str:
+    return ", ".join(key for key in recipe if key not in _RECIPE_RESULT)
+
+
+def _counted(names: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(names).most_common())
+
+
+def _section(title: str, lines: Sequence[str]) -> str:
+    return "\n".join([title, *(f"  {line}" for line in lines)]) if lines else ""
+
+
+def _size_line(name: str, size: object) -> str:
+    match size:
+        case {"name": label, "min": low, "max": high}:
+            return f"{name:<6} {label}: {low} to {high}"
+    return f"{name:<6} {size}"
+
+
+def _piece_lines(piece: PieceReport) -> list[str]:
+    lines = [f"{piece.num_uses:>6} × {piece.fingerprint[:12]}: {piece.num_ops} ops, {piece.num_constants} constants"]
+    for artifact in piece.artifacts:
+        span = "any size" if artifact.min is None else f"{piece.size or 'size'} {artifact.min} to {artifact.max}"
+        lines.append(f"         {span}: {artifact.file[:12]}…, {_bytes(artifact.size_bytes)}")
+    return lines
+
+
+def _state_lines(states: Sequence[Mapping[str, object]]) -> list[str]:
+    """Write equal states once, with the first name as an example."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for state in states:
+        shape = state.get("shape")
+        sizes = "×".join(str(size) for size in shape) if isinstance(shape, list) else "?"
+        groups.setdefault((sizes, str(state.get("dtype"))), []).append(str(state.get("name")))
+    return [
+        f"{len(names):>6} × {sizes} {dtype} ({names[0]}{', …' if len(names) > 1 else ''})"
+        for (sizes, dtype), names in groups.items()
+    ]
+
+
+def _fact_lines(facts: Sequence[Fact]) -> list[str]:
+    lines = []
+    for fact in facts:
+        text = str(fact.value)
+        short = text[:12] if fact.kind in ("source", "model") else text
+        lines.append(f"{fact.kind}/{fact.name} = {short}")
+    return lines
+
+
+def _record_lines(record: Record) -> list[str]:
+    return [
+        *(f"{name:<32} {seconds:10.3f} s" for name, seconds in record.phases.items()),
+        *(f"{name:<32} {count:10d}" for name, count in record.counts.items()),
+        *record.notes,
+    ]
+
+
+def _bytes(size: int) -> str:
+    for unit, scale in (("MB", 1_000_000), ("kB", 1_000)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} bytes"
