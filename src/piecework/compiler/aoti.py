@@ -1,0 +1,136 @@
+"""Compile one piece with AOTInductor, inside a worker process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from piecework.compiler.job import Job
+from piecework.compiler.rebuild import rebuild
+from piecework.compiler.toolchain import Toolchain, flags_of, libraries_of, sources_of
+from piecework.errors import CompileError, InternalError, PieceworkError, ShapeContractError
+from piecework.foundation import torch_private
+from piecework.passes.pack_linear import pack_linear
+
+_OPTIONS: Mapping[str, Any] = {
+    "aot_inductor.package_constants_in_so": False,
+    "aot_inductor.precompile_headers": False,
+    "cpp.dynamic_threads": True,
+}
+
+
+def compile_piece(job: Job, *, directory: Path, toolchain: Toolchain) -> Path:
+    """Compile `job` in `directory` and return the shared library.
+
+    Raises ShapeContractError where Inductor narrows a size, CompileError where Inductor or the C++ compiler fails.
+    """
+    session = torch_private.SymbolicSession()
+    program = pack_linear(job.program, constants=job.pack)
+    module, inputs = rebuild(program, ranges=job.ranges, session=session)
+    options = {**_OPTIONS, **({"aot_inductor.embed_kernel_binary": True} if _on_cuda(job) else {})}
+    output = directory / "piece.so"
+    build = None if _on_cuda(job) else _OneUnit(toolchain, directory, torch_private.aoti_interface_source())
+    try:
+        made = torch_private.compile_aoti(module, inputs, output=output, options=options, build=build)
+    except _DoesNotFit:
+        made = torch_private.compile_aoti(module, inputs, output=output, options=options, build=None)
+    except PieceworkError:
+        raise
+    except Exception as error:  # noqa: BLE001  whatever Inductor raises
+        raise CompileError(
+            asked=f"compile a piece of {len(program.calls)} operators with AOTInductor",
+            found=f"{type(error).__name__}: {str(error).strip()[:500]}",
+            try_="compile with --backend eager; if that works, report the piece that `--debug` prints",
+        ) from error
+    guards = session.narrowing_guards()
+    if guards:
+        raise ShapeContractError(
+            asked="an artifact for the whole of its range of sizes",
+            found="Inductor's code holds only where " + " and ".join(sorted({g.expr for g in guards})[:4]),
+            try_="declare a range in which that holds, or give shape ranges that separate the cases",
+            location=next((g.location for g in guards if g.location), ""),
+        )
+    return made
+
+
+def warm_up(*, directory: Path) -> None:
+    """Run a tiny piece through Inductor's Python without compiling C++, so that processes forked later start warm."""
+    from piecework.ops.program import Call, Program, TensorSpec  # noqa: PLC0415  in workers only
+
+    x = TensorSpec(("s0", 32), (32, 1), "float32", "cpu")
+    w = TensorSpec((32, 32), (32, 1), "float32", "cpu")
+    calls = (
+        Call("piecework.linear.default", ({"i": 0}, {"c": 0}), {}),
+        Call("aten.silu.default", ({"n": 0},), {}),
+        Call("aten.mean.dim", ({"n": 1}, [-1], True), {}),
+        Call("aten.mul.Tensor", ({"n": 1}, {"n": 2}), {}),
+    )
+    program = Program((("s0", 1, 512),), (x,), (w,), calls, ({"n": 3},))
+    session = torch_private.SymbolicSession()
+    module, inputs = rebuild(pack_linear(program, constants=frozenset({0})), ranges={}, session=session)
+    torch_private.compile_aoti(
+        module, inputs, output=directory / "warm.so", options=_OPTIONS, build=lambda kind, command, target: _touch(target)
+    )
+
+
+def _touch(target: Path) -> bool:
+    target.write_bytes(b"\x00" * 2048)
+    return True
+
+
+def _on_cuda(job: Job) -> bool:
+    return any(spec.device == "cuda" for spec in (*job.program.inputs, *job.program.constants))
+
+
+class _DoesNotFit(Exception):
+    """What Inductor generated is not laid out as expected: let Inductor compile it by itself."""
+
+
+@dataclass
+class _OneUnit:
+    """Collects a piece's generated files and builds them as one translation unit (see toolchain.py)."""
+
+    toolchain: Toolchain
+    directory: Path
+    interface: str
+    sources: list[Path] = field(default_factory=list)
+    flags: tuple[str, ...] = ()
+
+    def __call__(self, kind: str, command: str, target: Path) -> bool:
+        if kind == "link":
+            self._link(command, target)
+            return True
+        source = sources_of(command)[0]
+        if source.suffix == ".S":
+            return False
+        if source.suffix != ".cpp" or not target.name.endswith((".wrapper.o", ".kernel.o")):
+            raise _DoesNotFit(source.name)
+        flags = flags_of(command)
+        if self.flags and flags != self.flags:
+            raise _DoesNotFit("flags differ between wrapper and kernels")
+        self.flags = flags
+        self.sources.append(source)
+        target.write_bytes(b"")  # Inductor removes it after linking
+        return True
+
+    def _link(self, command: str, target: Path) -> None:
+        texts = [s.read_text() for s in self.sources]
+        with_interface = [i for i, text in enumerate(texts) if self.interface.strip() in text]
+        if len(with_interface) != 1 or len(texts) > 2:
+            raise _DoesNotFit("the C interface is not where it was")
+        texts[with_interface[0]] = texts[with_interface[0]].replace(self.interface.strip(), "")
+        wrapper_first = [texts[with_interface[0]], *(t for i, t in enumerate(texts) if i != with_interface[0])]
+        unit = self.directory / "piece.cpp"
+        unit.write_text("\n".join(wrapper_first))
+        try:
+            runtime = self.toolchain.runtime(self.flags, interface=self.interface)
+            self.toolchain.compile(unit, flags=self.flags, target=self.directory / "piece.o")
+        except CompileError as error:
+            raise _DoesNotFit(str(error)) from error
+        weights = [s for s in sources_of(command) if s.name.endswith(".weights.o") or s.parent.name != target.parent.name]
+        weights = [w for w in weights if not w.name.endswith((".wrapper.o", ".kernel.o"))]
+        if not weights:
+            raise InternalError("Inductor made no object for constants")
+        self.toolchain.link([self.directory / "piece.o", runtime, *weights], libraries=libraries_of(command), target=target)

@@ -1,0 +1,125 @@
+"""The driver's side of the worker process: start it early, give it jobs, see events, end it whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from piecework import errors
+from piecework.compiler.job import Job
+from piecework.compiler.toolchain import Toolchain, likely_flags
+from piecework.errors import CompileError, InternalError, PieceworkError
+from piecework.foundation.environment import child_variables
+from piecework.foundation.target import Target
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A finished job: its library and how long it took in seconds."""
+
+    path: Path
+    seconds: float
+
+
+class WorkerPool:
+    """A worker process and a build of the toolchain's prefix, both started before there is anything to compile."""
+
+    def __init__(self, *, toolchain: Toolchain, scratch: Path, target: Target, jobs: int) -> None:
+        self._toolchain = toolchain
+        self._scratch = scratch
+        command = [sys.executable, "-m", "piecework.compiler.worker", "--toolchain", str(toolchain.root)]
+        command += ["--compiler", toolchain.compiler, "--compiler-version", toolchain.version]
+        command += ["--scratch", str(scratch), "--jobs", str(jobs)]
+        variables = child_variables(
+            {
+                "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+                "TMPDIR": str(scratch),
+                "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            }
+        )
+        self._log = (scratch / "worker.log").open("w+")
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            start_new_session=True,
+            env=variables,
+        )
+        self._prefix_builder = threading.Thread(target=self._build_prefix, args=(target,), daemon=True)
+        self._prefix_builder.start()
+
+    def _build_prefix(self, target: Target) -> None:
+        flags = likely_flags(target)
+        if flags is not None:
+            with contextlib.suppress(PieceworkError, OSError):  # workers build it again and report what is wrong
+                self._toolchain.prefix(flags)
+
+    def run(self, jobs: Mapping[str, Job], *, on_event: Callable[[Mapping[str, Any]], None]) -> dict[str, Compiled]:
+        """Compile all `jobs` (name → job); returns their libraries, which lie in the scratch directory.
+
+        Raises the first error of a job as what it was: ShapeContractError, CompileError, StoreError …
+        """
+        assert self._process.stdin is not None
+        try:
+            for name, job in jobs.items():
+                request = {"job": name, "work": job.to_json(), "directory": str(self._scratch / f"job-{name[:24]}")}
+                self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._died() from None
+        done: dict[str, Compiled] = {}
+        for event in self._events():
+            on_event(event)
+            if event["event"] == "failed":
+                raise _error(event)
+            if event["event"] == "done":
+                done[event["job"]] = Compiled(path=Path(event["path"]), seconds=event["seconds"])
+                if len(done) == len(jobs):
+                    return done
+        raise self._died()
+
+    def _events(self) -> Iterator[dict[str, Any]]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            yield json.loads(line)
+
+    def _died(self) -> CompileError:
+        self._log.seek(0)
+        lines = self._log.read().strip().splitlines()
+        return CompileError(
+            asked="compile the model's pieces in a worker process",
+            found=f"it ended early: {' / '.join(lines[-3:])[:500] or 'without a word'}",
+            try_="run `piecework doctor`",
+        )
+
+    def close(self) -> None:
+        """End the worker, its children and their compilers; returns when they are gone."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+
+def _error(event: Mapping[str, Any]) -> Exception:
+    kind = getattr(errors, event.get("error", ""), None)
+    if kind is None or not isinstance(kind, type) or not issubclass(kind, PieceworkError):
+        return InternalError(event.get("found", "a worker failed") + "\n" + event.get("trace", ""))
+    if kind is errors.InternalError:
+        return InternalError(event.get("found", ""))
+    return kind(
+        asked=event.get("asked", "compile a piece"), found=event.get("found", "it failed"), try_=event.get("try", "")
+    )

@@ -1,0 +1,244 @@
+"""The C++ side of a compile: one precompiled prefix and one runtime object per machine, then one small file per piece.
+
+Inductor writes, for every piece, a wrapper of which about 650 lines are the same C interface, compiles it apart from its
+kernels, and spends most of the time on headers. Here the interface is compiled once per toolchain (`runtime.o`), the
+headers are precompiled once (`prefix.h.gch`), and wrapper and kernels of a piece are one translation unit. What Inductor
+generates is not changed. Where any of this doesn't fit (another compiler, an unknown flag, other headers), the caller
+falls back to Inductor's own commands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from piecework.errors import CompileError, StoreError
+from piecework.foundation import files
+from piecework.foundation.digests import digest_json
+from piecework.foundation.target import Target
+
+# `model_base.h` parses "cpu" or "cuda:1" with std::regex, whose templates are most of a wrapper's compile time. With
+# libstdc++ the header is kept out, and a class with the same interface stands in for those three names.
+_PREFIX = """#pragma once
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <functional>
+#include <iostream>
+#include <locale>
+#include <map>
+#include <memory>
+#include <sstream>
+#include <stack>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+#if defined(__GLIBCXX__) && !defined(_GLIBCXX_REGEX)
+#define _GLIBCXX_REGEX 1
+namespace std {
+struct piecework_group {
+  bool matched = false;
+  string text;
+  const string& str() const { return text; }
+};
+struct smatch {
+  piecework_group groups[4];
+  const piecework_group& operator[](size_t i) const { return groups[i]; }
+};
+struct regex {
+  explicit regex(const char*) {}
+};
+inline bool regex_match(const string& device, smatch& match, const regex&) {
+  const auto colon = device.find(':');
+  match.groups[1] = {true, device.substr(0, colon)};
+  if (colon != string::npos) {
+    match.groups[3] = {true, device.substr(colon + 1)};
+    if (match.groups[3].text.find_first_not_of("0123456789") != string::npos) return false;
+  }
+  const string& kind = match.groups[1].text;
+  return kind == "cpu" || kind == "cuda" || kind == "xpu" || kind == "mps";
+}
+}  // namespace std
+#endif
+#include <torch/csrc/inductor/aoti_include/cpu.h>
+#include <torch/csrc/inductor/aoti_runtime/model_container.h>
+#include <torch/csrc/inductor/cpp_prefix.h>
+"""
+
+_KEPT = ("-D", "-f", "-m", "-std=")
+_DROPPED = frozenset({"-fno-omit-frame-pointer", "-fPIC"})
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A machine's toolchain for one set of flags."""
+
+    compiler: str
+    flags: tuple[str, ...]
+    prefix: Path
+    runtime: Path
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """Builds pieces' libraries under `root`, a directory that may be shared by processes and kept between compiles."""
+
+    root: Path
+    compiler: str
+    version: str
+
+    def prefix(self, flags: tuple[str, ...]) -> Path:
+        """Return the header to include first, with its precompiled form beside it; builds it on first use.
+
+        Raises CompileError where the compiler fails on torch's headers.
+        """
+        place = self._place(flags) / "prefix"
+        if not place.exists():
+            with self._lock(flags, "prefix"), files.scratch(self.root) as scratch:
+                if not place.exists():
+                    made = scratch / "prefix"
+                    made.mkdir()
+                    (made / "prefix.h").write_text(_PREFIX)
+                    self._run([*flags, "-O3", "-x", "c++-header", "prefix.h", "-o", "prefix.h.gch"], cwd=made)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    files.publish_directory(made, to=place, existing=files.Existing.KEEP)
+        return place / "prefix.h"
+
+    def runtime(self, flags: tuple[str, ...], *, interface: str) -> Path:
+        """Return the object file with the C interface (`interface` is its source) that every library gets."""
+        place = self._place(flags) / f"runtime-{digest_json(interface)[:16]}"
+        if not place.exists():
+            prefix = self.prefix(flags)
+            with self._lock(flags, "runtime"), files.scratch(self.root) as scratch:
+                if not place.exists():
+                    made = scratch / "runtime"
+                    made.mkdir()
+                    (made / "runtime.cpp").write_text(interface)
+                    self._run(
+                        [*flags, "-O3", "-include", str(prefix), "-c", "runtime.cpp", "-o", "runtime.o"], cwd=made
+                    )
+                    files.publish_directory(made, to=place, existing=files.Existing.KEEP)
+        return place / "runtime.o"
+
+    def compile(self, source: Path, *, flags: tuple[str, ...], target: Path) -> None:
+        """Compile one piece's C++ file."""
+        prefix = self.prefix(flags)
+        self._run([*flags, "-O3", "-include", str(prefix), "-c", str(source), "-o", str(target)], cwd=source.parent)
+
+    def link(self, objects: list[Path], *, libraries: tuple[str, ...], target: Path) -> None:
+        """Link object files into a shared library without symbols or unused sections."""
+        options = ["-shared", "-fPIC", "-s", "-Wl,--gc-sections", "-Wl,-z,noexecstack"]
+        self._run([*options, *map(str, objects), *libraries, "-o", str(target)], cwd=target.parent)
+
+    def _place(self, flags: tuple[str, ...]) -> Path:
+        return self.root / digest_json([self.compiler, self.version, flags, _PREFIX])[:24]
+
+    def _lock(self, flags: tuple[str, ...], what: str) -> contextlib.AbstractContextManager[None]:
+        self._place(flags).mkdir(parents=True, exist_ok=True)
+        return files.lock(self._place(flags) / f"{what}.lock", timeout_s=600)
+
+    def _run(self, arguments: list[str], *, cwd: Path) -> None:
+        done = subprocess.run(
+            [self.compiler, "-w", "-fPIC", *arguments], cwd=cwd, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            if "No space left" in done.stderr:
+                raise StoreError(
+                    asked="compile a piece", found="no space left on the disk", try_="free some space"
+                )
+            errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+            raise CompileError(
+                asked=f"compile C++ with {self.compiler}",
+                found=f"it failed: {' / '.join(errors[:3])[:600]}",
+                try_="run `piecework doctor`; another compiler can be named with CXX",
+            )
+
+
+def find_toolchain(root: Path, *, compiler: str | None) -> Toolchain:
+    """Find the C++ compiler (`compiler`, else g++ or clang++ on PATH).
+
+    Raises CompileError where there is none or it doesn't run.
+    """
+    candidates = [compiler] if compiler else ["g++", "clang++", "c++"]
+    found = next((path for c in candidates if (path := shutil.which(c))), None)
+    if found is None:
+        raise CompileError(
+            asked="compile the model's pieces with a C++ compiler",
+            found=f"none of {', '.join(candidates)} on PATH",
+            try_="install g++ (Debian, Ubuntu: apt-get install g++), or name a compiler with CXX",
+        )
+    done = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CompileError(
+            asked=f"compile the model's pieces with {found}",
+            found=f"`{found} --version` fails: {(done.stderr or done.stdout).strip()[:200]}",
+            try_="repair it, or name another compiler with CXX",
+        )
+    return Toolchain(root=root, compiler=found, version=done.stdout.splitlines()[0])
+
+
+def flags_of(command: str) -> tuple[str, ...]:
+    """Return those flags of one of Inductor's compile commands that change the meaning of the code, in a fixed order."""
+    words = shlex.split(command)
+    flags: list[str] = []
+    for i, word in enumerate(words):
+        if word == "-D":
+            flags.append(f"-D{words[i + 1]}")
+        elif word.startswith("-I") and "python" not in Path(word[2:]).name:
+            flags.append(word)
+        elif word.startswith(_KEPT) and word not in _DROPPED and len(word) > 2:
+            flags.append(word)
+    return tuple(dict.fromkeys(f for f in flags if f != "-DTORCH_INDUCTOR_PRECOMPILE_HEADERS"))
+
+
+def libraries_of(command: str) -> tuple[str, ...]:
+    """Return the libraries and their search paths from one of Inductor's link commands."""
+    return tuple(w for w in shlex.split(command) if w.startswith(("-l", "-L")))
+
+
+def sources_of(command: str) -> list[Path]:
+    """Return the source and object files that a command takes in."""
+    words = shlex.split(command)
+    return [
+        Path(w) for w, before in zip(words[1:], words, strict=False) if w.endswith((".cpp", ".S", ".o")) and before != "-o"
+    ]
+
+
+def likely_flags(target: Target) -> tuple[str, ...] | None:
+    """Guess, without importing torch, the flags that Inductor will use here, so that the prefix can be built meanwhile.
+
+    A wrong guess costs a wasted build, nothing else. None where no guess is known.
+    """
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations or target.machine != "x86_64" or target.system != "linux":
+        return None
+    include = Path(spec.submodule_search_locations[0]) / "include"
+    flags = set(target.flags)
+    if target.isa in {"avx512", "avx512_bf16", "amx_bf16"}:
+        capability = "AVX512"
+        isa = ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"]
+        if "avx512_vnni" in flags:
+            isa.append("-mavx512vnni")
+    elif target.isa == "avx2":
+        capability, isa = "AVX2", ["-mavx2", "-mfma", "-mf16c"]
+    else:
+        return None
+    if {"amx_tile", "amx_bf16"} & flags:
+        return None
+    defines = ["TORCH_INDUCTOR_CPP_WRAPPER", "STANDALONE_TORCH_HEADER", "C10_USING_CUSTOM_GENERATED_MACROS"]
+    return (
+        *(f"-D{d}" for d in [*defines, f"CPU_CAPABILITY_{capability}"]),
+        *"-fno-trapping-math -funsafe-math-optimizations -ffinite-math-only -fno-signed-zeros".split(),
+        *"-fno-finite-math-only -fno-unsafe-math-optimizations -fmath-errno -ffp-contract=off".split(),
+        *"-fexcess-precision=fast -fno-tree-loop-vectorize -march=native -std=c++20 -fopenmp".split(),
+        f"-I{include}",
+        f"-I{include}/torch/csrc/api/include",
+        *isa,
+    )

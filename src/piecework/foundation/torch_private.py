@@ -1,0 +1,290 @@
+"""The one place that touches private torch API.
+
+Each entry says what it is for, the torch versions it was tried with, and where upstream discusses it. Every entry has a
+test in tests/unit/foundation/test_torch_private.py that fails when torch changes underneath it. Compiler-side imports
+stand inside functions: a warm start imports this module and must not pay for Dynamo or Inductor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# --------------------------------------------------------------------------------------------------------------------
+# Running artifacts. torch 2.11-2.13; torch/csrc/inductor/aoti_runner/pybind.cpp. The public
+# `torch._inductor.aoti_load_package` imports Inductor's Python (about 2.5 s), these classes don't.
+
+
+def open_aoti_library(path: Path, *, device: str) -> Any:
+    """Open one instance of an AOTInductor shared library on `device` ("cpu" or "cuda"); `run(list) -> list`."""
+    if device == "cpu":
+        return torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
+    return torch._C._aoti.AOTIModelContainerRunnerCuda(str(path), 1, device, str(path.parent))
+
+
+def bind_constants(runner: Any, constants: Mapping[str, torch.Tensor]) -> None:
+    """Bind `constants` (name → tensor, any layout) to an instance without a copy; the caller keeps them alive."""
+    runner.update_constant_buffer(dict(constants), False, True, True)
+
+
+def pack_linear_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Return `weight` [out, in] in oneDNN's blocked layout (an opaque mkldnn tensor of the same dtype).
+
+    torch 2.11-2.13: `mkldnn::_reorder_linear_weight`, the op that Inductor's own freezing pass uses.
+    """
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return packed
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Symbolic shapes and tracing. torch 2.11-2.13; torch/fx/experimental/{symbolic_shapes,proxy_tensor}.py.
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A condition on sizes that some code needed: `expr` in terms of symbols, and the source line that asked."""
+
+    expr: str
+    location: str
+
+
+class SymbolicSession:
+    """A fake-tensor mode whose symbolic sizes hold for their whole declared range.
+
+    Sizes are backed symbols without 0/1 specialisation and without duck shaping, so that any condition the trace relies
+    on and that the declared range does not imply shows up as a `Guard`.
+    """
+
+    def __init__(self) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415  imports sympy: not on a warm start
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: PLC0415
+
+        self.shape_env = ShapeEnv(specialize_zero_one=False, duck_shape=False)
+        self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
+        self._symbols: dict[str, Any] = {}
+
+    def size(self, name: str, *, low: int, high: int, hint: int) -> torch.SymInt:
+        """Make (or return) the symbolic size `name` with values in [low, high]; `hint` is used for heuristics only."""
+        from torch._dynamo.source import ConstantSource  # noqa: PLC0415
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, StrictMinMaxConstraint  # noqa: PLC0415
+        from torch.utils._sympy.value_ranges import ValueRanges  # noqa: PLC0415
+
+        if name not in self._symbols:
+            source = ConstantSource(name)
+            constraint = StrictMinMaxConstraint(vr=ValueRanges(low, high), warn_only=False)
+            symbol = self.shape_env.create_symbol(
+                hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=constraint
+            )
+            self._symbols[name] = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
+        made: torch.SymInt = self._symbols[name]
+        return made
+
+    def expression(self, text: str, *, hints: Mapping[str, int]) -> torch.SymInt | int:
+        """Turn an expression over this session's size names, such as "s0 + 1", into a SymInt (or an int)."""
+        import sympy  # noqa: PLC0415
+        from torch.utils._sympy import functions  # noqa: PLC0415
+
+        if re.fullmatch(r"-?\d+", text):
+            return int(text)
+        local = {name: made.node.expr for name, made in self._symbols.items()}
+        known = {name: getattr(functions, name) for name in functions.__all__}
+        expr = sympy.sympify(text, locals={**known, **local})
+        if expr.is_Integer:
+            return int(expr)
+        hint = expr.subs({local[name]: hints[name] for name in local})
+        value: torch.SymInt = self.shape_env.create_symintnode(expr, hint=int(hint))
+        return value
+
+    def symbol_names(self) -> dict[str, str]:
+        """Map the session's internal symbol names (as they appear in shapes) to the names given to `size`."""
+        return {str(made.node.expr): name for name, made in self._symbols.items()}
+
+    def narrowing_guards(self) -> list[Guard]:
+        """Return the guards that do not hold for the whole of every declared range."""
+        import sympy  # noqa: PLC0415
+
+        found = []
+        for guard in self.shape_env.guards:
+            if self.shape_env._maybe_evaluate_static(guard.expr) is sympy.true:
+                continue
+            where = getattr(guard, "sloc", None)
+            place = getattr(where, "maybe_user_loc", None) or getattr(where, "framework_loc", None) or ""
+            names = self.symbol_names()
+            text = re.sub(r"\bs\d+\b", lambda m: names.get(m.group(0), m.group(0)), str(guard.expr))
+            found.append(Guard(expr=text, location=str(place)))
+        for symbol, value in self.shape_env.replacements.items():
+            name = self.symbol_names().get(str(symbol))
+            if name is not None:
+                found.append(Guard(expr=f"Eq({name}, {value})", location=self._replacement_location(symbol)))
+        return found
+
+    def _replacement_location(self, symbol: Any) -> str:
+        logged = getattr(self.shape_env, "replacements_slocs", {}).get(symbol)
+        return str(getattr(logged, "maybe_user_loc", None) or getattr(logged, "framework_loc", None) or "")
+
+
+@contextlib.contextmanager
+def size_oblivious() -> Iterator[None]:
+    """Let backed sizes be treated as if unknown where torch offers a general answer (broadcasting, contiguity).
+
+    torch 2.11-2.13: `torch.fx.experimental._config.backed_size_oblivious`.
+    """
+    from torch.fx.experimental import _config  # noqa: PLC0415
+
+    with _config.patch(backed_size_oblivious=True):
+        yield
+
+
+@dataclass(frozen=True)
+class Tracer:
+    """Access to the make_fx trace that is under way."""
+
+    tracer: Any
+
+    @property
+    def graph(self) -> torch.fx.Graph:
+        """The graph that is being built."""
+        graph: torch.fx.Graph = self.tracer.graph
+        return graph
+
+    def node_of(self, tensor: torch.Tensor) -> torch.fx.Node | None:
+        """Return the node that produced `tensor`, or None where the trace doesn't know it."""
+        from torch.fx.experimental.proxy_tensor import get_proxy_slot  # noqa: PLC0415
+
+        slot = get_proxy_slot(tensor, self.tracer, None)
+        if slot is None:
+            return None
+        node: torch.fx.Node = slot.proxy.node
+        return node
+
+    def attach(self, tensor: torch.Tensor, node: torch.fx.Node) -> None:
+        """Let `tensor` stand for `node` in the rest of the trace."""
+        from torch.fx.experimental.proxy_tensor import track_tensor_tree  # noqa: PLC0415
+
+        track_tensor_tree(tensor, torch.fx.Proxy(node, self.tracer), constant=None, tracer=self.tracer)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Run a block whose operations are not traced."""
+        from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing  # noqa: PLC0415
+
+        with disable_proxy_modes_tracing():
+            yield
+
+
+def current_tracer() -> Tracer | None:
+    """Return the innermost make_fx trace, or None outside of one."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # noqa: PLC0415
+
+    mode = get_proxy_mode()
+    return None if mode is None else Tracer(mode.tracer)
+
+
+def trace(function: Callable[..., Any], args: Sequence[Any]) -> torch.fx.GraphModule:
+    """Trace `function(*args)` on fake tensors into aten operators below autograd; names follow the operators."""
+    from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415
+
+    module: torch.fx.GraphModule = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*args)
+    return module
+
+
+def functionalized(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` with in-place operators replaced by functional ones (`torch.func.functionalize`)."""
+    made: Callable[..., Any] = torch.func.functionalize(function, remove="mutations_and_views")
+    return made
+
+
+def data_dependent_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions that torch raises where a trace needs a tensor's values."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException  # noqa: PLC0415
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # noqa: PLC0415
+
+    return DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Compiling pieces. torch 2.11-2.13; torch/_inductor/{compile_fx,codecache,cpp_builder}.py. Used in worker processes only.
+
+
+def aoti_interface_source() -> str:
+    """Return the C interface that AOTInductor pastes into every wrapper it generates (the same for all pieces)."""
+    import torch._inductor as inductor  # noqa: PLC0415
+
+    root = Path(inductor.__path__[0])
+    return (root / "codegen" / "aoti_runtime" / "interface.cpp").read_text()
+
+
+@dataclass(frozen=True)
+class GeneratedSources:
+    """What Inductor generated for one piece: its C++ files, and the commands Inductor would have used."""
+
+    sources: dict[str, Path]
+    commands: dict[str, str]
+    target: Path
+
+
+def compile_aoti(
+    module: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    output: Path,
+    options: Mapping[str, Any],
+    build: Callable[[str, str, Path], bool] | None,
+) -> Path:
+    """Compile `module` to the AOTInductor library `output` and return its path.
+
+    Args:
+        module: a graph whose weights are parameters (`get_attr`) and whose output is a tuple.
+        example_inputs: fake tensors, one per placeholder.
+        options: Inductor config patches.
+        build: called as `build(kind, command, target)` in place of each run of the C++ compiler ("compile" or "link");
+            returns False to let Inductor do it.
+    """
+    import torch._inductor.codecache as codecache  # noqa: PLC0415
+    from torch._inductor.compile_fx import compile_fx_aot  # noqa: PLC0415
+
+    class Builder(codecache.CppBuilder):  # type: ignore[misc]
+        def build(self) -> None:
+            command, target = self.get_command_line(), Path(self.get_target_file_path())
+            kind = "compile" if target.suffix in {".o", ".obj"} else "link"
+            if build is None or not build(kind, command, target):
+                super().build()
+
+    original = codecache.CppBuilder
+    codecache.CppBuilder = Builder
+    try:
+        with torch.no_grad(), size_oblivious():
+            result = compile_fx_aot(
+                module, list(example_inputs), config_patches={**options, "aot_inductor.output_path": str(output)}
+            )
+    finally:
+        codecache.CppBuilder = original
+    return Path(result if isinstance(result, str) else next(str(f) for f in result if str(f).endswith(".so")))
+
+
+def warm_up_inductor() -> None:
+    """Import what Inductor needs to compile, so that processes forked afterwards have it."""
+    import torch._inductor.codecache  # noqa: PLC0415
+    import torch._inductor.codegen.cpp  # noqa: PLC0415
+    import torch._inductor.codegen.cpp_wrapper_cpu  # noqa: PLC0415
+    import torch._inductor.compile_fx  # noqa: PLC0415
+    import torch._inductor.fx_passes.joint_graph  # noqa: PLC0415
+    import torch._inductor.fx_passes.post_grad  # noqa: PLC0415
+    import torch._inductor.kernel.mm  # noqa: F401, PLC0415
+
+
+def set_inductor_options(*, cache_dir: Path, trust_isa: bool) -> None:
+    """Prepare this process for compiling pieces: one thread, its own cache directory, no instruction-set probes."""
+    import torch._inductor.config as config  # noqa: PLC0415
+
+    config.compile_threads = 1
+    config.fx_graph_cache = False
+    config.cpp_cache_precompile_headers = False
+    if trust_isa:
+        config.cpp.vec_isa_ok = True

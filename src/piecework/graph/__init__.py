@@ -1,0 +1,1 @@
+"""From a module to pieces: capture, stacks and templates, split, fingerprint, dedupe."""

@@ -1,0 +1,296 @@
+"""Trace a module into one functional graph of aten operators, with weights, buffers and states as named inputs.
+
+`capture` traces each structurally different block of a stack once and stamps the others (templates.py). With
+`templates=False` it traces every block: the fallback and the oracle that stamped graphs are tested against.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import sysconfig
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from piecework.errors import CaptureError, PieceworkError, ShapeContractError
+from piecework.foundation import torch_private
+from piecework.graph.request import CaptureRequest, SizeInput, TensorInput
+from piecework.graph.structure import Structure, flatten
+from piecework.graph.templates import StackCounts, stamping
+from piecework.ops.linear import KeepLinear
+
+
+class InputKind(Enum):
+    """Where a graph input comes from."""
+
+    ARGUMENT = "argument"
+    WEIGHT = "weight"
+    STATE = "state"
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """One input of a captured graph: its kind, its name, and its placeholder."""
+
+    kind: InputKind
+    name: str
+    node: torch.fx.Node
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """A model's forward as one graph.
+
+    Attributes:
+        graph: functional aten graph; placeholders are `inputs`, the output node holds the flat outputs.
+        inputs: arguments first, then weights, then states; unused weights are left out.
+        structure: how the flat outputs make up the module's result.
+        size_names: the graph's symbols ("s12") → declared size names ("tokens").
+        literals: buffers that are not in checkpoints (non-persistent), by name, with their values.
+        sources: files whose code ran while tracing.
+        stacks: how many blocks were traced and stamped.
+        request: what was captured.
+    """
+
+    graph: torch.fx.Graph
+    inputs: tuple[GraphInput, ...]
+    structure: Structure
+    size_names: Mapping[str, str]
+    literals: Mapping[str, torch.Tensor]
+    sources: frozenset[Path]
+    stacks: StackCounts
+    request: CaptureRequest
+
+
+def capture(request: CaptureRequest, *, templates: bool = True) -> CapturedGraph:
+    """Trace `request.module` for its whole declared range of sizes.
+
+    Raises CaptureError where the module can't be traced as one graph, ShapeContractError where the trace holds for a part
+    of a declared range only.
+    """
+    session = torch_private.SymbolicSession()
+    # the trace is exact: shapes that never occur together (the cache's blocks, a table's width) get their own symbols
+    sizes = {n: session.size(n, low=d.min, high=d.max, hint=_hint(d.min, d.max, d.hint)) for n, d in request.sizes.items()}
+    arguments = [_argument(i, sizes=sizes, session=session) for i in request.inputs]
+    states = {n: _fake_tensor(i, sizes=sizes, session=session, device=request.device) for n, i in request.states.items()}
+    tensors = _named_tensors(request.module)
+    weights = {n: _fake_weight(t, session=session, device=request.device) for n, t in tensors.items() if n not in states}
+    flat = [*arguments, *weights.values(), *states.values()]
+    result: dict[str, Structure] = {}
+    counts = StackCounts()
+
+    def forward(*values: Any) -> list[Any]:
+        named = {i.name: v for i, v in zip(request.inputs, values, strict=False)}
+        out, result["structure"] = flatten(request.call(request.module, named))
+        return out
+
+    sources: set[Path] = set()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_swapped(request.module, {**weights, **states}))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_our_errors())
+        stack.enter_context(torch_private.size_oblivious())
+        if templates:
+            counts = stack.enter_context(stamping(request.module, fake_mode=session.fake_mode))
+        stack.enter_context(_ran_files(sources))
+        stack.enter_context(session.fake_mode)
+        stack.enter_context(KeepLinear())
+        traced = torch_private.trace(forward, flat)
+    if _mutates(traced.graph, opaque=request.opaque):
+        with _our_errors(), torch.no_grad(), torch_private.size_oblivious(), session.fake_mode:
+            traced = torch_private.trace(torch_private.functionalized(traced), flat)
+    _check_contract(session, what=type(request.module).__name__)
+    names = [i.name for i in request.inputs] + list(weights) + list(states)
+    kinds = [InputKind.ARGUMENT] * len(request.inputs) + [InputKind.WEIGHT] * len(weights)
+    kinds += [InputKind.STATE] * len(states)
+    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
+    inputs = tuple(GraphInput(k, n, p) for k, n, p in zip(kinds, names, placeholders, strict=True))
+    _canonicalize(traced.graph, opaque=request.opaque)
+    used = tuple(i for i in inputs if i.kind is InputKind.ARGUMENT or i.node.users)
+    for unused in set(inputs) - set(used):
+        traced.graph.erase_node(unused.node)
+    persistent = set(request.module.state_dict(keep_vars=True))
+    return CapturedGraph(
+        graph=traced.graph,
+        inputs=used,
+        structure=result["structure"],
+        size_names=session.symbol_names(),
+        literals={
+            i.name: tensors[i.name].detach()
+            for i in used
+            if i.kind is InputKind.WEIGHT and i.name not in persistent and not tensors[i.name].is_meta
+        },
+        sources=frozenset(sources),
+        stacks=counts,
+        request=request,
+    )
+
+
+def _hint(low: int, high: int, wanted: int | None) -> int:
+    if wanted is not None:
+        return wanted
+    # any value does as long as no two sizes share it by accident and it is neither 0 nor 1
+    return max(low, min(high, 2 * low + 37))
+
+
+def _argument(given: TensorInput | SizeInput, *, sizes: Mapping[str, Any], session: Any) -> Any:
+    if isinstance(given, SizeInput):
+        return sizes[given.size]
+    return _fake_tensor(given, sizes=sizes, session=session, device=given.device)
+
+
+def _fake_tensor(given: TensorInput, *, sizes: Mapping[str, Any], session: Any, device: str) -> torch.Tensor:
+    shape = [sizes[d] if isinstance(d, str) else d for d in given.shape]
+    dtype = getattr(torch, given.dtype)
+    with session.fake_mode:
+        if given.stride is None:
+            return torch.empty(shape, dtype=dtype, device=device)
+        return torch.empty_strided(shape, given.stride, dtype=dtype, device=device)
+
+
+def _fake_weight(tensor: torch.Tensor, *, session: Any, device: str) -> torch.Tensor:
+    with session.fake_mode:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+
+
+def _named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return parameters and buffers by name; a tensor with several names appears under its first."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+@contextlib.contextmanager
+def _swapped(module: nn.Module, replacements: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Put `replacements` in place of the module's tensors (all names of a shared tensor alike), then restore them."""
+    by_identity = {id(t): replacements[n] for n, t in _named_tensors(module).items() if n in replacements}
+    saved: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    try:
+        for part in module.modules():
+            for table in (part._parameters, part._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None and id(tensor) in by_identity:
+                        saved.append((table, name, tensor))
+                        table[name] = by_identity[id(tensor)]  # type: ignore[assignment]
+        yield
+    finally:
+        for table, name, tensor in saved:
+            table[name] = tensor
+
+
+_STDLIB = {Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("platstdlib"))}
+_TOOLS = frozenset(
+    "piecework torch torchgen functorch sympy mpmath networkx numpy filelock fsspec jinja2 typing_extensions".split()
+)
+"""Packages whose code runs in every trace and whose versions are facts of their own (or don't matter)."""
+
+
+def _is_users(filename: str) -> bool:
+    """Whether `filename` holds code of the model: not torch's, ours, the tools' or the standard library's."""
+    if filename.startswith("<") or not filename.endswith(".py"):
+        return False
+    parts = Path(filename).parts
+    if "site-packages" in parts:
+        return parts[parts.index("site-packages") + 1] not in _TOOLS and not parts[-1].startswith("_distutils")
+    path = Path(filename)
+    ours = path.is_relative_to(Path(__file__).parents[1])
+    return not ours and not any(path.is_relative_to(root) for root in _STDLIB) and not (
+        "torch" in parts and path.is_relative_to(Path(torch.__file__).parent)
+    )
+
+
+@contextlib.contextmanager
+def _ran_files(found: set[Path]) -> Iterator[None]:
+    """Collect into `found` the files, outside torch and the standard library, whose functions ran in this thread."""
+    names: set[str] = set()
+    previous = sys.getprofile()
+
+    def see(frame: FrameType, event: str, arg: object) -> None:
+        if event == "call":
+            names.add(frame.f_code.co_filename)
+
+    sys.setprofile(see)
+    try:
+        yield
+    finally:
+        sys.setprofile(previous)
+        found.update(Path(n) for n in names if _is_users(n))
+
+
+@contextlib.contextmanager
+def _our_errors() -> Iterator[None]:
+    try:
+        yield
+    except PieceworkError:
+        raise
+    except torch_private.data_dependent_errors() as error:
+        raise CaptureError(
+            asked="capture the module as one graph",
+            found=f"a step depends on the values of a tensor, not on its shape: {_first_line(error)}",
+            try_="compute it with tensor operations (torch.where, masks), or hide it in an opaque operator",
+            location=_user_line(error),
+        ) from error
+    except Exception as error:  # noqa: BLE001  whatever the user's forward raises while it is traced
+        raise CaptureError(
+            asked="capture the module as one graph",
+            found=f"{type(error).__name__}: {_first_line(error)}",
+            try_="run the module eagerly on the example inputs first; what works there and not here can't be traced",
+            location=_user_line(error),
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
+
+
+def _user_line(error: BaseException) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_users(f.filename)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+
+
+def _check_contract(session: torch_private.SymbolicSession, *, what: str) -> None:
+    guards = session.narrowing_guards()
+    if guards:
+        raise ShapeContractError(
+            asked=f"a graph of {what} for the whole declared range of every size",
+            found="the trace holds only where " + " and ".join(sorted({g.expr for g in guards})[:4]),
+            try_="declare a range in which that holds, or change the line so that it does not depend on the size",
+            location=next((g.location for g in guards if g.location), ""),
+        )
+
+
+def _mutates(graph: torch.fx.Graph, *, opaque: frozenset[str]) -> bool:
+    return any(
+        isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable and n.target._schema.name not in opaque
+        for n in graph.nodes
+        if n.op == "call_function"
+    )
+
+
+def is_opaque(node: torch.fx.Node, opaque: frozenset[str]) -> bool:
+    """Whether `node` calls an operator at which the graph is cut."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in opaque
+
+
+def _canonicalize(graph: torch.fx.Graph, *, opaque: frozenset[str]) -> None:
+    """Compute every symbolic size once, directly after the placeholders' first use, and drop what nobody uses."""
+    first: dict[str, torch.fx.Node] = {}
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, torch.SymInt):
+            continue
+        known = first.setdefault(str(value.node.expr), node)
+        if known is not node:
+            node.replace_all_uses_with(known)
+            graph.erase_node(node)
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users and not is_opaque(node, opaque):
+            graph.erase_node(node)
+
+

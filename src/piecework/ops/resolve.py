@@ -1,0 +1,54 @@
+"""From the names and tags of a program back to torch's operators and values."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from piecework.errors import InternalError
+from piecework.ops import linear as _linear  # noqa: F401  registers piecework::linear
+from piecework.ops.program import decode_scalar
+
+_PYTHON = {
+    f"operator.{n}": getattr(operator, n)
+    for n in "add sub mul floordiv truediv mod neg pow getitem eq ne lt le gt ge and_ or_".split()
+}
+_TORCH = {f"torch.{n}": getattr(torch, n) for n in "sym_max sym_min sym_int sym_float sym_ite sym_not".split()}
+_MATH = {f"math.{n}": getattr(math, n) for n in "ceil floor trunc".split()}
+_FUNCTIONS: Mapping[str, Callable[..., Any]] = {**_PYTHON, **_TORCH, **_MATH}
+
+
+def resolve_target(name: str) -> Callable[..., Any]:
+    """Return the operator that a program calls `name`: "aten.add.Tensor", "operator.mul", …"""
+    if name in _FUNCTIONS:
+        return _FUNCTIONS[name]
+    parts = name.split(".")
+    if len(parts) != 3:
+        raise InternalError(f"no operator of a program: {name!r}")
+    namespace, op, overload = parts
+    found: Callable[..., Any] = getattr(getattr(getattr(torch.ops, namespace), op), overload)
+    return found
+
+
+def decode(value: Any, reference: Callable[[str, int], Any]) -> Any:
+    """Decode an argument; `reference(kind, index)` supplies what {"n": i}, {"i": i} and {"c": i} stand for."""
+    if isinstance(value, Mapping):
+        for kind in ("n", "i", "c"):
+            if kind in value:
+                return reference(kind, value[kind])
+        if "dtype" in value:
+            return getattr(torch, value["dtype"])
+        if "device" in value:
+            return torch.device(value["device"])
+        if "layout" in value:
+            return getattr(torch, value["layout"])
+        if "memory_format" in value:
+            return getattr(torch, value["memory_format"])
+        return decode_scalar(value)
+    if isinstance(value, list):
+        return [decode(v, reference) for v in value]
+    return value

@@ -1,0 +1,1 @@
+"""Transformations of pieces before they are compiled, one per file."""

@@ -1,0 +1,292 @@
+"""The plan of a bundle: the ordered calls that make up one forward pass, and how their constants are made. Data only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from piecework.errors import CorruptBundle
+
+Dim = int | str
+
+
+@dataclass(frozen=True)
+class PlanInput:
+    """An argument of the forward: a tensor whose shape may name sizes, or (shape None) the size `size` as an integer."""
+
+    name: str
+    shape: tuple[Dim, ...] | None = None
+    dtype: str = ""
+    device: str = ""
+    size: str = ""
+
+
+@dataclass(frozen=True)
+class State:
+    """A tensor that opaque ops read and write between calls; the runtime allocates it."""
+
+    name: str
+    shape: tuple[Dim, ...]
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one constant is made: take tensor `name` from the checkpoint (or the bundle's literals), cast, pack."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    literal: bool = False
+    pack: str = ""
+
+
+@dataclass(frozen=True)
+class ShapeRange:
+    """One compiled form of a piece: for min <= size <= max, the artifact's file name, and its device type."""
+
+    min: int
+    max: int
+    artifact: str
+
+
+@dataclass(frozen=True)
+class UniquePiece:
+    """A structurally different piece: fingerprint, artifacts by range of the primary size, numbers for people."""
+
+    fingerprint: str
+    ranges: tuple[ShapeRange, ...]
+    num_ops: int
+    num_constants: int
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A unique piece with one layer's constants (indices of recipes, in the order of the piece's constants)."""
+
+    piece: int
+    constants: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PieceStep:
+    """Run an instance on slots, put its results into slots."""
+
+    instance: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class OpStep:
+    """Call an opaque op. An argument is {"slot": i}, {"state": i}, {"recipe": i}, {"size": expression} or {"const": v}."""
+
+    op: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: tuple[int, ...]
+
+
+Step = PieceStep | OpStep
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a runtime needs besides artifacts and weights.
+
+    Slots 0 … len(inputs) - 1 hold the arguments. `output_slots` are the flat results, `structure` how they make up the
+    module's result (graph/structure.py), `arguments` how a caller's arguments map to inputs.
+    """
+
+    sizes: Mapping[str, tuple[int, int]]
+    primary: str
+    inputs: tuple[PlanInput, ...]
+    states: tuple[State, ...]
+    recipes: tuple[Recipe, ...]
+    pieces: tuple[UniquePiece, ...]
+    instances: tuple[Instance, ...]
+    steps: tuple[Step, ...]
+    num_slots: int
+    output_slots: tuple[int, ...]
+    structure: Any
+    arguments: Any = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return compact JSON: runs of recipes and states that differ in a layer's number only are written once."""
+        ops = sorted({s.op for s in self.steps if isinstance(s, OpStep)})
+        return {
+            "sizes": {n: list(r) for n, r in self.sizes.items()},
+            "primary": self.primary,
+            "inputs": [_without_defaults(asdict(i)) for i in self.inputs],
+            "states": _compact([_without_defaults(asdict(s)) for s in self.states]),
+            "recipes": _compact([_without_defaults(asdict(r)) for r in self.recipes]),
+            "pieces": [asdict(p) for p in self.pieces],
+            "instances": [[i.piece, list(i.constants)] for i in self.instances],
+            "ops": ops,
+            "steps": [_step_to_json(s, ops) for s in self.steps],
+            "num_slots": self.num_slots,
+            "output_slots": list(self.output_slots),
+            "structure": self.structure,
+            "arguments": self.arguments,
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Plan:
+        """Read what `to_json` wrote. Raises CorruptBundle where it is no plan."""
+        try:
+            return _plan(data)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise CorruptBundle(
+                asked="read the plan of a bundle",
+                found=f"it is malformed: {type(error).__name__} {error}",
+                try_="compile the model again",
+                file="plan.json",
+            ) from error
+
+
+def _plan(data: Mapping[str, Any]) -> Plan:
+    return Plan(
+        sizes={n: (int(lo), int(hi)) for n, (lo, hi) in data["sizes"].items()},
+        primary=data["primary"],
+        inputs=tuple(_plan_input(i) for i in data["inputs"]),
+        states=tuple(State(**{**s, "shape": tuple(s["shape"])}) for s in _expand(data["states"])),
+        recipes=tuple(Recipe(**{**r, "shape": tuple(r["shape"])}) for r in _expand(data["recipes"])),
+        pieces=tuple(
+            UniquePiece(**{**p, "ranges": tuple(ShapeRange(**r) for r in p["ranges"])}) for p in data["pieces"]
+        ),
+        instances=tuple(Instance(int(piece), tuple(constants)) for piece, constants in data["instances"]),
+        steps=tuple(_step_from_json(s, data["ops"]) for s in data["steps"]),
+        num_slots=int(data["num_slots"]),
+        output_slots=tuple(data["output_slots"]),
+        structure=data["structure"],
+        arguments=data["arguments"],
+    )
+
+
+def _plan_input(data: Mapping[str, Any]) -> PlanInput:
+    shape = data.get("shape")
+    return PlanInput(**{**data, "shape": None if shape is None else tuple(shape)})
+
+
+def _step_to_json(step: Step, ops: Sequence[str]) -> list[Any]:
+    if isinstance(step, PieceStep):
+        return [step.instance, list(step.inputs), list(step.outputs)]
+    return [ops.index(step.op), list(step.args), dict(step.kwargs), list(step.outputs)]
+
+
+def _step_from_json(data: Sequence[Any], ops: Sequence[str]) -> Step:
+    if len(data) == 3:
+        instance, inputs, outputs = data
+        return PieceStep(int(instance), tuple(inputs), tuple(outputs))
+    op, args, kwargs, outputs = data
+    return OpStep(ops[op], tuple(args), kwargs, tuple(outputs))
+
+
+def _without_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items() if v not in (None, "", False)}
+
+
+_NUMBER = re.compile(r"\.(\d+)\.")
+
+
+def _compact(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write runs of items whose names count up, "a.0.b", "a.1.b" …, as one item with `name` "a.#.b" and `run` [0, n]."""
+    out: list[dict[str, Any]] = []
+    for item in items:
+        match = _NUMBER.search(item["name"])
+        if match is None:
+            out.append(item)
+            continue
+        number = int(match.group(1))
+        pattern = {**item, "name": item["name"][: match.start(1)] + "#" + item["name"][match.end(1) :]}
+        if out and "run" in out[-1]:
+            start, end = out[-1]["run"]
+            if number == end and {**out[-1], "run": None} == {**pattern, "run": None}:
+                out[-1] = {**pattern, "run": [start, end + 1]}
+                continue
+        out.append({**pattern, "run": [number, number + 1]})
+    return out
+
+
+def _expand(items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    out: list[dict[str, Any]] = []
+    for item in items:
+        rest = {k: v for k, v in item.items() if k != "run"}
+        if "run" not in item:
+            out.append(rest)
+            continue
+        start, end = item["run"]
+        if not 0 <= end - start <= 1_000_000:
+            raise ValueError(f"a run of {end - start} items")
+        out.extend({**rest, "name": item["name"].replace("#", str(i), 1)} for i in range(start, end))
+    return out
+
+
+def size_expression(text: str) -> Callable[[Mapping[str, int]], int]:
+    """Return a function that computes an expression over sizes: names, numbers, + - * // and parentheses.
+
+    Raises ValueError for anything else; nothing is evaluated as Python code.
+    """
+    tokens = re.findall(r"[A-Za-z_]\w*|\d+|//|[-+*()]", text)
+    if "".join(tokens) != text.replace(" ", ""):
+        raise ValueError(f"no expression over sizes: {text!r}")
+    position = 0
+
+    def peek() -> str:
+        return tokens[position] if position < len(tokens) else ""
+
+    def take() -> str:
+        nonlocal position
+        position += 1
+        return tokens[position - 1]
+
+    def atom() -> Callable[[Mapping[str, int]], int]:
+        token = take() if position < len(tokens) else ""
+        if token == "(":
+            inner = total()
+            if not peek() == ")":
+                raise ValueError(f"no expression over sizes: {text!r}")
+            take()
+            return inner
+        if token == "-":
+            negated = atom()
+            return lambda env: -negated(env)
+        if token.isdigit():
+            number = int(token)
+            return lambda env: number
+        if token.isidentifier():
+            return lambda env: env[token]
+        raise ValueError(f"no expression over sizes: {text!r}")
+
+    def product() -> Callable[[Mapping[str, int]], int]:
+        left = atom()
+        while peek() in {"*", "//"}:
+            left = _combine(left, take(), atom())
+        return left
+
+    def total() -> Callable[[Mapping[str, int]], int]:
+        left = product()
+        while peek() in {"+", "-"}:
+            left = _combine(left, take(), product())
+        return left
+
+    made = total()
+    if position != len(tokens):
+        raise ValueError(f"no expression over sizes: {text!r}")
+    return made
+
+
+def _combine(
+    left: Callable[[Mapping[str, int]], int], sign: str, right: Callable[[Mapping[str, int]], int]
+) -> Callable[[Mapping[str, int]], int]:
+    if sign == "+":
+        return lambda env: left(env) + right(env)
+    if sign == "-":
+        return lambda env: left(env) - right(env)
+    if sign == "*":
+        return lambda env: left(env) * right(env)
+    return lambda env: left(env) // right(env)
