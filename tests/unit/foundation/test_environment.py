@@ -1,0 +1,47 @@
+from pathlib import Path
+
+import pytest
+
+from piecework.foundation.environment import Environment, child_variables, read_environment
+
+
+@pytest.mark.parametrize(
+    ("variables", "root"),
+    [
+        ({"PIECEWORK_HOME": "/p", "XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/p"),
+        ({"PIECEWORK_HOME": "", "XDG_CACHE_HOME": "/x", "HOME": "/h"}, "/x/piecework"),
+        ({"XDG_CACHE_HOME": "relative", "HOME": "/h"}, "/h/.cache/piecework"),
+        ({"HOME": "/h"}, "/h/.cache/piecework"),
+    ],
+)
+def test_store_root(variables: dict[str, str], root: str) -> None:
+    assert read_environment(variables) == Environment(store_root=Path(root))
+
+
+def test_relative_home_is_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_environment({"PIECEWORK_HOME": "here"}).store_root == tmp_path / "here"
+
+
+def test_without_home_the_user_database_says() -> None:
+    assert read_environment({}).store_root.is_absolute()
+
+
+def test_compiler_and_color() -> None:
+    environment = read_environment({"HOME": "/h", "CXX": "clang++ -v", "NO_COLOR": "1"})
+    assert (environment.compiler, environment.no_color) == ("clang++ -v", True)
+    assert read_environment({"HOME": "/h", "CXX": ""}).compiler is None
+
+
+def test_reads_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIECEWORK_HOME", "/somewhere")
+    assert read_environment().store_root == Path("/somewhere")
+
+
+def test_child_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIECEWORK_TEST_KEPT", "kept")
+    monkeypatch.setenv("PIECEWORK_TEST_GONE", "gone")
+    child = child_variables({"PIECEWORK_TEST_GONE": None, "PIECEWORK_TEST_NEW": "new", "PIECEWORK_TEST_NEVER": None})
+    assert child["PIECEWORK_TEST_KEPT"] == "kept"
+    assert child["PIECEWORK_TEST_NEW"] == "new"
+    assert "PIECEWORK_TEST_GONE" not in child

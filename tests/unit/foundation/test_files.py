@@ -1,0 +1,183 @@
+import errno
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from piecework.errors import StoreError
+from piecework.foundation import files
+from piecework.foundation.files import Existing
+
+
+@contextmanager
+def child(run: "object") -> Iterator[int]:
+    """Run a function in a forked process, which is killed at the end."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            run()  # type: ignore[operator]
+        finally:
+            os._exit(0)
+    try:
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def wait_until(path: Path) -> None:
+    deadline = threading.Event()
+    for _ in range(500):
+        if path.exists():
+            return
+        deadline.wait(0.01)
+    raise AssertionError(f"{path} never came")
+
+
+def test_write_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file"
+    files.write_file(path, b"one")
+    files.write_file(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert os.listdir(path.parent) == ["file"]
+
+
+def test_copy_file(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"data")
+    files.copy_file(tmp_path / "source", to=tmp_path / "to" / "copy")
+    assert (tmp_path / "to" / "copy").read_bytes() == b"data"
+
+
+def test_failed_write_leaves_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    files.write_file(path, b"old")
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="no space left") as caught, files.store_errors("write it"):
+        files.write_file(path, b"new")
+    assert caught.value.asked == "write it"
+    assert "free some space" in caught.value.try_
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("number", "found"),
+    [
+        (errno.ENOSPC, "no space left"),
+        (errno.EDQUOT, "no space left"),
+        (errno.EROFS, "read-only file system"),
+        (errno.EACCES, "permission denied"),
+        (errno.EPERM, "permission denied"),
+        (errno.ENOTDIR, "Not a directory"),
+    ],
+)
+def test_store_errors_say_what_helps(number: int, found: str) -> None:
+    with pytest.raises(StoreError) as caught, files.store_errors("do it"):
+        raise OSError(number, os.strerror(number), "/place")
+    assert found in caught.value.found
+    assert "/place" in caught.value.found
+    assert "PIECEWORK_HOME" in caught.value.try_
+
+
+def test_a_file_where_a_directory_belongs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreError), files.store_errors("write"):
+        files.write_file(tmp_path / "file" / "below", b"")
+
+
+def test_scratch_is_removed_also_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), files.scratch(tmp_path) as directory:
+        (directory / "deep").mkdir()
+        (directory / "deep" / "file").write_bytes(b"")
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+
+
+def test_scratch_of_the_living_stays_and_of_the_dead_goes(tmp_path: Path) -> None:
+    def hold() -> None:
+        with files.scratch(tmp_path) as directory:
+            (directory / "ready").write_bytes(b"")
+            signal.pause()
+
+    def scratches() -> list[Path]:
+        return [path for path in tmp_path.iterdir() if path.is_dir()]
+
+    with child(hold):
+        for _ in range(500):
+            if any((path / "ready").exists() for path in scratches()):
+                break
+            threading.Event().wait(0.01)
+        assert files.remove_stale_scratch(tmp_path) == 0
+        assert len(scratches()) == 1
+    assert files.remove_stale_scratch(tmp_path) == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_remove_stale_scratch_of_a_missing_directory(tmp_path: Path) -> None:
+    assert files.remove_stale_scratch(tmp_path / "none") == 0
+
+
+def test_publish_directory_keeps(tmp_path: Path) -> None:
+    for name, content in (("one", b"1"), ("two", b"2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(content)
+    place = tmp_path / "to" / "place"
+    assert files.publish_directory(tmp_path / "one", to=place, existing=Existing.KEEP)
+    assert not files.publish_directory(tmp_path / "two", to=place, existing=Existing.KEEP)
+    assert (place / "file").read_bytes() == b"1"
+    assert files.publish_directory(tmp_path / "two", to=place, existing=Existing.REPLACE)
+    assert (place / "file").read_bytes() == b"2"
+    assert os.listdir(place.parent) == ["place"]
+
+
+def test_lock_excludes_threads_and_leaves_no_file(tmp_path: Path) -> None:
+    inside, most = 0, 0
+    mutex = threading.Lock()
+
+    def work() -> None:
+        nonlocal inside, most
+        for _ in range(20):
+            with files.lock(tmp_path / "lock"):
+                with mutex:
+                    inside += 1
+                    most = max(most, inside)
+                with mutex:
+                    inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_lock_times_out(tmp_path: Path) -> None:
+    def attempt() -> None:
+        with files.lock(tmp_path / "lock", timeout_s=0.05):
+            pass
+
+    with files.lock(tmp_path / "lock"), pytest.raises(StoreError, match="another process"):
+        attempt()
+    attempt()
+
+
+def test_a_dead_process_holds_no_lock(tmp_path: Path) -> None:
+    def hold() -> None:
+        with files.lock(tmp_path / "lock"):
+            (tmp_path / "ready").write_bytes(b"")
+            signal.pause()
+
+    with child(hold):
+        wait_until(tmp_path / "ready")
+    with files.lock(tmp_path / "lock", timeout_s=1):
+        pass
