@@ -1,0 +1,147 @@
+"""What a model directory says about its model, read without transformers and without torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from piecework.errors import UnsupportedModelError
+
+SUPPORTED_MODEL_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3")
+DTYPES: Final = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The part of config.json and generation_config.json that a warm start needs.
+
+    Attributes:
+        path: the model directory.
+        raw: config.json as it stands.
+        model_type: "llama", ...
+        architecture: the class that transformers would build, "LlamaForCausalLM".
+        num_layers, num_heads, num_kv_heads, head_dim, hidden_size, vocab_size: sizes of the network.
+        max_positions: longest sequence the positions are made for, in tokens.
+        dtype: the weights' type as the checkpoint's author gives it, one of DTYPES.
+        eos_token_ids: tokens that end a generation.
+        tie_word_embeddings: whether the output projection is the embedding.
+    """
+
+    path: Path
+    raw: Mapping[str, Any]
+    model_type: str
+    architecture: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    max_positions: int
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+    tie_word_embeddings: bool
+
+
+def read_config(model_dir: Path) -> ModelConfig:
+    """Read a model directory in Hugging Face layout.
+
+    Raises UnsupportedModelError where config.json is missing or broken, or its model is none that piecework compiles.
+    """
+    asked = f"the model in {model_dir}"
+    raw = read_json_file(model_dir / "config.json", asked=asked)
+    model_type, architecture = _supported(raw, asked=asked)
+    try:
+        return _model_config(model_dir, raw, model_type, architecture)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UnsupportedModelError(
+            asked=asked,
+            found=f"config.json lacks a field or holds a wrong value: {type(error).__name__} {error}",
+            try_="compare it with the config.json of the model it was made from",
+        ) from error
+
+
+def read_json_file(path: Path, *, asked: str) -> dict[str, Any]:
+    """Read a JSON object of a model directory; raises UnsupportedModelError where that isn't one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UnsupportedModelError(
+            asked=asked,
+            found=f"no {path.name} in {path.parent}" if path.parent.is_dir() else f"no directory {path.parent}",
+            try_="give a directory in Hugging Face layout: config.json, *.safetensors, tokenizer.json",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(
+            asked=asked, found=f"{path} can't be read as JSON: {error}", try_="download or write the file again"
+        ) from error
+    if not isinstance(value, dict):
+        raise UnsupportedModelError(asked=asked, found=f"{path} holds no JSON object", try_="write the file again")
+    return value
+
+
+def _supported(raw: Mapping[str, Any], *, asked: str) -> tuple[str, str]:
+    """Return model type and architecture, or raise UnsupportedModelError."""
+    supported = f"supported model types: {', '.join(SUPPORTED_MODEL_TYPES)}"
+    model_type = raw.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        found = f"model_type {model_type!r}" if model_type else "config.json names no model_type"
+        raise UnsupportedModelError(asked=asked, found=found, try_=supported)
+    architectures = raw.get("architectures")
+    if not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str)):
+        raise UnsupportedModelError(
+            asked=asked,
+            found='config.json names no "architectures"',
+            try_='add what transformers writes there, such as "architectures": ["LlamaForCausalLM"]',
+        )
+    if not architectures[0].endswith("ForCausalLM"):
+        raise UnsupportedModelError(
+            asked=asked, found=f"architecture {architectures[0]}, which is no causal language model", try_=supported
+        )
+    if "quantization_config" in raw:
+        raise UnsupportedModelError(
+            asked=asked, found="quantized weights (quantization_config)", try_="use the unquantized checkpoint"
+        )
+    return model_type, architectures[0]
+
+
+def _model_config(model_dir: Path, raw: Mapping[str, Any], model_type: str, architecture: str) -> ModelConfig:
+    num_heads = int(raw["num_attention_heads"])
+    hidden_size = int(raw["hidden_size"])
+    return ModelConfig(
+        path=model_dir,
+        raw=raw,
+        model_type=model_type,
+        architecture=architecture,
+        num_layers=int(raw["num_hidden_layers"]),
+        num_heads=num_heads,
+        num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
+        head_dim=int(raw.get("head_dim") or hidden_size // num_heads),
+        hidden_size=hidden_size,
+        vocab_size=int(raw["vocab_size"]),
+        max_positions=int(raw.get("max_position_embeddings") or 2048),
+        dtype=_dtype(raw),
+        eos_token_ids=_eos_token_ids(model_dir, raw),
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+    )
+
+
+def _dtype(raw: Mapping[str, Any]) -> str:
+    """Return the declared type of the weights; float32 where none is, as transformers has it."""
+    dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+    return str(dtype)
+
+
+def _eos_token_ids(model_dir: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the stop tokens of generation_config.json, or of config.json where that names none."""
+    path = model_dir / "generation_config.json"
+    generation = read_json_file(path, asked=f"the generation settings in {model_dir}") if path.exists() else {}
+    value = generation.get("eos_token_id", raw.get("eos_token_id"))
+    if value is None:
+        return ()
+    return tuple(int(token) for token in value) if isinstance(value, list) else (int(value),)
