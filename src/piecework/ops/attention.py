@@ -45,7 +45,8 @@ def attention_native(
         query: [T, H, D], float32 | bfloat16 | float16, any strides; tokens grouped by sequence.
         key: [T, K, D], dtype of the cache; K divides H.
         value: [T, K, D], dtype of the cache.
-        kv_cache: [2, N, B, K, D]; keys at 0, values at 1; written in place.
+        kv_cache: [2, N, B, K, D]; keys at 0, values at 1; written in place. Allocate it with zeros: slots that no token
+            was written to get weight zero, which only finite values survive.
         slot_mapping: [T] int64, block * B + offset of each new token.
         block_tables: [S, W] int64; row s lists the blocks of sequence s, padded with any valid block.
         seq_lens: [S] int64, tokens in the cache after this step, at least 1.

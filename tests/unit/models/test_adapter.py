@@ -1,0 +1,147 @@
+"""The adapter's module, run eagerly on the paged cache, against transformers' own forward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from piecework.errors import UnsupportedModelError
+from piecework.models.adapter import build_causal_lm
+from tests.unit.models.tiny import FAMILIES, EagerModel, eager_pair, reference_model, write_config
+
+
+def forward(model: EagerModel, sequences: list[tuple[Tensor, int, list[int]]]) -> Tensor:
+    """Run a batch of (tokens so far, number of new ones, blocks), decode sequences first; logits of the new tokens."""
+    inputs: dict[str, list[Tensor]] = {"ids": [], "positions": [], "slots": []}
+    width = max(len(blocks) for _, _, blocks in sequences)
+    for tokens, num_new, blocks in sequences:
+        positions = torch.arange(len(tokens) - num_new, len(tokens))
+        inputs["ids"].append(tokens[positions])
+        inputs["positions"].append(positions)
+        inputs["slots"].append(torch.tensor(blocks)[positions // 16] * 16 + positions % 16)
+    num_new_tokens = [num_new for _, num_new, _ in sequences]
+    (logits,) = model.run(
+        {
+            "input_ids": torch.cat(inputs["ids"]),
+            "positions": torch.cat(inputs["positions"]),
+            "slot_mapping": torch.cat(inputs["slots"]),
+            "block_tables": torch.tensor([blocks + [0] * (width - len(blocks)) for _, _, blocks in sequences]),
+            "seq_lens": torch.tensor([len(tokens) for tokens, _, _ in sequences]),
+            "query_start": torch.tensor([0, *num_new_tokens]).cumsum(0),
+            "logits_indices": torch.arange(sum(num_new_tokens)),
+            "num_decode_tokens": next((i for i, n in enumerate(num_new_tokens) if n != 1), len(sequences)),
+        }
+    )
+    return logits
+
+
+def expected(reference: nn.Module, sequences: list[tuple[Tensor, int, list[int]]]) -> Tensor:
+    with torch.inference_mode():
+        return torch.cat([reference(tokens.unsqueeze(0)).logits[0, -num_new:] for tokens, num_new, _ in sequences])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers_for_prefill_chunks_decode_and_a_mix(tmp_path: Path, family: str) -> None:
+    reference, model = eager_pair(tmp_path, family)
+    model.make_states({"blocks": 9})
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(3, 131, (40,), generator=generator) for _ in range(2))
+    a_blocks, b_blocks = [7, 2, 5], [1, 8, 3]
+    steps = [
+        [(a[:18], 18, a_blocks)],
+        [(a[:19], 1, a_blocks), (b[:20], 20, b_blocks)],
+        [(a[:20], 1, a_blocks), (b[:33], 13, b_blocks)],
+        [(a[:21], 1, a_blocks), (b[:34], 1, b_blocks)],
+        [(b[:35], 1, b_blocks)],
+    ]
+    for step in steps:
+        wanted = expected(reference, step)
+        error = (forward(model, step) - wanted).abs().max() / wanted.abs().max()
+        assert error <= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_as_close_to_float32_as_transformers_bfloat16(tmp_path: Path, family: str) -> None:
+    model_dir = write_config(tmp_path, family)
+    exact = reference_model(model_dir)
+    rounded = reference_model(model_dir).to(torch.bfloat16)
+    request = build_causal_lm(model_dir, dtype="bfloat16", max_tokens=64)
+    model = EagerModel(request, rounded.state_dict())
+    model.make_states({"blocks": 4})
+    tokens = torch.arange(3, 43)
+    step = [(tokens, 40, [1, 3, 2])]
+    wanted = expected(exact, step)
+    ours = (forward(model, step).float() - wanted).abs().mean()
+    theirs = (expected(rounded, step).float() - wanted).abs().mean()
+    assert ours <= 1.25 * theirs
+
+
+def test_only_buffers_are_real(tmp_path: Path) -> None:
+    request = build_causal_lm(write_config(tmp_path, "llama"), dtype="bfloat16", max_tokens=64)
+    assert all(p.is_meta and p.dtype == torch.bfloat16 and not p.requires_grad for p in request.module.parameters())
+    buffers = {n: b for n, b in request.module.named_buffers() if n not in request.states}
+    assert "model.rotary_emb.inv_freq" in buffers
+    assert all(b.device.type == "cpu" and b.dtype == torch.float32 for b in buffers.values())
+    assert not request.module.training
+
+
+def test_the_request_declares_one_cache_per_layer(tmp_path: Path) -> None:
+    request = build_causal_lm(write_config(tmp_path, "qwen3"), max_tokens=77)
+    assert list(request.states) == [f"model.layers.{i}.self_attn.kv_cache" for i in range(3)]
+    assert request.states["model.layers.0.self_attn.kv_cache"].shape == (2, "blocks", 16, 2, 32)
+    assert next(iter(request.sizes)) == "tokens"
+    assert (request.sizes["tokens"].min, request.sizes["tokens"].max) == (1, 77)
+    assert request.opaque == {"piecework::attention"}
+
+
+@pytest.mark.parametrize(("tied", "num_parameters"), [(True, 29), (False, 30)])
+def test_tied_weights_are_one_parameter(tmp_path: Path, tied: bool, num_parameters: int) -> None:
+    model_dir = write_config(tmp_path, "llama", tie_word_embeddings=tied)
+    module = build_causal_lm(model_dir, max_tokens=64).module
+    assert (module.lm_head.weight is module.model.embed_tokens.weight) is tied
+    assert len(list(module.parameters())) == num_parameters
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_data_dependent_rope_is_refused(tmp_path: Path, rope: str) -> None:
+    scaling = {"rope_type": rope, "factor": 2.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    scaling |= {"original_max_position_embeddings": 256}
+    model_dir = write_config(tmp_path, "llama", rope_scaling=scaling)
+    with pytest.raises(UnsupportedModelError, match=rope):
+        build_causal_lm(model_dir, max_tokens=64)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ],
+)
+def test_static_rope_types_equal_transformers(tmp_path: Path, scaling: dict[str, object]) -> None:
+    reference, model = eager_pair(tmp_path, "llama", rope_scaling=scaling)
+    model.make_states({"blocks": 4})
+    step = [(torch.arange(3, 43), 40, [1, 3, 2])]
+    wanted = expected(reference, step)
+    assert (forward(model, step) - wanted).abs().max() / wanted.abs().max() <= 1e-5
+
+
+def test_an_architecture_that_is_not_what_transformers_builds_is_refused(tmp_path: Path) -> None:
+    model_dir = write_config(tmp_path, "llama", architectures=["OtherForCausalLM"])
+    with pytest.raises(UnsupportedModelError, match="OtherForCausalLM"):
+        build_causal_lm(model_dir, max_tokens=64)
+
+
+def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="int3"):
+        build_causal_lm(write_config(tmp_path, "llama"), dtype="int3", max_tokens=64)
