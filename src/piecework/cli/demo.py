@@ -46,7 +46,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--store", type=Path, metavar="DIR", help="use the store in DIR as it is; the compile may then find its bundle"
     )
     parser.add_argument("--json", action="store_true", help="print every figure as one JSON object")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         console.out_json({"prompt": PROMPT, "store": str(store), "compile": compiled, "generate": generated})
         return 0
     console.out(f"\n{PROMPT}{generated['text']}\n")
-    console.table(rows(compiled, generated))
+    console.out(console.format_table(rows(compiled, generated)))
     return 0
 
 
@@ -115,12 +114,14 @@ def _demo_store(*, keep: Path | None, store: Path | None) -> Iterator[Path]:
 
 def _figures(command: Sequence[str], *, store: Path) -> dict[str, Any]:
     """Run a piecework command with --json on `store`, its progress going to our stderr, and return what it printed."""
-    # The child shares our stderr, so that its own progress display is what the user sees.
+    # The child shares our stderr, so that its own progress display is what the user sees. It has its own process group,
+    # so that an interrupt comes to it once, from us, however it came to us.
     child = subprocess.Popen(
         [sys.executable, "-m", "piecework", *command, "--json"],
         stdout=subprocess.PIPE,
         text=True,
         env=child_variables({"PIECEWORK_HOME": str(store)}),
+        process_group=0,
     )
     try:
         printed, _ = child.communicate()
@@ -138,7 +139,8 @@ def _figures(command: Sequence[str], *, store: Path) -> dict[str, Any]:
 
 
 def _end(child: subprocess.Popen[str]) -> None:
-    """Let an interrupted child clean up (the terminal's Ctrl-C reached it as well), then make sure it is gone."""
+    """Let the child end its workers and clean up, then make sure that it is gone."""
+    child.terminate()
     try:
         child.wait(timeout=INTERRUPT_GRACE_S)
     except subprocess.TimeoutExpired:
