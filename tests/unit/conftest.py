@@ -76,7 +76,7 @@ def write_sample(sample_content: BundleContent, tmp_path: Path) -> Callable[...,
     """Return a function that writes the sample to a path; keywords replace parts of it."""
 
     def write(path: Path, **changes: Any) -> Bundle:
-        content = {**vars(sample_content), **changes}
-        return write_bundle(path, extract_root=tmp_path / "home", **content)
+        content = {"extract_root": tmp_path / "home", **vars(sample_content), **changes}
+        return write_bundle(path, **content)
 
     return write

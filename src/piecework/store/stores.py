@@ -126,13 +126,12 @@ def check_key(key: str) -> str:
 class MemoryStore(Store):
     """A store that forgets everything; a double for tests.
 
-    What it holds can be loaded by path all the same, so its files live in a temporary directory, which is removed
-    with the store.
+    Args:
+        root: an existing directory, which whoever made it removes: what is stored can be loaded by path all the same.
     """
 
-    def __init__(self) -> None:
-        self._home = tempfile.TemporaryDirectory(prefix="piecework-")
-        self._root = Path(self._home.name)
+    def __init__(self, root: Path) -> None:
+        self._root = root
         self._artifacts: dict[str, Artifact] = {}
         self._bundles: dict[str, Path] = {}
         self._aside: list[StoredItem] = []
@@ -167,8 +166,10 @@ class MemoryStore(Store):
         build_content(path, content=content)
         bundle = open_bundle(path)
         present = self._bundles.get(key)
-        if present is not None and (kept := open_bundle(present)).facts == bundle.facts:
-            return kept
+        if present is not None:
+            if (kept := open_bundle(present)).facts == bundle.facts:
+                return kept
+            self.set_aside(Kind.BUNDLE, key, reason="a bundle with other facts was stored under the same key")
         self._bundles[key] = path
         return bundle
 
