@@ -20,12 +20,13 @@ from piecework.ops.program import Program
 
 @dataclass(frozen=True)
 class Piece:
-    """One piece: its program, and what stands for the program's inputs, constants and outputs in the whole graph."""
+    """One piece: its program, and what stands for its inputs, constants, outputs and symbols in the whole graph."""
 
     program: Program
     inputs: tuple[torch.fx.Node, ...]
     constants: tuple[str, ...]
     outputs: tuple[torch.fx.Node, ...]
+    symbols: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _piece(
     for node in nodes:
         builder.call(node)
     program = builder.finish(outputs)
-    return Piece(program, tuple(builder.inputs), tuple(weights[n] for n in builder.constants), outputs)
+    return Piece(program, tuple(builder.inputs), tuple(weights[n] for n in builder.constants), outputs, builder.symbols())
 
 
 def _used_outside(user: torch.fx.Node, own: set[torch.fx.Node]) -> bool:

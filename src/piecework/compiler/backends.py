@@ -1,0 +1,78 @@
+"""Backends: from jobs to artifact files, behind one interface."""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, final
+
+from piecework.compiler.job import Job
+from piecework.compiler.pool import WorkerPool
+from piecework.compiler.toolchain import find_toolchain
+from piecework.foundation.target import Target
+
+OnEvent = Callable[[Mapping[str, Any]], None]
+
+
+class Backend(ABC):
+    """Compiles jobs. Made before there are any, so that it can prepare meanwhile; closed whatever happens."""
+
+    @abstractmethod
+    def compile(self, jobs: Mapping[str, Job], *, on_event: OnEvent) -> Mapping[str, Path]:
+        """Return each job's artifact file. Raises CompileError, ShapeContractError, StoreError."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End everything that was started."""
+
+
+@final
+class AotiBackend(Backend):
+    """AOTInductor libraries, compiled in parallel worker processes.
+
+    Args:
+        root: directory for what is kept between compiles (the toolchain's prefix and runtime).
+        scratch: directory for this compile's files.
+        compiler: the C++ compiler's command, or None to search for one. Raises CompileError where there is none.
+        target: the CPU.
+    """
+
+    def __init__(self, *, root: Path, scratch: Path, compiler: str | None, target: Target) -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        toolchain = find_toolchain(root, compiler=compiler)
+        jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._pool = WorkerPool(toolchain=toolchain, scratch=scratch, target=target, jobs=jobs)
+
+    def compile(self, jobs: Mapping[str, Job], *, on_event: OnEvent) -> Mapping[str, Path]:
+        """See `Backend.compile`."""
+        if not jobs:
+            return {}
+        return {name: done.path for name, done in self._pool.run(jobs, on_event=on_event).items()}
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._pool.close()
+
+
+@final
+class EagerBackend(Backend):
+    """Artifacts that hold the program itself; the runtime calls its operators one by one. For tests and debugging."""
+
+    def __init__(self, *, scratch: Path) -> None:
+        self._scratch = scratch
+
+    def compile(self, jobs: Mapping[str, Job], *, on_event: OnEvent) -> Mapping[str, Path]:
+        """See `Backend.compile`."""
+        made = {}
+        for name, job in jobs.items():
+            on_event({"event": "start", "job": name})
+            made[name] = self._scratch / f"{name}.json"
+            made[name].write_text(json.dumps(job.program.to_json(), sort_keys=True, separators=(",", ":")))
+            on_event({"event": "done", "job": name, "seconds": 0.0})
+        return made
+
+    def close(self) -> None:
+        """See `Backend.close`."""

@@ -1,0 +1,137 @@
+"""Compile the model of a directory in Hugging Face layout."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from piecework.compiler.backends import AotiBackend, Backend, EagerBackend
+from piecework.compiler.options import BackendName, CompileOptions
+from piecework.foundation.target import Target, read_target
+from piecework.models.bundle_key import bundle_key, expected_facts
+from piecework.models.config import ModelConfig
+from piecework.record import Recorder
+from piecework.store.bundle import Bundle, write_bundle
+from piecework.store.lookup import find_bundle
+from piecework.store.stores import Store
+
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class CompiledModel:
+    """A model's bundle; `cached` says that a valid one was there already."""
+
+    bundle: Bundle
+    cached: bool
+
+
+def compile_model(
+    config: ModelConfig,
+    *,
+    dtype: str,
+    max_tokens: int,
+    options: CompileOptions,
+    check_weights: bool,
+    store: Store,
+    toolchain_root: Path,
+    compiler: str | None,
+    out: Path | None,
+    recorder: Recorder,
+    on_progress: OnProgress,
+) -> CompiledModel:
+    """Return the bundle of a model, compiled unless the store has a valid one.
+
+    Args:
+        config: the model directory's.
+        dtype: type of weights and activations.
+        max_tokens: most tokens in one forward pass.
+        options: how to compile.
+        check_weights: whether the checkpoint must hold every tensor in the right shape; else only config.json is read.
+        store: where artifacts and (without `out`) the bundle live.
+        toolchain_root: directory for what the C++ compiler prepares once per machine.
+        compiler: the C++ compiler's command, or None to search for one.
+        out: where to write the bundle; None for the store.
+        recorder, on_progress: see `compiler.driver.compile_request`.
+
+    Raises UnsupportedModelError, WeightsError, CaptureError, ShapeContractError, CompileError, StoreError.
+    """
+    target = read_target()
+    expected = expected_facts(config, dtype=dtype, max_tokens=max_tokens, options=options.facts())
+    key = bundle_key(expected, target=target)
+    with contextlib.ExitStack() as stack:
+        if out is None:
+            stack.enter_context(store.lock(key))
+            found = find_bundle(store, key, report=recorder.note, expected=expected, target=target)
+            if found is not None:
+                return CompiledModel(found, cached=True)
+        scratch = stack.enter_context(store.scratch())
+        backend = stack.enter_context(
+            started_backend(options, scratch=scratch, root=toolchain_root, compiler=compiler, target=target)
+        )
+        with recorder.phase("import"):
+            # heavy imports, while the backend prepares in other processes
+            from piecework.compiler.driver import compile_request  # noqa: PLC0415
+            from piecework.models.adapter import build_causal_lm  # noqa: PLC0415
+        with recorder.phase("build"):
+            request = build_causal_lm(config.path, dtype=dtype, max_tokens=max_tokens)
+            if check_weights:
+                _check_weights(config, request.module)
+        sealed = compile_request(
+            request,
+            options=options,
+            backend=backend,
+            store=store,
+            target=target,
+            recorder=recorder,
+            on_progress=on_progress,
+            facts=expected,
+            identity={
+                "architecture": config.architecture,
+                "layers": config.num_layers,
+                "dtype": dtype,
+                "max_tokens": max_tokens,
+            },
+        )
+        with recorder.phase("seal"):
+            content = sealed.content
+            if out is None:
+                return CompiledModel(store.put_bundle(key, content=content), cached=False)
+            return CompiledModel(
+                write_bundle(
+                    out,
+                    plan=content.plan,
+                    artifacts=content.artifacts,
+                    facts=content.facts,
+                    record=content.record,
+                    constants=content.constants,
+                    identity=content.identity or {},
+                ),
+                cached=False,
+            )
+
+
+@contextlib.contextmanager
+def started_backend(
+    options: CompileOptions, *, scratch: Path, root: Path, compiler: str | None, target: Target
+) -> Iterator[Backend]:
+    """Start the backend that `options` names; it is closed, with its processes, when the block is left."""
+    backend: Backend
+    if options.backend is BackendName.EAGER:
+        backend = EagerBackend(scratch=scratch)
+    else:
+        backend = AotiBackend(root=root, scratch=scratch, compiler=compiler, target=target)
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+def _check_weights(config: ModelConfig, module: Any) -> None:
+    """Raise WeightsError where the checkpoint does not hold what the module needs. Reads headers only."""
+    from piecework.models.checkpoint import open_checkpoint  # noqa: PLC0415  torch comes after the backend has started
+
+    open_checkpoint(config.path).check({n: tuple(p.shape) for n, p in module.named_parameters()})

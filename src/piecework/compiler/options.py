@@ -1,0 +1,66 @@
+"""What a caller of a compile can choose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from piecework.foundation.digests import JsonScalar
+from piecework.foundation.target import Target
+
+
+class BackendName(Enum):
+    """Which backend makes the artifacts."""
+
+    AOTI = "aoti"
+    EAGER = "eager"
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """Options of a compile.
+
+    Attributes:
+        backend: `aoti` makes native libraries, `eager` artifacts that run the pieces operator by operator.
+        ranges: ranges of the primary size (tokens) that get artifacts of their own, ascending and without gaps; empty for
+            one artifact over the whole declared range.
+        pack_linear: whether linear weights are bound packed for oneDNN; None decides by the target.
+    """
+
+    backend: BackendName = BackendName.AOTI
+    ranges: tuple[tuple[int, int], ...] = ()
+    pack_linear: bool | None = None
+
+    def facts(self) -> Mapping[str, JsonScalar]:
+        """Return the options as facts of the bundle."""
+        return {
+            "backend": self.backend.value,
+            "ranges": ",".join(f"{lo}:{hi}" for lo, hi in self.ranges),
+            "pack_linear": self.pack_linear,
+        }
+
+
+def parse_ranges(text: str) -> tuple[tuple[int, int], ...]:
+    """Parse "1,2:64,65:8192". Raises ValueError, with the reason, for anything that isn't ascending without gaps."""
+    ranges: list[tuple[int, int]] = []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        low, colon, high = part.partition(":")
+        if not low.isdigit() or (colon and not high.isdigit()):
+            raise ValueError(f"{part!r} is neither a number nor a range such as 2:64")
+        lo, hi = int(low), int(high) if colon else int(low)
+        if lo < 1 or hi < lo:
+            raise ValueError(f"{part!r} is empty or below 1")
+        if ranges and lo != ranges[-1][1] + 1:
+            raise ValueError(f"{part!r} does not follow on {ranges[-1][0]}:{ranges[-1][1]}")
+        ranges.append((lo, hi))
+    return tuple(ranges)
+
+
+def packed_dtypes(options: CompileOptions, *, target: Target, device: str) -> frozenset[str]:
+    """Return the weight dtypes that are packed for oneDNN on this target: what its x86 kernels support and gain from."""
+    if device != "cpu" or options.backend is not BackendName.AOTI or options.pack_linear is False:
+        return frozenset()
+    if target.machine != "x86_64" or target.isa == "baseline":
+        return frozenset()
+    return frozenset({"float32", "bfloat16"} if target.isa != "avx2" else {"float32"})

@@ -1,0 +1,70 @@
+"""Find the bundle of a model in the store; on a miss, start the compile as a process, by command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from piecework.errors import CompileError, PieceworkError
+from piecework.foundation.target import read_target
+from piecework.models.bundle_key import bundle_key, expected_facts
+from piecework.models.config import ModelConfig
+from piecework.store.bundle import Bundle, open_bundle
+from piecework.store.lookup import find_bundle
+from piecework.store.stores import Store
+
+
+@dataclass(frozen=True)
+class FoundBundle:
+    """An open bundle whose files and facts were checked; `compiled` says that it was a miss."""
+
+    bundle: Bundle
+    compiled: bool
+
+
+def find_or_compile(
+    config: ModelConfig, *, dtype: str, max_tokens: int, store: Store, on_note: Callable[[str], None]
+) -> FoundBundle:
+    """Return the model's bundle from the store, or compile it there.
+
+    Args:
+        config: the model directory's.
+        dtype: type of weights and activations.
+        max_tokens: most tokens in one forward pass.
+        store: the local store, which the compile's process uses as well.
+        on_note: is told why a bundle was not used, and that one is being compiled.
+
+    Raises what the compile fails with, as CompileError where it says no more.
+    """
+    expected = expected_facts(config, dtype=dtype, max_tokens=max_tokens)
+    target = read_target()
+    found = find_bundle(store, bundle_key(expected, target=target), report=on_note, expected=expected, target=target)
+    if found is not None:
+        return FoundBundle(found, compiled=False)
+    on_note("no bundle of this model in the store: compiling one")
+    return FoundBundle(open_bundle(_compile(config.path, dtype=dtype, max_tokens=max_tokens)), compiled=True)
+
+
+def _compile(model_dir: Path, *, dtype: str, max_tokens: int) -> Path:
+    command = [sys.executable, "-m", "piecework", "compile", str(model_dir), "--weights", "none"]
+    command += ["--dtype", dtype, "--max-tokens", str(max_tokens), "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        answer = {}
+    if done.returncode == 0 and "bundle" in answer:
+        return Path(answer["bundle"])
+    raise _failed(answer)
+
+
+def _failed(answer: dict[str, str]) -> PieceworkError:
+    return CompileError(
+        asked=answer.get("asked", "compile the model"),
+        found=answer.get("found", "the compile's process failed"),
+        try_=answer.get("try", "run `piecework compile MODEL --debug`"),
+    )

@@ -1,0 +1,35 @@
+"""Under which key a model's bundle is stored, and the facts that whoever asks for it expects. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from piecework.foundation.digests import JsonScalar, digest_json
+from piecework.foundation.target import Target
+from piecework.foundation.version import VERSION
+from piecework.models.config import ModelConfig
+from piecework.store.facts import Fact, config_fact, environment_facts, option_facts
+
+DEFAULT_MAX_TOKENS = 2048
+DEFAULT_OPTIONS: Mapping[str, JsonScalar] = {"backend": "aoti", "ranges": "", "pack_linear": None}
+
+
+def expected_facts(
+    config: ModelConfig, *, dtype: str, max_tokens: int, options: Mapping[str, JsonScalar] = DEFAULT_OPTIONS
+) -> tuple[Fact, ...]:
+    """Return what a caller who wants this model compiled this way expects of a bundle.
+
+    Args:
+        config: the model's.
+        dtype: type of weights and activations, such as "bfloat16".
+        max_tokens: most tokens in one forward pass.
+        options: `CompileOptions.facts()`.
+    """
+    asked = {"dtype": dtype, "max_tokens": max_tokens, **options}
+    return (config_fact(config.raw), *option_facts(asked))
+
+
+def bundle_key(expected: Sequence[Fact], *, target: Target) -> str:
+    """Return the key for a bundle with the facts `expected` on this machine."""
+    facts = sorted((*expected, *environment_facts(target=target)))
+    return digest_json([VERSION, [f.to_json() for f in facts]])

@@ -1,0 +1,126 @@
+"""Execute a plan's recipes: from checkpoint tensors to the constants of instances."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from piecework.errors import WeightsError
+from piecework.foundation import torch_private
+from piecework.store.plan import Recipe
+
+
+@runtime_checkable
+class TensorSource(Protocol):
+    """Anything that gives tensors by name; see models/checkpoint.py for safetensors."""
+
+    def names(self) -> Iterable[str]:
+        """Return the names of all tensors."""
+
+    def get(self, name: str) -> torch.Tensor:
+        """Return a tensor; raises WeightsError where there is none of that name."""
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """A mapping of tensors as a source."""
+
+    tensors: Mapping[str, torch.Tensor]
+
+    def names(self) -> Iterable[str]:
+        return self.tensors
+
+    def get(self, name: str) -> torch.Tensor:
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise WeightsError(
+                asked=f"bind the weight {name}",
+                found=f"it is not among the {len(self.tensors)} tensors given",
+                try_="pass the weights of the model that was compiled",
+            ) from None
+
+
+def as_source(weights: object) -> TensorSource:
+    """Return `weights` (a module, a mapping of tensors, or paths of safetensors files) as a source."""
+    if isinstance(weights, nn.Module):
+        tensors = {**dict(weights.named_parameters(remove_duplicate=False)), **dict(weights.named_buffers())}
+        return _Tensors({n: t.detach() for n, t in tensors.items()})
+    if isinstance(weights, Mapping):
+        return _Tensors(weights)
+    if isinstance(weights, (str, Path)):
+        return _read_files([Path(weights)])
+    if isinstance(weights, TensorSource):
+        return weights
+    if isinstance(weights, Sequence):
+        return _read_files([Path(p) for p in weights])
+    raise WeightsError(
+        asked="bind weights to a bundle",
+        found=f"a {type(weights).__name__}",
+        try_="pass the module, a mapping of names to tensors, or paths of safetensors files",
+    )
+
+
+def _read_files(paths: Sequence[Path]) -> TensorSource:
+    from safetensors import SafetensorError  # noqa: PLC0415  only where weights come from files
+    from safetensors.torch import load_file  # noqa: PLC0415
+
+    tensors: dict[str, torch.Tensor] = {}
+    for path in paths:
+        try:
+            tensors.update(load_file(path))
+        except (OSError, SafetensorError) as error:
+            raise WeightsError(
+                asked=f"read the weights in {path}", found=str(error), try_="check that the file is whole"
+            ) from error
+    return _Tensors(tensors)
+
+
+def make_constants(
+    recipes: Sequence[Recipe], *, source: TensorSource, literals: Mapping[str, torch.Tensor], device: str
+) -> list[torch.Tensor]:
+    """Return the tensor that each recipe makes: taken, checked, cast and moved, but not packed.
+
+    Raises WeightsError where a tensor is missing or has another shape.
+    """
+    return [_take(r, source=source, literals=literals, device=device) for r in recipes]
+
+
+def pack_constants(recipes: Sequence[Recipe], constants: list[torch.Tensor]) -> None:
+    """Replace, in `constants`, those whose recipe packs them by their packed form; in parallel."""
+    packed = [i for i, r in enumerate(recipes) if r.pack]
+    if packed:
+        with ThreadPoolExecutor(max_workers=min(8, torch.get_num_threads())) as pool:
+            for i, tensor in zip(packed, pool.map(lambda i: _pack(constants[i]), packed), strict=True):
+                constants[i] = tensor
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return torch_private.pack_linear_weight(weight)
+
+
+def _take(
+    recipe: Recipe, *, source: TensorSource, literals: Mapping[str, torch.Tensor], device: str
+) -> torch.Tensor:
+    tensor: Any = literals[recipe.name] if recipe.literal else source.get(recipe.name)
+    if tuple(tensor.shape) != recipe.shape:
+        raise WeightsError(
+            asked=f"bind the weight {recipe.name} of shape {list(recipe.shape)}",
+            found=f"a tensor of shape {list(tensor.shape)}",
+            try_="pass the weights of the model that was compiled",
+        )
+    made: torch.Tensor = tensor.detach().to(device=device, dtype=getattr(torch, recipe.dtype))
+    if made.is_meta:
+        raise WeightsError(
+            asked=f"bind the weight {recipe.name}",
+            found="a tensor on the meta device, which has no values",
+            try_="pass real weights",
+        )
+    return made.contiguous()

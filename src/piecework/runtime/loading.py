@@ -1,0 +1,128 @@
+"""Load a bundle: verify its facts and files, open its artifacts, bind weights. No compiler is imported."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from piecework.errors import CorruptBundle
+from piecework.foundation import torch_private
+from piecework.foundation.environment import read_environment
+from piecework.ops.program import constant_name
+from piecework.record import Record
+from piecework.runtime.constants import TensorSource, as_source, make_constants, pack_constants
+from piecework.runtime.eager import EagerRunner, read_program
+from piecework.runtime.model import LoadedModel, RangeForm, Run
+from piecework.store.bundle import Bundle, open_bundle
+from piecework.store.facts import require
+from piecework.store.plan import Plan, UniquePiece
+
+
+def load(bundle: str | Path | Bundle, *, weights: object, check_facts: bool = True) -> LoadedModel:
+    """Load a bundle and bind `weights` to it.
+
+    Args:
+        bundle: a bundle's directory or archive, or one that is open (its files verified).
+        weights: the module, a mapping of names to tensors, paths of safetensors files, or anything with `names()` and
+            `get(name)`.
+        check_facts: whether facts about the environment must hold (they should).
+
+    Returns a model to call. Its `record` has the seconds of "verify", "open", "weights", "pack" and "bind".
+    Raises CorruptBundle, StaleBundle, WeightsError.
+    """
+    phases: dict[str, float] = {}
+    begun = time.perf_counter()
+    opened = bundle if isinstance(bundle, Bundle) else _open(Path(bundle))
+    if check_facts:
+        require(opened.facts, asked=f"load the bundle {opened.path}")
+    plan = Plan.from_json(opened.plan())
+    phases["verify"] = _lap(begun)
+    begun = time.perf_counter()
+    source = as_source(weights)
+    literals = _literals(opened)
+    device = plan.pieces[0].device if plan.pieces else "cpu"
+    constants = make_constants(plan.recipes, source=source, literals=literals, device=device)
+    phases["weights"] = _lap(begun)
+    begun = time.perf_counter()
+    pack_constants(plan.recipes, constants)
+    phases["pack"] = _lap(begun)
+    begun = time.perf_counter()
+    runners = _open_instances(opened, plan)
+    phases["open"] = _lap(begun)
+    begun = time.perf_counter()
+    forms = [_bind(plan, low, high, made, constants) for (low, high), made in runners.items()]
+    phases["bind"] = _lap(begun)
+    return LoadedModel(plan, forms=forms, constants=constants, record=Record(phases=phases), owned=opened)
+
+
+def _open(path: Path) -> Bundle:
+    return open_bundle(path, extract_root=read_environment().store_root)
+
+
+def _lap(begun: float) -> float:
+    return time.perf_counter() - begun
+
+
+def _literals(bundle: Bundle) -> Mapping[str, torch.Tensor]:
+    if bundle.constants_path is None:
+        return {}
+    from safetensors.torch import load as load_bytes  # noqa: PLC0415  only models with computed buffers need it
+
+    made: dict[str, torch.Tensor] = load_bytes(bundle.constants_path.read_bytes())
+    return made
+
+
+def _open_instances(bundle: Bundle, plan: Plan) -> dict[tuple[int, int], list[Any]]:
+    """Open one runner per instance, for every range of the primary size."""
+    bounds = sorted({(r.min, r.max) for p in plan.pieces for r in p.ranges})
+    split = [b for b in bounds if not any(b != o and b[0] <= o[0] and o[1] <= b[1] for o in bounds)]
+    opened: dict[tuple[int, int], list[Any]] = {}
+    shared: dict[tuple[int, str], Any] = {}
+    for low, high in split or [(0, 0)]:
+        runners = []
+        for number, instance in enumerate(plan.instances):
+            name = _artifact(plan.pieces[instance.piece], low, high)
+            if (number, name) not in shared:
+                shared[number, name] = _runner(bundle.artifact_path(name), device=plan.pieces[instance.piece].device)
+            runners.append(shared[number, name])
+        opened[low, high] = runners
+    return opened
+
+
+def _artifact(piece: UniquePiece, low: int, high: int) -> str:
+    for form in piece.ranges:
+        if form.min <= low and high <= form.max:
+            return form.artifact
+    raise CorruptBundle(
+        asked=f"an artifact of piece {piece.fingerprint[:12]} for {low} to {high}",
+        found="the plan has none",
+        try_="compile the model again",
+        file="plan.json",
+    )
+
+
+def _runner(path: Path, *, device: str) -> Any:
+    if path.suffix == ".json":
+        return EagerRunner(read_program(path))
+    return torch_private.open_aoti_library(path, device=device)
+
+
+def _bind(
+    plan: Plan, low: int, high: int, runners: Sequence[Any], constants: Sequence[torch.Tensor]
+) -> RangeForm:
+    runs: list[Run] = []
+    for instance, runner in zip(plan.instances, runners, strict=True):
+        named = {constant_name(i): constants[c] for i, c in enumerate(instance.constants)}
+        if isinstance(runner, EagerRunner):
+            runner.bind(named)
+        elif named:
+            torch_private.bind_constants(runner, named)
+        runs.append(runner.run)
+    return RangeForm(low, high, tuple(runs))
+
+
+__all__ = ["LoadedModel", "TensorSource", "load"]

@@ -1,0 +1,322 @@
+"""The plan executor: a loaded model runs straight-line calls of instances and opaque ops over slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from piecework.errors import CapacityError, InternalError, RequestError, ShapeContractError
+from piecework.ops.opaque import implementation
+from piecework.record import Record
+from piecework.runtime.structure import match, unflatten
+from piecework.store.plan import OpStep, PieceStep, Plan, PlanInput, size_expression
+
+Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class RangeForm:
+    """The instances' run functions for one range of the primary size."""
+
+    min: int
+    max: int
+    runs: tuple[Run, ...]
+
+
+class LoadedModel:
+    """A bundle with weights bound to it.
+
+    `model(*args)` takes and returns what the compiled module's forward does; `run` takes the plan's named inputs and
+    returns the flat results. Sizes are checked against the declared ranges at every call.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        forms: Sequence[RangeForm],
+        constants: Sequence[torch.Tensor],
+        record: Record,
+        owned: object = None,
+    ) -> None:
+        self.plan = plan
+        self.record = record
+        self._constants = constants  # instances hold bare pointers to these
+        self._owned = owned
+        self._states: list[torch.Tensor] | None = None if plan.states else []
+        self._forms = forms
+        self._programs: list[tuple[int, int, list[Any]]] = []
+        self._checks = _size_checks(plan)
+        if not plan.states:
+            self._prepare()
+
+    @property
+    def plan_inputs(self) -> tuple[str, ...]:
+        """Names of the plan's inputs, in order."""
+        return tuple(i.name for i in self.plan.inputs)
+
+    def make_states(self, sizes: Mapping[str, int]) -> None:
+        """Allocate the states (KV caches), zeroed; `sizes` gives the declared sizes in their shapes, such as "blocks".
+
+        Raises CapacityError where memory does not suffice, ShapeContractError where a size is outside its range.
+        """
+        for name, value in sizes.items():
+            self._check_range(name, value)
+        try:
+            self._states = [
+                torch.zeros(
+                    [size_expression(str(d))(sizes) for d in s.shape], dtype=getattr(torch, s.dtype), device=s.device
+                )
+                for s in self.plan.states
+            ]
+        except (RuntimeError, MemoryError) as error:
+            raise CapacityError(
+                asked=f"allocate {len(self.plan.states)} states with {dict(sizes)}",
+                found=str(error).splitlines()[0],
+                try_="ask for fewer blocks",
+            ) from error
+        self._prepare()
+
+    @property
+    def states(self) -> Mapping[str, torch.Tensor]:
+        """The states by name."""
+        return {s.name: t for s, t in zip(self.plan.states, self._states or [], strict=False)}
+
+    def run(self, inputs: Mapping[str, torch.Tensor | int]) -> list[torch.Tensor]:
+        """Run one forward on named inputs and return the flat results.
+
+        Raises ShapeContractError where a size is outside its declared range or two inputs disagree about it, RequestError
+        where an input is missing.
+        """
+        values: list[Any] = []
+        for given in self.plan.inputs:
+            if given.name not in inputs:
+                raise RequestError(
+                    asked="run the loaded model",
+                    found=f"no input {given.name!r}",
+                    try_="pass " + ", ".join(self.plan_inputs),
+                )
+            values.append(inputs[given.name])
+        return self._run(values)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model as the compiled module was called with its example arguments."""
+        layout = self.plan.arguments
+        if layout is None:
+            raise RequestError(
+                asked="call the model like a module",
+                found="the bundle was compiled from named inputs",
+                try_="use run({name: tensor, ...}) with " + ", ".join(self.plan_inputs),
+            )
+        given = _bind(layout, args, kwargs)
+        leaves: list[Any] = []
+        for name, structure in layout["given"]:
+            match(structure, given[name], where=name, leaves=leaves)
+        return unflatten(self.plan.structure, self._run(leaves))
+
+    def close(self) -> None:
+        """Let go of weights, states and libraries; the model can't be called afterwards."""
+        self._programs = []
+        self._forms = ()
+        self._states = None
+        self._constants = ()
+        self._owned = None
+
+    def _run(self, values: list[Any]) -> list[torch.Tensor]:
+        sizes = self._sizes(values)
+        slots: list[Any] = values + [None] * (self.plan.num_slots - len(values))
+        for step in self._program(sizes.get(self.plan.primary, 0)):
+            step(slots, sizes)
+        return [slots[i] for i in self.plan.output_slots]
+
+    def _program(self, primary: int) -> list[Any]:
+        for low, high, steps in self._programs:
+            if low <= primary <= high:
+                return steps
+        if self._states is None:
+            raise RequestError(
+                asked="run the loaded model",
+                found="it is closed, or its states (KV caches) are not allocated",
+                try_="call make_states({...}) first",
+            )
+        raise InternalError(f"no artifact for {self.plan.primary} = {primary}")
+
+    def _prepare(self) -> None:
+        assert self._states is not None
+        ops = {i: self._op(s) for i, s in enumerate(self.plan.steps) if isinstance(s, OpStep)}
+        self._programs = [
+            (
+                form.min,
+                form.max,
+                [
+                    _piece_call(s, form.runs[s.instance]) if isinstance(s, PieceStep) else ops[i]
+                    for i, s in enumerate(self.plan.steps)
+                ],
+            )
+            for form in self._forms
+        ]
+
+    def _op(self, step: OpStep) -> Callable[[list[Any], Mapping[str, int]], None]:
+        assert self._states is not None
+        function = implementation(step.op)
+        fixed: list[Any] = []
+        from_slots: list[tuple[int, int]] = []
+        from_sizes: list[tuple[int, Callable[[Mapping[str, int]], int]]] = []
+        for position, argument in enumerate([*step.args, *step.kwargs.values()]):
+            fixed.append(self._fixed(argument))
+            if "slot" in argument:
+                from_slots.append((position, argument["slot"]))
+            elif "size" in argument:
+                from_sizes.append((position, size_expression(argument["size"])))
+            elif "list" in argument and any("slot" in a for a in argument["list"]):
+                return self._op_with_lists(step, function)
+        names = tuple(step.kwargs)
+        outputs = step.outputs
+
+        def call(slots: list[Any], sizes: Mapping[str, int]) -> None:
+            values = fixed.copy()
+            for position, slot in from_slots:
+                values[position] = slots[slot]
+            for position, compute in from_sizes:
+                values[position] = compute(sizes)
+            if names:
+                count = len(values) - len(names)
+                result = function(*values[:count], **dict(zip(names, values[count:], strict=True)))
+            else:
+                result = function(*values)
+            if len(outputs) == 1:
+                slots[outputs[0]] = result if not isinstance(result, (tuple, list)) else result[0]
+            else:
+                for slot, value in zip(outputs, result, strict=False) if outputs else ():
+                    if slot >= 0:
+                        slots[slot] = value
+
+        return call
+
+    def _op_with_lists(
+        self, step: OpStep, function: Callable[..., Any]
+    ) -> Callable[[list[Any], Mapping[str, int]], None]:
+        """Like `_op`, for the rare ops that take lists of tensors."""
+
+        def resolve(argument: Mapping[str, Any], slots: list[Any], sizes: Mapping[str, int]) -> Any:
+            if "slot" in argument:
+                return slots[argument["slot"]]
+            if "size" in argument:
+                return size_expression(argument["size"])(sizes)
+            if "list" in argument:
+                return [resolve(a, slots, sizes) for a in argument["list"]]
+            return self._fixed(argument)
+
+        def call(slots: list[Any], sizes: Mapping[str, int]) -> None:
+            args = [resolve(a, slots, sizes) for a in step.args]
+            result = function(*args, **{k: resolve(v, slots, sizes) for k, v in step.kwargs.items()})
+            results = result if isinstance(result, (tuple, list)) else [result]
+            for slot, value in zip(step.outputs, results, strict=False):
+                if slot >= 0:
+                    slots[slot] = value
+
+        return call
+
+    def _fixed(self, argument: Mapping[str, Any]) -> Any:
+        if "state" in argument:
+            assert self._states is not None
+            return self._states[argument["state"]]
+        if "recipe" in argument:
+            return self._constants[argument["recipe"]]
+        if "list" in argument:
+            return [self._fixed(a) for a in argument["list"]]
+        return argument.get("const")
+
+    def _sizes(self, values: Sequence[Any]) -> dict[str, int]:
+        sizes: dict[str, int] = {}
+        for position, axis, name, given in self._checks:
+            value = values[position]
+            try:
+                found = value if axis < 0 else value.shape[axis]
+            except (AttributeError, IndexError):
+                raise _wrong_shape(given, value) from None
+            if isinstance(name, int):
+                if found != name:
+                    raise _wrong_shape(given, value)
+            elif sizes.setdefault(name, found) != found:
+                raise ShapeContractError(
+                    asked=f"run with {given.name} of {name} = {found}",
+                    found=f"another input has {name} = {sizes[name]}",
+                    try_="pass inputs whose sizes agree",
+                )
+        for name, found in sizes.items():
+            low, high = self.plan.sizes[name]
+            if not low <= found <= high:
+                self._check_range(name, found)
+        return sizes
+
+    def _check_range(self, name: str, value: int) -> None:
+        low, high = self.plan.sizes.get(name, (0, 1 << 62))
+        if not low <= value <= high:
+            raise ShapeContractError(
+                asked=f"run with {name} = {value}",
+                found=f"the bundle was compiled for {low} to {high}",
+                try_="split the input, or compile for a larger range",
+            )
+
+
+def _piece_call(step: PieceStep, run: Run) -> Callable[[list[Any], Mapping[str, int]], None]:
+    inputs, outputs = step.inputs, step.outputs
+    if len(outputs) == 1:
+        (only,) = outputs
+
+        def call_one(slots: list[Any], sizes: Mapping[str, int]) -> None:
+            slots[only] = run([slots[i] for i in inputs])[0]
+
+        return call_one
+
+    def call(slots: list[Any], sizes: Mapping[str, int]) -> None:
+        for slot, value in zip(outputs, run([slots[i] for i in inputs]), strict=True):
+            slots[slot] = value
+
+    return call
+
+
+def _size_checks(plan: Plan) -> list[tuple[int, int, int | str, PlanInput]]:
+    """Return (position, axis, size or number, input) for every axis to check; axis -1 is an integer input itself."""
+    checks: list[tuple[int, int, int | str, PlanInput]] = []
+    for position, given in enumerate(plan.inputs):
+        if given.shape is None:
+            checks.append((position, -1, given.size, given))
+        else:
+            checks += [(position, axis, dim, given) for axis, dim in enumerate(given.shape)]
+    return checks
+
+
+def _wrong_shape(given: PlanInput, value: Any) -> ShapeContractError:
+    found = f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+    return ShapeContractError(
+        asked=f"run with {given.name} of {found}",
+        found=f"the bundle was compiled for {list(given.shape) if given.shape is not None else given.size}",
+        try_="pass inputs of the compiled shape",
+    )
+
+
+def _bind(layout: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    names = layout["parameters"]
+    given = dict(zip(names, args, strict=False))
+    if len(args) > len(names) or set(given) & set(kwargs):
+        raise RequestError(
+            asked="call the loaded model",
+            found=f"{len(args)} positional arguments and {sorted(kwargs)}",
+            try_="call it as forward(" + ", ".join(names) + ")",
+        )
+    given.update(kwargs)
+    wanted = [name for name, _ in layout["given"]]
+    missing = [n for n in wanted if n not in given]
+    extra = [n for n in given if n not in wanted and given[n] is not layout["defaults"].get(n)]
+    if missing or extra:
+        raise RequestError(
+            asked="call the loaded model",
+            found=f"missing arguments {missing}" if missing else f"arguments {extra} that it was not compiled with",
+            try_="pass what the example arguments had: " + ", ".join(wanted),
+        )
+    return given
