@@ -1,6 +1,7 @@
 """A small bundle, whose artifacts are any bytes: nothing here loads them."""
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,49 +10,41 @@ import pytest
 
 from piecework.record import Record
 from piecework.store import Bundle, BundleContent, Fact, environment_facts, write_bundle
+from piecework.store.plan import Instance, OpStep, PieceStep, Plan, PlanInput, Recipe, ShapeRange, State, UniquePiece
 
 
-def _plan(artifacts: Mapping[str, Path]) -> dict[str, Any]:
-    first, second = (name.partition(".")[0] for name in artifacts)
-    return {
-        "sizes": {"s0": {"name": "tokens", "min": 1, "max": 8192}},
-        "inputs": [{"name": "input_ids", "kind": "tensor", "shape": ["s0"], "dtype": "int64", "device": "cpu"}],
-        "states": [
-            {"name": f"model.layers.{layer}.self_attn.kv_cache", "shape": [2, "s5", 16, 2, 64], "dtype": "float32"}
+def sample_plan(artifacts: Mapping[str, Path]) -> Plan:
+    first, second = artifacts
+    return Plan(
+        sizes={"tokens": (1, 8192), "blocks": (1, 4096)},
+        primary="tokens",
+        inputs=(PlanInput("input_ids", shape=("tokens",), dtype="int64", device="cpu"),),
+        states=tuple(
+            State(f"model.layers.{layer}.self_attn.kv_cache", (2, "blocks", 16, 2, 64), dtype="float32", device="cpu")
             for layer in range(2)
-        ],
-        "recipes": [
-            {"take": "model.embed_tokens.weight", "shape": [128, 64]},
-            {"take": "a.weight", "shape": [64, 64], "pack": "mkldnn_linear"},
-            {"take": "b.weight", "shape": [64, 64], "pack": "mkldnn_linear"},
-            {"literal": "inv_freq"},
-        ],
-        "pieces": [
-            {
-                "fingerprint": "ab" * 32,
-                "ranges": [{"min": 1, "max": 1, "artifact": first}, {"min": 2, "max": 8192, "artifact": second}],
-                "num_ops": 7,
-                "constants": ["w0"],
-                "size": "s0",
-            },
-            {
-                "fingerprint": "cd" * 32,
-                "ranges": [{"min": 1, "max": 8192, "artifact": second}],
-                "num_ops": 3,
-                "constants": ["w0", "w1"],
-                "size": "s0",
-            },
-        ],
-        "instances": [[0, [1]], [0, [2]], [1, [0, 3]]],
-        "steps": [
-            ["piece", 0, [0], [1]],
-            ["op", "piecework::attention", [{"slot": 1}, {"state": "model.layers.0.self_attn.kv_cache"}], [2]],
-            ["piece", 1, [2], [3]],
-            ["op", "piecework::attention", [{"slot": 3}, {"state": "model.layers.1.self_attn.kv_cache"}], [4]],
-            ["piece", 2, [4], [5]],
-        ],
-        "outputs": {"slot": 5},
-    }
+        ),
+        recipes=(
+            Recipe("model.embed_tokens.weight", (128, 64), "float32"),
+            Recipe("model.layers.0.weight", (64, 64), "float32", pack="mkldnn_linear"),
+            Recipe("model.layers.1.weight", (64, 64), "float32", pack="mkldnn_linear"),
+            Recipe("inv_freq", (32,), "float32", literal=True),
+        ),
+        pieces=(
+            UniquePiece("ab" * 32, (ShapeRange(1, 1, first), ShapeRange(2, 8192, second)), num_ops=7, num_constants=1),
+            UniquePiece("cd" * 32, (ShapeRange(1, 8192, second),), num_ops=3, num_constants=2),
+        ),
+        instances=(Instance(0, (1,)), Instance(0, (2,)), Instance(1, (0, 3))),
+        steps=(
+            PieceStep(0, (0,), (1,)),
+            OpStep("piecework::attention", ({"slot": 1}, {"state": 0}), {}, (2,)),
+            PieceStep(1, (2,), (3,)),
+            OpStep("piecework::attention", ({"slot": 3}, {"state": 1}), {}, (4,)),
+            PieceStep(2, (4,), (5,)),
+        ),
+        num_slots=6,
+        output_slots=(5,),
+        structure={"slot": 0},
+    )
 
 
 @pytest.fixture
@@ -62,7 +55,7 @@ def sample_content(tmp_path: Path) -> BundleContent:
         path.write_bytes(content)
         artifacts[path.name] = path
     return BundleContent(
-        plan=_plan(artifacts),
+        plan=json.loads(json.dumps(sample_plan(artifacts).to_json())),
         artifacts=artifacts,
         facts=(*environment_facts(), Fact("option", "dtype", "float32"), Fact("model", "config", "12" * 32)),
         record=Record(phases={"capture": 1.5, "compile": 8.25}, counts={"pieces": 3}, notes=("all well",)),

@@ -5,23 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from piecework.record import Record
 from piecework.store import Bundle, Fact
 from piecework.store.format import FORMAT, PLAN
 from piecework.store.manifest import corrupt
-
-# Keys of a recipe that say what comes out, not how it's made.
-_RECIPE_RESULT = frozenset({"shape", "dtype", "stride"})
+from piecework.store.plan import OpStep, PieceStep, Plan, Recipe, State, UniquePiece
 
 
 @dataclass(frozen=True)
 class ArtifactReport:
-    """A unique piece's artifact for the values `min` to `max` of its dynamic size; `size_bytes` of the file."""
+    """A unique piece's artifact for the values `min` to `max` of the primary size; `size_bytes` of the file."""
 
-    min: int | None
-    max: int | None
+    min: int
+    max: int
     file: str
     size_bytes: int
 
@@ -35,7 +32,7 @@ class PieceReport:
         num_ops: how many operators it has.
         num_constants: how many weights each instance binds.
         num_uses: how many of the plan's steps run it.
-        size: the dynamic size that chooses its artifact, or "".
+        device: the type of device that it was compiled for.
         artifacts: one per shape range.
     """
 
@@ -43,7 +40,7 @@ class PieceReport:
     num_ops: int
     num_constants: int
     num_uses: int
-    size: str
+    device: str
     artifacts: tuple[ArtifactReport, ...]
 
 
@@ -62,10 +59,11 @@ class BundleReport:
         num_pieces: how many of the plan's steps run a piece.
         unique_pieces: the pieces that are structurally different.
         opaque_ops: how many steps call which opaque op.
-        sizes: the dynamic sizes with their ranges.
+        sizes: the dynamic sizes with their least and greatest values.
+        primary: the dynamic size that chooses among a piece's artifacts.
         inputs: names of the plan's inputs.
-        states: what lives between calls, such as KV caches: name, shape, dtype.
-        recipes: how many constants are made how, such as {"take": 3, "take, pack": 84}.
+        states: what lives between calls, such as KV caches.
+        recipes: how many constants are made how, such as {"take bfloat16, pack mkldnn_linear": 84}.
         facts: what must hold.
         record: what happened while it was compiled.
     """
@@ -80,9 +78,10 @@ class BundleReport:
     num_pieces: int
     unique_pieces: tuple[PieceReport, ...]
     opaque_ops: Mapping[str, int]
-    sizes: Mapping[str, object]
+    sizes: Mapping[str, tuple[int, int]]
+    primary: str
     inputs: tuple[str, ...]
-    states: tuple[Mapping[str, object], ...]
+    states: tuple[State, ...]
     recipes: Mapping[str, int]
     facts: tuple[Fact, ...]
     record: Record
@@ -101,8 +100,11 @@ class BundleReport:
         """Return the report as lines for people."""
         sections = [
             self._head(),
-            _section("dynamic sizes", [_size_line(name, size) for name, size in self.sizes.items()]),
-            _section("unique pieces", [line for piece in self.unique_pieces for line in _piece_lines(piece)]),
+            _section("dynamic sizes", [f"{name}: {low} to {high}" for name, (low, high) in self.sizes.items()]),
+            _section(
+                "unique pieces",
+                [line for piece in self.unique_pieces for line in _piece_lines(piece, primary=self.primary)],
+            ),
             _section("opaque ops", [f"{count:>6} × {name}" for name, count in self.opaque_ops.items()]),
             _section("recipes", [f"{count:>6} × {kind}" for kind, count in self.recipes.items()]),
             _section("states", _state_lines(self.states)),
@@ -126,19 +128,14 @@ class BundleReport:
 
 def describe(bundle: Bundle, *, verified: bool) -> BundleReport:
     """Return what is in a bundle. Raises CorruptBundle where its plan isn't one."""
-    plan = bundle.plan()
-    try:
-        return _describe(bundle, plan=plan, verified=verified)
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        found = f"is no plan that this piecework understands ({type(error).__name__}: {error})"
-        raise corrupt(PLAN, bundle=str(bundle.path), found=found) from error
-
-
-def _describe(bundle: Bundle, *, plan: Mapping[str, Any], verified: bool) -> BundleReport:
-    steps = plan["steps"]
-    piece_of_instance = [instance[0] for instance in plan["instances"]]
-    uses = Counter(piece_of_instance[step[1]] for step in steps if step[0] == "piece")
-    pieces = [_piece(bundle, piece=piece, num_uses=uses[index]) for index, piece in enumerate(plan["pieces"])]
+    plan = Plan.from_json(bundle.plan())
+    if not all(0 <= instance.piece < len(plan.pieces) for instance in plan.instances):
+        raise corrupt(PLAN, bundle=str(bundle.path), found="has instances of pieces that it doesn't have")
+    piece_steps = [step for step in plan.steps if isinstance(step, PieceStep)]
+    if not all(0 <= step.instance < len(plan.instances) for step in piece_steps):
+        raise corrupt(PLAN, bundle=str(bundle.path), found="has steps of instances that it doesn't have")
+    uses = Counter(plan.instances[step.instance].piece for step in piece_steps)
+    pieces = [_piece(bundle, piece=piece, num_uses=uses[index]) for index, piece in enumerate(plan.pieces)]
     return BundleReport(
         path=str(bundle.path),
         digest=bundle.digest,
@@ -149,34 +146,36 @@ def _describe(bundle: Bundle, *, plan: Mapping[str, Any], verified: bool) -> Bun
         identity=bundle.identity,
         num_pieces=uses.total(),
         unique_pieces=tuple(pieces),
-        opaque_ops=_counted(step[1] for step in steps if step[0] == "op"),
-        sizes=plan["sizes"],
-        inputs=tuple(item["name"] for item in plan["inputs"]),
-        states=tuple(plan["states"]),
-        recipes=_counted(_recipe_kind(recipe) for recipe in plan["recipes"]),
+        opaque_ops=_counted(step.op for step in plan.steps if isinstance(step, OpStep)),
+        sizes=plan.sizes,
+        primary=plan.primary,
+        inputs=tuple(item.name for item in plan.inputs),
+        states=plan.states,
+        recipes=_counted(_recipe_kind(recipe) for recipe in plan.recipes),
         facts=bundle.facts,
         record=bundle.record(),
     )
 
 
-def _piece(bundle: Bundle, *, piece: Mapping[str, Any], num_uses: int) -> PieceReport:
+def _piece(bundle: Bundle, *, piece: UniquePiece, num_uses: int) -> PieceReport:
     artifacts = []
-    for entry in piece["ranges"]:
-        file = bundle.artifact_path(entry["artifact"]).name
-        size = bundle.artifacts[file].size
-        artifacts.append(ArtifactReport(min=entry.get("min"), max=entry.get("max"), file=file, size_bytes=size))
+    for entry in piece.ranges:
+        file = bundle.artifact_path(entry.artifact).name
+        artifacts.append(ArtifactReport(entry.min, entry.max, file=file, size_bytes=bundle.artifacts[file].size))
     return PieceReport(
-        fingerprint=piece["fingerprint"],
-        num_ops=piece["num_ops"],
-        num_constants=len(piece["constants"]),
+        fingerprint=piece.fingerprint,
+        num_ops=piece.num_ops,
+        num_constants=piece.num_constants,
         num_uses=num_uses,
-        size=piece.get("size") or "",
+        device=piece.device,
         artifacts=tuple(artifacts),
     )
 
 
-def _recipe_kind(recipe: Mapping[str, object]) -> str:
-    return ", ".join(key for key in recipe if key not in _RECIPE_RESULT)
+def _recipe_kind(recipe: Recipe) -> str:
+    """Name what the recipe does, such as "take float32" or "take bfloat16, pack mkldnn_linear"."""
+    source = "literal" if recipe.literal else "take"
+    return f"{source} {recipe.dtype}" + (f", pack {recipe.pack}" if recipe.pack else "")
 
 
 def _counted(names: Iterable[str]) -> dict[str, int]:
@@ -187,32 +186,22 @@ def _section(title: str, lines: Sequence[str]) -> str:
     return "\n".join([title, *(f"  {line}" for line in lines)]) if lines else ""
 
 
-def _size_line(name: str, size: object) -> str:
-    match size:
-        case {"name": label, "min": low, "max": high}:
-            return f"{name:<6} {label}: {low} to {high}"
-    return f"{name:<6} {size}"
-
-
-def _piece_lines(piece: PieceReport) -> list[str]:
-    lines = [f"{piece.num_uses:>6} × {piece.fingerprint[:12]}: {piece.num_ops} ops, {piece.num_constants} constants"]
+def _piece_lines(piece: PieceReport, *, primary: str) -> list[str]:
+    title = f"{piece.num_uses:>6} × {piece.fingerprint[:12]}"
+    lines = [f"{title}: {piece.num_ops} ops, {piece.num_constants} constants, {piece.device}"]
     for artifact in piece.artifacts:
-        span = "any size" if artifact.min is None else f"{piece.size or 'size'} {artifact.min} to {artifact.max}"
+        span = f"{primary or 'size'} {artifact.min} to {artifact.max}"
         lines.append(f"         {span}: {artifact.file[:12]}…, {_bytes(artifact.size_bytes)}")
     return lines
 
 
-def _state_lines(states: Sequence[Mapping[str, object]]) -> list[str]:
+def _state_lines(states: Sequence[State]) -> list[str]:
     """Write equal states once, with the first name as an example."""
-    groups: dict[tuple[str, str], list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for state in states:
-        shape = state.get("shape")
-        sizes = "×".join(str(size) for size in shape) if isinstance(shape, list) else "?"
-        groups.setdefault((sizes, str(state.get("dtype"))), []).append(str(state.get("name")))
-    return [
-        f"{len(names):>6} × {sizes} {dtype} ({names[0]}{', …' if len(names) > 1 else ''})"
-        for (sizes, dtype), names in groups.items()
-    ]
+        sizes = "×".join(str(size) for size in state.shape)
+        groups.setdefault(f"{sizes} {state.dtype} {state.device}", []).append(state.name)
+    return [f"{len(names):>6} × {kind} ({names[0]}{', …' if len(names) > 1 else ''})" for kind, names in groups.items()]
 
 
 def _fact_lines(facts: Sequence[Fact]) -> list[str]:

@@ -94,10 +94,14 @@ def test_a_file_where_a_directory_belongs(tmp_path: Path) -> None:
 
 
 def test_scratch_is_removed_also_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), files.scratch(tmp_path) as directory:
-        (directory / "deep").mkdir()
-        (directory / "deep" / "file").write_bytes(b"")
-        raise ZeroDivisionError
+    def fail() -> None:
+        with files.scratch(tmp_path) as directory:
+            (directory / "deep").mkdir()
+            (directory / "deep" / "file").write_bytes(b"")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert os.listdir(tmp_path) == []
 
 
