@@ -121,3 +121,10 @@ def test_ci_runs_the_test_command_of_the_readme():
 def test_the_version_is_said_in_one_place(project):
     assert "version" in project["dynamic"]
     assert re.fullmatch(r"\d+\.\d+\.\d+", VERSION)
+
+
+@pytest.mark.parametrize("page", ["how-a-compile-flows.md", "how-a-request-flows.md"])
+def test_the_docs_name_files_that_exist(page):
+    named = re.findall(r"`((?:\w+/)+\w+\.py)`", (ROOT / "docs" / page).read_text())
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / "src" / "piecework" / name).exists()] == []
