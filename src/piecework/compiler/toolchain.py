@@ -234,7 +234,7 @@ def likely_flags(target: Target) -> tuple[str, ...] | None:
         return None
     defines = ["TORCH_INDUCTOR_CPP_WRAPPER", "STANDALONE_TORCH_HEADER", "C10_USING_CUSTOM_GENERATED_MACROS"]
     return (
-        *(f"-D{d}" for d in [*defines, f"CPU_CAPABILITY_{capability}"]),
+        *(f"-D{d}" for d in [*defines, f"CPU_CAPABILITY_{capability}", "NDEBUG"]),
         *"-fno-trapping-math -funsafe-math-optimizations -ffinite-math-only -fno-signed-zeros".split(),
         *"-fno-finite-math-only -fno-unsafe-math-optimizations -fmath-errno -ffp-contract=off".split(),
         *"-fexcess-precision=fast -fno-tree-loop-vectorize -march=native -std=c++20 -fopenmp".split(),

@@ -1,0 +1,73 @@
+"""Compile each different piece of a model once; start anywhere in a blink."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from piecework.errors import (
+    BundleError,
+    CapacityError,
+    CaptureError,
+    CompileError,
+    CorruptBundle,
+    PieceworkError,
+    RequestError,
+    ShapeContractError,
+    StaleBundle,
+    StoreError,
+    UnsupportedModelError,
+    UntrustedBundle,
+    WeightsError,
+)
+from piecework.foundation.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from piecework.compiler.api import compile  # noqa: A004
+    from piecework.compiler.options import BackendName, CompileOptions
+    from piecework.graph.request import Dim
+    from piecework.runtime.loading import load
+    from piecework.runtime.model import LoadedModel
+    from piecework.store.bundle import Bundle
+
+_LAZY = {
+    "compile": "piecework.compiler.api",
+    "BackendName": "piecework.compiler.options",
+    "CompileOptions": "piecework.compiler.options",
+    "Dim": "piecework.graph.request",
+    "load": "piecework.runtime.loading",
+    "LoadedModel": "piecework.runtime.model",
+    "Bundle": "piecework.store.bundle",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names on first use, so that `import piecework` needs neither torch nor a compiler."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'piecework' has no attribute {name!r}")
+
+
+__all__ = [
+    "BackendName",
+    "Bundle",
+    "BundleError",
+    "CapacityError",
+    "CaptureError",
+    "CompileError",
+    "CompileOptions",
+    "CorruptBundle",
+    "Dim",
+    "LoadedModel",
+    "PieceworkError",
+    "RequestError",
+    "ShapeContractError",
+    "StaleBundle",
+    "StoreError",
+    "UnsupportedModelError",
+    "UntrustedBundle",
+    "WeightsError",
+    "__version__",
+    "compile",
+    "load",
+]

@@ -1,0 +1,270 @@
+"""`piecework.compile`: any `nn.Module` that traces as one graph, from example arguments to a bundle."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from piecework.compiler.driver import compile_request
+from piecework.compiler.model import started_backend
+from piecework.compiler.options import BackendName, CompileOptions
+from piecework.errors import CaptureError
+from piecework.foundation.environment import read_environment
+from piecework.foundation.target import read_target
+from piecework.graph.request import CaptureRequest, Dim, TensorInput
+from piecework.graph.structure import flatten
+from piecework.record import Recorder
+from piecework.runtime.structure import unflatten
+from piecework.store.bundle import Bundle, write_bundle
+from piecework.store.directory_store import DirectoryStore
+
+
+def compile(  # noqa: A001  the public verb, as in torch.compile
+    module: nn.Module,
+    example_args: Sequence[Any],
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic: Mapping[str, Dim] | None = None,
+    opaque: Iterable[object] = (),
+    states: Mapping[str, tuple[int | str, ...]] | None = None,
+    out: str | Path | None = None,
+    options: CompileOptions | None = None,
+    on_progress: Callable[[str, int, int], None] = lambda text, done, total: None,
+) -> Bundle:
+    """Compile a module's forward into a bundle. Compiling happens in worker processes.
+
+    Args:
+        module: the module; it is neither changed nor run. Parameters may be on the meta device.
+        example_args: positional arguments of its forward: tensors (only shape, dtype, stride and device are used), nested
+            tuples, lists and dicts of them, numbers, strings, None.
+        example_kwargs: keyword arguments, likewise.
+        dynamic: dynamic sizes by name; `Dim.axes` says which axes of which arguments they are. With a single Dim without
+            axes, it is axis 0 of every tensor argument. The first one is what `options.ranges` are about.
+        opaque: operators at which the graph is cut: "namespace::name" or an operator such as `torch.ops.ns.name`.
+        states: buffers that opaque ops read and write between calls, by name, with shapes that may name dynamic sizes.
+        out: where to write the bundle (".pwb" for an archive); default: a new temporary directory.
+        options: see CompileOptions.
+        on_progress: is told what is done.
+
+    Raises CaptureError, ShapeContractError, CompileError, StoreError.
+
+    Example:
+        >>> import torch, piecework
+        >>> mlp = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.SiLU(), torch.nn.Linear(16, 4))
+        >>> eager = piecework.CompileOptions(backend=piecework.BackendName.EAGER)
+        >>> sizes = {"rows": piecework.Dim(1, 64)}
+        >>> bundle = piecework.compile(mlp, (torch.randn(3, 8),), dynamic=sizes, options=eager)
+        >>> model = piecework.load(bundle, weights=mlp)
+        >>> x = torch.randn(5, 8)
+        >>> torch.allclose(model(x), mlp(x), atol=1e-6)
+        True
+    """
+    chosen = options or CompileOptions()
+    environment = read_environment()
+    store = DirectoryStore(environment.store_root)
+    target = read_target()
+    request, arguments = _request(
+        module, example_args, example_kwargs or {}, dynamic=dynamic or {}, opaque=opaque, states=states or {}
+    )
+    place = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="piecework-")) / "bundle"
+    with (
+        store.scratch() as scratch,
+        started_backend(
+            chosen,
+            scratch=scratch,
+            root=environment.store_root / "toolchain",
+            compiler=environment.compiler,
+            target=target,
+        ) as backend,
+    ):
+        content = compile_request(
+            request,
+            options=chosen,
+            backend=backend,
+            store=store,
+            target=target,
+            recorder=Recorder(),
+            on_progress=on_progress,
+            identity={"module": type(module).__qualname__},
+            arguments=arguments,
+        ).content
+        return write_bundle(
+            place,
+            plan=content.plan,
+            artifacts=content.artifacts,
+            facts=content.facts,
+            record=content.record,
+            constants=content.constants,
+            identity=content.identity or {},
+            extract_root=environment.store_root,
+        )
+
+
+def _request(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    dynamic: Mapping[str, Dim],
+    opaque: Iterable[object],
+    states: Mapping[str, tuple[int | str, ...]],
+) -> tuple[CaptureRequest, dict[str, Any]]:
+    """Return what to capture, and how a caller's arguments map to the graph's inputs."""
+    given, parameters, defaults = _bind(module, args, kwargs)
+    inputs: list[TensorInput] = []
+    structures: list[tuple[str, Any]] = []
+    for name, value in given.items():
+        leaves, structure = flatten(value)
+        structures.append((name, _shifted(structure, len(inputs))))
+        for i, leaf in enumerate(leaves):
+            label = name if len(leaves) == 1 else f"{name}.{i}"
+            inputs.append(_tensor_input(label, leaf, argument=name, dynamic=dynamic))
+    _check_axes(dynamic, given)
+    named = [i.name for i in inputs]
+
+    def call(target: nn.Module, values: Mapping[str, Any]) -> Any:
+        leaves = [values[n] for n in named]
+        return target(**{name: unflatten(structure, leaves) for name, structure in structures})
+
+    buffers = dict(module.named_buffers())
+    devices = {leaf.device for leaf in inputs}
+    if len(devices) > 1:
+        raise CaptureError(
+            asked="compile for one device", found=f"arguments on {sorted(devices)}", try_="put them on one device"
+        )
+    request = CaptureRequest(
+        module=module,
+        call=call,
+        inputs=tuple(inputs),
+        sizes=dict(dynamic),
+        states={
+            n: TensorInput(n, tuple(shape), str(buffers[n].dtype).removeprefix("torch."))
+            for n, shape in states.items()
+        },
+        opaque=frozenset(_operator_name(o) for o in opaque),
+        device=next(iter(devices), "cpu"),
+    )
+    return request, {"parameters": parameters, "given": structures, "defaults": defaults}
+
+
+def _bind(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
+    signature = inspect.signature(module.forward)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise CaptureError(
+            asked=f"call {type(module).__name__}.forward with the example arguments",
+            found=str(error),
+            try_=f"its signature is {signature}",
+        ) from error
+    given: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            given.update(value)
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            raise CaptureError(
+                asked=f"compile {type(module).__name__}",
+                found=f"its forward takes *{name}",
+                try_="wrap it in a module whose arguments have names",
+            )
+        else:
+            given[name] = value
+    plain = [n for n, p in signature.parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    defaults = {
+        n: p.default
+        for n, p in signature.parameters.items()
+        if p.default is None or isinstance(p.default, (bool, int, float, str))
+    }
+    return given, plain, defaults
+
+
+def _shifted(structure: Any, by: int) -> Any:
+    """Return `structure` with its leaves counted from `by`."""
+    if "leaf" in structure:
+        return {"leaf": structure["leaf"] + by}
+    for kind in ("tuple", "list"):
+        if kind in structure:
+            return {kind: [_shifted(s, by) for s in structure[kind]]}
+    for kind in ("dict", "fields"):
+        if kind in structure:
+            return {**structure, kind: [[k, _shifted(s, by)] for k, s in structure[kind]]}
+    return structure
+
+
+def _tensor_input(label: str, tensor: torch.Tensor, *, argument: str, dynamic: Mapping[str, Dim]) -> TensorInput:
+    shape: list[int | str] = list(tensor.shape)
+    for name, dim in dynamic.items():
+        for axis in _axes(name, dim, argument=argument, label=label, rank=tensor.dim(), alone=len(dynamic) == 1):
+            if not -tensor.dim() <= axis < tensor.dim():
+                raise CaptureError(
+                    asked=f"{name} as axis {axis} of {label}",
+                    found=f"a tensor of {tensor.dim()} dimensions",
+                    try_="name an axis that it has",
+                )
+            if not dim.min <= tensor.shape[axis] <= dim.max:
+                raise CaptureError(
+                    asked=f"{name} in {dim.min} to {dim.max}",
+                    found=f"{label} has {tensor.shape[axis]} at axis {axis}",
+                    try_="give an example inside the range",
+                )
+            shape[axis] = name
+    symbolic = any(isinstance(d, str) for d in shape)
+    if symbolic and not tensor.is_contiguous():
+        raise CaptureError(
+            asked=f"a dynamic size in {label}", found="an example that is not contiguous", try_="pass it contiguous"
+        )
+    return TensorInput(
+        name=label,
+        shape=tuple(shape),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        device=tensor.device.type if not tensor.is_meta else "cpu",
+        stride=None if symbolic else tuple(tensor.stride()),
+    )
+
+
+def _axes(name: str, dim: Dim, *, argument: str, label: str, rank: int, alone: bool) -> tuple[int, ...]:
+    if dim.axes is None:
+        if not alone:
+            raise CaptureError(
+                asked=f"the dynamic size {name}",
+                found="several dynamic sizes, of which this one doesn't say where it is",
+                try_=f'Dim({dim.min}, {dim.max}, axes={{"{argument}": 0}})',
+            )
+        return (0,) if rank else ()
+    found = dim.axes.get(label, dim.axes.get(argument, ()))
+    return (found,) if isinstance(found, int) else tuple(found)
+
+
+def _check_axes(dynamic: Mapping[str, Dim], given: Mapping[str, Any]) -> None:
+    for name, dim in dynamic.items():
+        unknown = [a for a in dim.axes or () if a.split(".")[0] not in given]
+        if unknown:
+            raise CaptureError(
+                asked=f"the dynamic size {name} in {unknown[0]}",
+                found=f"the arguments {', '.join(given)}",
+                try_="name one of those",
+            )
+
+
+def _operator_name(operator: object) -> str:
+    if isinstance(operator, torch._ops.OpOverload):
+        return operator._schema.name
+    if isinstance(operator, torch._ops.OpOverloadPacket):
+        return operator._qualified_op_name
+    qualified = getattr(operator, "_qualname", operator)
+    if isinstance(qualified, str) and "::" in qualified:
+        return qualified
+    raise CaptureError(
+        asked=f"cut the graph at {operator!r}",
+        found="no operator",
+        try_='pass "namespace::name" or torch.ops.namespace.name',
+    )
