@@ -1,1 +1,1 @@
-"""TODO"""
+"""Generation over a paged KV cache: requests, block pool, scheduler, forward inputs, sampler, tokenizer."""

@@ -33,7 +33,7 @@ class BlockPool:
         return len(self._free)
 
     def allocate(self, num_blocks: int) -> list[int]:
-        """Return `num_blocks` free blocks, which are the caller's until freed; raises CapacityError if there are fewer."""
+        """Return `num_blocks` blocks, the caller's until freed; raises CapacityError if fewer are free."""
         if num_blocks > len(self._free):
             raise CapacityError(
                 asked=f"{num_blocks} blocks of the KV cache",

@@ -68,11 +68,20 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def schedule(self) -> ScheduledBatch:
-        """Return the next step's batch: not empty while there is work. Sequences take turns where not all fit."""
+        """Return the next step's batch, in which sequences take turns where not all fit.
+
+        Raises CapacityError where nothing can run because others hold the pool's blocks.
+        """
         self._admit()
+        if not self._running:
+            raise CapacityError(
+                asked="the next step of a generation",
+                found=f"{self._pool.num_free} of {self._pool.num_blocks} blocks of the KV cache are free",
+                try_="let the other generation of this engine end first",
+            )
         decodes = [sequence for sequence in self._running if sequence.is_decoding]
         prefills = [sequence for sequence in self._running if not sequence.is_decoding]
-        # one token is left for prompts, so that decoding sequences can't keep them waiting for ever
+        # where there is room for more than one token, one is left for prompts, so that they don't wait for ever
         room = min(self._max_tokens, self._max_seqs)
         decodes = decodes[: max(1, room - 1) if prefills else room]
         items = [ScheduledSequence(sequence, sequence.num_computed, 1) for sequence in decodes]

@@ -55,9 +55,9 @@ class Tokenizer:
         text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
 
-    def stream(self) -> Detokenizer:
-        """Return a new detokenizer for one sequence."""
-        return Detokenizer(self._tokenizer)
+    def stream(self, prompt: Sequence[int] = ()) -> Detokenizer:
+        """Return a new detokenizer for one sequence that continues the tokens `prompt`."""
+        return Detokenizer(self._tokenizer, prompt)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Return the tokens of a conversation, up to where the assistant answers.
@@ -107,11 +107,14 @@ class Tokenizer:
 
 @final
 class Detokenizer:
-    """Turns one sequence's tokens into text as they come. A character is only given out when it is complete."""
+    """Turns one sequence's tokens into text as they come. A character is only given out when it is complete.
 
-    def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
+    The prompt's tokens decide whether the text starts with a space, where a tokenizer writes that as part of a word.
+    """
+
+    def __init__(self, tokenizer: HuggingFaceTokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._stream = DecodeStream(ids=list(prompt), skip_special_tokens=True)
 
     def add(self, token: int) -> str:
         """Return the text that `token` completes, or ""."""
