@@ -186,6 +186,12 @@ def current_tracer() -> Tracer | None:
     return None if mode is None else Tracer(mode.tracer)
 
 
+def plain_tensors() -> contextlib.AbstractContextManager[None]:
+    """Inside, tensors' attributes and functions skip the active TorchFunctionModes."""
+    guard: contextlib.AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return guard
+
+
 def trace(function: Callable[..., Any], args: Sequence[Any]) -> torch.fx.GraphModule:
     """Trace `function(*args)` on fake tensors into aten operators below autograd; names follow the operators."""
     from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415

@@ -92,7 +92,7 @@ def capture(request: CaptureRequest, *, templates: bool = True) -> CapturedGraph
         out, result["structure"] = flatten(request.call(request.module, named))
         return out
 
-    sources: set[Path] = set()
+    sources = _class_files(request.module)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_swapped(request.module, {**weights, **states}))
         stack.enter_context(torch.no_grad())
@@ -186,7 +186,7 @@ def _swapped(module: nn.Module, replacements: Mapping[str, torch.Tensor]) -> Ite
 
 _STDLIB = {Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("platstdlib"))}
 _TOOLS = frozenset(
-    "piecework torch torchgen functorch sympy mpmath networkx numpy filelock fsspec jinja2 typing_extensions".split()
+    "piecework torch torchgen functorch _distutils_hack sympy mpmath networkx numpy filelock fsspec jinja2 typing_extensions".split()
 )
 """Packages whose code runs in every trace and whose versions are facts of their own (or don't matter)."""
 
@@ -197,7 +197,7 @@ def _is_users(filename: str) -> bool:
         return False
     parts = Path(filename).parts
     if "site-packages" in parts:
-        return parts[parts.index("site-packages") + 1] not in _TOOLS and not parts[-1].startswith("_distutils")
+        return parts[parts.index("site-packages") + 1].removesuffix(".py") not in _TOOLS
     path = Path(filename)
     ours = path.is_relative_to(Path(__file__).parents[1])
     return not ours and not any(path.is_relative_to(root) for root in _STDLIB) and not (
@@ -207,20 +207,29 @@ def _is_users(filename: str) -> bool:
 
 @contextlib.contextmanager
 def _ran_files(found: set[Path]) -> Iterator[None]:
-    """Collect into `found` the files, outside torch and the standard library, whose functions ran in this thread."""
+    """Collect into `found` the files, outside torch and the standard library, whose functions ran in this thread.
+
+    A profiler that is already active is left alone; then only the files of the modules' classes are known (`_class_files`).
+    """
+    if sys.getprofile() is not None:
+        yield
+        return
     names: set[str] = set()
-    previous = sys.getprofile()
 
     def see(frame: FrameType, event: str, arg: object) -> None:
-        if event == "call":
-            names.add(frame.f_code.co_filename)
+        names.add(frame.f_code.co_filename)
 
     sys.setprofile(see)
     try:
         yield
     finally:
-        sys.setprofile(previous)
+        sys.setprofile(None)
         found.update(Path(n) for n in names if _is_users(n))
+
+
+def _class_files(module: nn.Module) -> set[Path]:
+    names = {getattr(sys.modules.get(type(m).__module__), "__file__", None) for m in module.modules()}
+    return {Path(n) for n in names if n is not None and _is_users(n)}
 
 
 @contextlib.contextmanager

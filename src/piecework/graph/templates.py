@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from piecework.foundation.torch_private import Tracer, current_tracer
+from piecework.foundation.torch_private import Tracer, current_tracer, plain_tensors
 from piecework.ops.layer import LayerHandle
 
 _ABSENT = object()
@@ -173,11 +173,12 @@ class _Observer:
 
     def _call(self, block: nn.Module, tracer: Tracer, args: Any, kwargs: Any, *, original: type[nn.Module]) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        for template in self._templates.get(type(block), ()):
-            bound = self._admit(template, block, leaves, spec, tracer)
-            if bound is not None:
-                self._counts.stamped += 1
-                return self._stamp(template, block, leaves, bound, tracer)
+        with _quick():
+            for template in self._templates.get(type(block), ()):
+                bound = self._admit(template, block, leaves, spec, tracer)
+                if bound is not None:
+                    self._counts.stamped += 1
+                    return self._stamp(template, block, leaves, bound, tracer)
         return self._record(block, tracer, leaves, spec, args, kwargs, original=original)
 
     def _record(
@@ -327,6 +328,21 @@ class _Observer:
                 node.args, node.kwargs = _replace_strings((node.args, node.kwargs), names, {})
 
 
+@contextlib.contextmanager
+def _quick() -> Iterator[None]:
+    """Admit and stamp without the hooks that a trace runs under; none of the model's own code runs meanwhile."""
+    profiler = sys.getprofile()
+    with plain_tensors():
+        if not callable(profiler):  # none, or one that is written in C and not ours
+            yield
+            return
+        sys.setprofile(None)
+        try:
+            yield
+        finally:
+            sys.setprofile(profiler)
+
+
 def _replace_strings(arguments: Any, names: dict[str, str], bound: dict[torch.fx.Node, torch.fx.Node]) -> Any:
     def replace(value: Any) -> Any:
         if isinstance(value, torch.fx.Node):
@@ -380,12 +396,16 @@ class _Matching:
 
 def _metadata(tensor: torch.Tensor) -> tuple[Any, ...]:
     return (
-        [str(d) for d in tensor.shape],
-        [str(d) for d in tensor.stride()],
+        [_dim(d) for d in tensor.shape],
+        [_dim(d) for d in tensor.stride()],
         tensor.dtype,
         tensor.device.type,
         tensor.layout,
     )
+
+
+def _dim(size: int | torch.SymInt) -> Any:
+    return size if isinstance(size, int) else size.node.expr
 
 
 def _shape_of(block: nn.Module) -> tuple[tuple[str, type], ...]:
