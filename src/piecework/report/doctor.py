@@ -157,13 +157,14 @@ def check_cpu(target: Target) -> Check:
 def check_store(root: Path) -> Check:
     """Check that the store can be written, has room, and lets shared libraries be loaded from it."""
     name = "cache directory"
-    place = next(path for path in (root, *root.parents) if path.exists())
     elsewhere = "set PIECEWORK_HOME to another directory"
     try:
-        with files.store_errors(f"write to {root}"), files.scratch(place) as directory:
-            files.write_and_sync(directory / "probe", b"probe")
-            free = shutil.disk_usage(directory).free
-            flags = os.statvfs(directory).f_flag
+        with files.store_errors(f"write to {root}"):
+            place = next(path for path in (root, *root.parents) if path.exists())
+            with files.scratch(place) as directory:
+                files.write_and_sync(directory / "probe", b"probe")
+                free = shutil.disk_usage(directory).free
+                flags = os.statvfs(directory).f_flag
     except StoreError as error:
         return Check(name, Status.MISSING, f"{root}: {error.found}", fix=error.try_)
     found = f"{root}, {free / (1 << 30):.1f} GiB free"

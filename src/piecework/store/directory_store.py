@@ -89,7 +89,8 @@ class DirectoryStore(Store):
     def get_bundle(self, key: str) -> Bundle | None:
         """See `Store.get_bundle`."""
         place = self._bundle_place(key)
-        return open_bundle(place, extract_root=self.root) if place.is_dir() else None
+        with files.store_errors(f"read the bundle {key} from the store {self.root}"):
+            return open_bundle(place, extract_root=self.root) if place.is_dir() else None
 
     def put_bundle(self, key: str, *, content: BundleContent) -> Bundle:
         """See `Store.put_bundle`."""

@@ -12,6 +12,9 @@ from piecework.errors import StoreError
 from piecework.foundation import files
 from piecework.foundation.files import Existing
 
+# torch's threads may be running in this process; what the children do doesn't touch them
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
 
 @contextmanager
 def child(run: "object") -> Iterator[int]:
@@ -44,6 +47,14 @@ def test_write_file(tmp_path: Path) -> None:
     files.write_file(path, b"two")
     assert path.read_bytes() == b"two"
     assert os.listdir(path.parent) == ["file"]
+
+
+def test_a_reader_keeps_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    files.write_file(path, b"old")
+    with path.open("rb") as reader:
+        files.write_file(path, b"new")
+        assert reader.read() == b"old"
 
 
 def test_copy_file(tmp_path: Path) -> None:
@@ -173,6 +184,30 @@ def test_lock_times_out(tmp_path: Path) -> None:
     with files.lock(tmp_path / "lock"), pytest.raises(StoreError, match="another process"):
         attempt()
     attempt()
+
+
+def test_who_waits_for_a_lock_holds_it_afterwards(tmp_path: Path) -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        with files.lock(tmp_path / "lock"):
+            inside.set()
+            leave.wait(10)
+
+    waiter = threading.Thread(target=wait)
+    with files.lock(tmp_path / "lock"):
+        waiter.start()
+        assert not inside.wait(0.1)
+    assert inside.wait(10)
+    with pytest.raises(StoreError), files.lock(tmp_path / "lock", timeout_s=0.05):
+        pass
+    leave.set()
+    waiter.join()
+
+
+def test_locks_with_a_timeout_exclude_each_other(tmp_path: Path) -> None:
+    with files.lock(tmp_path / "lock", timeout_s=1), pytest.raises(StoreError):
+        files.lock(tmp_path / "lock", timeout_s=0).__enter__()
 
 
 def test_a_dead_process_holds_no_lock(tmp_path: Path) -> None:

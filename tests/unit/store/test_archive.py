@@ -175,6 +175,19 @@ def test_a_changed_member_is_refused(content: bytes, archive: Path, tmp_path: Pa
     assert_refused(archive, tmp_path / "home", match="digest in the manifest")
 
 
+def test_a_member_of_the_same_length_is_refused(archive: Path, tmp_path: Path) -> None:
+    content = members(archive)
+    rewrite(archive, {**content, "plan.json": b" " * len(content["plan.json"])})
+    assert_refused(archive, tmp_path / "home", match="digest in the manifest")
+
+
+def test_a_member_with_more_at_its_end_is_refused(tmp_path: Path, write_sample: Write) -> None:
+    path = tmp_path / "b.pwb"
+    write_sample(path, constants=b"x" * (1 << 20), extract_root=tmp_path / "unused")
+    rewrite(path, {**members(path), "constants.safetensors": b"x" * ((1 << 20) + 1)})
+    assert_refused(path, tmp_path / "home", match="digest in the manifest")
+
+
 def test_a_zip_bomb_is_refused_by_its_manifest(archive: Path, tmp_path: Path) -> None:
     (tmp_path / "to").mkdir()
     with pytest.raises(CorruptBundle, match="more than 100 bytes"):

@@ -13,6 +13,9 @@ import pytest
 from piecework.errors import CorruptBundle, StoreError
 from piecework.store import BundleContent, DirectoryStore, Kind
 
+# torch's threads may be running in this process; what the children do doesn't touch them
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
 
 def files_of(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -14,6 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from piecework.errors import CorruptBundle
 from piecework.record import Record
 from piecework.store import BundleContent, DirectoryStore, Fact, Kind, MemoryStore, Store, find_artifact, find_bundle
+
+# torch's threads may be running in this process; what the children do doesn't touch them
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 KEYS = st.sampled_from(["k", "l"])
 CONTENTS = st.sampled_from([b"one", b"two"])
