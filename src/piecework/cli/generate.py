@@ -1,0 +1,205 @@
+"""`piecework generate MODEL --prompt TEXT`: continue a prompt, from a stored bundle or after compiling one."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from piecework.cli import console
+from piecework.foundation.process import peak_rss_bytes, seconds_since_start
+from piecework.models.bundle_key import DEFAULT_MAX_TOKENS
+from piecework.models.config import ModelConfig, read_config
+
+if TYPE_CHECKING:
+    from piecework.engine.request import SamplingParams
+    from piecework.engine.tokenizer import Tokenizer
+    from piecework.models.checkpoint import Checkpoint
+    from piecework.runtime import LoadedModel
+    from piecework.store.bundle import Bundle
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What one token adds: its id, the text that it completes, and when it came, in seconds since the process began."""
+
+    token: int
+    text: str
+    seconds: float
+    finish_reason: str | None
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="continue a prompt, from a stored bundle or after compiling one",
+        description="Continue a prompt with the model of a directory in Hugging Face layout. Uses a valid bundle of "
+        "the local store, else compiles one and stores it. The text streams to stdout.",
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="directory with config.json, safetensors, tokenizer")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="most tokens (default: 128)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest token (default: 0)"
+    )
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest (default: all)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest of probability P (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="of the sampling (default: a fresh one)")
+    parser.add_argument("--ignore-eos", action="store_true", help="generate on after the model's end token")
+    parser.add_argument(
+        "--random-weights", type=int, metavar="SEED", help="use random weights; the directory needs no safetensors"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="type of weights and activations (default: the config's)"
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=_positive,
+        default=DEFAULT_MAX_TOKENS,
+        metavar="N",
+        help="most tokens in one forward pass (default: %(default)s)",
+    )
+    parser.add_argument("--bundle", type=Path, metavar="BUNDLE", help="use this bundle instead of the store's")
+    parser.add_argument("--json", action="store_true", help="print text, tokens and timings as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate and return the exit code.
+
+    Raises UnsupportedModelError, BundleError, WeightsError, CompileError, RequestError, CapacityError.
+    """
+    # `piecework --help` must not pay for it
+    from piecework.engine.request import GenerationRequest  # noqa: PLC0415
+    from piecework.engine.tokenizer import load_tokenizer  # noqa: PLC0415
+
+    params = _sampling_params(args)
+    config = read_config(args.model)
+    tokenizer = load_tokenizer(args.model)
+    prompt = _prompt_tokens(args, tokenizer)
+    GenerationRequest(0, tuple(prompt), params)  # refuses an empty prompt before anything is compiled for it
+    bundle = _bundle(args)
+    model, load_s = _load(args, bundle)
+    pieces = _generate(model, config, tokenizer, prompt=prompt, params=params)
+    if args.json:
+        console.out_json(_figures(list(pieces), prompt=prompt, model=model, bundle=bundle, load_s=load_s))
+    else:
+        for piece in pieces:
+            console.out(piece.text, end="")
+        console.out()
+    return 0
+
+
+def _sampling_params(args: argparse.Namespace) -> SamplingParams:
+    from piecework.engine.request import SamplingParams  # noqa: PLC0415
+
+    return SamplingParams(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        ignore_eos=args.ignore_eos,
+    )
+
+
+def _prompt_tokens(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
+    if args.chat:
+        return tokenizer.encode_chat([{"role": "user", "content": args.prompt}])
+    return tokenizer.encode(args.prompt)
+
+
+def _bundle(args: argparse.Namespace) -> Bundle:
+    """Open the bundle that was given, or the store's, compiling it where need be."""
+    from piecework.foundation.environment import read_environment  # noqa: PLC0415
+    from piecework.runtime.find import find_or_compile  # noqa: PLC0415
+    from piecework.store import DirectoryStore, open_bundle  # noqa: PLC0415
+
+    root = read_environment().store_root
+    path = args.bundle
+    if path is None:
+        path = find_or_compile(
+            args.model,
+            dtype=args.dtype,
+            max_tokens=args.max_tokens,
+            store=DirectoryStore(root),
+            on_progress=console.status,
+        )
+    return open_bundle(path, extract_root=root)
+
+
+def _load(args: argparse.Namespace, bundle: Bundle) -> tuple[LoadedModel, float]:
+    """Return the model with its weights, and the seconds that loading took."""
+    from piecework.runtime import load  # noqa: PLC0415  imports torch
+
+    weights = _weights(args, bundle)
+    begun = time.perf_counter()
+    model = load(bundle, weights=weights)
+    return model, time.perf_counter() - begun
+
+
+def _weights(args: argparse.Namespace, bundle: Bundle) -> Checkpoint:
+    import torch  # noqa: PLC0415
+
+    from piecework.models.checkpoint import TensorMeta, open_checkpoint, random_checkpoint  # noqa: PLC0415
+    from piecework.store.plan import Plan  # noqa: PLC0415
+
+    if args.random_weights is None:
+        return open_checkpoint(args.model)
+    recipes = Plan.from_json(bundle.plan()).recipes
+    specs = {r.name: TensorMeta(r.shape, getattr(torch, r.dtype)) for r in recipes if not r.literal}
+    return random_checkpoint(specs, seed=args.random_weights)
+
+
+def _generate(
+    model: LoadedModel, config: ModelConfig, tokenizer: Tokenizer, *, prompt: list[int], params: SamplingParams
+) -> Iterator[_Piece]:
+    from piecework.engine.generator import Generator, num_blocks_needed  # noqa: PLC0415
+
+    sizes = model.plan.sizes
+    generator = Generator(
+        model,
+        config,
+        num_blocks=num_blocks_needed([prompt], params, config),
+        max_tokens=sizes["tokens"][1],
+        max_seqs=sizes["seqs"][1],
+    )
+    stream = tokenizer.stream(prompt)
+    for event in generator.generate([prompt], params):
+        reason = event.finish_reason.value if event.finish_reason else None
+        yield _Piece(event.token, stream.add(event.token), seconds_since_start(), reason)
+
+
+def _figures(
+    pieces: list[_Piece], *, prompt: list[int], model: LoadedModel, bundle: Bundle, load_s: float
+) -> dict[str, Any]:
+    """Return what `--json` prints. Packing weights is told apart from loading, of which it is a part."""
+    phases = model.record.phases
+    pack_s = phases.get("pack", 0.0)
+    decode_s = pieces[-1].seconds - pieces[0].seconds
+    return {
+        "text": "".join(piece.text for piece in pieces),
+        "tokens": [piece.token for piece in pieces],
+        "finish_reason": pieces[-1].finish_reason,
+        "prompt_tokens": len(prompt),
+        "bundle": str(bundle.path),
+        "load_ms": round(1e3 * (load_s - pack_s), 3),
+        "pack_ms": round(1e3 * pack_s, 3),
+        "load_phases_ms": {name: round(1e3 * seconds, 3) for name, seconds in phases.items()},
+        "first_token_s": round(pieces[0].seconds, 3),
+        "tokens_per_s": round((len(pieces) - 1) / decode_s, 1) if decode_s else 0.0,
+        "peak_rss_mb": round(peak_rss_bytes() / 2**20, 1),
+    }
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
