@@ -68,19 +68,26 @@ class SymbolicSession:
         self.shape_env = ShapeEnv(specialize_zero_one=False, duck_shape=False)
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
         self._symbols: dict[str, Any] = {}
+        self._declared: dict[Any, tuple[str, Any]] = {}  # symbol → its name and its declared range
 
-    def size(self, name: str, *, low: int, high: int, hint: int) -> torch.SymInt:
-        """Make (or return) the symbolic size `name` with values in [low, high]; `hint` is used for heuristics only."""
+    def size(self, name: str, *, low: int, high: int, hint: int) -> torch.SymInt | int:
+        """Make (or return) the symbolic size `name` with values in [low, high]; `hint` is used for heuristics only.
+
+        A range of one value gives that number.
+        """
         from torch._dynamo.source import ConstantSource  # noqa: PLC0415
         from torch.fx.experimental.symbolic_shapes import DimDynamic, StrictMinMaxConstraint  # noqa: PLC0415
         from torch.utils._sympy.value_ranges import ValueRanges  # noqa: PLC0415
 
+        if low == high:
+            return low
         if name not in self._symbols:
             source = ConstantSource(name)
             constraint = StrictMinMaxConstraint(vr=ValueRanges(low, high), warn_only=False)
             symbol = self.shape_env.create_symbol(
                 hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=constraint
             )
+            self._declared[symbol] = name, ValueRanges(low, high)
             self._symbols[name] = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
         made: torch.SymInt = self._symbols[name]
         return made
@@ -103,30 +110,35 @@ class SymbolicSession:
 
     def symbol_names(self) -> dict[str, str]:
         """Map the session's internal symbol names (as they appear in shapes) to the names given to `size`."""
-        return {str(made.node.expr): name for name, made in self._symbols.items()}
+        return {str(symbol): name for symbol, (name, _) in self._declared.items()}
 
     def narrowing_guards(self) -> list[Guard]:
         """Return the guards that do not hold for the whole of every declared range."""
         import sympy  # noqa: PLC0415
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: PLC0415
 
+        # the session's own environment takes each guard for granted once it is made; a new one knows the declaration only
+        unguarded = ShapeEnv(specialize_zero_one=False, duck_shape=False)
+        declared = tuple((symbol, bounds) for symbol, (_, bounds) in self._declared.items())
         found = []
         for guard in self.shape_env.guards:
-            if self.shape_env._maybe_evaluate_static(guard.expr) is sympy.true:
+            if unguarded._maybe_evaluate_static(guard.expr, axioms=(), var_to_range=declared) is sympy.true:
                 continue
-            where = getattr(guard, "sloc", None)
-            place = getattr(where, "maybe_user_loc", None) or getattr(where, "framework_loc", None) or ""
             names = self.symbol_names()
             text = re.sub(r"\bs\d+\b", lambda m: names.get(m.group(0), m.group(0)), str(guard.expr))
-            found.append(Guard(expr=text, location=str(place)))
+            found.append(Guard(expr=text, location=_source_line(getattr(guard, "sloc", None))))
+        places = getattr(self.shape_env, "replacements_slocs", {})
         for symbol, value in self.shape_env.replacements.items():
             name = self.symbol_names().get(str(symbol))
             if name is not None:
-                found.append(Guard(expr=f"Eq({name}, {value})", location=self._replacement_location(symbol)))
+                found.append(Guard(expr=f"Eq({name}, {value})", location=_source_line(places.get(symbol))))
         return found
 
-    def _replacement_location(self, symbol: Any) -> str:
-        logged = getattr(self.shape_env, "replacements_slocs", {}).get(symbol)
-        return str(getattr(logged, "maybe_user_loc", None) or getattr(logged, "framework_loc", None) or "")
+
+def _source_line(place: Any) -> str:
+    """Return "file:line" of what a ShapeEnv noted as the place of a guard, the user's rather than torch's."""
+    found = getattr(place, "maybe_user_loc", None) or getattr(place, "framework_loc", None)
+    return f"{found.filename}:{found.lineno}" if hasattr(found, "lineno") else str(found or "")
 
 
 @contextlib.contextmanager
@@ -163,11 +175,18 @@ class Tracer:
         node: torch.fx.Node = slot.proxy.node
         return node
 
-    def attach(self, tensor: torch.Tensor, node: torch.fx.Node) -> None:
-        """Let `tensor` stand for `node` in the rest of the trace."""
-        from torch.fx.experimental.proxy_tensor import track_tensor_tree  # noqa: PLC0415
+    def attach(self, tensor: torch.Tensor, node: torch.fx.Node, *, new_sizes: bool = True) -> None:
+        """Let `tensor` stand for `node` in the rest of the trace.
 
-        track_tensor_tree(tensor, torch.fx.Proxy(node, self.tracer), constant=None, tracer=self.tracer)
+        With `new_sizes=False` the tensor's symbolic sizes are known to the trace already, which is quicker.
+        """
+        from torch.fx.experimental import proxy_tensor  # noqa: PLC0415
+
+        proxy = torch.fx.Proxy(node, self.tracer)
+        if new_sizes:
+            proxy_tensor.track_tensor_tree(tensor, proxy, constant=None, tracer=self.tracer)
+        else:
+            proxy_tensor.set_proxy_slot(tensor, self.tracer, proxy_tensor._ProxyTensor(proxy, None))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -202,7 +221,7 @@ def trace(function: Callable[..., Any], args: Sequence[Any]) -> torch.fx.GraphMo
 
 def functionalized(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function` with in-place operators replaced by functional ones (`torch.func.functionalize`)."""
-    made: Callable[..., Any] = torch.func.functionalize(function, remove="mutations_and_views")
+    made: Callable[..., Any] = torch.func.functionalize(function, remove="mutations")
     return made
 
 
