@@ -10,7 +10,7 @@ import contextlib
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -25,6 +25,7 @@ from piecework.foundation import torch_private
 from piecework.graph.request import CaptureRequest, SizeInput, TensorInput
 from piecework.graph.structure import Structure, flatten
 from piecework.graph.templates import StackCounts, stamping
+from piecework.graph.tensors import NamedTensors
 from piecework.ops.linear import KeepLinear
 
 
@@ -77,56 +78,66 @@ def capture(request: CaptureRequest, *, templates: bool = True) -> CapturedGraph
     of a declared range only.
     """
     session = torch_private.SymbolicSession()
-    # the trace is exact: shapes that never occur together (the cache's blocks, a table's width) get their own symbols
     sizes = {n: session.size(n, low=d.min, high=d.max, hint=_hint(d.min, d.max, d.hint)) for n, d in request.sizes.items()}
     arguments = [_argument(i, sizes=sizes, session=session) for i in request.inputs]
-    states = {n: _fake_tensor(i, sizes=sizes, session=session, device=request.device) for n, i in request.states.items()}
-    tensors = _named_tensors(request.module)
-    weights = {n: _fake_weight(t, session=session, device=request.device) for n, t in tensors.items() if n not in states}
-    flat = [*arguments, *weights.values(), *states.values()]
+    tensors = NamedTensors(
+        request.module, states=request.states, sizes=sizes, fake_mode=session.fake_mode, device=request.device
+    )
     result: dict[str, Structure] = {}
     counts = StackCounts()
-
-    def forward(*values: Any) -> list[Any]:
-        named = {i.name: v for i, v in zip(request.inputs, values, strict=False)}
-        out, result["structure"] = flatten(request.call(request.module, named))
-        return out
-
     sources = _class_files(request.module)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_swapped(request.module, {**weights, **states}))
+        stack.callback(tensors.restore)
         stack.enter_context(torch.no_grad())
         stack.enter_context(_our_errors())
         stack.enter_context(torch_private.size_oblivious())
+        blocks: frozenset[nn.Module] = frozenset()
         if templates:
-            counts = stack.enter_context(stamping(request.module, fake_mode=session.fake_mode))
+            counts, blocks = stack.enter_context(
+                stamping(request.module, tensors=tensors, fake_mode=session.fake_mode)
+            )
+
+        def forward(*values: Any) -> list[Any]:
+            tracer = torch_private.current_tracer()
+            assert tracer is not None
+            tensors.begin(tracer)
+            tensors.swap(m for m in request.module.modules() if m not in blocks)
+            named = {i.name: v for i, v in zip(request.inputs, values, strict=True)}
+            out, result["structure"] = flatten(request.call(request.module, named))
+            return out
+
         stack.enter_context(_ran_files(sources))
         stack.enter_context(session.fake_mode)
         stack.enter_context(KeepLinear())
-        traced = torch_private.trace(forward, flat)
-    if _mutates(traced.graph, opaque=request.opaque):
+        graph = torch_private.trace(forward, arguments).graph
+    names = [n for n in tensors.by_name if n in tensors.nodes]
+    if _mutates(graph, opaque=request.opaque):
         with _our_errors(), torch.no_grad(), torch_private.size_oblivious(), session.fake_mode:
-            traced = torch_private.trace(torch_private.functionalized(traced), flat)
+            graph, order = _functionalized(graph, arguments=arguments, names=names, tensors=tensors)
+    else:
+        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        made = set(tensors.nodes.values())
+        order = [*(n for n in placeholders if n not in made), *(tensors.nodes[n] for n in names)]
     _check_contract(session, what=type(request.module).__name__)
-    names = [i.name for i in request.inputs] + list(weights) + list(states)
-    kinds = [InputKind.ARGUMENT] * len(request.inputs) + [InputKind.WEIGHT] * len(weights)
-    kinds += [InputKind.STATE] * len(states)
-    placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
-    inputs = tuple(GraphInput(k, n, p) for k, n, p in zip(kinds, names, placeholders, strict=True))
-    _canonicalize(traced.graph, opaque=request.opaque)
+    kinds = [InputKind.ARGUMENT] * len(request.inputs)
+    kinds += [InputKind.STATE if n in request.states else InputKind.WEIGHT for n in names]
+    inputs = tuple(
+        GraphInput(k, n, p) for k, n, p in zip(kinds, [*(i.name for i in request.inputs), *names], order, strict=True)
+    )
+    _canonicalize(graph, opaque=request.opaque)
     used = tuple(i for i in inputs if i.kind is InputKind.ARGUMENT or i.node.users)
     for unused in set(inputs) - set(used):
-        traced.graph.erase_node(unused.node)
+        graph.erase_node(unused.node)
     persistent = set(request.module.state_dict(keep_vars=True))
     return CapturedGraph(
-        graph=traced.graph,
+        graph=graph,
         inputs=used,
         structure=result["structure"],
         size_names=session.symbol_names(),
         literals={
-            i.name: tensors[i.name].detach()
+            i.name: tensors.by_name[i.name].detach()
             for i in used
-            if i.kind is InputKind.WEIGHT and i.name not in persistent and not tensors[i.name].is_meta
+            if i.kind is InputKind.WEIGHT and i.name not in persistent and not tensors.by_name[i.name].is_meta
         },
         sources=frozenset(sources),
         stacks=counts,
@@ -156,32 +167,22 @@ def _fake_tensor(given: TensorInput, *, sizes: Mapping[str, Any], session: Any, 
         return torch.empty_strided(shape, given.stride, dtype=dtype, device=device)
 
 
-def _fake_weight(tensor: torch.Tensor, *, session: Any, device: str) -> torch.Tensor:
-    with session.fake_mode:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+def _functionalized(
+    graph: torch.fx.Graph, *, arguments: Sequence[Any], names: Sequence[str], tensors: NamedTensors
+) -> tuple[torch.fx.Graph, list[torch.fx.Node]]:
+    """Trace `graph` again with in-place operators replaced; returns the new graph and its placeholders in order."""
+    module = torch.fx.GraphModule(torch.nn.Module(), graph)
+    order = [n for n in graph.nodes if n.op == "placeholder"]
+    named = {tensors.nodes[n]: n for n in names}
+    own = [n for n in order if n not in named]
 
+    def run(*values: Any) -> Any:
+        env = dict(zip([*own, *(tensors.nodes[n] for n in names)], values, strict=True))
+        return torch.fx.Interpreter(module).run(*(env[n] for n in order))
 
-def _named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return parameters and buffers by name; a tensor with several names appears under its first."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-@contextlib.contextmanager
-def _swapped(module: nn.Module, replacements: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Put `replacements` in place of the module's tensors (all names of a shared tensor alike), then restore them."""
-    by_identity = {id(t): replacements[n] for n, t in _named_tensors(module).items() if n in replacements}
-    saved: list[tuple[dict[str, Any], str, torch.Tensor]] = []
-    try:
-        for part in module.modules():
-            for table in (part._parameters, part._buffers):
-                for name, tensor in table.items():
-                    if tensor is not None and id(tensor) in by_identity:
-                        saved.append((table, name, tensor))
-                        table[name] = by_identity[id(tensor)]  # type: ignore[assignment]
-        yield
-    finally:
-        for table, name, tensor in saved:
-            table[name] = tensor
+    flat = [*arguments, *(tensors.fresh_fake(n) for n in names)]
+    made = torch_private.trace(torch_private.functionalized(run), flat).graph
+    return made, [n for n in made.nodes if n.op == "placeholder"]
 
 
 _STDLIB = {Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("platstdlib"))}

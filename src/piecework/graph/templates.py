@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from piecework.foundation.torch_private import Tracer, current_tracer, plain_tensors
+from piecework.graph.tensors import NamedTensors
 from piecework.ops.layer import LayerHandle
 
 _ABSENT = object()
@@ -38,13 +39,16 @@ class StackCounts:
 
 
 @contextlib.contextmanager
-def stamping(module: nn.Module, *, fake_mode: Any) -> Iterator[StackCounts]:
+def stamping(
+    module: nn.Module, *, tensors: NamedTensors, fake_mode: Any
+) -> Iterator[tuple[StackCounts, frozenset[nn.Module]]]:
     """Inside, calls of the blocks of `module`'s stacks are traced once per structure and stamped for the rest.
 
-    A stack is a ModuleList; its blocks are the elements that share their class with another one.
+    A stack is a ModuleList; its blocks are the elements that share their class with another one. Yields counts that are
+    kept up to date, and the modules inside blocks: `tensors` are put in place there when a block is traced.
     """
     counts = StackCounts()
-    observer = _Observer(counts=counts, fake_mode=fake_mode)
+    observer = _Observer(counts=counts, tensors=tensors, fake_mode=fake_mode)
     blocks = [b for stack in _stacks(module) for b in stack]
     saved: list[tuple[nn.Module, type[nn.Module]]] = []
     try:
@@ -52,7 +56,7 @@ def stamping(module: nn.Module, *, fake_mode: Any) -> Iterator[StackCounts]:
         for part in {id(m): m for b in blocks for m in b.modules()}.values():
             saved.append((part, type(part)))
             part.__class__ = observer.observed(type(part), is_block=id(part) in heads)
-        yield counts
+        yield counts, frozenset(part for part, _ in saved)
     finally:
         for part, original in saved:
             part.__class__ = original
@@ -98,14 +102,16 @@ class _Template:
 class _Observer:
     """Sees attribute reads of the observed modules and calls of the observed blocks."""
 
-    def __init__(self, *, counts: StackCounts, fake_mode: Any) -> None:
+    def __init__(self, *, counts: StackCounts, tensors: NamedTensors, fake_mode: Any) -> None:
         self._counts = counts
+        self._tensors = tensors
         self._fake_mode = fake_mode
         self._recordings: list[_Recording] = []
         self._templates: dict[type, list[_Template]] = {}
         self._classes: dict[tuple[type, bool], type[nn.Module]] = {}
         self._inside: set[torch.fx.Node] = set()
         self._tokens: dict[str, tuple[nn.Module, str, str]] = {}
+        self._stamping = False
 
     def observed(self, cls: type[nn.Module], *, is_block: bool) -> type[nn.Module]:
         """Return a subclass of `cls` that reports to this observer; it looks the same from outside."""
@@ -127,6 +133,8 @@ class _Observer:
             except AttributeError:
                 observer._read(self, name, _ABSENT)
                 raise
+            if isinstance(value, torch.Tensor) and not observer._stamping and observer._tensors.is_known(value):
+                value = observer._tensors.fake(value)  # read before its block is traced, or never traced by itself
             return observer._read(self, name, value) if observer._recordings else value
 
         def set_attribute(self: Any, name: str, value: Any) -> None:
@@ -174,11 +182,15 @@ class _Observer:
     def _call(self, block: nn.Module, tracer: Tracer, args: Any, kwargs: Any, *, original: type[nn.Module]) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         with _quick():
-            for template in self._templates.get(type(block), ()):
-                bound = self._admit(template, block, leaves, spec, tracer)
-                if bound is not None:
-                    self._counts.stamped += 1
-                    return self._stamp(template, block, leaves, bound, tracer)
+            self._stamping = True
+            try:
+                for template in self._templates.get(type(block), ()):
+                    bound = self._admit(template, block, leaves, spec, tracer)
+                    if bound is not None:
+                        self._counts.stamped += 1
+                        return self._stamp(template, block, leaves, bound, tracer)
+            finally:
+                self._stamping = False
         return self._record(block, tracer, leaves, spec, args, kwargs, original=original)
 
     def _record(
@@ -192,6 +204,7 @@ class _Observer:
         *,
         original: type[nn.Module],
     ) -> Any:
+        self._tensors.swap(block.modules())
         recording = _Recording(paths={id(m): n for n, m in block.named_modules()})
         last = _last_node(tracer.graph)
         self._recordings.append(recording)
@@ -254,9 +267,10 @@ class _Observer:
         """Return template node → sibling node for everything the template takes in, or None."""
         if spec != template.spec or _shape_of(block) != template.shape:
             return None
-        matching = _Matching(tracer, template.recording.paths, {id(m): n for n, m in block.named_modules()})
-        for mine, theirs in zip(template.leaves, leaves, strict=True):
-            if not matching.same(mine, theirs):
+        theirs = {id(m): n for n, m in block.named_modules()}
+        matching = _Matching(tracer, self._tensors, template.recording.paths, theirs)
+        for mine, given in zip(template.leaves, leaves, strict=True):
+            if not matching.same(mine, given):
                 return None
         modules = dict(block.named_modules())
         for (path, name), value in template.recording.reads.items():
@@ -313,7 +327,7 @@ class _Observer:
                     fresh[target] = torch.empty_strided(
                         leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device
                     )
-                tracer.attach(fresh[target], target)
+                tracer.attach(fresh[target], target, new_sizes=False)
             outputs.append(fresh[target])
         return outputs
 
@@ -355,8 +369,11 @@ def _replace_strings(arguments: Any, names: dict[str, str], bound: dict[torch.fx
 class _Matching:
     """Compares what a template read with what a sibling has, pairing up tensors as it goes."""
 
-    def __init__(self, tracer: Tracer, mine: dict[int, str], theirs: dict[int, str]) -> None:
+    def __init__(
+        self, tracer: Tracer, tensors: NamedTensors, mine: dict[int, str], theirs: dict[int, str]
+    ) -> None:
         self._tracer = tracer
+        self._tensors = tensors
         self._mine = mine
         self._theirs = theirs
         self.nodes: dict[torch.fx.Node, torch.fx.Node] = {}
@@ -386,6 +403,12 @@ class _Matching:
         return False
 
     def _pair(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+        own, other = self._tensors.name_of(a), self._tensors.name_of(b)
+        if own is not None and other is not None:
+            if not self._tensors.same_metadata(own, other):
+                return False
+            mine, theirs = self._tensors.nodes[own], self._tensors.node(other, like=self._tensors.nodes[own].meta["val"])
+            return self.nodes.setdefault(mine, theirs) is theirs
         if _metadata(a) != _metadata(b):
             return False
         mine, theirs = self._tracer.node_of(a), self._tracer.node_of(b)
