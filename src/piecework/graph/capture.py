@@ -10,7 +10,7 @@ import contextlib
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -109,7 +109,10 @@ def capture(request: CaptureRequest, *, templates: bool = True) -> CapturedGraph
         stack.enter_context(_ran_files(sources))
         stack.enter_context(session.fake_mode)
         stack.enter_context(KeepLinear())
-        graph = torch_private.trace(forward, arguments).graph
+        traced = torch_private.trace(forward, arguments)
+        _refuse_changes(tensors.replaced())
+    graph = traced.graph
+    _adopt_constants(traced, tensors=tensors)
     names = [n for n in tensors.by_name if n in tensors.nodes]
     if _mutates(graph, opaque=request.opaque):
         with _our_errors(), torch.no_grad(), torch_private.size_oblivious(), session.fake_mode:
@@ -124,6 +127,7 @@ def capture(request: CaptureRequest, *, templates: bool = True) -> CapturedGraph
     inputs = tuple(
         GraphInput(k, n, p) for k, n, p in zip(kinds, [*(i.name for i in request.inputs), *names], order, strict=True)
     )
+    _refuse_changes(i.name for i in inputs if _is_written(i.node))
     _canonicalize(graph, opaque=request.opaque)
     used = tuple(i for i in inputs if i.kind is InputKind.ARGUMENT or i.node.users)
     for unused in set(inputs) - set(used):
@@ -281,6 +285,36 @@ def _mutates(graph: torch.fx.Graph, *, opaque: frozenset[str]) -> bool:
         for n in graph.nodes
         if n.op == "call_function"
     )
+
+
+def _adopt_constants(traced: torch.fx.GraphModule, *, tensors: NamedTensors) -> None:
+    """Make tensors that the module's code holds or writes down itself inputs of the graph."""
+    placeholders: dict[int, torch.fx.Node] = {}
+    for node in [n for n in traced.graph.nodes if n.op == "get_attr"]:
+        value = getattr(traced, str(node.target))
+        if id(value) not in placeholders:
+            name = f"constant:{len(placeholders)}"
+            placeholders[id(value)] = tensors.node(name, like=node.meta["val"])
+            tensors.adopt(name, value, node=placeholders[id(value)])
+        node.replace_all_uses_with(placeholders[id(value)])
+        traced.graph.erase_node(node)
+
+
+def _is_written(node: torch.fx.Node) -> bool:
+    return any(
+        isinstance(u.target, torch._ops.OpOverload) and u.target._schema.name == "aten::copy_" and u.args[0] is node
+        for u in node.users
+    )
+
+
+def _refuse_changes(names: Iterable[str]) -> None:
+    """Raise CaptureError where the module changes a tensor that outlives the call: only opaque ops may do that."""
+    for name in names:
+        raise CaptureError(
+            asked="a module whose forward only computes its result",
+            found=f"it changes {name}, which outlives the call",
+            try_="return the new value instead, or change it inside an opaque op and declare it as a state",
+        )
 
 
 def is_opaque(node: torch.fx.Node, opaque: frozenset[str]) -> bool:

@@ -81,6 +81,11 @@ class NamedTensors:
             self.nodes[name].meta["val"] = like
         return self.nodes[name]
 
+    def adopt(self, name: str, value: torch.Tensor, *, node: torch.fx.Node) -> None:
+        """Take in a tensor that is none of the module's parameters and buffers, with its placeholder."""
+        self.by_name[name] = value
+        self.nodes[name] = node
+
     def same_metadata(self, a: str, b: str) -> bool:
         """Whether two tensors of the module have equal shape, stride, dtype and role."""
         if (a in self._states) != (b in self._states):
@@ -99,6 +104,10 @@ class NamedTensors:
                         self._swapped.append((table, name, tensor))
                         table[name] = self.fake(tensor)  # type: ignore[assignment]
 
+    def replaced(self) -> list[str]:
+        """Return the names of tensors in whose place the module has put another one since `swap`."""
+        return [self._names[id(t)] for table, n, t in self._swapped if table.get(n) is not self._fakes[self._names[id(t)]]]
+
     def restore(self) -> None:
         """Put the module's own tensors back."""
         for table, name, tensor in reversed(self._swapped):
@@ -115,4 +124,4 @@ class NamedTensors:
             given = self._states[name]
             shape = [self._sizes[d] if isinstance(d, str) else d for d in given.shape]
             return torch.empty(shape, dtype=getattr(torch, given.dtype), device=self._device)
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self._device)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)  # the loader binds it contiguous
