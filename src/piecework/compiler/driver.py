@@ -72,7 +72,7 @@ def compile_request(
             captured = capture(request)
         with recorder.phase("split"):
             steps = split(captured)
-            primary = _primary_symbol(captured)
+            primary = _primary_symbol(captured) if options.ranges else ""
             pieces = deduplicate(
                 steps,
                 primary=primary,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from piecework.store.plan import (
     ShapeRange,
     State,
     UniquePiece,
+    size_expression,
 )
 
 
@@ -57,24 +59,25 @@ def deduplicate(steps: Sequence[Step], *, primary: str, pack_dtypes: frozenset[s
 
     Args:
         steps: from `graph.split`.
-        primary: the graph's symbol for the primary size.
+        primary: the graph's symbol for the primary size, "" where no ranges of it are told apart. Pieces that have it in
+            another place are different: an artifact for a part of its range must not serve another size.
         pack_dtypes: dtypes of weights that are packed.
         packer: see passes/pack_linear.py.
     """
-    order: dict[str, int] = {}
+    order: dict[tuple[str, str | None], int] = {}
     programs: list[Piece] = []
     uses: list[int] = []
     index_of: dict[int, int] = {}
     for number, step in enumerate(steps):
         if not isinstance(step, Piece):
             continue
-        fingerprint = step.program.fingerprint()
-        if fingerprint not in order:
-            order[fingerprint] = len(programs)
+        structure = step.program.fingerprint(), step.symbols.get(primary)
+        if structure not in order:
+            order[structure] = len(programs)
             programs.append(step)
             uses.append(0)
-        index_of[number] = order[fingerprint]
-        uses[order[fingerprint]] += 1
+        index_of[number] = order[structure]
+        uses[order[structure]] += 1
     unique = tuple(
         Unique(p.program, p.symbols.get(primary), packer(p.program, dtypes=pack_dtypes), n)
         for p, n in zip(programs, uses, strict=True)
@@ -226,9 +229,16 @@ class _Planner:
         )
 
     def _named_sizes(self, expression: str) -> str:
-        for symbol, name in sorted(self._captured.size_names.items(), key=lambda item: -len(item[0])):
-            expression = expression.replace(symbol, name)
-        return expression
+        named = re.sub(r"[A-Za-z_]\w*", lambda m: self._captured.size_names.get(m.group(0), m.group(0)), expression)
+        try:
+            size_expression(named)
+        except ValueError:
+            raise CaptureError(
+                asked="opaque ops whose sizes are sums, products and quotients of the declared sizes",
+                found=f"the size {named}",
+                try_="compute it inside the op",
+            ) from None
+        return named
 
     def _slot(self, node: torch.fx.Node) -> int:
         if node in self._slots:
@@ -287,7 +297,9 @@ class _Planner:
     def _plan_input(self, name: str) -> PlanInput:
         given = next(i for i in self._captured.request.inputs if i.name == name)
         if isinstance(given, TensorInput):
-            return PlanInput(name=name, shape=given.shape, dtype=given.dtype, device=given.device)
+            fake = next(i.node.meta["val"] for i in self._arguments if i.name == name)
+            stride = given.stride if given.stride is not None and not fake.is_contiguous() else None
+            return PlanInput(name=name, shape=given.shape, dtype=given.dtype, device=given.device, stride=stride)
         return PlanInput(name=name, size=given.size)
 
     def _state(self, name: str) -> State:

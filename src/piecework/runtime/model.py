@@ -50,6 +50,7 @@ class LoadedModel:
         self._forms = forms
         self._programs: list[tuple[int, int, list[Any]]] = []
         self._checks = _size_checks(plan)
+        self._tensors = _tensor_checks(plan)
         if not plan.states:
             self._prepare()
 
@@ -127,6 +128,7 @@ class LoadedModel:
 
     def _run(self, values: list[Any]) -> list[torch.Tensor]:
         sizes = self._sizes(values)
+        self._arrange(values)
         slots: list[Any] = values + [None] * (self.plan.num_slots - len(values))
         for step in self._program(sizes.get(self.plan.primary, 0)):
             step(slots, sizes)
@@ -241,6 +243,8 @@ class LoadedModel:
             if isinstance(name, int):
                 if found != name:
                     raise _wrong_shape(given, value)
+            elif type(found) is not int:
+                raise _wrong_shape(given, value)
             elif sizes.setdefault(name, found) != found:
                 raise ShapeContractError(
                     asked=f"run with {given.name} of {name} = {found}",
@@ -252,6 +256,26 @@ class LoadedModel:
             if not low <= found <= high:
                 self._check_range(name, found)
         return sizes
+
+    def _arrange(self, values: list[Any]) -> None:
+        """Bring tensors into the layout that the pieces were compiled for; refuse other types and ranks."""
+        for position, dtype, rank, given in self._tensors:
+            value = values[position]
+            if not isinstance(value, torch.Tensor):
+                raise _wrong_shape(given, value)
+            if value.dtype is not dtype or value.device.type != given.device:
+                raise RequestError(
+                    asked=f"run with {given.name} in {value.dtype} on {value.device}",
+                    found=f"the bundle was compiled for {given.dtype} on {given.device}",
+                    try_="convert it with .to()",
+                )
+            if value.dim() != rank:
+                raise _wrong_shape(given, value)
+            if given.stride is None:
+                if not value.is_contiguous():
+                    values[position] = value.contiguous()
+            elif value.stride() != given.stride:
+                values[position] = torch.empty_strided(value.shape, given.stride, dtype=dtype).copy_(value)
 
     def _check_range(self, name: str, value: int) -> None:
         low, high = self.plan.sizes.get(name, (0, 1 << 62))
@@ -291,6 +315,15 @@ def _size_checks(plan: Plan) -> list[tuple[int, int, int | str, PlanInput]]:
     return checks
 
 
+def _tensor_checks(plan: Plan) -> list[tuple[int, torch.dtype, int, PlanInput]]:
+    """Return (position, dtype, rank, input) for every tensor input."""
+    return [
+        (position, getattr(torch, given.dtype), len(given.shape), given)
+        for position, given in enumerate(plan.inputs)
+        if given.shape is not None
+    ]
+
+
 def _wrong_shape(given: PlanInput, value: Any) -> ShapeContractError:
     found = f"shape {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
     return ShapeContractError(
@@ -312,7 +345,7 @@ def _bind(layout: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, A
     given.update(kwargs)
     wanted = [name for name, _ in layout["given"]]
     missing = [n for n in wanted if n not in given]
-    extra = [n for n in given if n not in wanted and given[n] is not layout["defaults"].get(n)]
+    extra = [n for n in given if n not in wanted and not _is_default(layout["defaults"], n, given[n])]
     if missing or extra:
         raise RequestError(
             asked="call the loaded model",
@@ -320,3 +353,7 @@ def _bind(layout: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, A
             try_="pass what the example arguments had: " + ", ".join(wanted),
         )
     return given
+
+
+def _is_default(defaults: Mapping[str, Any], name: str, value: object) -> bool:
+    return name in defaults and type(value) is type(defaults[name]) and value == defaults[name]

@@ -14,13 +14,17 @@ Dim = int | str
 
 @dataclass(frozen=True)
 class PlanInput:
-    """An argument of the forward: a tensor whose shape may name sizes, or (shape None) the size `size` as an integer."""
+    """An argument of the forward: a tensor whose shape may name sizes, or (shape None) the size `size` as an integer.
+
+    `stride` (in elements) is None where the tensor is contiguous.
+    """
 
     name: str
     shape: tuple[Dim, ...] | None = None
     dtype: str = ""
     device: str = ""
     size: str = ""
+    stride: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -168,8 +172,8 @@ def _plan(data: Mapping[str, Any]) -> Plan:
 
 
 def _plan_input(data: Mapping[str, Any]) -> PlanInput:
-    shape = data.get("shape")
-    return PlanInput(**{**data, "shape": None if shape is None else tuple(shape)})
+    tuples = {k: tuple(data[k]) for k in ("shape", "stride") if data.get(k) is not None}
+    return PlanInput(**{**data, **tuples})
 
 
 def _step_to_json(step: Step, ops: Sequence[str]) -> list[Any]:
