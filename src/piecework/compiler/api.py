@@ -72,7 +72,6 @@ def compile(  # noqa: A001  the public verb, as in torch.compile
     request, arguments = _request(
         module, example_args, example_kwargs or {}, dynamic=dynamic or {}, opaque=opaque, states=states or {}
     )
-    place = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="piecework-")) / "bundle"
     with (
         store.scratch() as scratch,
         started_backend(
@@ -95,7 +94,7 @@ def compile(  # noqa: A001  the public verb, as in torch.compile
             arguments=arguments,
         ).content
         return write_bundle(
-            place,
+            Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="piecework-")) / "bundle",
             plan=content.plan,
             artifacts=content.artifacts,
             facts=content.facts,
@@ -126,6 +125,7 @@ def _request(
             label = name if len(leaves) == 1 else f"{name}.{i}"
             inputs.append(_tensor_input(label, leaf, argument=name, dynamic=dynamic))
     _check_axes(dynamic, given)
+    _check_states(states, module, dynamic)
     named = [i.name for i in inputs]
 
     def call(target: nn.Module, values: Mapping[str, Any]) -> Any:
@@ -246,12 +246,32 @@ def _axes(name: str, dim: Dim, *, argument: str, label: str, rank: int, alone: b
 
 def _check_axes(dynamic: Mapping[str, Dim], given: Mapping[str, Any]) -> None:
     for name, dim in dynamic.items():
+        if dim.axes is not None and all(axes == () for axes in dim.axes.values()):
+            raise CaptureError(
+                asked=f"the dynamic size {name}",
+                found="no axis of any argument that has it",
+                try_=f'Dim({dim.min}, {dim.max}, axes={{"{next(iter(given), "x")}": 0}})',
+            )
         unknown = [a for a in dim.axes or () if a.split(".")[0] not in given]
         if unknown:
             raise CaptureError(
                 asked=f"the dynamic size {name} in {unknown[0]}",
                 found=f"the arguments {', '.join(given)}",
                 try_="name one of those",
+            )
+
+
+def _check_states(
+    states: Mapping[str, tuple[int | str, ...]], module: nn.Module, dynamic: Mapping[str, Dim]
+) -> None:
+    buffers = dict(module.named_buffers())
+    for name, shape in states.items():
+        undeclared = [d for d in shape if isinstance(d, str) and d not in dynamic]
+        if name not in buffers or undeclared:
+            raise CaptureError(
+                asked=f"the state {name} of shape {list(shape)}",
+                found=f"no dynamic size {undeclared[0]!r}" if undeclared else "no buffer of that name",
+                try_="declare it in `dynamic`" if undeclared else f"the buffers are {', '.join(buffers) or 'none'}",
             )
 
 
