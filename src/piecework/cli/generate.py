@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -75,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
 
     Raises UnsupportedModelError, BundleError, WeightsError, CompileError, RequestError, CapacityError.
     """
-    # `piecework --help` must not pay for it
+    gc.disable()  # start-up makes long-lived objects only
+    # `piecework --help` must not pay for these
     from piecework.engine.request import GenerationRequest  # noqa: PLC0415
     from piecework.engine.tokenizer import load_tokenizer  # noqa: PLC0415
 
@@ -84,11 +86,13 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.model)
     prompt = _prompt_tokens(args, tokenizer)
     GenerationRequest(0, tuple(prompt), params)  # refuses an empty prompt before anything is compiled for it
-    bundle = _bundle(args)
-    model, load_s = _load(args, bundle)
+    bundle, verify_s = _bundle(args, config)
+    model = _load(args, bundle)
+    gc.freeze()
+    gc.enable()
     pieces = _generate(model, config, tokenizer, prompt=prompt, params=params)
     if args.json:
-        console.out_json(_figures(list(pieces), prompt=prompt, model=model, bundle=bundle, load_s=load_s))
+        console.out_json(_figures(list(pieces), prompt=prompt, model=model, bundle=bundle, verify_s=verify_s))
     else:
         for piece in pieces:
             console.out(piece.text, end="")
@@ -115,33 +119,37 @@ def _prompt_tokens(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(args.prompt)
 
 
-def _bundle(args: argparse.Namespace) -> Bundle:
-    """Open the bundle that was given, or the store's, compiling it where need be."""
+def _bundle(args: argparse.Namespace, config: ModelConfig) -> tuple[Bundle, float]:
+    """Return the bundle that was given, or the store's, compiling it where need be; and the seconds to verify it.
+
+    Its files and facts are checked here, once.
+    """
+    from piecework.engine.bundles import find_or_compile  # noqa: PLC0415
     from piecework.foundation.environment import read_environment  # noqa: PLC0415
-    from piecework.runtime.find import find_or_compile  # noqa: PLC0415
-    from piecework.store import DirectoryStore, open_bundle  # noqa: PLC0415
+    from piecework.store.bundle import open_bundle  # noqa: PLC0415
+    from piecework.store.directory_store import DirectoryStore  # noqa: PLC0415
+    from piecework.store.facts import config_fact, require  # noqa: PLC0415
 
     root = read_environment().store_root
-    path = args.bundle
-    if path is None:
-        path = find_or_compile(
-            args.model,
-            dtype=args.dtype,
-            max_tokens=args.max_tokens,
-            store=DirectoryStore(root),
-            on_progress=console.status,
-        )
-    return open_bundle(path, extract_root=root)
+    begun = time.perf_counter()
+    if args.bundle is not None:
+        bundle = open_bundle(args.bundle, extract_root=root)
+        require(bundle.facts, asked=f"run {args.model} from {args.bundle}", expected=[config_fact(config.raw)])
+        return bundle, time.perf_counter() - begun
+    found = find_or_compile(
+        config,
+        dtype=args.dtype or config.dtype,
+        max_tokens=args.max_tokens,
+        store=DirectoryStore(root),
+        on_note=console.status,
+    )
+    return found.bundle, found.verify_s
 
 
-def _load(args: argparse.Namespace, bundle: Bundle) -> tuple[LoadedModel, float]:
-    """Return the model with its weights, and the seconds that loading took."""
+def _load(args: argparse.Namespace, bundle: Bundle) -> LoadedModel:
     from piecework.runtime import load  # noqa: PLC0415  imports torch
 
-    weights = _weights(args, bundle)
-    begun = time.perf_counter()
-    model = load(bundle, weights=weights)
-    return model, time.perf_counter() - begun
+    return load(bundle, weights=_weights(args, bundle), check_facts=False)
 
 
 def _weights(args: argparse.Namespace, bundle: Bundle) -> Checkpoint:
@@ -177,11 +185,11 @@ def _generate(
 
 
 def _figures(
-    pieces: list[_Piece], *, prompt: list[int], model: LoadedModel, bundle: Bundle, load_s: float
+    pieces: list[_Piece], *, prompt: list[int], model: LoadedModel, bundle: Bundle, verify_s: float
 ) -> dict[str, Any]:
-    """Return what `--json` prints. Packing weights is told apart from loading, of which it is a part."""
-    phases = model.record.phases
-    pack_s = phases.get("pack", 0.0)
+    """Return what `--json` prints. `load_ms` is verify + plan + open + bind; weights are read and packed beside that."""
+    phases = {**model.record.phases, "verify": verify_s}
+    load_s = sum(phases[name] for name in ("verify", "plan", "open", "bind"))
     decode_s = pieces[-1].seconds - pieces[0].seconds
     return {
         "text": "".join(piece.text for piece in pieces),
@@ -189,8 +197,9 @@ def _figures(
         "finish_reason": pieces[-1].finish_reason,
         "prompt_tokens": len(prompt),
         "bundle": str(bundle.path),
-        "load_ms": round(1e3 * (load_s - pack_s), 3),
-        "pack_ms": round(1e3 * pack_s, 3),
+        "load_ms": round(1e3 * load_s, 3),
+        "weights_ms": round(1e3 * phases["weights"], 3),
+        "pack_ms": round(1e3 * phases["pack"], 3),
         "load_phases_ms": {name: round(1e3 * seconds, 3) for name, seconds in phases.items()},
         "first_token_s": round(pieces[0].seconds, 3),
         "tokens_per_s": round((len(pieces) - 1) / decode_s, 1) if decode_s else 0.0,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +12,7 @@ from piecework.compiler.job import Job
 from piecework.compiler.options import BackendName, CompileOptions, packed_dtypes
 from piecework.compiler.planning import Deduplicated, Unique, deduplicate, make_plan
 from piecework.errors import CompileError
+from piecework.foundation.process import garbage_collection_off
 from piecework.foundation.target import Target
 from piecework.graph.capture import CapturedGraph, capture
 from piecework.graph.request import CaptureRequest
@@ -67,7 +66,7 @@ def compile_request(
     Raises CaptureError, ShapeContractError, CompileError, StoreError.
     """
     on_progress("capturing", 0, 0)
-    with _no_cyclic_garbage_collection():
+    with garbage_collection_off():
         with recorder.phase("capture"):
             captured = capture(request)
         with recorder.phase("split"):
@@ -208,17 +207,3 @@ def _literals(captured: CapturedGraph) -> bytes | None:
 
     made: bytes = save({n: t.contiguous() for n, t in captured.literals.items()})
     return made
-
-
-@contextlib.contextmanager
-def _no_cyclic_garbage_collection() -> Iterator[None]:
-    """Tracing makes many long-lived objects; collecting cycles meanwhile costs a third of its time and frees nothing."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-

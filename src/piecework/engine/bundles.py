@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,17 @@ from piecework.store.stores import Store
 
 @dataclass(frozen=True)
 class FoundBundle:
-    """An open bundle whose files and facts were checked; `compiled` says that it was a miss."""
+    """An open bundle whose files and facts were checked.
+
+    Attributes:
+        bundle: the bundle.
+        compiled: whether it was a miss.
+        verify_s: seconds that checking files and facts took (of the last check).
+    """
 
     bundle: Bundle
     compiled: bool
+    verify_s: float
 
 
 def find_or_compile(
@@ -40,13 +48,16 @@ def find_or_compile(
 
     Raises what the compile fails with, as CompileError where it says no more.
     """
+    begun = time.perf_counter()
     expected = expected_facts(config, dtype=dtype, max_tokens=max_tokens)
     target = read_target()
     found = find_bundle(store, bundle_key(expected, target=target), report=on_note, expected=expected, target=target)
     if found is not None:
-        return FoundBundle(found, compiled=False)
+        return FoundBundle(found, compiled=False, verify_s=time.perf_counter() - begun)
     on_note("no bundle of this model in the store: compiling one")
-    return FoundBundle(open_bundle(_compile(config.path, dtype=dtype, max_tokens=max_tokens)), compiled=True)
+    path = _compile(config.path, dtype=dtype, max_tokens=max_tokens)
+    begun = time.perf_counter()
+    return FoundBundle(open_bundle(path), compiled=True, verify_s=time.perf_counter() - begun)
 
 
 def _compile(model_dir: Path, *, dtype: str, max_tokens: int) -> Path:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 _IMPORTED = time.monotonic()
@@ -24,3 +27,15 @@ def peak_rss_bytes() -> int:
     import resource  # noqa: PLC0415  POSIX only
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@contextlib.contextmanager
+def garbage_collection_off() -> Iterator[None]:
+    """For code that makes many long-lived objects: collecting cycles meanwhile walks all of torch (90 ms) for nothing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

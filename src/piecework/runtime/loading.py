@@ -12,6 +12,7 @@ import torch
 from piecework.errors import CorruptBundle
 from piecework.foundation import torch_private
 from piecework.foundation.environment import read_environment
+from piecework.foundation.process import garbage_collection_off
 from piecework.ops.program import constant_name
 from piecework.record import Record
 from piecework.runtime.constants import TensorSource, as_source, make_constants, pack_constants
@@ -22,6 +23,7 @@ from piecework.store.facts import require
 from piecework.store.plan import Plan, UniquePiece
 
 
+@garbage_collection_off()
 def load(bundle: str | Path | Bundle, *, weights: object, check_facts: bool = True) -> LoadedModel:
     """Load a bundle and bind `weights` to it.
 
@@ -31,7 +33,7 @@ def load(bundle: str | Path | Bundle, *, weights: object, check_facts: bool = Tr
             `get(name)`.
         check_facts: whether facts about the environment must hold (they should).
 
-    Returns a model to call. Its `record` has the seconds of "verify", "open", "weights", "pack" and "bind".
+    Returns a model to call. Its `record` has the seconds of "verify", "plan", "weights", "pack", "open" and "bind".
     Raises CorruptBundle, StaleBundle, WeightsError.
     """
     phases: dict[str, float] = {}
@@ -39,8 +41,10 @@ def load(bundle: str | Path | Bundle, *, weights: object, check_facts: bool = Tr
     opened = bundle if isinstance(bundle, Bundle) else _open(Path(bundle))
     if check_facts:
         require(opened.facts, asked=f"load the bundle {opened.path}")
-    plan = Plan.from_json(opened.plan())
     phases["verify"] = _lap(begun)
+    begun = time.perf_counter()
+    plan = Plan.from_json(opened.plan())
+    phases["plan"] = _lap(begun)
     begun = time.perf_counter()
     source = as_source(weights)
     literals = _literals(opened)
