@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,14 +60,18 @@ class SymbolicSession:
 
     Sizes are backed symbols without 0/1 specialisation and without duck shaping, so that any condition the trace relies
     on and that the declared range does not imply shows up as a `Guard`.
+
+    Args:
+        is_users: says of a file's name whether it is the user's code; a guard's location is the innermost such line.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_users: Callable[[str], bool] = lambda filename: True) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415  imports sympy: not on a warm start
         from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: PLC0415
 
         self.shape_env = ShapeEnv(specialize_zero_one=False, duck_shape=False)
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
+        self.shape_env._get_sloc = lambda framework_loc=None: _innermost_line(is_users)  # type: ignore[method-assign]
         self._symbols: dict[str, Any] = {}
         self._declared: dict[Any, tuple[str, Any]] = {}  # symbol → its name and its declared range
 
@@ -126,31 +131,48 @@ class SymbolicSession:
                 continue
             names = self.symbol_names()
             text = re.sub(r"\bs\d+\b", lambda m: names.get(m.group(0), m.group(0)), str(guard.expr))
-            found.append(Guard(expr=text, location=_source_line(getattr(guard, "sloc", None))))
+            found.append(Guard(expr=text, location=str(getattr(guard, "sloc", None) or "")))
         places = getattr(self.shape_env, "replacements_slocs", {})
         for symbol, value in self.shape_env.replacements.items():
             name = self.symbol_names().get(str(symbol))
             if name is not None:
-                found.append(Guard(expr=f"Eq({name}, {value})", location=_source_line(places.get(symbol))))
+                found.append(Guard(expr=f"Eq({name}, {value})", location=str(places.get(symbol) or "")))
         return found
 
 
-def _source_line(place: Any) -> str:
-    """Return "file:line" of what a ShapeEnv noted as the place of a guard, the user's rather than torch's."""
-    found = getattr(place, "maybe_user_loc", None) or getattr(place, "framework_loc", None)
-    return f"{found.filename}:{found.lineno}" if hasattr(found, "lineno") else str(found or "")
+def _innermost_line(is_users: Callable[[str], bool]) -> str:
+    """Return "file:line" of the innermost frame whose file `is_users`, or ""."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if is_users(frame.f_code.co_filename):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
 
 
 @contextlib.contextmanager
 def size_oblivious() -> Iterator[None]:
     """Let backed sizes be treated as if unknown where torch offers a general answer (broadcasting, contiguity).
 
-    torch 2.11-2.13: `torch.fx.experimental._config.backed_size_oblivious`.
+    torch 2.11-2.13: `torch.fx.experimental._config.backed_size_oblivious`. It leaves out the contiguity that C++ asks
+    for (c10/core/SymbolicShapeMeta.cpp): that goes through `SymNode.guard_bool`, with the C++ file's name. There "not
+    known to be contiguous" is a general answer too: it makes torch copy where size 1 would not need it.
     """
     from torch.fx.experimental import _config  # noqa: PLC0415
+    from torch.fx.experimental.sym_node import SymNode  # noqa: PLC0415
 
-    with _config.patch(backed_size_oblivious=True):
-        yield
+    original = SymNode.guard_bool
+
+    def guard_bool(self: Any, file: str, line: int) -> bool:
+        asks_layout = "SymbolicShapeMeta" in file or "TensorImpl" in file
+        return bool(self.guard_or_false(file, line) if asks_layout else original(self, file, line))
+
+    SymNode.guard_bool = guard_bool  # type: ignore[method-assign]
+    try:
+        with _config.patch(backed_size_oblivious=True):
+            yield
+    finally:
+        SymNode.guard_bool = original  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -284,13 +306,37 @@ def compile_aoti(
     original = codecache.CppBuilder
     codecache.CppBuilder = Builder
     try:
-        with torch.no_grad(), size_oblivious():
+        with torch.no_grad(), size_oblivious(), _general_strides():
             result = compile_fx_aot(
                 module, list(example_inputs), config_patches={**options, "aot_inductor.output_path": str(output)}
             )
     finally:
         codecache.CppBuilder = original
     return Path(result if isinstance(result, str) else next(str(f) for f in result if str(f).endswith(".so")))
+
+
+@contextlib.contextmanager
+def _general_strides() -> Iterator[None]:
+    """Let Inductor compute a view's strides for every size at once, not for sizes other than 1.
+
+    torch 2.12-2.13: `ir.View.create` asks `_compute_stride` for the general answer for unbacked sizes only, and would guard
+    on `size != 1` for ours; the general answer is right for 1 as well.
+    """
+    from torch._subclasses import fake_impls  # noqa: PLC0415
+
+    original = getattr(fake_impls, "_compute_stride", None)
+    if original is None:
+        yield
+        return
+
+    def general(old_shape: Any, old_stride: Any, new_shape: Any, size_oblivious: bool = True) -> Any:  # noqa: FBT001, FBT002
+        return original(old_shape, old_stride, new_shape, size_oblivious=True)
+
+    fake_impls._compute_stride = general
+    try:
+        yield
+    finally:
+        fake_impls._compute_stride = original
 
 
 def warm_up_inductor() -> None:

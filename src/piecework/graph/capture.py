@@ -77,7 +77,7 @@ def capture(request: CaptureRequest, *, templates: bool = True) -> CapturedGraph
     Raises CaptureError where the module can't be traced as one graph, ShapeContractError where the trace holds for a part
     of a declared range only.
     """
-    session = torch_private.SymbolicSession()
+    session = torch_private.SymbolicSession(is_users=_is_users)
     sizes = {n: session.size(n, low=d.min, high=d.max, hint=_hint(d.min, d.max, d.hint)) for n, d in request.sizes.items()}
     arguments = [_argument(i, sizes=sizes, session=session) for i in request.inputs]
     tensors = NamedTensors(

@@ -1,0 +1,33 @@
+"""The whole model under `torch.compile(fullgraph=True)`, its defaults otherwise: first decode step, then steps."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from piecework.bench.cells.forward import emit, make_parser
+from piecework.bench.cells.module import first_step_and_times
+
+
+def main() -> None:
+    """Run the cell."""
+    args = make_parser("piecework.bench.cells.torch_compile", description=__doc__).parse_args()
+    emit(
+        first_step_and_times(
+            args.model,
+            max_tokens=args.max_tokens,
+            batch=args.batch,
+            steps=args.steps,
+            seconds=args.seconds,
+            prepare=_compile_whole,
+        )
+    )
+
+
+def _compile_whole(module: nn.Module) -> nn.Module:
+    compiled: nn.Module = torch.compile(module, fullgraph=True)
+    return compiled
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Samples and what becomes of them: one row per system, model and metric, with the median and the spread."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+_UNITS: Final = {"_s": "s", "_ms": "ms", "_mb": "MiB"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """What was measured: a metric of a system and a model; `dtype` and `batch` where they apply."""
+
+    system: str
+    layers: int
+    metric: str
+    dtype: str | None = None
+    batch: int | None = None
+
+    @property
+    def unit(self) -> str:
+        """The metric's unit, which its name ends with; "" for counts."""
+        return next((unit for ending, unit in _UNITS.items() if self.metric.endswith(ending)), "")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measured value, in its key's unit; `note` says what exactly it is."""
+
+    key: Key
+    value: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """The samples of one key: their median, number and extremes."""
+
+    key: Key
+    value: float
+    n: int
+    min: float
+    max: float
+    note: str = ""
+
+    def to_json(self) -> dict[str, object]:
+        """Return the row as a JSON object; what doesn't apply is left out."""
+        key = self.key
+        row: dict[str, object] = {"system": key.system, "layers": key.layers, "metric": key.metric}
+        row |= {name: value for name, value in (("dtype", key.dtype), ("batch", key.batch)) if value is not None}
+        row |= {"value": _rounded(self.value), "unit": key.unit, "n": self.n}
+        row |= {"min": _rounded(self.min), "max": _rounded(self.max)}
+        return row | ({"note": self.note} if self.note else {})
+
+
+def summarise(samples: Iterable[Sample]) -> tuple[Row, ...]:
+    """Return a row per key, in the order in which the keys first appear; the last note of a key stays."""
+    groups: dict[Key, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.key, []).append(sample)
+    rows = []
+    for key, group in groups.items():
+        values = [sample.value for sample in group]
+        rows.append(Row(key, statistics.median(values), len(values), min(values), max(values), group[-1].note))
+    return tuple(rows)
+
+
+def _rounded(value: float) -> float:
+    """Return whole numbers as such, and others with as many digits as mean something."""
+    if value == int(value):
+        return int(value)
+    return round(value, 3 if abs(value) >= 1 else 5)

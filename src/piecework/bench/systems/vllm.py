@@ -1,0 +1,87 @@
+"""vLLM's CPU build with its piecewise path forced, by the script `vllm_compile.py` of a folder that the user names."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, final
+
+from piecework.bench.launch import Caches, Launcher
+from piecework.bench.measurements import Sample
+from piecework.bench.systems.base import Case, Phase, System
+
+SCRIPT: Final = "vllm_compile.py"
+COLD_NOTE: Final = "vLLM's own compilation_time, all its caches and TMPDIR empty"
+FIRST_COLD_NOTE: Final = "process start to first token, cold"
+LOAD_NOTE: Final = "vLLM's own compilation_time of a warm start (AOT artifacts loaded)"
+FIRST_TOKEN_NOTE: Final = "process start to first token, warm, engine in the process"
+_VERSION: Final = "import importlib.metadata as m; print([d.version for d in m.distributions() if d.name.startswith('vllm')][0])"
+
+
+@dataclass(frozen=True)
+class Peers:
+    """An installed vLLM: its Python, its version, and the script that measures it."""
+
+    python: Path
+    version: str
+    script: Path
+
+
+def find_peers(root: Path, *, scripts: Path) -> Peers | str:
+    """Return the vLLM under `root` (`v/bin/python`), measured by the scripts of a folder, or why there is none."""
+    script, python = scripts / SCRIPT, root / "v" / "bin" / "python"
+    if not script.is_file():
+        return f"no {SCRIPT} in {scripts.name or scripts}"
+    if not python.exists():
+        return "not installed where PEERS_ROOT says; setup.sh beside the scripts installs it"
+    done = subprocess.run([str(python), "-c", _VERSION], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return "PEERS_ROOT has no vllm package; setup.sh beside the scripts installs it"
+    return Peers(python, done.stdout.strip(), script.resolve())
+
+
+@final
+class Vllm(System):
+    """Measures vLLM with random ("dummy") weights, in one dtype."""
+
+    def __init__(self, launcher: Launcher, peers: Peers, *, rounds: Mapping[Phase, int], dtype: str) -> None:
+        super().__init__("vllm", rounds=rounds, dtypes=(dtype,))
+        self._launcher = launcher
+        self._peers = peers
+
+    def warm_up(self, case: Case) -> None:
+        """Import vLLM once."""
+        caches = self._launcher.caches("warm-up-vllm", fresh=True)
+        command = [str(self._peers.python), "-c", "from vllm import LLM"]
+        self._launcher.run(command, variables=_variables(caches), prints=False)
+
+    def measure(self, phase: Phase, case: Case, *, batch: int) -> list[Sample]:
+        """Measure a phase. Raises CellError."""
+        cold = phase is Phase.COLD
+        caches = self._launcher.caches(f"vllm/{case.layers}-{case.dtype}", fresh=cold)
+        command = [str(self._peers.python), str(self._peers.script), "--model", str(case.model)]
+        command += ["--layers", str(case.layers), "--mode", "piecewise", "--aot", "1", "--dtype", case.dtype]
+        figures = self._launcher.run([*command, *(["--cold"] if cold else [])], variables=_variables(caches)).figures
+        if cold:
+            return self._cold(case, figures)
+        return [
+            self.sample(case, "load_ms", 1e3 * figures["compilation_time_s"], note=LOAD_NOTE),
+            self.sample(case, "first_token_s", figures["marks"]["first_token"], note=FIRST_TOKEN_NOTE),
+        ]
+
+    def _cold(self, case: Case, figures: Mapping[str, Any]) -> list[Sample]:
+        counters = figures["counters"]
+        return [
+            self.sample(case, "cold_s", figures["compilation_time_s"], note=COLD_NOTE),
+            self.sample(case, "cold_first_token_s", figures["marks"]["first_token"], note=FIRST_COLD_NOTE),
+            self.sample(case, "pieces", counters.get("num_piecewise_capturable_graphs_seen", 0)),
+            self.sample(case, "unique_pieces", counters.get("num_compiled_artifacts_saved", 0)),
+            self.sample(case, "bundle_mb", figures["cache_mb"], note="all its caches on disk"),
+        ]
+
+
+def _variables(caches: Caches) -> dict[str, str | None]:
+    """Let all that vLLM caches lie in `caches`, and its packages be its own."""
+    return {**caches.variables(), "PEERS_ROOT": str(caches.root), "PYTHONPATH": None}
