@@ -154,18 +154,22 @@ def _innermost_line(is_users: Callable[[str], bool]) -> str:
 def size_oblivious() -> Iterator[None]:
     """Let backed sizes be treated as if unknown where torch offers a general answer (broadcasting, contiguity).
 
-    torch 2.11-2.13: `torch.fx.experimental._config.backed_size_oblivious`. It leaves out the contiguity that C++ asks
-    for (c10/core/SymbolicShapeMeta.cpp): that goes through `SymNode.guard_bool`, with the C++ file's name. There "not
-    known to be contiguous" is a general answer too: it makes torch copy where size 1 would not need it.
+    torch 2.11-2.13: `torch.fx.experimental._config.backed_size_oblivious`. It leaves out `size == 1` and `size == 0` in
+    C++ (contiguity above all, equal strides), which arrive at `SymNode.guard_bool` with the name of c10/core/SymInt.h. There "no" is the
+    general answer, as it is elsewhere: torch then makes a copy that size 1 would not need.
     """
+    import sympy  # noqa: PLC0415
     from torch.fx.experimental import _config  # noqa: PLC0415
     from torch.fx.experimental.sym_node import SymNode  # noqa: PLC0415
 
     original = SymNode.guard_bool
 
     def guard_bool(self: Any, file: str, line: int) -> bool:
-        asks_layout = "SymbolicShapeMeta" in file or "TensorImpl" in file
-        return bool(self.guard_or_false(file, line) if asks_layout else original(self, file, line))
+        expr = self.expr
+        if file.endswith("c10/core/SymInt.h") and isinstance(expr, (sympy.Eq, sympy.Ne)) and _tells_one_apart(expr):
+            answer = self.guard_or_false if isinstance(expr, sympy.Eq) else self.guard_or_true
+            return bool(answer(file, line))
+        return bool(original(self, file, line))
 
     SymNode.guard_bool = guard_bool  # type: ignore[method-assign]
     try:
@@ -173,6 +177,19 @@ def size_oblivious() -> Iterator[None]:
             yield
     finally:
         SymNode.guard_bool = original  # type: ignore[method-assign]
+
+
+def _tells_one_apart(relation: Any) -> bool:
+    """Whether an equation such as `8*s0 == 8` holds where its one size is 0 or 1, and nowhere else."""
+    import sympy  # noqa: PLC0415
+
+    difference = sympy.expand(relation.lhs - relation.rhs)
+    if len(difference.free_symbols) != 1:
+        return False
+    (size,) = difference.free_symbols
+    slope = difference.coeff(size, 1)
+    rest = sympy.expand(difference - slope * size)
+    return bool(slope.is_number and slope != 0 and rest.is_number and -rest / slope in (0, 1))
 
 
 @dataclass(frozen=True)
