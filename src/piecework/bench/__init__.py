@@ -1,1 +1,1 @@
-"""Measurements: what piecework and the systems beside it take to start and to step. Every cell is a process of its own."""
+"""Measurements of piecework and of the systems beside it. Every cell is a process of its own."""

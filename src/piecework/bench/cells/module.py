@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from piecework.bench.cells.forward import Inputs, StepTimes, decode_inputs, num_blocks, time_steps
+from piecework.bench.cells.forward import StepTimes, decode_inputs, num_blocks, time_steps
 from piecework.foundation.process import seconds_since_start
 from piecework.graph.request import CaptureRequest
 from piecework.models.adapter import build_causal_lm
 from piecework.models.checkpoint import open_checkpoint
-
-Forward = Callable[[Inputs], Tensor]
 
 
 def build_module(model_dir: Path, *, max_tokens: int, blocks: int) -> CaptureRequest:
@@ -45,7 +43,7 @@ def first_step_and_times(
     batch: int,
     steps: int,
     seconds: float,
-    prepare: Callable[[nn.Module], nn.Module],
+    prepare: Callable[[nn.Module], Any],
 ) -> dict[str, Any]:
     """Build the model, let `prepare` set up its compilation, run a decode step, and time more of them.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from piecework.bench.cells.forward import emit, make_parser
 from piecework.bench.cells.module import first_step_and_times
@@ -19,14 +18,9 @@ def main() -> None:
             batch=args.batch,
             steps=args.steps,
             seconds=args.seconds,
-            prepare=_compile_whole,
+            prepare=lambda module: torch.compile(module, fullgraph=True),
         )
     )
-
-
-def _compile_whole(module: nn.Module) -> nn.Module:
-    compiled: nn.Module = torch.compile(module, fullgraph=True)
-    return compiled
 
 
 if __name__ == "__main__":

@@ -57,8 +57,6 @@ class System(ABC):
     def measure(self, phase: Phase, case: Case, *, batch: int) -> list[Sample]:
         """Measure a phase; `batch` is for `Phase.STEPS`. Raises CellError."""
 
-    def sample(
-        self, case: Case, metric: str, value: float, *, batch: int | None = None, note: str = ""
-    ) -> Sample:
+    def sample(self, case: Case, metric: str, value: float, *, batch: int | None = None, note: str = "") -> Sample:
         """Return a sample of this system."""
         return Sample(Key(self.name, case.layers, metric, case.dtype, batch), value, note)

@@ -17,7 +17,10 @@ COLD_NOTE: Final = "vLLM's own compilation_time, all its caches and TMPDIR empty
 FIRST_COLD_NOTE: Final = "process start to first token, cold"
 LOAD_NOTE: Final = "vLLM's own compilation_time of a warm start (AOT artifacts loaded)"
 FIRST_TOKEN_NOTE: Final = "process start to first token, warm, engine in the process"
-_VERSION: Final = "import importlib.metadata as m; print([d.version for d in m.distributions() if d.name.startswith('vllm')][0])"
+_VERSION: Final = (
+    "from importlib.metadata import distributions\n"
+    "print(next(d.version for d in distributions() if d.name.startswith('vllm')))"
+)
 
 
 @dataclass(frozen=True)
