@@ -25,7 +25,8 @@ from piecework.graph.tensors import NamedTensors
 from piecework.ops.layer import LayerHandle
 
 _ABSENT = object()
-_MODULE_FILE = sys.modules[nn.Module.__module__].__file__
+_TABLE_READERS = frozenset(sys.modules[c.__module__].__file__ for c in (nn.Module, nn.Sequential, NamedTensors))
+"""Files that read `_modules` and the like whole; names and types in it are compared for every sibling anyway."""
 _TABLES = frozenset({"__dict__", "_parameters", "_buffers", "_modules"})
 
 
@@ -162,7 +163,7 @@ class _Observer:
 
     def _read(self, module: nn.Module, name: str, value: Any) -> Any:
         if name in _TABLES:
-            if sys._getframe(2).f_code.co_filename != _MODULE_FILE:
+            if sys._getframe(2).f_code.co_filename not in _TABLE_READERS:
                 for recording in self._recordings:
                     recording.problems.append(f"reads {type(module).__name__}.{name} as a whole")
             return value
@@ -292,15 +293,12 @@ class _Observer:
         handles: dict[str, str] = {}
         for token, (path, name) in template.handles.items():
             handles[token] = getattr(modules[path], name)
-            if not self._recordings:
-                handles[self._tokens[token][2]] = str(handles[token])
         made: list[torch.fx.Node] = []
         for node in template.nodes:
             copy = tracer.graph.node_copy(node, lambda n: bound.get(n, n))
+            tokens = copy.meta.pop("piecework_handles", None)  # not there yet where the template's own block encloses it
             if template.handles:
-                tokens = node.meta.get("piecework_handles")
-                if tokens is not None:
-                    copy.args, copy.kwargs = _replace_strings(tokens, handles, bound)
+                copy.args, copy.kwargs = _replace_strings(tokens or (node.args, node.kwargs), handles, bound)
             bound[node] = copy
             made.append(copy)
         self._inside.update(n for n in made if not isinstance(n.meta.get("val"), torch.SymInt))
