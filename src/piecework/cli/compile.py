@@ -42,6 +42,7 @@ def add_compile_options(parser: argparse.ArgumentParser) -> None:
                         help="most tokens in one forward pass (default: %(default)s)")  # fmt: skip
     parser.add_argument("--ranges", type=_ranges, default=(), metavar="R", help="ranges of tokens with artifacts of "
                         'their own, such as "1,2:64,65:2048" (default: one for all)')  # fmt: skip
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what the bundle runs on (default: cpu)")
     parser.add_argument("--backend", choices=("aoti", "eager"), default="aoti", help="aoti: native code; eager: run "
                         "the pieces operator by operator (default: aoti)")  # fmt: skip
 
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             config,
             dtype=args.dtype or config.dtype,
             max_tokens=args.max_tokens,
-            options=CompileOptions(backend=BackendName(args.backend), ranges=args.ranges),
+            options=CompileOptions(backend=BackendName(args.backend), ranges=args.ranges, device=args.device),
             check_weights=args.weights == "real",
             store=DirectoryStore(environment.store_root),
             toolchain_root=environment.store_root / "toolchain",

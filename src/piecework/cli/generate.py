@@ -67,6 +67,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="N",
         help="most tokens in one forward pass (default: %(default)s)",
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     parser.add_argument("--bundle", type=Path, metavar="BUNDLE", help="use this bundle instead of the store's")
     parser.add_argument("--json", action="store_true", help="print text, tokens and timings as one JSON object")
 
@@ -140,6 +141,7 @@ def _bundle(args: argparse.Namespace, config: ModelConfig) -> tuple[Bundle, floa
         config,
         dtype=args.dtype or config.dtype,
         max_tokens=args.max_tokens,
+        device=args.device,
         store=DirectoryStore(root),
         on_note=console.status,
     )

@@ -77,7 +77,7 @@ def compile_model(
             from piecework.compiler.driver import compile_request  # noqa: PLC0415
             from piecework.models.adapter import build_causal_lm  # noqa: PLC0415
         with recorder.phase("build"):
-            request = build_causal_lm(config.path, dtype=dtype, max_tokens=max_tokens)
+            request = build_causal_lm(config.path, dtype=dtype, max_tokens=max_tokens, device=options.device)
             if check_weights:
                 _check_weights(config, request.module)
         sealed = compile_request(

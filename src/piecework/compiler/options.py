@@ -26,11 +26,13 @@ class CompileOptions:
         ranges: ranges of the primary size (tokens) that get artifacts of their own, ascending and without gaps; empty for
             one artifact over the whole declared range.
         pack_linear: whether linear weights are bound packed for oneDNN; None decides by the target.
+        device: device type that a model directory is compiled for; a module's is that of its example arguments.
     """
 
     backend: BackendName = BackendName.AOTI
     ranges: tuple[tuple[int, int], ...] = ()
     pack_linear: bool | None = None
+    device: str = "cpu"
 
     def facts(self) -> Mapping[str, JsonScalar]:
         """Return the options as facts of the bundle."""
@@ -38,6 +40,7 @@ class CompileOptions:
             "backend": self.backend.value,
             "ranges": ",".join(f"{lo}:{hi}" for lo, hi in self.ranges),
             "pack_linear": self.pack_linear,
+            "device": self.device,
         }
 
 

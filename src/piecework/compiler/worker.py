@@ -12,6 +12,7 @@ import json
 import os
 import selectors
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -46,11 +47,15 @@ def main() -> int:
     parser.add_argument("--compiler-version", required=True)
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--single", action="store_true", help="compile the one job on stdin and answer on stdout")
     args = parser.parse_args()
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what torch or the compiler print must not mix with the events
     toolchain = Toolchain(root=args.toolchain, compiler=args.compiler, version=args.compiler_version)
-    torch_private.set_inductor_options(cache_dir=args.scratch, trust_isa=True)
+    torch_private.set_inductor_options(trust_isa=True)
+    if args.single:
+        _send(events, _compile(json.loads(sys.stdin.readline()), toolchain=toolchain))
+        return 0
     torch_private.warm_up_inductor()
     try:
         warm_up(directory=args.scratch)
@@ -103,6 +108,8 @@ def _serve(events: TextIO, *, toolchain: Toolchain, limit: int) -> None:
 
 
 def _start(request: Mapping[str, Any], *, toolchain: Toolchain) -> _Child:
+    if any(spec[3] == "cuda" for spec in request["work"]["program"]["inputs"]):
+        return _start_alone(request)
     receiving, sending = os.pipe()
     pid = os.fork()
     if pid:
@@ -118,6 +125,22 @@ def _start(request: Mapping[str, Any], *, toolchain: Toolchain) -> _Child:
         code = 0
     finally:
         os._exit(code)
+
+
+def _start_alone(request: Mapping[str, Any]) -> _Child:
+    """Compile in a new process instead of a fork: CUDA can't be used in a fork of a process that has touched it."""
+    receiving, sending = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "piecework.compiler.worker", *sys.argv[1:], "--single"],
+        stdin=subprocess.PIPE,
+        stdout=sending,
+        text=True,
+    )
+    os.close(sending)
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(request) + "\n")
+    process.stdin.close()
+    return _Child(job=request["job"], pid=process.pid, pipe=receiving)
 
 
 def _compile(request: Mapping[str, Any], *, toolchain: Toolchain) -> dict[str, Any]:

@@ -367,8 +367,8 @@ def warm_up_inductor() -> None:
     import torch._inductor.kernel.mm  # noqa: F401, PLC0415
 
 
-def set_inductor_options(*, cache_dir: Path, trust_isa: bool) -> None:
-    """Prepare this process for compiling pieces: one thread, its own cache directory, no instruction-set probes."""
+def set_inductor_options(*, trust_isa: bool) -> None:
+    """Prepare this process for compiling pieces: one thread, no caches between pieces, no instruction-set probes."""
     import torch._inductor.config as config  # noqa: PLC0415
 
     config.compile_threads = 1

@@ -29,16 +29,15 @@ KV_CACHE: Final = "kv_cache"
 MAX_SEQS: Final = 256
 MAX_BLOCKS: Final = 2**31 - 1
 
-_INPUTS: Final = (
-    TensorInput("input_ids", ("tokens",), "int64"),
-    TensorInput("positions", ("tokens",), "int64"),
-    TensorInput("slot_mapping", ("tokens",), "int64"),
-    TensorInput("block_tables", ("seqs", "table_width"), "int64"),
-    TensorInput("seq_lens", ("seqs",), "int64"),
-    TensorInput("query_start", ("seqs_plus_one",), "int64"),
-    TensorInput("logits_indices", ("logits",), "int64"),
-    SizeInput("num_decode_tokens", "decode_tokens"),
-)
+_INPUTS: Final[Mapping[str, tuple[str, ...]]] = {
+    "input_ids": ("tokens",),
+    "positions": ("tokens",),
+    "slot_mapping": ("tokens",),
+    "block_tables": ("seqs", "table_width"),
+    "seq_lens": ("seqs",),
+    "query_start": ("seqs_plus_one",),
+    "logits_indices": ("logits",),
+}
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,16 @@ class ForwardBatch:
     num_decode_tokens: int
 
 
-def build_causal_lm(model_dir: Path, *, dtype: str | None = None, max_tokens: int) -> CaptureRequest:
+def build_causal_lm(
+    model_dir: Path, *, dtype: str | None = None, max_tokens: int, device: str = "cpu"
+) -> CaptureRequest:
     """Return what to capture for the model of a directory; only config.json (and generation_config.json) is read.
 
     Args:
         model_dir: a directory in Hugging Face layout.
         dtype: type of weights and activations; default: the config's.
         max_tokens: most tokens in one forward pass.
+        device: device type that the compiled model runs on, "cpu" or "cuda".
 
     Raises UnsupportedModelError where piecework can't compile the model.
     """
@@ -79,10 +81,14 @@ def build_causal_lm(model_dir: Path, *, dtype: str | None = None, max_tokens: in
     return CaptureRequest(
         module=module,
         call=call_causal_lm,
-        inputs=_INPUTS,
+        inputs=(
+            *(TensorInput(name, shape, "int64", device) for name, shape in _INPUTS.items()),
+            SizeInput("num_decode_tokens", "decode_tokens"),
+        ),
         sizes=_sizes(config, max_tokens=max_tokens),
         states=states,
         opaque=frozenset({ATTENTION_OP}),
+        device=device,
     )
 
 

@@ -50,6 +50,7 @@ class LoadedModel:
         self._forms = forms
         self._programs: list[tuple[int, int, list[Any]]] = []
         self._checks = _size_checks(plan)
+        self._device = next((i.device for i in plan.inputs if i.device not in ("", "cpu")), None)
         self._tensors = _tensor_checks(plan)
         if not plan.states:
             self._prepare()
@@ -128,6 +129,8 @@ class LoadedModel:
 
     def _run(self, values: list[Any]) -> list[torch.Tensor]:
         sizes = self._sizes(values)
+        if self._device is not None:
+            values = [v.to(self._device) if isinstance(v, torch.Tensor) else v for v in values]
         self._arrange(values)
         slots: list[Any] = values + [None] * (self.plan.num_slots - len(values))
         for step in self._program(sizes.get(self.plan.primary, 0)):
@@ -275,7 +278,9 @@ class LoadedModel:
                 if not value.is_contiguous():
                     values[position] = value.contiguous()
             elif value.stride() != given.stride:
-                values[position] = torch.empty_strided(value.shape, given.stride, dtype=dtype).copy_(value)
+                values[position] = torch.empty_strided(
+                    value.shape, given.stride, dtype=dtype, device=value.device
+                ).copy_(value)
 
     def _check_range(self, name: str, value: int) -> None:
         low, high = self.plan.sizes.get(name, (0, 1 << 62))

@@ -14,7 +14,7 @@ from piecework.bench.systems.base import Case, Phase, System
 PROMPT: Final = "The for statement"
 COLD_NOTE: Final = "wall time of the process `piecework compile`, its caches empty"
 FIRST_TOKEN_NOTE: Final = "from outside: start of `piecework generate` to its first output, which follows the token"
-LOAD_NOTE: Final = "verify + open + bind; weights in the page cache, packing apart"
+LOAD_NOTE: Final = "verify + read the plan + open + bind after `import torch`; weights taken and packed apart"
 RSS_NOTE: Final = (
     "peak resident memory of load and one prefill step, less that after `import torch`, less the resident part of the "
     "mapped checkpoint, less packed weights; KV cache of one block included"
