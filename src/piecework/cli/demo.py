@@ -77,6 +77,7 @@ def rows(compiled: Mapping[str, Any], generated: Mapping[str, Any]) -> list[tupl
         ("layers", str(compiled["layers"])),
         ("pieces", str(compiled["pieces"])),
         ("unique pieces", str(compiled["unique_pieces"])),
+        ("cold: imports", f"{compiled['import_s']:.2f} s"),
         ("cold: capture", f"{compiled['capture_s']:.2f} s"),
         ("cold: compile", f"{compiled['compile_s']:.2f} s"),
         ("cold: seal", f"{compiled['seal_s']:.2f} s"),
