@@ -251,10 +251,16 @@ def plain_tensors() -> contextlib.AbstractContextManager[None]:
 
 
 def trace(function: Callable[..., Any], args: Sequence[Any]) -> torch.fx.GraphModule:
-    """Trace `function(*args)` on fake tensors into aten operators below autograd; names follow the operators."""
+    """Trace `function(*args)` on fake tensors into aten operators below autograd; names follow the operators.
+
+    The Python dispatcher is on, because some composite operators (`matmul` in torch 2.11) ask for sizes as plain numbers
+    in C++ and not in their Python form.
+    """
+    from torch._dispatch.python import enable_python_dispatcher  # noqa: PLC0415
     from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415
 
-    module: torch.fx.GraphModule = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*args)
+    with enable_python_dispatcher():
+        module: torch.fx.GraphModule = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*args)
     return module
 
 

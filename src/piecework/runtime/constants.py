@@ -116,11 +116,11 @@ def _take(
             found=f"a tensor of shape {list(tensor.shape)}",
             try_="pass the weights of the model that was compiled",
         )
-    made: torch.Tensor = tensor.detach().to(device=device, dtype=getattr(torch, recipe.dtype))
-    if made.is_meta:
+    if tensor.is_meta:
         raise WeightsError(
             asked=f"bind the weight {recipe.name}",
             found="a tensor on the meta device, which has no values",
             try_="pass real weights",
         )
+    made: torch.Tensor = tensor.detach().to(device=device, dtype=getattr(torch, recipe.dtype))
     return made.contiguous()

@@ -86,7 +86,7 @@ def _open_instances(bundle: Bundle, plan: Plan) -> dict[tuple[int, int], list[An
     split = [b for b in bounds if not any(b != o and b[0] <= o[0] and o[1] <= b[1] for o in bounds)]
     opened: dict[tuple[int, int], list[Any]] = {}
     shared: dict[tuple[int, str], Any] = {}
-    for low, high in split or [(0, 0)]:
+    for low, high in split or [plan.sizes.get(plan.primary, (0, 0))]:
         runners = []
         for number, instance in enumerate(plan.instances):
             name = _artifact(plan.pieces[instance.piece], low, high)

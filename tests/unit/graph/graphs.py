@@ -173,7 +173,7 @@ def _register() -> None:
     library.define("count(Tensor(a!) seen, Tensor x) -> Tensor")
     library.impl("count", _count, "CompositeExplicitAutograd")
     torch.library.register_fake("pwtest::count", lambda seen, x: torch.empty_like(x), lib=library)
-    library.define("two(Tensor x, int n, float f) -> (Tensor, Tensor)")
+    library.define("two(Tensor x, SymInt n, float f) -> (Tensor, Tensor)")
     library.impl("two", lambda x, n, f: (x + n, x * f), "CompositeExplicitAutograd")
     torch.library.register_fake(
         "pwtest::two", lambda x, n, f: (torch.empty_like(x), torch.empty_like(x)), lib=library
