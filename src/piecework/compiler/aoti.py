@@ -15,6 +15,8 @@ from piecework.foundation import torch_private
 from piecework.passes.pack_linear import pack_linear
 
 _OPTIONS: Mapping[str, Any] = {
+    # else Inductor writes the values of scalars and of vectors of up to 8 elements into the code; ours have none yet
+    "always_keep_tensor_constants": True,
     "aot_inductor.package_constants_in_so": False,
     "aot_inductor.precompile_headers": False,
     "cpp.dynamic_threads": True,
