@@ -15,6 +15,7 @@ from dataclasses import replace
 from piecework.ops.program import Call, Program, references
 
 _LINEAR = "piecework.linear.default"
+_PLAIN = "aten.linear.default"
 _PACKED = "mkldnn._linear_pointwise.default"
 PACKING = "mkldnn_linear"
 
@@ -40,7 +41,7 @@ def _fits(program: Program, constant: int, *, dtypes: frozenset[str]) -> bool:
 
 
 def pack_linear(program: Program, *, constants: frozenset[int]) -> Program:
-    """Return `program` with the linear layers whose weights are among `constants` put on oneDNN's operator."""
+    """Return `program` with the linear layers whose weights are among `constants` put on oneDNN's operator, others on torch's."""
     return replace(program, calls=tuple(_packed(c, constants) for c in program.calls))
 
 
@@ -49,6 +50,6 @@ def _packed(call: Call, constants: frozenset[int]) -> Call:
         return call
     weight = call.args[1]
     if not (isinstance(weight, Mapping) and weight.get("c") in constants):
-        return call
+        return Call(_PLAIN, call.args, call.kwargs)
     bias = call.args[2] if len(call.args) > 2 else call.kwargs.get("bias")
     return Call(_PACKED, (call.args[0], weight, bias, "none", [], ""), {})
