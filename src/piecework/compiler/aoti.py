@@ -40,7 +40,7 @@ def compile_piece(job: Job, *, directory: Path, toolchain: Toolchain) -> Path:
         made = torch_private.compile_aoti(module, inputs, output=output, options=options, build=None)
     except PieceworkError:
         raise
-    except Exception as error:  # noqa: BLE001  whatever Inductor raises
+    except Exception as error:
         raise CompileError(
             asked=f"compile a piece of {len(program.calls)} operators with AOTInductor",
             found=f"{type(error).__name__}: {str(error).strip()[:500]}",

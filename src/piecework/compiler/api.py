@@ -13,7 +13,7 @@ from torch import nn
 
 from piecework.compiler.driver import compile_request
 from piecework.compiler.model import started_backend
-from piecework.compiler.options import BackendName, CompileOptions
+from piecework.compiler.options import CompileOptions
 from piecework.errors import CaptureError
 from piecework.foundation.environment import read_environment
 from piecework.foundation.target import read_target
@@ -25,7 +25,7 @@ from piecework.store.bundle import Bundle, write_bundle
 from piecework.store.directory_store import DirectoryStore
 
 
-def compile(  # noqa: A001  the public verb, as in torch.compile
+def compile(
     module: nn.Module,
     example_args: Sequence[Any],
     example_kwargs: Mapping[str, Any] | None = None,
@@ -80,6 +80,7 @@ def compile(  # noqa: A001  the public verb, as in torch.compile
             root=environment.store_root / "toolchain",
             compiler=environment.compiler,
             target=target,
+            device=request.device,
         ) as backend,
     ):
         content = compile_request(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, final
 
 from piecework.compiler.job import Job
-from piecework.compiler.pool import WorkerPool
+from piecework.compiler.pool import Outcome, WorkerPool
 from piecework.compiler.toolchain import find_toolchain
 from piecework.foundation.target import Target
 
@@ -21,8 +21,8 @@ class Backend(ABC):
     """Compiles jobs. Made before there are any, so that it can prepare meanwhile; closed whatever happens."""
 
     @abstractmethod
-    def compile(self, jobs: Mapping[str, Job], *, on_event: OnEvent) -> Mapping[str, Path]:
-        """Return each job's artifact file. Raises CompileError, ShapeContractError, StoreError."""
+    def compile(self, jobs: Mapping[str, Job], *, on_event: OnEvent) -> Outcome:
+        """Compile jobs by name. Raises CompileError, StoreError."""
 
     @abstractmethod
     def close(self) -> None:
@@ -38,19 +38,18 @@ class AotiBackend(Backend):
         scratch: directory for this compile's files.
         compiler: the C++ compiler's command, or None to search for one. Raises CompileError where there is none.
         target: the CPU.
+        device: device type of the pieces.
     """
 
-    def __init__(self, *, root: Path, scratch: Path, compiler: str | None, target: Target) -> None:
+    def __init__(self, *, root: Path, scratch: Path, compiler: str | None, target: Target, device: str) -> None:
         root.mkdir(parents=True, exist_ok=True)
         toolchain = find_toolchain(root, compiler=compiler)
         jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._pool = WorkerPool(toolchain=toolchain, scratch=scratch, target=target, jobs=jobs)
+        self._pool = WorkerPool(toolchain=toolchain, scratch=scratch, target=target, jobs=jobs, device=device)
 
-    def compile(self, jobs: Mapping[str, Job], *, on_event: OnEvent) -> Mapping[str, Path]:
+    def compile(self, jobs: Mapping[str, Job], *, on_event: OnEvent) -> Outcome:
         """See `Backend.compile`."""
-        if not jobs:
-            return {}
-        return {name: done.path for name, done in self._pool.run(jobs, on_event=on_event).items()}
+        return self._pool.run(jobs, on_event=on_event) if jobs else Outcome({}, {})
 
     def close(self) -> None:
         """See `Backend.close`."""
@@ -64,7 +63,7 @@ class EagerBackend(Backend):
     def __init__(self, *, scratch: Path) -> None:
         self._scratch = scratch
 
-    def compile(self, jobs: Mapping[str, Job], *, on_event: OnEvent) -> Mapping[str, Path]:
+    def compile(self, jobs: Mapping[str, Job], *, on_event: OnEvent) -> Outcome:
         """See `Backend.compile`."""
         made = {}
         for name, job in jobs.items():
@@ -72,7 +71,7 @@ class EagerBackend(Backend):
             made[name] = self._scratch / f"{name}.json"
             made[name].write_text(json.dumps(job.program.to_json(), sort_keys=True, separators=(",", ":")))
             on_event({"event": "done", "job": name, "seconds": 0.0})
-        return made
+        return Outcome(made, {})
 
     def close(self) -> None:
         """See `Backend.close`."""

@@ -70,7 +70,14 @@ def compile_model(
                 return CompiledModel(found, cached=True)
         scratch = stack.enter_context(store.scratch())
         backend = stack.enter_context(
-            started_backend(options, scratch=scratch, root=toolchain_root, compiler=compiler, target=target)
+            started_backend(
+                options,
+                scratch=scratch,
+                root=toolchain_root,
+                compiler=compiler,
+                target=target,
+                device=options.device,
+            )
         )
         with recorder.phase("import"):
             # heavy imports, while the backend prepares in other processes
@@ -116,14 +123,14 @@ def compile_model(
 
 @contextlib.contextmanager
 def started_backend(
-    options: CompileOptions, *, scratch: Path, root: Path, compiler: str | None, target: Target
+    options: CompileOptions, *, scratch: Path, root: Path, compiler: str | None, target: Target, device: str
 ) -> Iterator[Backend]:
     """Start the backend that `options` names; it is closed, with its processes, when the block is left."""
     backend: Backend
     if options.backend is BackendName.EAGER:
         backend = EagerBackend(scratch=scratch)
     else:
-        backend = AotiBackend(root=root, scratch=scratch, compiler=compiler, target=target)
+        backend = AotiBackend(root=root, scratch=scratch, compiler=compiler, target=target, device=device)
     try:
         yield backend
     finally:

@@ -17,23 +17,23 @@ from typing import Any
 from piecework import errors
 from piecework.compiler.job import Job
 from piecework.compiler.toolchain import Toolchain, likely_flags
-from piecework.errors import CompileError, InternalError, PieceworkError
+from piecework.errors import CompileError, InternalError, PieceworkError, ShapeContractError
 from piecework.foundation.environment import child_variables
 from piecework.foundation.target import Target
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """A finished job: its library and how long it took in seconds."""
+class Outcome:
+    """What came of jobs, by name: artifact files, and those whose code would hold for a part of their range only."""
 
-    path: Path
-    seconds: float
+    paths: Mapping[str, Path]
+    narrowed: Mapping[str, ShapeContractError]
 
 
 class WorkerPool:
     """A worker process and a build of the toolchain's prefix, both started before there is anything to compile."""
 
-    def __init__(self, *, toolchain: Toolchain, scratch: Path, target: Target, jobs: int) -> None:
+    def __init__(self, *, toolchain: Toolchain, scratch: Path, target: Target, jobs: int, device: str) -> None:
         self._toolchain = toolchain
         self._scratch = scratch
         command = [sys.executable, "-m", "piecework.compiler.worker", "--toolchain", str(toolchain.root)]
@@ -44,6 +44,8 @@ class WorkerPool:
                 "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
                 "TMPDIR": str(scratch),
                 "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+                # a process that has touched CUDA can't fork workers; those for the CPU need not see it
+                **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}),
             }
         )
         self._log = (scratch / "worker.log").open("w+")
@@ -56,6 +58,8 @@ class WorkerPool:
             start_new_session=True,
             env=variables,
         )
+        self._prefix_compiler: subprocess.Popen[str] | None = None
+        self._closed = False
         self._prefix_builder = threading.Thread(target=self._build_prefix, args=(target,), daemon=True)
         self._prefix_builder.start()
 
@@ -63,12 +67,17 @@ class WorkerPool:
         flags = likely_flags(target)
         if flags is not None:
             with contextlib.suppress(PieceworkError, OSError):  # workers build it again and report what is wrong
-                self._toolchain.prefix(flags)
+                self._toolchain.prefix(flags, on_start=self._note_prefix_compiler)
 
-    def run(self, jobs: Mapping[str, Job], *, on_event: Callable[[Mapping[str, Any]], None]) -> dict[str, Compiled]:
-        """Compile all `jobs` (name → job); returns their libraries, which lie in the scratch directory.
+    def _note_prefix_compiler(self, process: subprocess.Popen[str]) -> None:
+        self._prefix_compiler = process
+        if self._closed:
+            _end_group(process)
 
-        Raises the first error of a job as what it was: ShapeContractError, CompileError, StoreError …
+    def run(self, jobs: Mapping[str, Job], *, on_event: Callable[[Mapping[str, Any]], None]) -> Outcome:
+        """Compile all `jobs` (name → job); their libraries lie in the scratch directory.
+
+        Raises the first error of a job as what it was: CompileError, StoreError …
         """
         assert self._process.stdin is not None
         try:
@@ -78,15 +87,19 @@ class WorkerPool:
             self._process.stdin.flush()
         except BrokenPipeError:
             raise self._died() from None
-        done: dict[str, Compiled] = {}
+        done: dict[str, Path] = {}
+        narrowed: dict[str, ShapeContractError] = {}
         for event in self._events():
             on_event(event)
             if event["event"] == "failed":
-                raise _error(event)
+                error = _error(event)
+                if not isinstance(error, ShapeContractError):
+                    raise error
+                narrowed[event["job"]] = error
             if event["event"] == "done":
-                done[event["job"]] = Compiled(path=Path(event["path"]), seconds=event["seconds"])
-                if len(done) == len(jobs):
-                    return done
+                done[event["job"]] = Path(event["path"])
+            if len(done) + len(narrowed) == len(jobs):
+                return Outcome(done, narrowed)
         raise self._died()
 
     def _events(self) -> Iterator[dict[str, Any]]:
@@ -105,13 +118,24 @@ class WorkerPool:
 
     def close(self) -> None:
         """End the worker, its children and their compilers; returns when they are gone."""
+        self._closed = True
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self._process.pid, signal.SIGKILL)  # also where the worker is dead: its children may not be
+        if self._prefix_compiler is not None:
+            _end_group(self._prefix_compiler)
         self._process.wait()
+        self._prefix_builder.join(timeout=10)
         for stream in (self._process.stdin, self._process.stdout, self._log):
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.close()
+
+
+def _end_group(process: subprocess.Popen[str]) -> None:
+    """End a process that leads a group of its own, with the group; nothing is left to end where it has been waited for."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _error(event: Mapping[str, Any]) -> Exception:

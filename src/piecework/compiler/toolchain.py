@@ -14,6 +14,7 @@ import importlib.util
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,10 +95,11 @@ class Toolchain:
     compiler: str
     version: str
 
-    def prefix(self, flags: tuple[str, ...]) -> Path:
+    def prefix(self, flags: tuple[str, ...], *, on_start: Callable[[subprocess.Popen[str]], None] | None = None) -> Path:
         """Return the header to include first, with its precompiled form beside it; builds it on first use.
 
-        Raises CompileError where the compiler fails on torch's headers.
+        `on_start` is given the compiler's process, so that it can be ended. Raises CompileError where the compiler fails
+        on torch's headers.
         """
         place = self._place(flags) / "prefix"
         if not place.exists():
@@ -106,7 +108,8 @@ class Toolchain:
                     made = scratch / "prefix"
                     made.mkdir()
                     (made / "prefix.h").write_text(_PREFIX)
-                    self._run([*flags, "-O3", "-x", "c++-header", "prefix.h", "-o", "prefix.h.gch"], cwd=made)
+                    command = [*flags, "-O3", "-x", "c++-header", "prefix.h", "-o", "prefix.h.gch"]
+                    self._run(command, cwd=made, on_start=on_start)
                     place.parent.mkdir(parents=True, exist_ok=True)
                     files.publish_directory(made, to=place, existing=files.Existing.KEEP)
         return place / "prefix.h"
@@ -144,16 +147,26 @@ class Toolchain:
         self._place(flags).mkdir(parents=True, exist_ok=True)
         return files.lock(self._place(flags) / f"{what}.lock", timeout_s=600)
 
-    def _run(self, arguments: list[str], *, cwd: Path) -> None:
-        done = subprocess.run(
-            [self.compiler, "-w", "-fPIC", *arguments], cwd=cwd, capture_output=True, text=True, check=False
+    def _run(
+        self, arguments: list[str], *, cwd: Path, on_start: Callable[[subprocess.Popen[str]], None] | None = None
+    ) -> None:
+        process = subprocess.Popen(
+            [self.compiler, "-w", "-fPIC", *arguments],
+            cwd=cwd,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=on_start is not None,
         )
-        if done.returncode:
-            if "No space left" in done.stderr:
+        if on_start is not None:
+            on_start(process)
+        _, said = process.communicate()
+        if process.returncode:
+            if "No space left" in said:
                 raise StoreError(
                     asked="compile a piece", found="no space left on the disk", try_="free some space"
                 )
-            errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+            errors = [line for line in said.splitlines() if "error" in line] or said.splitlines()
             raise CompileError(
                 asked=f"compile C++ with {self.compiler}",
                 found=f"it failed: {' / '.join(errors[:3])[:600]}",
@@ -191,9 +204,7 @@ def flags_of(command: str) -> tuple[str, ...]:
     for i, word in enumerate(words):
         if word == "-D":
             flags.append(f"-D{words[i + 1]}")
-        elif word.startswith("-I") and "python" not in Path(word[2:]).name:
-            flags.append(word)
-        elif word.startswith(_KEPT) and word not in _DROPPED and len(word) > 2:
+        elif (word.startswith("-I") and "python" not in Path(word[2:]).name) or (word.startswith(_KEPT) and word not in _DROPPED and len(word) > 2):
             flags.append(word)
     return tuple(dict.fromkeys(f for f in flags if f != "-DTORCH_INDUCTOR_PRECOMPILE_HEADERS"))
 
@@ -235,9 +246,9 @@ def likely_flags(target: Target) -> tuple[str, ...] | None:
     defines = ["TORCH_INDUCTOR_CPP_WRAPPER", "STANDALONE_TORCH_HEADER", "C10_USING_CUSTOM_GENERATED_MACROS"]
     return (
         *(f"-D{d}" for d in [*defines, f"CPU_CAPABILITY_{capability}", "NDEBUG"]),
-        *"-fno-trapping-math -funsafe-math-optimizations -ffinite-math-only -fno-signed-zeros".split(),
-        *"-fno-finite-math-only -fno-unsafe-math-optimizations -fmath-errno -ffp-contract=off".split(),
-        *"-fexcess-precision=fast -fno-tree-loop-vectorize -march=native -std=c++20 -fopenmp".split(),
+        *["-fno-trapping-math", "-funsafe-math-optimizations", "-ffinite-math-only", "-fno-signed-zeros"],
+        *["-fno-finite-math-only", "-fno-unsafe-math-optimizations", "-fmath-errno", "-ffp-contract=off"],
+        *["-fexcess-precision=fast", "-fno-tree-loop-vectorize", "-march=native", "-std=c++20", "-fopenmp"],
         f"-I{include}",
         f"-I{include}/torch/csrc/api/include",
         *isa,

@@ -66,8 +66,8 @@ class SymbolicSession:
     """
 
     def __init__(self, *, is_users: Callable[[str], bool] = lambda filename: True) -> None:
-        from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415  imports sympy: not on a warm start
-        from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: PLC0415
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
         self.shape_env = ShapeEnv(specialize_zero_one=False, duck_shape=False)
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
@@ -80,9 +80,9 @@ class SymbolicSession:
 
         A range of one value gives that number.
         """
-        from torch._dynamo.source import ConstantSource  # noqa: PLC0415
-        from torch.fx.experimental.symbolic_shapes import DimDynamic, StrictMinMaxConstraint  # noqa: PLC0415
-        from torch.utils._sympy.value_ranges import ValueRanges  # noqa: PLC0415
+        from torch._dynamo.source import ConstantSource
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, StrictMinMaxConstraint
+        from torch.utils._sympy.value_ranges import ValueRanges
 
         if low == high:
             return low
@@ -99,8 +99,8 @@ class SymbolicSession:
 
     def expression(self, text: str, *, hints: Mapping[str, int]) -> torch.SymInt | int:
         """Turn an expression over this session's size names, such as "s0 + 1", into a SymInt (or an int)."""
-        import sympy  # noqa: PLC0415
-        from torch.utils._sympy import functions  # noqa: PLC0415
+        import sympy
+        from torch.utils._sympy import functions
 
         if re.fullmatch(r"-?\d+", text):
             return int(text)
@@ -119,8 +119,8 @@ class SymbolicSession:
 
     def narrowing_guards(self) -> list[Guard]:
         """Return the guards that do not hold for the whole of every declared range."""
-        import sympy  # noqa: PLC0415
-        from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: PLC0415
+        import sympy
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
         # the session's own environment takes each guard for granted once it is made; a new one knows the declaration only
         unguarded = ShapeEnv(specialize_zero_one=False, duck_shape=False)
@@ -158,9 +158,9 @@ def size_oblivious() -> Iterator[None]:
     C++ (contiguity above all, equal strides), which arrive at `SymNode.guard_bool` with the name of c10/core/SymInt.h. There "no" is the
     general answer, as it is elsewhere: torch then makes a copy that size 1 would not need.
     """
-    import sympy  # noqa: PLC0415
-    from torch.fx.experimental import _config  # noqa: PLC0415
-    from torch.fx.experimental.sym_node import SymNode  # noqa: PLC0415
+    import sympy
+    from torch.fx.experimental import _config
+    from torch.fx.experimental.sym_node import SymNode
 
     original = SymNode.guard_bool
 
@@ -181,7 +181,7 @@ def size_oblivious() -> Iterator[None]:
 
 def _tells_one_apart(relation: Any) -> bool:
     """Whether an equation such as `8*s0 == 8` holds where its one size is 0 or 1, and nowhere else."""
-    import sympy  # noqa: PLC0415
+    import sympy
 
     difference = sympy.expand(relation.lhs - relation.rhs)
     if len(difference.free_symbols) != 1:
@@ -206,7 +206,7 @@ class Tracer:
 
     def node_of(self, tensor: torch.Tensor) -> torch.fx.Node | None:
         """Return the node that produced `tensor`, or None where the trace doesn't know it."""
-        from torch.fx.experimental.proxy_tensor import get_proxy_slot  # noqa: PLC0415
+        from torch.fx.experimental.proxy_tensor import get_proxy_slot
 
         slot = get_proxy_slot(tensor, self.tracer, None)
         if slot is None:
@@ -219,7 +219,7 @@ class Tracer:
 
         With `new_sizes=False` the tensor's symbolic sizes are known to the trace already, which is quicker.
         """
-        from torch.fx.experimental import proxy_tensor  # noqa: PLC0415
+        from torch.fx.experimental import proxy_tensor
 
         proxy = torch.fx.Proxy(node, self.tracer)
         if new_sizes:
@@ -230,7 +230,7 @@ class Tracer:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Run a block whose operations are not traced."""
-        from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing  # noqa: PLC0415
+        from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
         with disable_proxy_modes_tracing():
             yield
@@ -238,7 +238,7 @@ class Tracer:
 
 def current_tracer() -> Tracer | None:
     """Return the innermost make_fx trace, or None outside of one."""
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # noqa: PLC0415
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     mode = get_proxy_mode()
     return None if mode is None else Tracer(mode.tracer)
@@ -256,8 +256,8 @@ def trace(function: Callable[..., Any], args: Sequence[Any]) -> torch.fx.GraphMo
     The Python dispatcher is on, because some composite operators (`matmul` in torch 2.11) ask for sizes as plain numbers
     in C++ and not in their Python form.
     """
-    from torch._dispatch.python import enable_python_dispatcher  # noqa: PLC0415
-    from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch.fx.experimental.proxy_tensor import make_fx
 
     with enable_python_dispatcher():
         module: torch.fx.GraphModule = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*args)
@@ -272,8 +272,8 @@ def functionalized(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def data_dependent_errors() -> tuple[type[Exception], ...]:
     """Return the exceptions that torch raises where a trace needs a tensor's values."""
-    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException  # noqa: PLC0415
-    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # noqa: PLC0415
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     return DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
 
@@ -284,7 +284,7 @@ def data_dependent_errors() -> tuple[type[Exception], ...]:
 
 def aoti_interface_source() -> str:
     """Return the C interface that AOTInductor pastes into every wrapper it generates (the same for all pieces)."""
-    import torch._inductor as inductor  # noqa: PLC0415
+    import torch._inductor as inductor
 
     root = Path(inductor.__path__[0])
     return (root / "codegen" / "aoti_runtime" / "interface.cpp").read_text()
@@ -316,8 +316,8 @@ def compile_aoti(
         build: called as `build(kind, command, target)` in place of each run of the C++ compiler ("compile" or "link");
             returns False to let Inductor do it.
     """
-    import torch._inductor.codecache as codecache  # noqa: PLC0415
-    from torch._inductor.compile_fx import compile_fx_aot  # noqa: PLC0415
+    import torch._inductor.codecache as codecache
+    from torch._inductor.compile_fx import compile_fx_aot
 
     class Builder(codecache.CppBuilder):  # type: ignore[misc]
         def build(self) -> None:
@@ -345,7 +345,7 @@ def _general_strides() -> Iterator[None]:
     torch 2.12-2.13: `ir.View.create` asks `_compute_stride` for the general answer for unbacked sizes only, and would guard
     on `size != 1` for ours; the general answer is right for 1 as well.
     """
-    from torch._subclasses import fake_impls  # noqa: PLC0415
+    from torch._subclasses import fake_impls
 
     original = getattr(fake_impls, "_compute_stride", None)
     if original is None:
@@ -364,18 +364,18 @@ def _general_strides() -> Iterator[None]:
 
 def warm_up_inductor() -> None:
     """Import what Inductor needs to compile, so that processes forked afterwards have it."""
-    import torch._inductor.codecache  # noqa: PLC0415
-    import torch._inductor.codegen.cpp  # noqa: PLC0415
-    import torch._inductor.codegen.cpp_wrapper_cpu  # noqa: PLC0415
-    import torch._inductor.compile_fx  # noqa: PLC0415
-    import torch._inductor.fx_passes.joint_graph  # noqa: PLC0415
-    import torch._inductor.fx_passes.post_grad  # noqa: PLC0415
-    import torch._inductor.kernel.mm  # noqa: F401, PLC0415
+    import torch._inductor.codecache
+    import torch._inductor.codegen.cpp
+    import torch._inductor.codegen.cpp_wrapper_cpu
+    import torch._inductor.compile_fx
+    import torch._inductor.fx_passes.joint_graph
+    import torch._inductor.fx_passes.post_grad
+    import torch._inductor.kernel.mm  # noqa: F401
 
 
 def set_inductor_options(*, trust_isa: bool) -> None:
     """Prepare this process for compiling pieces: one thread, no caches between pieces, no instruction-set probes."""
-    import torch._inductor.config as config  # noqa: PLC0415
+    import torch._inductor.config as config
 
     config.compile_threads = 1
     config.fx_graph_cache = False

@@ -191,7 +191,7 @@ def _functionalized(
 
 _STDLIB = {Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("platstdlib"))}
 _TOOLS = frozenset(
-    "piecework torch torchgen functorch _distutils_hack sympy mpmath networkx numpy filelock fsspec jinja2 typing_extensions".split()
+    ["piecework", "torch", "torchgen", "functorch", "_distutils_hack", "sympy", "mpmath", "networkx", "numpy", "filelock", "fsspec", "jinja2", "typing_extensions"]
 )
 """Packages whose code runs in every trace and whose versions are facts of their own (or don't matter)."""
 
@@ -250,7 +250,7 @@ def _our_errors() -> Iterator[None]:
             try_="compute it with tensor operations (torch.where, masks), or hide it in an opaque operator",
             location=_user_line(error),
         ) from error
-    except Exception as error:  # noqa: BLE001  whatever the user's forward raises while it is traced
+    except Exception as error:
         raise CaptureError(
             asked="capture the module as one graph",
             found=f"{type(error).__name__}: {_first_line(error)}",

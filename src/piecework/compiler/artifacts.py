@@ -1,0 +1,151 @@
+"""Make the artifacts of unique pieces: look them up by key, compile what is missing, split a range where code needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from piecework.compiler.backends import Backend
+from piecework.compiler.job import Job
+from piecework.compiler.options import BackendName, CompileOptions
+from piecework.compiler.planning import Unique
+from piecework.errors import CompileError
+from piecework.foundation.target import Target
+from piecework.graph.request import Dim
+from piecework.record import Recorder
+from piecework.store.facts import package_version
+from piecework.store.lookup import find_artifact
+from piecework.store.stores import Artifact, Store
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with what is being done, how many artifacts are done, and how many there are (0: not known yet)."""
+
+Bounds = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Form:
+    """One wanted artifact: which unique piece, for which range of the primary size."""
+
+    piece: int
+    bounds: Bounds
+    job: Job
+
+
+def compile_artifacts(
+    pieces: Sequence[Unique],
+    *,
+    declared: Dim | None,
+    options: CompileOptions,
+    backend: Backend,
+    store: Store,
+    target: Target,
+    recorder: Recorder,
+    on_progress: OnProgress,
+) -> list[dict[Bounds, Artifact]]:
+    """Return, for each unique piece, its artifact by range of the primary size.
+
+    Args:
+        pieces: the unique pieces.
+        declared: the primary size's declared range, or None where the module has no dynamic size.
+        options, backend, store, target, recorder, on_progress: see `compiler.driver.compile_request`.
+
+    Where the code that a backend generates for a range from 1 does not hold for 1, the range is split there, once, and the
+    record says so. Raises ShapeContractError where that does not help, CompileError, StoreError.
+    """
+    wanted = [
+        _Form(i, bounds, _job(piece, bounds=bounds if options.ranges else None, options=options, target=target))
+        for i, piece in enumerate(pieces)
+        for bounds in _ranges(piece, declared=declared, options=options)
+    ]
+    made: list[dict[Bounds, Artifact]] = [{} for _ in pieces]
+    progress = _Progress(recorder, on_progress)
+    while wanted:
+        missing: dict[str, Job] = {}
+        found: dict[str, Artifact] = {}
+        for form in wanted:
+            key = form.job.key()
+            stored = found.get(key) or find_artifact(store, key, report=recorder.note)
+            if stored is None:
+                missing[key] = form.job
+            else:
+                found[key] = stored
+        progress.begin(missing, hits=len(found))
+        outcome = backend.compile(missing, on_event=progress.on_event)
+        for key, path in outcome.paths.items():
+            found[key] = store.put_artifact(key, content=path)
+        split: list[_Form] = []
+        for form in wanted:
+            key = form.job.key()
+            if key in found:
+                made[form.piece][form.bounds] = found[key]
+                continue
+            low, high = form.bounds
+            piece = pieces[form.piece]
+            if low != 1 or high == 1 or piece.primary is None:
+                raise outcome.narrowed[key]
+            recorder.note(f"piece {form.piece} has an artifact of its own for 1: {outcome.narrowed[key].found}")
+            for bounds in ((1, 1), (2, high)):
+                split.append(_Form(form.piece, bounds, _job(piece, bounds=bounds, options=options, target=target)))
+        wanted = split
+    return made
+
+
+class _Progress:
+    """Turns a backend's events into counts and progress."""
+
+    def __init__(self, recorder: Recorder, on_progress: OnProgress) -> None:
+        self._recorder = recorder
+        self._on_progress = on_progress
+        self._jobs: dict[str, Job] = {}
+        self._done = 0
+        self._total = 0
+
+    def begin(self, jobs: Mapping[str, Job], *, hits: int) -> None:
+        """Say what is about to be compiled, and how many artifacts the store had."""
+        self._jobs.update(jobs)
+        self._recorder.count("store_hits", by=hits)
+        self._recorder.count("compiled", by=len(jobs))
+        self._done += hits
+        self._total += hits + len(jobs)
+        self._on_progress("compiling", self._done, self._total)
+
+    def on_event(self, event: Mapping[str, Any]) -> None:
+        """Take in one event of a backend."""
+        if event["event"] == "note":
+            self._recorder.note(str(event["text"]))
+        elif event["event"] == "start":
+            calls = self._jobs[event["job"]].program.calls
+            self._on_progress(f"compiling a piece of {len(calls)} operators", self._done, self._total)
+        elif event["event"] == "done":
+            self._done += 1
+            self._recorder.add_seconds("compile/pieces", seconds=event["seconds"])
+            self._on_progress("compiling", self._done, self._total)
+
+
+def _ranges(piece: Unique, *, declared: Dim | None, options: CompileOptions) -> list[Bounds]:
+    if declared is None:
+        return [(0, 0)]
+    if piece.primary is None or not options.ranges:
+        return [(declared.min, declared.max)]
+    if options.ranges[0][0] != declared.min or options.ranges[-1][1] != declared.max:
+        raise CompileError(
+            asked=f"artifacts for the ranges {options.facts()['ranges']}",
+            found=f"they cover {options.ranges[0][0]}:{options.ranges[-1][1]}, the model's range is "
+            f"{declared.min}:{declared.max}",
+            try_="let the ranges begin and end where the declared range does (see --max-tokens)",
+        )
+    return list(options.ranges)
+
+
+def _job(piece: Unique, *, bounds: Bounds | None, options: CompileOptions, target: Target) -> Job:
+    if options.backend is BackendName.EAGER:
+        return Job(program=piece.program, options={"backend": "eager"})
+    return Job(
+        program=piece.program,
+        ranges={piece.primary: bounds} if piece.primary is not None and bounds is not None else {},
+        pack=piece.pack,
+        options={"backend": options.backend.value},
+        target={"isa": target.fact, "machine": target.machine, "torch": package_version("torch")},
+    )
