@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from piecework.foundation.environment import Environment, child_variables, read_environment
+from piecework.foundation.environment import Environment, child_variables, peers_root, read_environment
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,14 @@ def test_compiler_and_color() -> None:
     environment = read_environment({"HOME": "/h", "CXX": "clang++ -v", "NO_COLOR": "1"})
     assert (environment.compiler, environment.no_color) == ("clang++ -v", True)
     assert read_environment({"HOME": "/h", "CXX": ""}).compiler is None
+
+
+def test_peers_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert peers_root({"PEERS_ROOT": "/peers"}) == Path("/peers")
+    monkeypatch.setenv("HOME", "/h")
+    assert peers_root({"PEERS_ROOT": ""}) == Path("/h/.cache/piecework-peers")
+    monkeypatch.setenv("PEERS_ROOT", "/there")
+    assert peers_root() == Path("/there")
 
 
 def test_reads_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
