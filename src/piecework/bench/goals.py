@@ -84,11 +84,11 @@ def _goals_of(key: Key, known: Mapping[Key, float], layers: Sequence[int]) -> It
             yield Goal(key, "first_token_s", value, _FIRST_TOKEN_S)
             importing = known.get(replace(key, metric="import_torch_s"))
             if importing is not None:
-                yield Goal(key, "first_token_s - import_torch_s", value - importing, _OVER_IMPORT_S)
+                yield Goal(key, "first_token_s − import_torch_s", value - importing, _OVER_IMPORT_S)
 
 
 def _ratio(key: Key, known: Mapping[Key, float], other: Key, limit: float) -> Iterator[Goal]:
     """Yield the goal for a row's ratio to another row, where that is there and another one."""
     if other != key and known.get(other):
-        beside = f"at {other.layers} layers" if other.layers != key.layers else f"of {other.system}"
-        yield Goal(key, f"{key.metric} / {beside}", known[key] / known[other], limit)
+        beside = f"that at {other.layers} layers" if other.layers != key.layers else f"{other.system}'s"
+        yield Goal(key, f"{key.metric} ÷ {beside}", known[key] / known[other], limit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -87,11 +87,22 @@ def measure_startup(settings: StartupSettings, *, on_progress: OnProgress) -> St
         on_progress("writing the models", 0, 0)
         cases = _write_models(root / "models", settings)
         systems = make_systems(settings, Launcher(root))
-        for system in systems:
-            on_progress(f"warming up: {system.name}", 0, 0)
-            system.warm_up(cases[0])
+        notes = warm_up(systems, cases[0], on_progress=on_progress)
         cells = list(schedule(systems, cases, batches=settings.batches, repeats=settings.repeats))
-        return run_cells(cells, on_progress=on_progress)
+        result = run_cells(cells, on_progress=on_progress)
+        return replace(result, notes=(*notes, *result.notes))
+
+
+def warm_up(systems: Sequence[System], case: Case, *, on_progress: OnProgress) -> tuple[str, ...]:
+    """Let every system bring its files into the page cache; returns what failed, which the cells will show as well."""
+    notes = []
+    for system in systems:
+        on_progress(f"warming up: {system.name}", 0, 0)
+        try:
+            system.warm_up(case)
+        except CellError as error:
+            notes.append(f"warming up {system.name} failed: {error.found}")
+    return tuple(notes)
 
 
 def make_systems(settings: StartupSettings, launcher: Launcher) -> list[System]:

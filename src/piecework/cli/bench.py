@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Final
 
+from piecework.bench.goals import Goal, check_goals
+from piecework.bench.machine import commit, machine, versions
+from piecework.bench.measurements import Row
+from piecework.bench.startup import SYSTEMS, StartupResult, StartupSettings, measure_startup
+from piecework.bench.synthetic import ModelShape
+from piecework.bench.systems.vllm import Peers, find_peers
 from piecework.cli import console
 from piecework.foundation.environment import peers_root
 
-if TYPE_CHECKING:
-    from piecework.bench.goals import Goal
-    from piecework.bench.measurements import Row
-    from piecework.bench.startup import StartupResult, StartupSettings
-    from piecework.bench.systems.vllm import Peers
-
-_SYSTEMS = ("piecework", "torch_compile", "torch_regional", "eager", "vllm")
-_DTYPES = ("float32", "bfloat16")
+_DTYPES: Final = ("float32", "bfloat16")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -44,11 +44,10 @@ def run(args: argparse.Namespace) -> int:
 
     Raises RequestError for a shape that no model can have, and OSError where `--out` can't be written.
     """
-    from piecework.bench.machine import commit, machine, versions  # noqa: PLC0415  `piecework --help` must not pay
-    from piecework.bench.startup import measure_startup  # noqa: PLC0415
-
     if args.out is not None and not args.out.absolute().parent.is_dir():
         args.parser.error(f"--out {args.out}: no directory {args.out.parent}")  # before half an hour is spent
+    if max(args.batches) > args.max_tokens:
+        args.parser.error(f"--batches {max(args.batches)}: more than --max-tokens {args.max_tokens}")
     notes: list[str] = []
     settings = _settings(args, notes)
     about: dict[str, Any] = {"machine": machine(), "versions": versions(), "commit": commit()}
@@ -56,10 +55,12 @@ def run(args: argparse.Namespace) -> int:
         about["versions"]["vllm"] = settings.peers.version
     for note in notes:
         console.status(f"note: {note}")
+    begun = time.monotonic()
     with console.progress() as progress:
         result = measure_startup(
             settings, on_progress=lambda text, done, total: progress.update(text, done=done, total=total)
         )
+    about["elapsed_s"] = round(time.monotonic() - begun)
     _report(args, result, about=about, settings=settings, notes=(*notes, *result.notes))
     return 1 if "piecework" in result.failed else 0
 
@@ -85,8 +86,6 @@ def _report(
     settings: StartupSettings,
     notes: tuple[str, ...],
 ) -> None:
-    from piecework.bench.goals import check_goals  # noqa: PLC0415
-
     goals = check_goals(result.rows)
     report = {
         **about,
@@ -114,9 +113,6 @@ def _report(
 
 
 def _settings(args: argparse.Namespace, notes: list[str]) -> StartupSettings:
-    from piecework.bench.startup import StartupSettings  # noqa: PLC0415
-    from piecework.bench.synthetic import ModelShape  # noqa: PLC0415
-
     return StartupSettings(
         layers=tuple(sorted(set(args.layers))),
         shape=ModelShape(hidden=args.hidden, heads=args.heads, intermediate=args.intermediate, vocab=args.vocab),
@@ -132,8 +128,6 @@ def _settings(args: argparse.Namespace, notes: list[str]) -> StartupSettings:
 
 
 def _peers(args: argparse.Namespace, notes: list[str]) -> Peers | None:
-    from piecework.bench.systems.vllm import find_peers  # noqa: PLC0415
-
     found = find_peers(peers_root(), scripts=args.peers)
     if isinstance(found, str):
         notes.append(f"vllm is not measured: {found}")
@@ -155,7 +149,7 @@ def _add_startup_options(parser: argparse.ArgumentParser) -> None:
     option("--max-tokens", 256, "most tokens in one forward pass")
     option("--dtypes", _DTYPES, "of weights and activations", type_=_names(_DTYPES), metavar="D,…")
     option("--batches", (1, 32), "sequences in a decode step", type_=_numbers, metavar="B,…")
-    option("--systems", _SYSTEMS, "what to measure", type_=_names(_SYSTEMS), metavar="S,…")
+    option("--systems", SYSTEMS, "what to measure", type_=_names(SYSTEMS), metavar="S,…")
     option("--repeats", 3, "rounds; a figure is the median of them")
     option("--peer-repeats", 1, "rounds in which other systems compile cold, which takes most of the time")
     option("--steps", 50, "steps that a process times, at least")
