@@ -80,7 +80,7 @@ def _serve(events: TextIO, *, toolchain: Toolchain, limit: int) -> None:
     while open_input or running or waiting:
         while waiting and len(running) < limit:
             request = waiting.popleft()
-            child = _start(request, toolchain=toolchain)
+            child = _start(request, toolchain=toolchain, events=events)
             running[child.pipe] = child
             selector.register(child.pipe, selectors.EVENT_READ)
             _send(events, {"event": "start", "job": child.job})
@@ -107,7 +107,7 @@ def _serve(events: TextIO, *, toolchain: Toolchain, limit: int) -> None:
                     _send(events, _finish(child))
 
 
-def _start(request: Mapping[str, Any], *, toolchain: Toolchain) -> _Child:
+def _start(request: Mapping[str, Any], *, toolchain: Toolchain, events: TextIO) -> _Child:
     if any(spec[3] == "cuda" for spec in request["work"]["program"]["inputs"]):
         return _start_alone(request)
     receiving, sending = os.pipe()
@@ -117,6 +117,7 @@ def _start(request: Mapping[str, Any], *, toolchain: Toolchain) -> _Child:
         return _Child(job=request["job"], pid=pid, pipe=receiving)
     os.close(receiving)
     os.close(0)
+    os.close(events.fileno())  # the driver sees the worker's death by the end of its events
     code = 1
     try:
         answer = json.dumps(_compile(request, toolchain=toolchain)).encode()

@@ -194,7 +194,7 @@ def _without_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items() if v not in (None, "", False)}
 
 
-_NUMBER = re.compile(r"\.(\d+)\.")
+_NUMBER = re.compile(r"\.(0|[1-9]\d*)\.")
 
 
 def _compact(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -202,7 +202,7 @@ def _compact(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     for item in items:
         match = _NUMBER.search(item["name"])
-        if match is None:
+        if match is None or "#" in item["name"]:
             out.append(item)
             continue
         number = int(match.group(1))
