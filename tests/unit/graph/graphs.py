@@ -175,9 +175,7 @@ def _register() -> None:
     torch.library.register_fake("pwtest::count", lambda seen, x: torch.empty_like(x), lib=library)
     library.define("two(Tensor x, SymInt n, float f) -> (Tensor, Tensor)")
     library.impl("two", lambda x, n, f: (x + n, x * f), "CompositeExplicitAutograd")
-    torch.library.register_fake(
-        "pwtest::two", lambda x, n, f: (torch.empty_like(x), torch.empty_like(x)), lib=library
-    )
+    torch.library.register_fake("pwtest::two", lambda x, n, f: (torch.empty_like(x), torch.empty_like(x)), lib=library)
     globals()["_library"] = library  # registrations last as long as it
 
 

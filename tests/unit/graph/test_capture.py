@@ -64,9 +64,7 @@ def test_what_holds_for_a_part_of_the_range_names_its_line(function: Callable[..
 
 
 def test_two_sizes_that_must_be_equal_are_a_narrowing() -> None:
-    wanted = request(
-        Forward(lambda m, x, y: x + y), ("a", 8), ("b", 8), sizes={"a": Dim(1, 9), "b": Dim(1, 9)}
-    )
+    wanted = request(Forward(lambda m, x, y: x + y), ("a", 8), ("b", 8), sizes={"a": Dim(1, 9), "b": Dim(1, 9)})
     with pytest.raises(ShapeContractError, match=r"Eq\((a, b|b, a)\)"):
         capture(wanted)
 
@@ -153,9 +151,7 @@ def add_to_argument(m: Forward, x: Tensor) -> Tensor:
     return x.add_(1)
 
 
-@pytest.mark.parametrize(
-    ("function", "name"), [(set_buffer, "kept"), (add_to_buffer, "kept"), (add_to_argument, "x0")]
-)
+@pytest.mark.parametrize(("function", "name"), [(set_buffer, "kept"), (add_to_buffer, "kept"), (add_to_argument, "x0")])
 def test_what_changes_tensors_that_outlive_the_call_is_refused(function: Callable[..., object], name: str) -> None:
     module = Forward(function)
     kept = module.kept

@@ -23,7 +23,7 @@ from tests.unit.graph.graphs import (
     programs,
     request,
 )
-from tests.unit.models.tiny import FAMILIES, write_config
+from tests.unit.models.tiny import write_config
 
 
 @pytest.mark.parametrize(("family", "layers"), [("llama", 6), ("mistral", 3), ("qwen2", 4), ("qwen3", 5)])

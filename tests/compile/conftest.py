@@ -1,0 +1,84 @@
+"""One home, and one compiled bundle per dtype, for all tests of this folder: the C++ compiler is slow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from piecework.compiler.model import CompiledModel, compile_model
+from piecework.compiler.options import CompileOptions
+from piecework.models.config import read_config
+from piecework.record import Recorder
+from piecework.store.directory_store import DirectoryStore
+from tests.unit.models.tiny import reference_model, write_config
+
+MAX_TOKENS = 256
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(autouse=True)
+def use_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIECEWORK_HOME", str(home))
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_config(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="session")
+def reference(model_dir: Path) -> nn.Module:
+    """transformers' own model in float32."""
+    return reference_model(model_dir)
+
+
+@pytest.fixture(scope="session")
+def compiled(home: Path, model_dir: Path) -> Callable[..., CompiledModel]:
+    """Return a function that compiles the Llama with a dtype and ranges; the store keeps what was compiled before."""
+
+    def make(
+        *, dtype: str = "float32", ranges: tuple[tuple[int, int], ...] = (), out: Path | None = None
+    ) -> CompiledModel:
+        return compile_model(
+            read_config(model_dir),
+            dtype=dtype,
+            max_tokens=MAX_TOKENS,
+            options=CompileOptions(ranges=ranges),
+            check_weights=False,
+            store=DirectoryStore(home),
+            toolchain_root=home / "toolchain",
+            compiler=None,
+            out=out,
+            recorder=Recorder(),
+            on_progress=lambda text, done, total: None,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def float32(compiled: Callable[..., CompiledModel]) -> CompiledModel:
+    return compiled()
+
+
+@pytest.fixture(scope="session")
+def ranged(compiled: Callable[..., CompiledModel]) -> CompiledModel:
+    return compiled(ranges=((1, 1), (2, 64), (65, 256)))
+
+
+@pytest.fixture(scope="session")
+def bfloat16(compiled: Callable[..., CompiledModel]) -> CompiledModel:
+    return compiled(dtype="bfloat16")
+
+
+@pytest.fixture(scope="session")
+def bfloat16_reference(reference: nn.Module, model_dir: Path) -> nn.Module:
+    return reference_model(model_dir).to(torch.bfloat16)
