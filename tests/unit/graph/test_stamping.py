@@ -65,7 +65,7 @@ def test_a_stack_of_equal_blocks_is_traced_once() -> None:
 
 def test_the_module_is_left_as_it_was() -> None:
     module = Stack([Block() for _ in range(3)])
-    before = {n: t for n, t in module.named_parameters()}
+    before = dict(module.named_parameters())
     capture(request(module))
     assert all(type(b) is Block and type(b.linear) is nn.Linear for b in module.blocks)
     assert all(t is before[n] for n, t in module.named_parameters())
