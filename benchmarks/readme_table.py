@@ -85,8 +85,8 @@ def about(report: dict, *, dtype: str) -> Iterator[str]:
     yield f"{machine['cpu']}, {machine['cores']} cores, Python {versions['python']}, torch {versions['torch']}{vllm}."
     for row in report["rows"]:
         if row["metric"] == "cold_first_token_s" and row["layers"] == settings["layers"][-1]:
-            yield f"vLLM's cold start is its own compile time; process start to first token, cold: {row['value']:.0f} s."
-    yield "What each figure is and how it is measured: benchmarks/README.md. To reproduce it, with nothing else running:"
+            yield f"vLLM's cold start is its own compile time; its first token, cold, comes after {row['value']:.0f} s."
+    yield "What each figure is and how it is measured: benchmarks/README.md. To reproduce it, on an idle machine:"
     yield ""
     command = f"piecework bench startup --layers {','.join(map(str, settings['layers']))}"
     yield f"```sh\n{command} --repeats {settings['repeats']} --peer-repeats {settings['peer_repeats']}\n```"

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, final
 
-from piecework.bench.launch import Caches, Launcher
+from piecework.bench.launch import Caches, Launcher, Ran
 from piecework.bench.measurements import Sample
 from piecework.bench.systems.base import Case, Phase, System
 
 PROMPT: Final = "The for statement"
+_IMPORT_TORCH: Final = "import torch; print('{}', flush=True)"
 COLD_NOTE: Final = "wall time of the process `piecework compile`, its caches empty"
 FIRST_TOKEN_NOTE: Final = "from outside: start of `piecework generate` to its first output, which follows the token"
 LOAD_NOTE: Final = "verify + read the plan + open + bind after `import torch`; weights taken and packed apart"
@@ -19,7 +20,7 @@ RSS_NOTE: Final = (
     "peak resident memory of load and one prefill step, less that after `import torch`, less the resident part of the "
     "mapped checkpoint, less packed weights; KV cache of one block included"
 )
-IMPORT_NOTE: Final = 'wall time of `python -c "import torch"`, run just before each warm start'
+IMPORT_NOTE: Final = "process start to `import torch` done, its end not counted; run just before each warm start"
 
 
 @final
@@ -61,12 +62,12 @@ class Piecework(System):
         ]
 
     def _warm(self, case: Case) -> list[Sample]:
-        importing = self._run(case, ["-c", "import torch"], prints=False)
+        importing = self._run(case, ["-c", _IMPORT_TORCH])
         words = ["-m", "piecework", "generate", str(case.model), "--prompt", PROMPT, "--max-new-tokens", "1", "--json"]
         generated = self._run(case, [*words, *_options(case)])
         loaded = self._load(case, batch=1, steps=0)
         return [
-            self.sample(case, "import_torch_s", importing.wall_s, note=IMPORT_NOTE),
+            self.sample(case, "import_torch_s", importing.first_output_s, note=IMPORT_NOTE),
             self.sample(case, "first_token_s", generated.first_output_s, note=FIRST_TOKEN_NOTE),
             self.sample(case, "load_ms", loaded["load_ms"], note=LOAD_NOTE),
             self.sample(case, "load_pack_ms", loaded["load_pack_ms"]),
@@ -83,9 +84,9 @@ class Piecework(System):
         words = ["-m", "piecework.bench.cells.load", str(case.model), "--bundle", str(self._bundles[case])]
         return self._run(case, [*words, "--batch", str(batch), "--steps", str(steps)]).figures
 
-    def _run(self, case: Case, words: Sequence[str], *, prints: bool = True) -> Any:
+    def _run(self, case: Case, words: Sequence[str]) -> Ran:
         variables = self._caches(case, fresh=False).variables()
-        return self._launcher.run([sys.executable, *words], variables=variables, prints=prints)
+        return self._launcher.run([sys.executable, *words], variables=variables)
 
     def _caches(self, case: Case, *, fresh: bool) -> Caches:
         return self._launcher.caches(f"piecework/{case.layers}-{case.dtype}", fresh=fresh)
