@@ -23,7 +23,7 @@ from piecework.errors import (
 from piecework.foundation.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from piecework.compiler.api import compile  # noqa: A004
+    from piecework.compiler.api import compile
     from piecework.compiler.options import BackendName, CompileOptions
     from piecework.graph.request import Dim
     from piecework.runtime.loading import load

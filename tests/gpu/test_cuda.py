@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from tests.unit.models.tiny import write_config
 
 pytestmark = pytest.mark.gpu
@@ -53,7 +52,9 @@ def test_a_cuda_bundle_equals_transformers(tmp_path: Path, family: str, dtype: s
     reference.save_pretrained(model_dir)
     home = {**os.environ, "PIECEWORK_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-m", "piecework", "compile", str(model_dir), "--device", "cuda", "--dtype", dtype]
-    done = subprocess.run([*command, "--max-tokens", "64", "--json"], env=home, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "--max-tokens", "64", "--json"], env=home, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     made = json.loads(done.stdout)
     assert made["unique_pieces"] == 3

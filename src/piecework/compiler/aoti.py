@@ -59,7 +59,7 @@ def compile_piece(job: Job, *, directory: Path, toolchain: Toolchain) -> Path:
 
 def warm_up(*, directory: Path) -> None:
     """Run a tiny piece through Inductor's Python without compiling C++, so that processes forked later start warm."""
-    from piecework.ops.program import Call, Program, TensorSpec  # noqa: PLC0415  in workers only
+    from piecework.ops.program import Call, Program, TensorSpec
 
     x = TensorSpec(("s0", 32), (32, 1), "float32", "cpu")
     w = TensorSpec((32, 32), (32, 1), "float32", "cpu")
@@ -73,7 +73,11 @@ def warm_up(*, directory: Path) -> None:
     session = torch_private.SymbolicSession()
     module, inputs = rebuild(pack_linear(program, constants=frozenset({0})), ranges={}, session=session)
     torch_private.compile_aoti(
-        module, inputs, output=directory / "warm.so", options=_OPTIONS, build=lambda kind, command, target: _touch(target)
+        module,
+        inputs,
+        output=directory / "warm.so",
+        options=_OPTIONS,
+        build=lambda kind, command, target: _touch(target),
     )
 
 
@@ -131,8 +135,12 @@ class _OneUnit:
             self.toolchain.compile(unit, flags=self.flags, target=self.directory / "piece.o")
         except CompileError as error:
             raise _DoesNotFit(str(error)) from error
-        weights = [s for s in sources_of(command) if s.name.endswith(".weights.o") or s.parent.name != target.parent.name]
+        weights = [
+            s for s in sources_of(command) if s.name.endswith(".weights.o") or s.parent.name != target.parent.name
+        ]
         weights = [w for w in weights if not w.name.endswith((".wrapper.o", ".kernel.o"))]
         if not weights:
             raise InternalError("Inductor made no object for constants")
-        self.toolchain.link([self.directory / "piece.o", runtime, *weights], libraries=libraries_of(command), target=target)
+        self.toolchain.link(
+            [self.directory / "piece.o", runtime, *weights], libraries=libraries_of(command), target=target
+        )

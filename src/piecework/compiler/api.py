@@ -145,8 +145,7 @@ def _request(
         inputs=tuple(inputs),
         sizes=dict(dynamic),
         states={
-            n: TensorInput(n, tuple(shape), str(buffers[n].dtype).removeprefix("torch."))
-            for n, shape in states.items()
+            n: TensorInput(n, tuple(shape), str(buffers[n].dtype).removeprefix("torch.")) for n, shape in states.items()
         },
         opaque=frozenset(_operator_name(o) for o in opaque),
         device=next(iter(devices), "cpu"),
@@ -262,9 +261,7 @@ def _check_axes(dynamic: Mapping[str, Dim], given: Mapping[str, Any]) -> None:
             )
 
 
-def _check_states(
-    states: Mapping[str, tuple[int | str, ...]], module: nn.Module, dynamic: Mapping[str, Dim]
-) -> None:
+def _check_states(states: Mapping[str, tuple[int | str, ...]], module: nn.Module, dynamic: Mapping[str, Dim]) -> None:
     buffers = dict(module.named_buffers())
     for name, shape in states.items():
         undeclared = [d for d in shape if isinstance(d, str) and d not in dynamic]

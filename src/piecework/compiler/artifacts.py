@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from piecework.compiler import aoti, rebuild, toolchain
 from piecework.compiler.backends import Backend
 from piecework.compiler.job import Job
 from piecework.compiler.options import BackendName, CompileOptions
 from piecework.compiler.planning import Unique
 from piecework.errors import CompileError
+from piecework.foundation import torch_private
+from piecework.foundation.digests import digest_file, digest_json
 from piecework.foundation.target import Target
 from piecework.graph.request import Dim
+from piecework.ops import resolve
+from piecework.passes import pack_linear
 from piecework.record import Recorder
 from piecework.store.facts import package_version
 from piecework.store.lookup import find_artifact
@@ -139,6 +146,15 @@ def _ranges(piece: Unique, *, declared: Dim | None, options: CompileOptions) -> 
     return list(options.ranges)
 
 
+@functools.cache
+def _generator_digest() -> str:
+    """Return the digest of our own code between a program and its library: an artifact of other code is another one."""
+    sources = [
+        Path(module.__file__ or "") for module in (aoti, rebuild, toolchain, torch_private, pack_linear, resolve)
+    ]
+    return digest_json([digest_file(source) for source in sources])
+
+
 def _job(piece: Unique, *, bounds: Bounds | None, options: CompileOptions, target: Target) -> Job:
     if options.backend is BackendName.EAGER:
         return Job(program=piece.program, options={"backend": "eager"})
@@ -147,5 +163,10 @@ def _job(piece: Unique, *, bounds: Bounds | None, options: CompileOptions, targe
         ranges={piece.primary: bounds} if piece.primary is not None and bounds is not None else {},
         pack=piece.pack,
         options={"backend": options.backend.value},
-        target={"isa": target.fact, "machine": target.machine, "torch": package_version("torch")},
+        target={
+            "isa": target.fact,
+            "machine": target.machine,
+            "torch": package_version("torch"),
+            "generator": _generator_digest(),
+        },
     )

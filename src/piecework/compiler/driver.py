@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,7 @@ def compile_request(
             captured = capture(request)
         with recorder.phase("split"):
             steps = split(captured)
-            primary = _primary_symbol(captured) if options.ranges else ""
+            primary = _primary_symbol(captured)
             pieces = deduplicate(
                 steps,
                 primary=primary,
@@ -86,9 +86,7 @@ def compile_request(
         )
     on_progress("sealing", len(pieces.unique), len(pieces.unique))
     with recorder.phase("plan"):
-        ranges = [
-            [ShapeRange(lo, hi, artifact.name) for (lo, hi), artifact in forms.items()] for forms in artifacts
-        ]
+        ranges = [[ShapeRange(lo, hi, artifact.name) for (lo, hi), artifact in forms.items()] for forms in artifacts]
         plan = make_plan(captured, steps, pieces, artifacts=ranges, arguments=arguments)
         all_facts = (
             *environment_facts(target=target),
@@ -127,7 +125,7 @@ def _note_capture(
 def _literals(captured: CapturedGraph) -> bytes | None:
     if not captured.literals:
         return None
-    from safetensors.torch import save  # noqa: PLC0415  only models with computed buffers need it
+    from safetensors.torch import save
 
     made: bytes = save({n: t.contiguous() for n, t in captured.literals.items()})
     return made

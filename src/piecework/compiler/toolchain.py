@@ -95,7 +95,9 @@ class Toolchain:
     compiler: str
     version: str
 
-    def prefix(self, flags: tuple[str, ...], *, on_start: Callable[[subprocess.Popen[str]], None] | None = None) -> Path:
+    def prefix(
+        self, flags: tuple[str, ...], *, on_start: Callable[[subprocess.Popen[str]], None] | None = None
+    ) -> Path:
         """Return the header to include first, with its precompiled form beside it; builds it on first use.
 
         `on_start` is given the compiler's process, so that it can be ended. Raises CompileError where the compiler fails
@@ -151,7 +153,7 @@ class Toolchain:
         self, arguments: list[str], *, cwd: Path, on_start: Callable[[subprocess.Popen[str]], None] | None = None
     ) -> None:
         process = subprocess.Popen(
-            [self.compiler, "-w", "-fPIC", *arguments],
+            [*shlex.split(self.compiler), "-w", "-fPIC", *arguments],
             cwd=cwd,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -163,9 +165,7 @@ class Toolchain:
         _, said = process.communicate()
         if process.returncode:
             if "No space left" in said:
-                raise StoreError(
-                    asked="compile a piece", found="no space left on the disk", try_="free some space"
-                )
+                raise StoreError(asked="compile a piece", found="no space left on the disk", try_="free some space")
             errors = [line for line in said.splitlines() if "error" in line] or said.splitlines()
             raise CompileError(
                 asked=f"compile C++ with {self.compiler}",
@@ -177,17 +177,19 @@ class Toolchain:
 def find_toolchain(root: Path, *, compiler: str | None) -> Toolchain:
     """Find the C++ compiler (`compiler`, else g++ or clang++ on PATH).
 
+    `compiler` may have arguments, as CXX may ("ccache g++").
+
     Raises CompileError where there is none or it doesn't run.
     """
     candidates = [compiler] if compiler else ["g++", "clang++", "c++"]
-    found = next((path for c in candidates if (path := shutil.which(c))), None)
+    found = next((c for c in candidates if shutil.which(next(iter(shlex.split(c)), ""))), None)
     if found is None:
         raise CompileError(
             asked="compile the model's pieces with a C++ compiler",
             found=f"none of {', '.join(candidates)} on PATH",
             try_="install g++ (Debian, Ubuntu: apt-get install g++), or name a compiler with CXX",
         )
-    done = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
+    done = subprocess.run([*shlex.split(found), "--version"], capture_output=True, text=True, check=False)
     if done.returncode:
         raise CompileError(
             asked=f"compile the model's pieces with {found}",
@@ -204,7 +206,9 @@ def flags_of(command: str) -> tuple[str, ...]:
     for i, word in enumerate(words):
         if word == "-D":
             flags.append(f"-D{words[i + 1]}")
-        elif (word.startswith("-I") and "python" not in Path(word[2:]).name) or (word.startswith(_KEPT) and word not in _DROPPED and len(word) > 2):
+        elif (word.startswith("-I") and "python" not in Path(word[2:]).name) or (
+            word.startswith(_KEPT) and word not in _DROPPED and len(word) > 2
+        ):
             flags.append(word)
     return tuple(dict.fromkeys(f for f in flags if f != "-DTORCH_INDUCTOR_PRECOMPILE_HEADERS"))
 
@@ -218,7 +222,9 @@ def sources_of(command: str) -> list[Path]:
     """Return the source and object files that a command takes in."""
     words = shlex.split(command)
     return [
-        Path(w) for w, before in zip(words[1:], words, strict=False) if w.endswith((".cpp", ".S", ".o")) and before != "-o"
+        Path(w)
+        for w, before in zip(words[1:], words, strict=False)
+        if w.endswith((".cpp", ".S", ".o")) and before != "-o"
     ]
 
 

@@ -59,7 +59,7 @@ def main() -> int:
     torch_private.warm_up_inductor()
     try:
         warm_up(directory=args.scratch)
-    except Exception as error:  # noqa: BLE001  only a warm-up: the jobs will tell what is wrong
+    except Exception as error:
         _send(events, {"event": "note", "text": f"warm-up: {type(error).__name__}: {error}"[:300]})
     _send(events, {"event": "ready"})
     _serve(events, toolchain=toolchain, limit=args.jobs)
@@ -153,7 +153,7 @@ def _compile(request: Mapping[str, Any], *, toolchain: Toolchain) -> dict[str, A
         return {"event": "done", "path": str(library), "seconds": time.perf_counter() - begun}
     except PieceworkError as error:
         return {"event": "failed", **error.to_json(), "trace": traceback.format_exc()}
-    except Exception as error:  # noqa: BLE001  the driver reports it
+    except Exception as error:
         bug = InternalError(f"{type(error).__name__}: {error}")
         return {"event": "failed", "error": "InternalError", "found": str(bug), "trace": traceback.format_exc()}
 
@@ -162,7 +162,9 @@ def _finish(child: _Child) -> dict[str, Any]:
     _, status = os.waitpid(child.pid, 0)
     if child.answer and os.WIFEXITED(status):
         return {"job": child.job, **json.loads(child.answer)}
-    how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit code {os.waitstatus_to_exitcode(status)}"
+    how = (
+        f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit code {os.waitstatus_to_exitcode(status)}"
+    )
     return {"job": child.job, "event": "failed", "error": "CompileError", "found": f"the compile ended with {how}"}
 
 

@@ -78,7 +78,9 @@ def capture(request: CaptureRequest, *, templates: bool = True) -> CapturedGraph
     of a declared range only.
     """
     session = torch_private.SymbolicSession(is_users=_is_users)
-    sizes = {n: session.size(n, low=d.min, high=d.max, hint=_hint(d.min, d.max, d.hint)) for n, d in request.sizes.items()}
+    sizes = {
+        n: session.size(n, low=d.min, high=d.max, hint=_hint(d.min, d.max, d.hint)) for n, d in request.sizes.items()
+    }
     arguments = [_argument(i, sizes=sizes, session=session) for i in request.inputs]
     tensors = NamedTensors(
         request.module, states=request.states, sizes=sizes, fake_mode=session.fake_mode, device=request.device
@@ -93,9 +95,7 @@ def capture(request: CaptureRequest, *, templates: bool = True) -> CapturedGraph
         stack.enter_context(torch_private.size_oblivious())
         blocks: frozenset[nn.Module] = frozenset()
         if templates:
-            counts, blocks = stack.enter_context(
-                stamping(request.module, tensors=tensors, fake_mode=session.fake_mode)
-            )
+            counts, blocks = stack.enter_context(stamping(request.module, tensors=tensors, fake_mode=session.fake_mode))
 
         def forward(*values: Any) -> list[Any]:
             tracer = torch_private.current_tracer()
@@ -191,7 +191,21 @@ def _functionalized(
 
 _STDLIB = {Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("platstdlib"))}
 _TOOLS = frozenset(
-    ["piecework", "torch", "torchgen", "functorch", "_distutils_hack", "sympy", "mpmath", "networkx", "numpy", "filelock", "fsspec", "jinja2", "typing_extensions"]
+    [
+        "piecework",
+        "torch",
+        "torchgen",
+        "functorch",
+        "_distutils_hack",
+        "sympy",
+        "mpmath",
+        "networkx",
+        "numpy",
+        "filelock",
+        "fsspec",
+        "jinja2",
+        "typing_extensions",
+    ]
 )
 """Packages whose code runs in every trace and whose versions are facts of their own (or don't matter)."""
 
@@ -205,8 +219,10 @@ def _is_users(filename: str) -> bool:
         return parts[parts.index("site-packages") + 1].removesuffix(".py") not in _TOOLS
     path = Path(filename)
     ours = path.is_relative_to(Path(__file__).parents[1])
-    return not ours and not any(path.is_relative_to(root) for root in _STDLIB) and not (
-        "torch" in parts and path.is_relative_to(Path(torch.__file__).parent)
+    return (
+        not ours
+        and not any(path.is_relative_to(root) for root in _STDLIB)
+        and not ("torch" in parts and path.is_relative_to(Path(torch.__file__).parent))
     )
 
 
@@ -281,7 +297,9 @@ def _check_contract(session: torch_private.SymbolicSession, *, what: str) -> Non
 
 def _mutates(graph: torch.fx.Graph, *, opaque: frozenset[str]) -> bool:
     return any(
-        isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable and n.target._schema.name not in opaque
+        isinstance(n.target, torch._ops.OpOverload)
+        and n.target._schema.is_mutable
+        and n.target._schema.name not in opaque
         for n in graph.nodes
         if n.op == "call_function"
     )
@@ -336,5 +354,3 @@ def _canonicalize(graph: torch.fx.Graph, *, opaque: frozenset[str]) -> None:
     for node in reversed(list(graph.nodes)):
         if node.op == "call_function" and not node.users and not is_opaque(node, opaque):
             graph.erase_node(node)
-
-

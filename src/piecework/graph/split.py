@@ -80,7 +80,9 @@ def _piece(
     for node in nodes:
         builder.call(node)
     program = builder.finish(outputs)
-    return Piece(program, tuple(builder.inputs), tuple(weights[n] for n in builder.constants), outputs, builder.symbols())
+    return Piece(
+        program, tuple(builder.inputs), tuple(weights[n] for n in builder.constants), outputs, builder.symbols()
+    )
 
 
 def _used_outside(user: torch.fx.Node, own: set[torch.fx.Node]) -> bool:
@@ -99,5 +101,3 @@ def _size_carriers(captured: CapturedGraph) -> dict[str, torch.fx.Node]:
                 if isinstance(size, torch.SymInt):
                     found.setdefault(str(size.node.expr), given.node)
     return found
-
-

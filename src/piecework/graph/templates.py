@@ -223,9 +223,7 @@ class _Observer:
             leaves=leaves,
             leaf_nodes=[tracer.node_of(x) if isinstance(x, torch.Tensor) else None for x in leaves],
             nodes=nodes,
-            handles={
-                v: (path, name) for (path, name), v in recording.reads.items() if isinstance(v, LayerHandle)
-            },
+            handles={v: (path, name) for (path, name), v in recording.reads.items() if isinstance(v, LayerHandle)},
             out_spec=out_spec,
             out_leaves=out_leaves,
             out_nodes=[tracer.node_of(x) if isinstance(x, torch.Tensor) else None for x in out_leaves],
@@ -296,7 +294,9 @@ class _Observer:
         made: list[torch.fx.Node] = []
         for node in template.nodes:
             copy = tracer.graph.node_copy(node, lambda n: bound.get(n, n))
-            tokens = copy.meta.pop("piecework_handles", None)  # not there yet where the template's own block encloses it
+            tokens = copy.meta.pop(
+                "piecework_handles", None
+            )  # not there yet where the template's own block encloses it
             if template.handles:
                 copy.args, copy.kwargs = _replace_strings(tokens or (node.args, node.kwargs), handles, bound)
             bound[node] = copy
@@ -322,9 +322,7 @@ class _Observer:
                 continue
             if target not in fresh:
                 with tracer.paused(), self._fake_mode:
-                    fresh[target] = torch.empty_strided(
-                        leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device
-                    )
+                    fresh[target] = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
                 tracer.attach(fresh[target], target, new_sizes=False)
             outputs.append(fresh[target])
         return outputs
@@ -367,9 +365,7 @@ def _replace_strings(arguments: Any, names: dict[str, str], bound: dict[torch.fx
 class _Matching:
     """Compares what a template read with what a sibling has, pairing up tensors as it goes."""
 
-    def __init__(
-        self, tracer: Tracer, tensors: NamedTensors, mine: dict[int, str], theirs: dict[int, str]
-    ) -> None:
+    def __init__(self, tracer: Tracer, tensors: NamedTensors, mine: dict[int, str], theirs: dict[int, str]) -> None:
         self._tracer = tracer
         self._tensors = tensors
         self._mine = mine
@@ -405,7 +401,10 @@ class _Matching:
         if own is not None and other is not None:
             if not self._tensors.same_metadata(own, other):
                 return False
-            mine, theirs = self._tensors.nodes[own], self._tensors.node(other, like=self._tensors.nodes[own].meta["val"])
+            mine, theirs = (
+                self._tensors.nodes[own],
+                self._tensors.node(other, like=self._tensors.nodes[own].meta["val"]),
+            )
             return self.nodes.setdefault(mine, theirs) is theirs
         if _metadata(a) != _metadata(b):
             return False

@@ -106,7 +106,9 @@ class NamedTensors:
 
     def replaced(self) -> list[str]:
         """Return the names of tensors in whose place the module has put another one since `swap`."""
-        return [self._names[id(t)] for table, n, t in self._swapped if table.get(n) is not self._fakes[self._names[id(t)]]]
+        return [
+            self._names[id(t)] for table, n, t in self._swapped if table.get(n) is not self._fakes[self._names[id(t)]]
+        ]
 
     def restore(self) -> None:
         """Put the module's own tensors back."""

@@ -18,7 +18,6 @@ Dim = int | str
 """A size: a number, or an expression over the program's symbols such as "s0" or "s0 + 1"."""
 
 
-
 @dataclass(frozen=True)
 class TensorSpec:
     """Shape, stride (in elements), dtype ("float32") and device type ("cpu") of a tensor."""

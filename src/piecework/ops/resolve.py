@@ -15,7 +15,25 @@ from piecework.ops.program import decode_scalar
 
 _PYTHON = {
     f"operator.{n}": getattr(operator, n)
-    for n in ["add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "getitem", "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_"]
+    for n in [
+        "add",
+        "sub",
+        "mul",
+        "floordiv",
+        "truediv",
+        "mod",
+        "neg",
+        "pow",
+        "getitem",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "and_",
+        "or_",
+    ]
 }
 _TORCH = {f"torch.{n}": getattr(torch, n) for n in ["sym_max", "sym_min", "sym_int", "sym_float", "sym_ite", "sym_not"]}
 _MATH = {f"math.{n}": getattr(math, n) for n in ["ceil", "floor", "trunc"]}

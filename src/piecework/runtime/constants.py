@@ -68,8 +68,8 @@ def as_source(weights: object) -> TensorSource:
 
 
 def _read_files(paths: Sequence[Path]) -> TensorSource:
-    from safetensors import SafetensorError  # noqa: PLC0415  only where weights come from files
-    from safetensors.torch import load_file  # noqa: PLC0415
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     tensors: dict[str, torch.Tensor] = {}
     for path in paths:
@@ -106,9 +106,7 @@ def _pack(weight: torch.Tensor) -> torch.Tensor:
         return torch_private.pack_linear_weight(weight)
 
 
-def _take(
-    recipe: Recipe, *, source: TensorSource, literals: Mapping[str, torch.Tensor], device: str
-) -> torch.Tensor:
+def _take(recipe: Recipe, *, source: TensorSource, literals: Mapping[str, torch.Tensor], device: str) -> torch.Tensor:
     tensor: Any = literals[recipe.name] if recipe.literal else source.get(recipe.name)
     if tuple(tensor.shape) != recipe.shape:
         raise WeightsError(

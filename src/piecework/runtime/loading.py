@@ -74,7 +74,7 @@ def _lap(begun: float) -> float:
 def _literals(bundle: Bundle) -> Mapping[str, torch.Tensor]:
     if bundle.constants_path is None:
         return {}
-    from safetensors.torch import load as load_bytes  # noqa: PLC0415  only models with computed buffers need it
+    from safetensors.torch import load as load_bytes
 
     made: dict[str, torch.Tensor] = load_bytes(bundle.constants_path.read_bytes())
     return made
@@ -115,9 +115,7 @@ def _runner(path: Path, *, device: str) -> Any:
     return torch_private.open_aoti_library(path, device=device)
 
 
-def _bind(
-    plan: Plan, low: int, high: int, runners: Sequence[Any], constants: Sequence[torch.Tensor]
-) -> RangeForm:
+def _bind(plan: Plan, low: int, high: int, runners: Sequence[Any], constants: Sequence[torch.Tensor]) -> RangeForm:
     runs: list[Run] = []
     for instance, runner in zip(plan.instances, runners, strict=True):
         named = {constant_name(i): constants[c] for i, c in enumerate(instance.constants)}

@@ -211,7 +211,9 @@ def test_two_processes_compile_the_same_model_at_once(tmp_path: Path) -> None:
 
 
 def test_flags_libraries_and_sources_of_a_command() -> None:
-    command = "g++ a/x.wrapper.cpp -D NDEBUG -fPIC -O3 -march=native -I/t/include -I/u/python3.11 -L/t/lib -ltorch -o x.o"
+    command = (
+        "g++ a/x.wrapper.cpp -D NDEBUG -fPIC -O3 -march=native -I/t/include -I/u/python3.11 -L/t/lib -ltorch -o x.o"
+    )
     assert flags_of(command) == ("-DNDEBUG", "-march=native", "-I/t/include")
     assert libraries_of(command) == ("-L/t/lib", "-ltorch")
     assert sources_of(command) == [Path("a/x.wrapper.cpp")]

@@ -26,7 +26,7 @@ def listing(captured: CapturedGraph) -> list[tuple[str, ...]]:
         numbers[node] = f"%{len(lines)}"
 
         def written(arguments: Any) -> str:
-            named = lambda x: numbers[x] if isinstance(x, torch.fx.Node) else x  # noqa: E731
+            named = lambda x: numbers[x] if isinstance(x, torch.fx.Node) else x
             return str(torch.fx.node.map_aggregate(arguments, named))
 
         lines.append((node.op, str(node.target), written(node.args), written(node.kwargs), _metadata(node)))
