@@ -59,7 +59,7 @@ def compile_piece(job: Job, *, directory: Path, toolchain: Toolchain) -> Path:
 
 def warm_up(*, directory: Path) -> None:
     """Run a tiny piece through Inductor's Python without compiling C++, so that processes forked later start warm."""
-    from piecework.ops.program import Call, Program, TensorSpec
+    from piecework.ops.program import Call, Program, TensorSpec  # noqa: PLC0415  in workers only
 
     x = TensorSpec(("s0", 32), (32, 1), "float32", "cpu")
     w = TensorSpec((32, 32), (32, 1), "float32", "cpu")

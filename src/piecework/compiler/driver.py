@@ -125,7 +125,7 @@ def _note_capture(
 def _literals(captured: CapturedGraph) -> bytes | None:
     if not captured.literals:
         return None
-    from safetensors.torch import save
+    from safetensors.torch import save  # noqa: PLC0415  only models with computed buffers need it
 
     made: bytes = save({n: t.contiguous() for n, t in captured.literals.items()})
     return made

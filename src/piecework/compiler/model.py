@@ -81,8 +81,8 @@ def compile_model(
         )
         with recorder.phase("import"):
             # heavy imports, while the backend prepares in other processes
-            from piecework.compiler.driver import compile_request
-            from piecework.models.adapter import build_causal_lm
+            from piecework.compiler.driver import compile_request  # noqa: PLC0415
+            from piecework.models.adapter import build_causal_lm  # noqa: PLC0415
         with recorder.phase("build"):
             request = build_causal_lm(config.path, dtype=dtype, max_tokens=max_tokens, device=options.device)
             if check_weights:
@@ -139,6 +139,6 @@ def started_backend(
 
 def _check_weights(config: ModelConfig, module: Any) -> None:
     """Raise WeightsError where the checkpoint does not hold what the module needs. Reads headers only."""
-    from piecework.models.checkpoint import open_checkpoint
+    from piecework.models.checkpoint import open_checkpoint  # noqa: PLC0415  torch comes after the backend has started
 
     open_checkpoint(config.path).check({n: tuple(p.shape) for n, p in module.named_parameters()})

@@ -59,7 +59,7 @@ def main() -> int:
     torch_private.warm_up_inductor()
     try:
         warm_up(directory=args.scratch)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  only a warm-up: the jobs will tell what is wrong
         _send(events, {"event": "note", "text": f"warm-up: {type(error).__name__}: {error}"[:300]})
     _send(events, {"event": "ready"})
     _serve(events, toolchain=toolchain, limit=args.jobs)
@@ -153,7 +153,7 @@ def _compile(request: Mapping[str, Any], *, toolchain: Toolchain) -> dict[str, A
         return {"event": "done", "path": str(library), "seconds": time.perf_counter() - begun}
     except PieceworkError as error:
         return {"event": "failed", **error.to_json(), "trace": traceback.format_exc()}
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  the driver reports it
         bug = InternalError(f"{type(error).__name__}: {error}")
         return {"event": "failed", "error": "InternalError", "found": str(bug), "trace": traceback.format_exc()}
 

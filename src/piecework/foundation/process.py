@@ -24,7 +24,7 @@ def seconds_since_start() -> float:
 
 def peak_rss_bytes() -> int:
     """Return the most memory this process has had resident, in bytes."""
-    import resource
+    import resource  # noqa: PLC0415  POSIX only
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

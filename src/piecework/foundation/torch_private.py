@@ -352,7 +352,7 @@ def _general_strides() -> Iterator[None]:
         yield
         return
 
-    def general(old_shape: Any, old_stride: Any, new_shape: Any, size_oblivious: bool = True) -> Any:
+    def general(old_shape: Any, old_stride: Any, new_shape: Any, size_oblivious: bool = True) -> Any:  # noqa: FBT001, FBT002
         return original(old_shape, old_stride, new_shape, size_oblivious=True)
 
     fake_impls._compute_stride = general

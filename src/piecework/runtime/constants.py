@@ -68,8 +68,8 @@ def as_source(weights: object) -> TensorSource:
 
 
 def _read_files(paths: Sequence[Path]) -> TensorSource:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError  # noqa: PLC0415  only where weights come from files
+    from safetensors.torch import load_file  # noqa: PLC0415
 
     tensors: dict[str, torch.Tensor] = {}
     for path in paths:

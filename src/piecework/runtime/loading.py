@@ -74,7 +74,7 @@ def _lap(begun: float) -> float:
 def _literals(bundle: Bundle) -> Mapping[str, torch.Tensor]:
     if bundle.constants_path is None:
         return {}
-    from safetensors.torch import load as load_bytes
+    from safetensors.torch import load as load_bytes  # noqa: PLC0415  only models with computed buffers need it
 
     made: dict[str, torch.Tensor] = load_bytes(bundle.constants_path.read_bytes())
     return made

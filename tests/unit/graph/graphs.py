@@ -25,8 +25,10 @@ def listing(captured: CapturedGraph) -> list[tuple[str, ...]]:
             continue
         numbers[node] = f"%{len(lines)}"
 
+        def named(x: Any) -> Any:
+            return numbers[x] if isinstance(x, torch.fx.Node) else x
+
         def written(arguments: Any) -> str:
-            named = lambda x: numbers[x] if isinstance(x, torch.fx.Node) else x
             return str(torch.fx.node.map_aggregate(arguments, named))
 
         lines.append((node.op, str(node.target), written(node.args), written(node.kwargs), _metadata(node)))
