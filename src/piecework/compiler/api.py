@@ -41,11 +41,11 @@ def compile(
 
     Args:
         module: the module; it is neither changed nor run. Parameters may be on the meta device.
-        example_args: positional arguments of its forward: tensors (only shape, dtype, stride and device are used), nested
-            tuples, lists and dicts of them, numbers, strings, None.
+        example_args: positional arguments of its forward: tensors (only shape, dtype, stride and device are used),
+            nested tuples, lists and dicts of them, numbers, strings, None.
         example_kwargs: keyword arguments, likewise.
-        dynamic: dynamic sizes by name; `Dim.axes` says which axes of which arguments they are. With a single Dim without
-            axes, it is axis 0 of every tensor argument. The first one is what `options.ranges` are about.
+        dynamic: dynamic sizes by name; `Dim.axes` says which axes of which arguments they are. With a single Dim
+            without axes, it is axis 0 of every tensor argument. The first one is what `options.ranges` are about.
         opaque: operators at which the graph is cut: "namespace::name" or an operator such as `torch.ops.ns.name`.
         states: buffers that opaque ops read and write between calls, by name, with shapes that may name dynamic sizes.
         out: where to write the bundle (".pwb" for an archive); default: a new temporary directory.

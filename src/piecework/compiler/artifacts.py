@@ -1,4 +1,4 @@
-"""Make the artifacts of unique pieces: look them up by key, compile what is missing, split a range where code needs it."""
+"""Make the artifacts of unique pieces: look them up by key, compile what is missing, split a range where needed."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def compile_artifacts(
         declared: the primary size's declared range, or None where the module has no dynamic size.
         options, backend, store, target, recorder, on_progress: see `compiler.driver.compile_request`.
 
-    Where the code that a backend generates for a range from 1 does not hold for 1, the range is split there, once, and the
-    record says so. Raises ShapeContractError where that does not help, CompileError, StoreError.
+    Where the code that a backend generates for a range from 1 does not hold for 1, the range is split there, once, and
+    the record says so. Raises ShapeContractError where that does not help, CompileError, StoreError.
     """
     wanted = [
         _Form(i, bounds, _job(piece, bounds=bounds if options.ranges else None, options=options, target=target))

@@ -1,4 +1,4 @@
-"""A compile job: one program over one range of sizes, as data that crosses to a worker process and keys the artifact."""
+"""A compile job: one program over one range of sizes, data that crosses to a worker process and keys the artifact."""
 
 from __future__ import annotations
 

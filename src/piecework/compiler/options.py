@@ -23,8 +23,8 @@ class CompileOptions:
 
     Attributes:
         backend: `aoti` makes native libraries, `eager` artifacts that run the pieces operator by operator.
-        ranges: ranges of the primary size (tokens) that get artifacts of their own, ascending and without gaps; empty for
-            one artifact over the whole declared range.
+        ranges: ranges of the primary size (tokens) that get artifacts of their own, ascending and without gaps; empty
+            for one artifact over the whole declared range.
         pack_linear: whether linear weights are bound packed for oneDNN; None decides by the target.
         device: device type that a model directory is compiled for; a module's is that of its example arguments.
     """
@@ -61,7 +61,7 @@ def parse_ranges(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def packed_dtypes(options: CompileOptions, *, target: Target, device: str) -> frozenset[str]:
-    """Return the weight dtypes that are packed for oneDNN on this target: what its x86 kernels support and gain from."""
+    """Return the weight dtypes that are packed for oneDNN on `target`: what its x86 kernels support and gain from."""
     if device != "cpu" or options.backend is not BackendName.AOTI or options.pack_linear is False:
         return frozenset()
     if target.machine != "x86_64" or target.isa == "baseline":

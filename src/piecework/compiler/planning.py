@@ -59,8 +59,8 @@ def deduplicate(steps: Sequence[Step], *, primary: str, pack_dtypes: frozenset[s
 
     Args:
         steps: from `graph.split`.
-        primary: the graph's symbol for the primary size, "" where no ranges of it are told apart. Pieces that have it in
-            another place are different: an artifact for a part of its range must not serve another size.
+        primary: the graph's symbol for the primary size, "" where no ranges of it are told apart. Pieces that have it
+            in another place are different: an artifact for a part of its range must not serve another size.
         pack_dtypes: dtypes of weights that are packed.
         packer: see passes/pack_linear.py.
     """
@@ -147,7 +147,7 @@ class _Planner:
         )
 
     def _order_recipes(self) -> dict[int, list[int]]:
-        """Number the recipes so that those of one kind in successive layers are neighbours (the plan writes them once)."""
+        """Number the recipes so that one kind's in successive layers are neighbours: the plan writes them once."""
         needs: list[tuple[int, str, str]] = []
         for number, step in enumerate(self._steps):
             if isinstance(step, Piece):

@@ -132,7 +132,7 @@ class WorkerPool:
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:
-    """End a process that leads a group of its own, with the group; nothing is left to end where it has been waited for."""
+    """End a process that leads a group of its own, with the group; one that has been waited for has ended already."""
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -142,8 +142,6 @@ def _error(event: Mapping[str, Any]) -> Exception:
     kind = getattr(errors, event.get("error", ""), None)
     if kind is None or not isinstance(kind, type) or not issubclass(kind, PieceworkError):
         return InternalError(event.get("found", "a worker failed") + "\n" + event.get("trace", ""))
-    if kind is errors.InternalError:
-        return InternalError(event.get("found", ""))
     return kind(
         asked=event.get("asked", "compile a piece"), found=event.get("found", "it failed"), try_=event.get("try", "")
     )

@@ -1,10 +1,10 @@
 """The C++ side of a compile: one precompiled prefix and one runtime object per machine, then one small file per piece.
 
-Inductor writes, for every piece, a wrapper of which about 650 lines are the same C interface, compiles it apart from its
-kernels, and spends most of the time on headers. Here the interface is compiled once per toolchain (`runtime.o`), the
-headers are precompiled once (`prefix.h.gch`), and wrapper and kernels of a piece are one translation unit. What Inductor
-generates is not changed. Where any of this doesn't fit (another compiler, an unknown flag, other headers), the caller
-falls back to Inductor's own commands.
+Inductor writes, for every piece, a wrapper of which about 650 lines are the same C interface, compiles it apart from
+its kernels, and spends most of the time on headers. Here the interface is compiled once per toolchain (`runtime.o`),
+the headers are precompiled once (`prefix.h.gch`), and wrapper and kernels of a piece are one translation unit. What
+Inductor generates is not changed. Where any of this doesn't fit (another compiler, an unknown flag, other headers), the
+caller falls back to Inductor's own commands.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from piecework.foundation.target import Target
 
 # `model_base.h` parses "cpu" or "cuda:1" with std::regex, whose templates are most of a wrapper's compile time. With
 # libstdc++ the header is kept out, and a class with the same interface stands in for those three names.
-_PREFIX = """#pragma once
+_STAND_IN = """#pragma once
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -68,10 +68,14 @@ inline bool regex_match(const string& device, smatch& match, const regex&) {
 }
 }  // namespace std
 #endif
-#include <torch/csrc/inductor/aoti_include/cpu.h>
+"""
+_PREFIX = (
+    _STAND_IN
+    + """#include <torch/csrc/inductor/aoti_include/cpu.h>
 #include <torch/csrc/inductor/aoti_runtime/model_container.h>
 #include <torch/csrc/inductor/cpp_prefix.h>
 """
+)
 
 _KEPT = ("-D", "-f", "-m", "-std=")
 _DROPPED = frozenset({"-fno-omit-frame-pointer", "-fPIC"})
@@ -100,8 +104,8 @@ class Toolchain:
     ) -> Path:
         """Return the header to include first, with its precompiled form beside it; builds it on first use.
 
-        `on_start` is given the compiler's process, so that it can be ended. Raises CompileError where the compiler fails
-        on torch's headers.
+        `on_start` is given the compiler's process, so that it can be ended. Raises CompileError where the compiler
+        fails on torch's headers.
         """
         place = self._place(flags) / "prefix"
         if not place.exists():
@@ -200,7 +204,7 @@ def find_toolchain(root: Path, *, compiler: str | None) -> Toolchain:
 
 
 def flags_of(command: str) -> tuple[str, ...]:
-    """Return those flags of one of Inductor's compile commands that change the meaning of the code, in a fixed order."""
+    """Return those flags of one of Inductor's compile commands that change what the code means, in a fixed order."""
     words = shlex.split(command)
     flags: list[str] = []
     for i, word in enumerate(words):

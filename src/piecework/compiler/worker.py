@@ -1,8 +1,9 @@
 """The process that compiles pieces: `python -m piecework.compiler.worker`.
 
-It imports Inductor once and forks a child for every job, so that a crash ends one job, memory is given back, and no state
-leaks between pieces. It reads one JSON object per line from stdin ({"job": id, "work": …, "directory": …}) and writes one
-per event to stdout ({"event": "ready" | "start" | "done" | "failed", …}). When stdin ends it ends, and so do its children.
+It imports Inductor once and forks a child for every job, so that a crash ends one job, memory is given back, and no
+state leaks between pieces. It reads one JSON object per line from stdin ({"job": id, "work": …, "directory": …}) and
+writes one per event to stdout ({"event": "ready" | "start" | "done" | "failed", …}). When stdin ends it ends, and so do
+its children.
 """
 
 from __future__ import annotations

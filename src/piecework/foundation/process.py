@@ -31,7 +31,7 @@ def peak_rss_bytes() -> int:
 
 @contextlib.contextmanager
 def garbage_collection_off() -> Iterator[None]:
-    """For code that makes many long-lived objects: collecting cycles meanwhile walks all of torch (90 ms) for nothing."""
+    """For code that makes many long-lived objects: collecting cycles meanwhile walks all of torch (90 ms) in vain."""
     enabled = gc.isenabled()
     gc.disable()
     try:

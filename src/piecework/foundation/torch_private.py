@@ -122,19 +122,19 @@ class SymbolicSession:
         import sympy
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-        # the session's own environment takes each guard for granted once it is made; a new one knows the declaration only
+        # the session's own environment takes each guard for granted once made; a new one knows the declaration only
         unguarded = ShapeEnv(specialize_zero_one=False, duck_shape=False)
         declared = tuple((symbol, bounds) for symbol, (_, bounds) in self._declared.items())
+        names = self.symbol_names()
         found = []
         for guard in self.shape_env.guards:
             if unguarded._maybe_evaluate_static(guard.expr, axioms=(), var_to_range=declared) is sympy.true:
                 continue
-            names = self.symbol_names()
             text = re.sub(r"\bs\d+\b", lambda m: names.get(m.group(0), m.group(0)), str(guard.expr))
             found.append(Guard(expr=text, location=str(getattr(guard, "sloc", None) or "")))
         places = getattr(self.shape_env, "replacements_slocs", {})
         for symbol, value in self.shape_env.replacements.items():
-            name = self.symbol_names().get(str(symbol))
+            name = names.get(str(symbol))
             if name is not None:
                 found.append(Guard(expr=f"Eq({name}, {value})", location=str(places.get(symbol) or "")))
         return found
@@ -155,8 +155,8 @@ def size_oblivious() -> Iterator[None]:
     """Let backed sizes be treated as if unknown where torch offers a general answer (broadcasting, contiguity).
 
     torch 2.11-2.13: `torch.fx.experimental._config.backed_size_oblivious`. It leaves out `size == 1` and `size == 0` in
-    C++ (contiguity above all, equal strides), which arrive at `SymNode.guard_bool` with the name of c10/core/SymInt.h. There "no" is the
-    general answer, as it is elsewhere: torch then makes a copy that size 1 would not need.
+    C++ (contiguity above all, equal strides), which arrive at `SymNode.guard_bool` with the name of c10/core/SymInt.h.
+    There "no" is the general answer, as it is elsewhere: torch then makes a copy that size 1 would not need.
     """
     import sympy
     from torch.fx.experimental import _config
@@ -253,8 +253,8 @@ def plain_tensors() -> contextlib.AbstractContextManager[None]:
 def trace(function: Callable[..., Any], args: Sequence[Any]) -> torch.fx.GraphModule:
     """Trace `function(*args)` on fake tensors into aten operators below autograd; names follow the operators.
 
-    The Python dispatcher is on, because some composite operators (`matmul` in torch 2.11) ask for sizes as plain numbers
-    in C++ and not in their Python form.
+    The Python dispatcher is on, because some composite operators (`matmul` in torch 2.11) ask for sizes as plain
+    numbers in C++ and not in their Python form.
     """
     from torch._dispatch.python import enable_python_dispatcher
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -279,7 +279,7 @@ def data_dependent_errors() -> tuple[type[Exception], ...]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Compiling pieces. torch 2.11-2.13; torch/_inductor/{compile_fx,codecache,cpp_builder}.py. Used in worker processes only.
+# Compiling pieces, in worker processes only. torch 2.11-2.13; torch/_inductor/{compile_fx,codecache,cpp_builder}.py.
 
 
 def aoti_interface_source() -> str:
@@ -342,8 +342,8 @@ def compile_aoti(
 def _general_strides() -> Iterator[None]:
     """Let Inductor compute a view's strides for every size at once, not for sizes other than 1.
 
-    torch 2.12-2.13: `ir.View.create` asks `_compute_stride` for the general answer for unbacked sizes only, and would guard
-    on `size != 1` for ours; the general answer is right for 1 as well.
+    torch 2.12-2.13: `ir.View.create` asks `_compute_stride` for the general answer for unbacked sizes only, and would
+    guard on `size != 1` for ours; the general answer is right for 1 as well.
     """
     from torch._subclasses import fake_impls
 
@@ -352,7 +352,7 @@ def _general_strides() -> Iterator[None]:
         yield
         return
 
-    def general(old_shape: Any, old_stride: Any, new_shape: Any, size_oblivious: bool = True) -> Any:  # noqa: FBT001, FBT002
+    def general(old_shape: Any, old_stride: Any, new_shape: Any, size_oblivious: bool = True) -> Any:  # noqa: FBT001, FBT002  torch's own signature
         return original(old_shape, old_stride, new_shape, size_oblivious=True)
 
     fake_impls._compute_stride = general

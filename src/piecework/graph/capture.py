@@ -74,8 +74,8 @@ class CapturedGraph:
 def capture(request: CaptureRequest, *, templates: bool = True) -> CapturedGraph:
     """Trace `request.module` for its whole declared range of sizes.
 
-    Raises CaptureError where the module can't be traced as one graph, ShapeContractError where the trace holds for a part
-    of a declared range only.
+    Raises CaptureError where the module can't be traced as one graph, ShapeContractError where the trace holds for a
+    part of a declared range only.
     """
     session = torch_private.SymbolicSession(is_users=_is_users)
     sizes = {
@@ -230,7 +230,8 @@ def _is_users(filename: str) -> bool:
 def _ran_files(found: set[Path]) -> Iterator[None]:
     """Collect into `found` the files, outside torch and the standard library, whose functions ran in this thread.
 
-    A profiler that is already active is left alone; then only the files of the modules' classes are known (`_class_files`).
+    A profiler that is already active is left alone; then only the files of the modules' classes are known
+    (`_class_files`).
     """
     if sys.getprofile() is not None:
         yield

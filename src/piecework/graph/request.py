@@ -56,8 +56,8 @@ class CaptureRequest:
 
     Attributes:
         module: the module; parameters may be on the meta device.
-        call: runs it on named inputs, `call(module, {"input_ids": ..., ...})`, and returns nested tuples, lists and dicts
-            of tensors.
+        call: runs it on named inputs, `call(module, {"input_ids": ..., ...})`, and returns nested tuples, lists and
+            dicts of tensors.
         inputs: the named inputs in order.
         sizes: the declared dynamic sizes. The first is the one that shape ranges are about.
         states: buffers (by qualified name) that opaque ops read and write between calls, such as KV caches, with their

@@ -16,7 +16,7 @@ import torch
 from piecework.errors import CaptureError
 
 Structure = Any
-"""JSON: {"leaf": i} | {"const": v} | {"tuple": [..]} | {"list": [..]} | {"dict": [[k, s], ..]} | {"class": name, ..}."""
+"""JSON: {"leaf": i} | {"const": v} | {"tuple": [..]} | {"list": [..]} | {"dict": [[k, s], ..]} | {"class": n, ..}."""
 
 
 def flatten(value: Any) -> tuple[list[torch.Tensor], Structure]:

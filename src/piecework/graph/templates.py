@@ -2,9 +2,9 @@
 
 While a block is traced, every attribute that its code reads from the block's modules is noted. A sibling is admitted to
 the template when each of those reads would give the same there: equal constants, tensors of the same shape and stride,
-the same submodules and functions. Then the template's nodes are copied with the sibling's tensors put in. Whatever can't
-be checked that way (a write to a module, a value passed between blocks behind the arguments' back) makes the block be
-traced by itself; the notes say why.
+the same submodules and functions. Then the template's nodes are copied with the sibling's tensors put in. Whatever
+can't be checked that way (a write to a module, a value passed between blocks behind the arguments' back) makes the
+block be traced by itself; the notes say why.
 """
 
 from __future__ import annotations

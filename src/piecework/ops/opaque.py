@@ -1,4 +1,4 @@
-"""What the plan executor calls for an opaque op: our own ops as plain functions, anything else through the dispatcher."""
+"""What the plan executor calls for an opaque op: our own ops as plain functions, others through the dispatcher."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Call:
-    """One operator call. Arguments are JSON; {"n": i} is the i-th call's result, {"i": i} an input, {"c": i} a constant."""
+    """One operator call. Arguments are JSON; {"n": i} is call i's result, {"i": i} an input, {"c": i} a constant."""
 
     target: str
     args: tuple[Any, ...]

@@ -3,8 +3,8 @@
 before: piecework::linear(x, w, b)        with w a constant of the piece that nothing else uses
 after:  mkldnn::_linear_pointwise(x, w, b, "none", [], "")
 
-Applies on x86 CPUs, for float32 and bfloat16 weights of two dimensions. The library takes the weight plain or packed; the
-plan's recipe says that it is packed once, at load (DESIGN.md 4.7).
+Applies on x86 CPUs, for float32 and bfloat16 weights of two dimensions. The library takes the weight plain or packed;
+the plan's recipe says that it is packed once, at load (DESIGN.md 4.7).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _fits(program: Program, constant: int, *, dtypes: frozenset[str]) -> bool:
 
 
 def pack_linear(program: Program, *, constants: frozenset[int]) -> Program:
-    """Return `program` with the linear layers whose weights are among `constants` put on oneDNN's operator, others on torch's."""
+    """Put the linear layers whose weights are among `constants` on oneDNN's operator, the others on torch's own."""
     return replace(program, calls=tuple(_packed(c, constants) for c in program.calls))
 
 

@@ -90,8 +90,8 @@ class LoadedModel:
     def run(self, inputs: Mapping[str, torch.Tensor | int]) -> list[torch.Tensor]:
         """Run one forward on named inputs and return the flat results.
 
-        Raises ShapeContractError where a size is outside its declared range or two inputs disagree about it, RequestError
-        where an input is missing.
+        Raises ShapeContractError where a size is outside its declared range or two inputs disagree about it,
+        RequestError where an input is missing.
         """
         values: list[Any] = []
         for given in self.plan.inputs:

@@ -1,7 +1,8 @@
-"""The plan of a bundle: the ordered calls that make up one forward pass, and how their constants are made. Data only."""
+"""The plan of a bundle: the ordered calls of one forward pass, and how their constants are made. Data only."""
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -87,7 +88,10 @@ class PieceStep:
 
 @dataclass(frozen=True)
 class OpStep:
-    """Call an opaque op. An argument is {"slot": i}, {"state": i}, {"recipe": i}, {"size": expression} or {"const": v}."""
+    """Call an opaque op.
+
+    An argument is {"slot": i}, {"state": i}, {"recipe": i}, {"size": expression}, {"const": v} or {"list": arguments}.
+    """
 
     op: str
     args: tuple[Any, ...]
@@ -198,7 +202,7 @@ _NUMBER = re.compile(r"\.(0|[1-9]\d*)\.")
 
 
 def _compact(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Write runs of items whose names count up, "a.0.b", "a.1.b" …, as one item with `name` "a.#.b" and `run` [0, n]."""
+    """Write items whose names count up, "a.0.b", "a.1.b" …, as one item with `name` "a.#.b" and `run` [0, n]."""
     out: list[dict[str, Any]] = []
     for item in items:
         match = _NUMBER.search(item["name"])
@@ -230,67 +234,84 @@ def _expand(items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def size_expression(text: str) -> Callable[[Mapping[str, int]], int]:
+Size = Callable[[Mapping[str, int]], int]
+"""Computes a number from sizes by name."""
+
+
+def size_expression(text: str) -> Size:
     """Return a function that computes an expression over sizes: names, numbers, + - * // and parentheses.
 
     Raises ValueError for anything else; nothing is evaluated as Python code.
     """
-    tokens = re.findall(r"[A-Za-z_]\w*|\d+|//|[-+*()]", text)
-    if "".join(tokens) != text.replace(" ", ""):
-        raise ValueError(f"no expression over sizes: {text!r}")
-    position = 0
+    return _SizeParser(text).parse()
 
-    def peek() -> str:
-        return tokens[position] if position < len(tokens) else ""
 
-    def take() -> str:
-        nonlocal position
-        position += 1
-        return tokens[position - 1]
+_OPERATIONS: Mapping[str, Callable[[int, int], int]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "//": operator.floordiv,
+}
 
-    def atom() -> Callable[[Mapping[str, int]], int]:
-        token = take() if position < len(tokens) else ""
+
+class _SizeParser:
+    """Reads one expression from left to right; each method reads what it is named after."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._tokens: list[str] = re.findall(r"[A-Za-z_]\w*|\d+|//|[-+*()]", text)
+        self._position = 0
+
+    def parse(self) -> Size:
+        if "".join(self._tokens) != self._text.replace(" ", ""):
+            raise self._error()
+        made = self._sum()
+        if self._next() != "":
+            raise self._error()
+        return made
+
+    def _error(self) -> ValueError:
+        return ValueError(f"no expression over sizes: {self._text!r}")
+
+    def _next(self) -> str:
+        """Return the token that comes next, "" at the end."""
+        return self._tokens[self._position] if self._position < len(self._tokens) else ""
+
+    def _take(self) -> str:
+        token = self._next()
+        self._position += 1
+        return token
+
+    def _sum(self) -> Size:
+        left = self._product()
+        while self._next() in {"+", "-"}:
+            left = _combine(left, self._take(), self._product())
+        return left
+
+    def _product(self) -> Size:
+        left = self._atom()
+        while self._next() in {"*", "//"}:
+            left = _combine(left, self._take(), self._atom())
+        return left
+
+    def _atom(self) -> Size:
+        token = self._take()
         if token == "(":
-            inner = total()
-            if not peek() == ")":
-                raise ValueError(f"no expression over sizes: {text!r}")
-            take()
+            inner = self._sum()
+            if self._take() != ")":
+                raise self._error()
             return inner
         if token == "-":
-            negated = atom()
+            negated = self._atom()
             return lambda env: -negated(env)
         if token.isdigit():
             number = int(token)
             return lambda env: number
         if token.isidentifier():
             return lambda env: env[token]
-        raise ValueError(f"no expression over sizes: {text!r}")
-
-    def product() -> Callable[[Mapping[str, int]], int]:
-        left = atom()
-        while peek() in {"*", "//"}:
-            left = _combine(left, take(), atom())
-        return left
-
-    def total() -> Callable[[Mapping[str, int]], int]:
-        left = product()
-        while peek() in {"+", "-"}:
-            left = _combine(left, take(), product())
-        return left
-
-    made = total()
-    if position != len(tokens):
-        raise ValueError(f"no expression over sizes: {text!r}")
-    return made
+        raise self._error()
 
 
-def _combine(
-    left: Callable[[Mapping[str, int]], int], sign: str, right: Callable[[Mapping[str, int]], int]
-) -> Callable[[Mapping[str, int]], int]:
-    if sign == "+":
-        return lambda env: left(env) + right(env)
-    if sign == "-":
-        return lambda env: left(env) - right(env)
-    if sign == "*":
-        return lambda env: left(env) * right(env)
-    return lambda env: left(env) // right(env)
+def _combine(left: Size, sign: str, right: Size) -> Size:
+    operation = _OPERATIONS[sign]
+    return lambda env: operation(left(env), right(env))
