@@ -33,7 +33,7 @@ def compile_piece(job: Job, *, directory: Path, toolchain: Toolchain) -> Path:
     module, inputs = rebuild(program, ranges=job.ranges, session=session)
     options = {**_OPTIONS, **({"aot_inductor.embed_kernel_binary": True} if _on_cuda(job) else {})}
     output = directory / "piece.so"
-    build = None if _on_cuda(job) else _OneUnit(toolchain, directory, torch_private.aoti_interface_source())
+    build = _AsGenerated(toolchain, directory) if _on_cuda(job) else _one_unit(toolchain, directory)
     try:
         made = torch_private.compile_aoti(module, inputs, output=output, options=options, build=build)
     except _DoesNotFit:
@@ -90,8 +90,29 @@ def _on_cuda(job: Job) -> bool:
     return any(spec.device == "cuda" for spec in (*job.program.inputs, *job.program.constants))
 
 
+def _one_unit(toolchain: Toolchain, directory: Path) -> _OneUnit:
+    return _OneUnit(toolchain, directory, torch_private.aoti_interface_source())
+
+
 class _DoesNotFit(Exception):
     """What Inductor generated is not laid out as expected: let Inductor compile it by itself."""
+
+
+@dataclass(frozen=True)
+class _AsGenerated:
+    """Builds a piece's files as Inductor would, but for the stand-in of toolchain.py."""
+
+    toolchain: Toolchain
+    directory: Path
+
+    def __call__(self, kind: str, command: str, target: Path) -> bool:
+        if kind == "link" or any(s.suffix != ".cpp" for s in sources_of(command)):
+            return False
+        try:
+            self.toolchain.compile_as_generated(command, directory=self.directory)
+        except CompileError as error:
+            raise _DoesNotFit(str(error)) from error
+        return True
 
 
 @dataclass
