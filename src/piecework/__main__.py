@@ -1,8 +1,6 @@
 """`python -m piecework`."""
 
-import sys
-
-from piecework.cli.main import main
+from piecework.cli.main import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

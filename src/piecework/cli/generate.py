@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from piecework.cli import console
-from piecework.foundation.process import peak_rss_bytes, seconds_since_start
+from piecework.foundation.process import keep_freed_memory, peak_rss_bytes, seconds_since_start
 from piecework.models.bundle_key import DEFAULT_MAX_TOKENS
 from piecework.models.config import ModelConfig, read_config
 
@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     Raises UnsupportedModelError, BundleError, WeightsError, CompileError, RequestError, CapacityError.
     """
     gc.disable()  # start-up makes long-lived objects only
+    keep_freed_memory()
     # `piecework --help` must not pay for these
     from piecework.engine.request import GenerationRequest  # noqa: PLC0415
     from piecework.engine.tokenizer import load_tokenizer  # noqa: PLC0415

@@ -17,11 +17,12 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Final
+from typing import Final, NoReturn
 
 from piecework.cli import console
 from piecework.errors import PieceworkError
 from piecework.foundation.files import as_store_error
+from piecework.foundation.process import exit_at_once
 from piecework.foundation.version import VERSION
 
 EXIT_DONE: Final = 0
@@ -68,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.status(traceback.format_exc())
         console.show_error(_as_ours(error, arguments=arguments), as_json="--json" in arguments)
     return EXIT_FAILED
+
+
+def entry() -> NoReturn:
+    """Be the console script: run this process's command, then end at once."""
+    exit_at_once(main())
 
 
 def make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

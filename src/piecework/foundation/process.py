@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final, NoReturn
 
 _IMPORTED = time.monotonic()
+_M_TRIM_THRESHOLD: Final = -1  # malloc.h
+_M_MMAP_THRESHOLD: Final = -3
+_KEEP_BYTES: Final = 1 << 30
+_MOST_MMAP_BYTES: Final = 1 << 25  # the largest that glibc accepts
 
 
 def seconds_since_start() -> float:
@@ -39,3 +46,25 @@ def garbage_collection_off() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc keep what is freed instead of handing it back to the system after every step.
+
+    A step's temporaries of a megabyte each are otherwise unmapped and faulted in again, layer by layer, which costs more
+    than computing them (80 layers, batch 32, bfloat16: 160 instead of 45 ms). Does nothing with another libc.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(ctypes.c_int(_M_TRIM_THRESHOLD), ctypes.c_int(_KEEP_BYTES))
+    mallopt(ctypes.c_int(_M_MMAP_THRESHOLD), ctypes.c_int(_MOST_MMAP_BYTES))
+
+
+def exit_at_once(code: int) -> NoReturn:
+    """End the process without tearing the interpreter down, which takes half a second once torch is imported."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +14,15 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
+import piecework.engine.bundles
 import piecework.runtime
-import piecework.store
+import piecework.store.bundle
 from piecework.cli.main import main
+from piecework.engine.bundles import FoundBundle
 from piecework.models.checkpoint import RandomCheckpoint, SafetensorsCheckpoint
+from piecework.models.config import ModelConfig
 from piecework.record import Record
+from piecework.store.facts import config_fact
 from piecework.store.plan import Plan, Recipe
 
 VOCAB = 60
@@ -29,7 +32,7 @@ class AlphabetModel:
     """Continues every letter with the next one."""
 
     plan = SimpleNamespace(sizes={"tokens": (1, 8), "seqs": (1, 4)})
-    record = Record(phases={"pack": 0.25, "bind": 0.5})
+    record = Record(phases={"plan": 0.125, "weights": 1.0, "pack": 0.25, "open": 0.25, "bind": 0.5})
 
     def make_states(self, sizes: Mapping[str, int]) -> None:
         assert sizes["blocks"] >= 1
@@ -62,22 +65,21 @@ def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     (tmp_path / "config.json").write_text(json.dumps(config))
     calls: dict[str, Any] = {"model": str(tmp_path)}
 
-    def find_or_compile(model_dir: Path, **options: Any) -> Path:
-        calls["find"] = (model_dir, options["dtype"], options["max_tokens"])
-        return tmp_path / "stored"
+    def find_or_compile(wanted: ModelConfig, **options: Any) -> FoundBundle:
+        calls["find"] = (wanted.path, options["dtype"], options["max_tokens"], options["device"])
+        return FoundBundle(open_bundle(tmp_path / "stored"), compiled=False, verify_s=0.125)
 
     def open_bundle(path: Path, **_: Any) -> Any:
-        return SimpleNamespace(path=path, plan=dict)
+        return SimpleNamespace(path=path, plan=dict, facts=(config_fact(calls.get("compiled for", config)),))
 
-    def load(bundle: Any, *, weights: object) -> AlphabetModel:
+    def load(bundle: Any, *, weights: object, check_facts: bool) -> AlphabetModel:
+        assert not check_facts  # they were checked when the bundle was found
         calls["load"] = (bundle.path, weights)
         return AlphabetModel()
 
-    find = ModuleType("piecework.runtime.find")
-    find.find_or_compile = find_or_compile  # type: ignore[attr-defined]
     recipes = (Recipe("a.weight", (2, 3), "bfloat16"), Recipe("inv_freq", (4,), "float32", literal=True))
-    monkeypatch.setitem(sys.modules, "piecework.runtime.find", find)
-    monkeypatch.setattr(piecework.store, "open_bundle", open_bundle)
+    monkeypatch.setattr(piecework.engine.bundles, "find_or_compile", find_or_compile)
+    monkeypatch.setattr(piecework.store.bundle, "open_bundle", open_bundle)
     monkeypatch.setattr(piecework.runtime, "load", load)
     monkeypatch.setattr(Plan, "from_json", staticmethod(lambda data: SimpleNamespace(recipes=recipes)))
     return calls
@@ -86,7 +88,7 @@ def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_text_streams_from_the_stores_bundle(seen: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["generate", seen["model"], "--prompt", "abc", "--max-new-tokens", "4", "--random-weights", "3"])
     assert (code, capsys.readouterr().out) == (0, "defg\n")
-    assert seen["find"] == (Path(seen["model"]), None, 2048)
+    assert seen["find"] == (Path(seen["model"]), "float32", 2048, "cpu")
     path, weights = seen["load"]
     assert path == Path(seen["model"]) / "stored"
     assert isinstance(weights, RandomCheckpoint)
@@ -100,7 +102,9 @@ def test_json_has_text_tokens_and_timings(seen: dict[str, Any], capsys: pytest.C
     assert "find" not in seen
     assert (found["text"], found["tokens"], found["finish_reason"]) == ("yz", [24, 25, 26], "stop")
     assert (found["bundle"], found["prompt_tokens"], found["pack_ms"]) == ("given.pwb", 2, 250.0)
-    assert found["load_phases_ms"] == {"pack": 250.0, "bind": 500.0}
+    phases = found["load_phases_ms"]
+    assert (phases["open"], phases["bind"]) == (250.0, 500.0)
+    assert found["load_ms"] == pytest.approx(875.0 + phases["verify"])
     assert found["first_token_s"] > 0
     assert found["tokens_per_s"] > 0
 
@@ -141,3 +145,9 @@ def test_impossible_requests_end_with_code_1(
 def test_without_weights_it_ends_with_code_1(seen: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", seen["model"], "--prompt", "a"]) == 1
     assert "model.safetensors" in capsys.readouterr().err
+
+
+def test_a_bundle_of_another_model_is_refused(seen: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    seen["compiled for"] = {"model_type": "llama", "hidden_size": 16}
+    assert main(["generate", seen["model"], "--prompt", "a", "--random-weights", "3", "--bundle", "other.pwb"]) == 1
+    assert "StaleBundle" in capsys.readouterr().err

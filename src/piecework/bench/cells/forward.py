@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from piecework.engine.generator import DEFAULT_BLOCK_SIZE as BLOCK_SIZE
+from piecework.foundation.process import keep_freed_memory
 
 CONTEXT: Final = 64
 _WARM_UP_STEPS: Final = 10
@@ -84,6 +85,7 @@ def time_steps(step: Callable[[], object], *, least_steps: int, least_seconds: f
 
     Ends after 5000 steps or a minute in any case; the result says how many steps there were.
     """
+    keep_freed_memory()  # as `piecework generate` does; here for every system alike
     for _ in range(_WARM_UP_STEPS):
         step()
     clock = time.perf_counter
