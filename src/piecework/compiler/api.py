@@ -17,6 +17,7 @@ from piecework.compiler.options import CompileOptions
 from piecework.errors import CaptureError
 from piecework.foundation.environment import read_environment
 from piecework.foundation.target import read_target
+from piecework.foundation.torch_private import operator_name
 from piecework.graph.request import CaptureRequest, Dim, TensorInput
 from piecework.graph.structure import flatten
 from piecework.record import Recorder
@@ -274,11 +275,7 @@ def _check_states(states: Mapping[str, tuple[int | str, ...]], module: nn.Module
 
 
 def _operator_name(operator: object) -> str:
-    if isinstance(operator, torch._ops.OpOverload):
-        return operator._schema.name
-    if isinstance(operator, torch._ops.OpOverloadPacket):
-        return operator._qualified_op_name
-    qualified = getattr(operator, "_qualname", operator)
+    qualified: object = operator_name(operator) or getattr(operator, "_qualname", operator)
     if isinstance(qualified, str) and "::" in qualified:
         return qualified
     raise CaptureError(

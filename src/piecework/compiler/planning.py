@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from piecework.errors import CaptureError, InternalError
+from piecework.foundation.torch_private import operator_of
 from piecework.graph.capture import CapturedGraph, InputKind
 from piecework.graph.request import TensorInput
 from piecework.graph.split import OpaqueCall, Piece, Step
@@ -151,8 +152,8 @@ class _Planner:
         needs: list[tuple[int, str, str]] = []
         for number, step in enumerate(self._steps):
             if isinstance(step, Piece):
-                pack = self._pieces.unique[self._pieces.index_of[number]].pack
-                needs += [(number, name, PACKING if i in pack else "") for i, name in enumerate(step.constants)]
+                packed = self._pieces.unique[self._pieces.index_of[number]].pack
+                needs += [(number, name, PACKING if i in packed else "") for i, name in enumerate(step.constants)]
             else:
                 needs += [(number, self._weights[n], "") for n in _nodes_in(step.node) if n in self._weights]
 
@@ -193,12 +194,13 @@ class _Planner:
         )
 
     def _op_step(self, number: int, step: OpaqueCall) -> OpStep:
-        target = step.node.target
-        assert isinstance(target, torch._ops.OpOverload)
+        operator = operator_of(step.node.target)
+        assert operator is not None
         args = tuple(self._op_argument(a) for a in step.node.args)
         kwargs = {k: self._op_argument(v) for k, v in step.node.kwargs.items()}
         self._release(number)
         value = step.node.meta.get("val")
+        outputs: tuple[int, ...]
         if isinstance(value, torch.Tensor):
             outputs = (self._define(step.node),)
         elif isinstance(value, (tuple, list)):
@@ -206,7 +208,7 @@ class _Planner:
             outputs = tuple(self._define(by_index[i]) if i in by_index else -1 for i in range(len(value)))
         else:
             outputs = ()
-        return OpStep(f"{target._schema.name}.{target._overloadname}", args, kwargs, outputs)
+        return OpStep(f"{operator.name}.{operator.overload}", args, kwargs, outputs)
 
     def _op_argument(self, value: Any) -> Any:
         if isinstance(value, torch.fx.Node):

@@ -71,7 +71,11 @@ class SymbolicSession:
 
         self.shape_env = ShapeEnv(specialize_zero_one=False, duck_shape=False)
         self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
-        self.shape_env._get_sloc = lambda framework_loc=None: _innermost_line(is_users)  # type: ignore[method-assign]
+
+        def location(framework_loc: str | None = None) -> Any:
+            return _innermost_line(is_users)
+
+        self.shape_env._get_sloc = location  # type: ignore[method-assign]
         self._symbols: dict[str, Any] = {}
         self._declared: dict[Any, tuple[str, Any]] = {}  # symbol → its name and its declared range
 
@@ -110,7 +114,7 @@ class SymbolicSession:
         if expr.is_Integer:
             return int(expr)
         hint = expr.subs({local[name]: hints[name] for name in local})
-        value: torch.SymInt = self.shape_env.create_symintnode(expr, hint=int(hint))
+        value: torch.SymInt | int = self.shape_env.create_symintnode(expr, hint=int(hint))
         return value
 
     def symbol_names(self) -> dict[str, str]:
@@ -162,6 +166,7 @@ def size_oblivious() -> Iterator[None]:
     from torch.fx.experimental import _config
     from torch.fx.experimental.sym_node import SymNode
 
+    config: Any = _config
     original = SymNode.guard_bool
 
     def guard_bool(self: Any, file: str, line: int) -> bool:
@@ -173,7 +178,7 @@ def size_oblivious() -> Iterator[None]:
 
     SymNode.guard_bool = guard_bool  # type: ignore[method-assign]
     try:
-        with _config.patch(backed_size_oblivious=True):
+        with config.patch(backed_size_oblivious=True):
             yield
     finally:
         SymNode.guard_bool = original  # type: ignore[method-assign]
@@ -279,6 +284,48 @@ def data_dependent_errors() -> tuple[type[Exception], ...]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Operators and graphs. torch 2.11-2.13; torch/_ops.py (OpOverload, OpOverloadPacket), torch/fx/graph.py (Graph._root).
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What torch's registry knows of an operator: "namespace::name", its overload, whether it changes an argument."""
+
+    name: str
+    overload: str
+    mutates: bool
+
+
+def operator_of(target: object) -> Operator | None:
+    """Return what is known of a node's target, or None where it is no registered operator (but a Python function)."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    schema = target._schema
+    return Operator(name=schema.name, overload=target._overloadname, mutates=schema.is_mutable)
+
+
+def operator_name(target: object) -> str | None:
+    """Return "namespace::name" of an operator or of all its overloads (`torch.ops.ns.name`), or None."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return target._qualified_op_name
+    found = operator_of(target)
+    return None if found is None else found.name
+
+
+def last_node(graph: torch.fx.Graph) -> torch.fx.Node:
+    """Return the node that was put into `graph` last, or its root where it has none yet."""
+    return graph._root.prev
+
+
+def nodes_after(graph: torch.fx.Graph, node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    """Yield the nodes that follow `node` (a node of `graph`, or what `last_node` gave for an empty graph)."""
+    following = node.next
+    while following is not graph._root:
+        yield following
+        following = following.next
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Compiling pieces, in worker processes only. torch 2.11-2.13; torch/_inductor/{compile_fx,codecache,cpp_builder}.py.
 
 
@@ -316,8 +363,10 @@ def compile_aoti(
         build: called as `build(kind, command, target)` in place of each run of the C++ compiler ("compile" or "link");
             returns False to let Inductor do it.
     """
-    import torch._inductor.codecache as codecache
+    import torch._inductor.codecache as inductor_codecache
     from torch._inductor.compile_fx import compile_fx_aot
+
+    codecache: Any = inductor_codecache
 
     class Builder(codecache.CppBuilder):  # type: ignore[misc]
         def build(self) -> None:
@@ -330,7 +379,7 @@ def compile_aoti(
     codecache.CppBuilder = Builder
     try:
         with torch.no_grad(), size_oblivious(), _general_strides():
-            result = compile_fx_aot(
+            result: Any = compile_fx_aot(
                 module, list(example_inputs), config_patches={**options, "aot_inductor.output_path": str(output)}
             )
     finally:

@@ -297,13 +297,8 @@ def _check_contract(session: torch_private.SymbolicSession, *, what: str) -> Non
 
 
 def _mutates(graph: torch.fx.Graph, *, opaque: frozenset[str]) -> bool:
-    return any(
-        isinstance(n.target, torch._ops.OpOverload)
-        and n.target._schema.is_mutable
-        and n.target._schema.name not in opaque
-        for n in graph.nodes
-        if n.op == "call_function"
-    )
+    operators = [torch_private.operator_of(n.target) for n in graph.nodes if n.op == "call_function"]
+    return any(o is not None and o.mutates and o.name not in opaque for o in operators)
 
 
 def _adopt_constants(traced: torch.fx.GraphModule, *, tensors: NamedTensors) -> None:
@@ -320,10 +315,7 @@ def _adopt_constants(traced: torch.fx.GraphModule, *, tensors: NamedTensors) -> 
 
 
 def _is_written(node: torch.fx.Node) -> bool:
-    return any(
-        isinstance(u.target, torch._ops.OpOverload) and u.target._schema.name == "aten::copy_" and u.args[0] is node
-        for u in node.users
-    )
+    return any(torch_private.operator_name(u.target) == "aten::copy_" and u.args[0] is node for u in node.users)
 
 
 def _refuse_changes(names: Iterable[str]) -> None:
@@ -338,7 +330,8 @@ def _refuse_changes(names: Iterable[str]) -> None:
 
 def is_opaque(node: torch.fx.Node, opaque: frozenset[str]) -> bool:
     """Whether `node` calls an operator at which the graph is cut."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in opaque
+    operator = torch_private.operator_of(node.target)
+    return operator is not None and operator.name in opaque
 
 
 def _canonicalize(graph: torch.fx.Graph, *, opaque: frozenset[str]) -> None:

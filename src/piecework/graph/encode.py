@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from piecework.errors import CaptureError, InternalError
+from piecework.foundation.torch_private import operator_of
 from piecework.graph.capture import CapturedGraph
 from piecework.ops.program import Call, Program, TensorSpec, encode_float
 
@@ -176,7 +177,7 @@ class ProgramBuilder:
 
 def target_name(target: Any) -> str:
     """Return the name under which a program calls `target`: "aten.add.Tensor", "operator.mul", "torch.sym_max"."""
-    if isinstance(target, torch._ops.OpOverload):
+    if operator_of(target) is not None:
         return str(target)
     module, name = getattr(target, "__module__", ""), getattr(target, "__name__", "")
     if module in {"_operator", "operator"}:

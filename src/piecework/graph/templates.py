@@ -13,14 +13,14 @@ import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from piecework.foundation.torch_private import Tracer, current_tracer, plain_tensors
+from piecework.foundation.torch_private import Tracer, current_tracer, last_node, nodes_after, plain_tensors
+from piecework.graph.matching import Matching
 from piecework.graph.tensors import NamedTensors
 from piecework.ops.layer import LayerHandle
 
@@ -64,7 +64,7 @@ def stamping(
 
 
 def _stacks(module: nn.Module) -> list[list[nn.Module]]:
-    stacks = []
+    stacks: list[list[nn.Module]] = []
     for part in module.modules():
         if isinstance(part, nn.ModuleList):
             by_class: dict[type, list[nn.Module]] = {}
@@ -207,14 +207,14 @@ class _Observer:
     ) -> Any:
         self._tensors.swap(block.modules())
         recording = _Recording(paths={id(m): n for n, m in block.named_modules()})
-        last = _last_node(tracer.graph)
+        last = last_node(tracer.graph)
         self._recordings.append(recording)
         try:
             out = original.__call__(block, *args, **kwargs)
         finally:
             self._recordings.pop()
         self._counts.traced += 1
-        nodes = list(_nodes_after(tracer.graph, last))
+        nodes = list(nodes_after(tracer.graph, last))
         out_leaves, out_spec = pytree.tree_flatten(out)
         template = _Template(
             block=block,
@@ -253,8 +253,8 @@ class _Observer:
             for source in node.all_input_nodes:
                 if source not in own and source not in known and source in self._inside:
                     return [f"takes {source.target} of an earlier block otherwise than as an argument"]
-        for leaf, node in zip(template.out_leaves, template.out_nodes, strict=True):
-            if isinstance(leaf, torch.Tensor) and node not in own and node not in known:
+        for leaf, made in zip(template.out_leaves, template.out_nodes, strict=True):
+            if isinstance(leaf, torch.Tensor) and made not in own and made not in known:
                 return ["returns a tensor that it neither computed nor was given"]
             if not isinstance(leaf, (torch.Tensor, int, float, bool, str, type(None))):
                 return [f"returns a {type(leaf).__name__}"]
@@ -267,7 +267,7 @@ class _Observer:
         if spec != template.spec or _shape_of(block) != template.shape:
             return None
         theirs = {id(m): n for n, m in block.named_modules()}
-        matching = _Matching(tracer, self._tensors, template.recording.paths, theirs)
+        matching = Matching(tracer, self._tensors, template.recording.paths, theirs)
         for mine, given in zip(template.leaves, leaves, strict=True):
             if not matching.same(mine, given):
                 return None
@@ -362,72 +362,6 @@ def _replace_strings(arguments: Any, names: dict[str, str], bound: dict[torch.fx
     return torch.fx.map_arg(torch.fx.node.map_aggregate(arguments, replace), lambda n: n)
 
 
-class _Matching:
-    """Compares what a template read with what a sibling has, pairing up tensors as it goes."""
-
-    def __init__(self, tracer: Tracer, tensors: NamedTensors, mine: dict[int, str], theirs: dict[int, str]) -> None:
-        self._tracer = tracer
-        self._tensors = tensors
-        self._mine = mine
-        self._theirs = theirs
-        self.nodes: dict[torch.fx.Node, torch.fx.Node] = {}
-
-    def same(self, a: Any, b: Any) -> bool:
-        """Whether a trace that saw `a` holds where it would see `b`."""
-        if isinstance(a, torch.Tensor):
-            return isinstance(b, torch.Tensor) and self._pair(a, b)
-        if isinstance(a, nn.Module) and id(a) in self._mine:
-            return self._theirs.get(id(b)) == self._mine[id(a)]
-        if a is b:
-            return True
-        if type(a) is not type(b):
-            return False
-        if isinstance(a, MethodType):
-            return a.__func__ is b.__func__ and self.same(a.__self__, b.__self__)
-        if isinstance(a, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            return bool(a.node.expr == b.node.expr)
-        if isinstance(a, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout)):
-            return a == b
-        if isinstance(a, (list, tuple)):
-            return len(a) == len(b) and all(self.same(x, y) for x, y in zip(a, b, strict=True))
-        if isinstance(a, dict):
-            return list(a) == list(b) and all(self.same(a[k], b[k]) for k in a)
-        if isinstance(a, (set, frozenset)):
-            return a == b
-        return False
-
-    def _pair(self, a: torch.Tensor, b: torch.Tensor) -> bool:
-        own, other = self._tensors.name_of(a), self._tensors.name_of(b)
-        if own is not None and other is not None:
-            if not self._tensors.same_metadata(own, other):
-                return False
-            mine, theirs = (
-                self._tensors.nodes[own],
-                self._tensors.node(other, like=self._tensors.nodes[own].meta["val"]),
-            )
-            return self.nodes.setdefault(mine, theirs) is theirs
-        if _metadata(a) != _metadata(b):
-            return False
-        mine, theirs = self._tracer.node_of(a), self._tracer.node_of(b)
-        if mine is None or theirs is None:
-            return a is b
-        return self.nodes.setdefault(mine, theirs) is theirs
-
-
-def _metadata(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return (
-        [_dim(d) for d in tensor.shape],
-        [_dim(d) for d in tensor.stride()],
-        tensor.dtype,
-        tensor.device.type,
-        tensor.layout,
-    )
-
-
-def _dim(size: int | torch.SymInt) -> Any:
-    return size if isinstance(size, int) else size.node.expr
-
-
 def _shape_of(block: nn.Module) -> tuple[tuple[str, type], ...]:
     return tuple((name, type(part)) for name, part in block.named_modules())
 
@@ -438,14 +372,3 @@ def _nodes_of(value: Any, tracer: Tracer) -> Iterator[torch.fx.Node]:
             node = tracer.node_of(leaf)
             if node is not None:
                 yield node
-
-
-def _last_node(graph: torch.fx.Graph) -> torch.fx.Node:
-    return graph._root.prev
-
-
-def _nodes_after(graph: torch.fx.Graph, node: torch.fx.Node) -> Iterator[torch.fx.Node]:
-    following = node.next
-    while following is not graph._root:
-        yield following
-        following = following.next
