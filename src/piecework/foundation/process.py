@@ -51,8 +51,8 @@ def garbage_collection_off() -> Iterator[None]:
 def keep_freed_memory() -> None:
     """Let glibc's malloc keep what is freed instead of handing it back to the system after every step.
 
-    A step's temporaries of a megabyte each are otherwise unmapped and faulted in again, layer by layer, which costs more
-    than computing them (80 layers, batch 32, bfloat16: 160 instead of 45 ms). Does nothing with another libc.
+    A step's temporaries of a megabyte each are otherwise unmapped and faulted in again, layer by layer, which costs
+    more than computing them (80 layers, batch 32, bfloat16: 160 instead of 45 ms). Does nothing with another libc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
