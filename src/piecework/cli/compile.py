@@ -42,7 +42,9 @@ def add_compile_options(parser: argparse.ArgumentParser) -> None:
                         help="most tokens in one forward pass (default: %(default)s)")  # fmt: skip
     parser.add_argument("--ranges", type=_ranges, default=(), metavar="R", help="ranges of tokens with artifacts of "
                         'their own, such as "1,2:64,65:2048" (default: one for all)')  # fmt: skip
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what the bundle runs on (default: cpu)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="what the bundle runs on (default: cpu)"
+    )
     parser.add_argument("--backend", choices=("aoti", "eager"), default="aoti", help="aoti: native code; eager: run "
                         "the pieces operator by operator (default: aoti)")  # fmt: skip
 

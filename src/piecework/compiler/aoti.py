@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from piecework.compiler.job import Job
 from piecework.compiler.rebuild import rebuild
@@ -35,17 +37,9 @@ def compile_piece(job: Job, *, directory: Path, toolchain: Toolchain) -> Path:
     output = directory / "piece.so"
     build = _AsGenerated(toolchain, directory) if _on_cuda(job) else _one_unit(toolchain, directory)
     try:
-        made = torch_private.compile_aoti(module, inputs, output=output, options=options, build=build)
+        made = _compile(module, inputs, output=output, options=options, build=build)
     except _DoesNotFit:
-        made = torch_private.compile_aoti(module, inputs, output=output, options=options, build=None)
-    except PieceworkError:
-        raise
-    except Exception as error:
-        raise CompileError(
-            asked=f"compile a piece of {len(program.calls)} operators with AOTInductor",
-            found=f"{type(error).__name__}: {str(error).strip()[:500]}",
-            try_="compile with --backend eager; if that works, report the piece that `--debug` prints",
-        ) from error
+        made = _compile(module, inputs, output=output, options=options, build=None)
     guards = session.narrowing_guards()
     if guards:
         raise ShapeContractError(
@@ -55,6 +49,34 @@ def compile_piece(job: Job, *, directory: Path, toolchain: Toolchain) -> Path:
             location=next((g.location for g in guards if g.location), ""),
         )
     return made
+
+
+def _compile(
+    module: torch.fx.GraphModule,
+    inputs: Sequence[torch.Tensor],
+    *,
+    output: Path,
+    options: Mapping[str, Any],
+    build: Callable[[str, str, Path], bool] | None,
+) -> Path:
+    try:
+        return torch_private.compile_aoti(module, inputs, output=output, options=options, build=build)
+    except Exception as error:  # whatever Inductor raises; it wraps what `build` raises
+        raise _meant(error) from error
+
+
+def _meant(error: BaseException) -> Exception:
+    """Return the error of ours that an error of Inductor's wraps, else a CompileError that tells it."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, (PieceworkError, _DoesNotFit)):
+            return inner
+        inner = inner.__cause__ or inner.__context__
+    return CompileError(
+        asked="compile a piece with AOTInductor",
+        found=f"{type(error).__name__}: {str(error).strip()[:500]}",
+        try_="compile with --backend eager; if that works, report the piece that `--debug` prints",
+    )
 
 
 def warm_up(*, directory: Path) -> None:
