@@ -190,7 +190,7 @@ def _generate(
 def _figures(
     pieces: list[_Piece], *, prompt: list[int], model: LoadedModel, bundle: Bundle, verify_s: float
 ) -> dict[str, Any]:
-    """Return what `--json` prints. `load_ms` is verify + plan + open + bind; weights are read and packed beside that."""
+    """Return what `--json` prints. `load_ms` is verify + plan + open + bind, without reading and packing weights."""
     phases = {**model.record.phases, "verify": verify_s}
     load_s = sum(phases[name] for name in ("verify", "plan", "open", "bind"))
     decode_s = pieces[-1].seconds - pieces[0].seconds

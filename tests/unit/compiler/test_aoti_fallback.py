@@ -1,4 +1,4 @@
-"""What happens when a piece's generated files are not as expected, or the disk is full, while Inductor is in between."""
+"""What happens when generated files are not as expected or the disk is full, with Inductor in between."""
 
 from __future__ import annotations
 
