@@ -174,8 +174,8 @@ class _OneUnit:
         unit = self.directory / "piece.cpp"
         unit.write_text("\n".join(wrapper_first))
         try:
-            runtime = self.toolchain.runtime(self.flags, interface=self.interface)
             self.toolchain.compile(unit, flags=self.flags, target=self.directory / "piece.o")
+            runtime = self.toolchain.runtime(self.flags, interface=self.interface)
         except CompileError as error:
             raise _DoesNotFit(str(error)) from error
         weights = [

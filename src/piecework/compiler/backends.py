@@ -44,7 +44,8 @@ class AotiBackend(Backend):
     def __init__(self, *, root: Path, scratch: Path, compiler: str | None, target: Target, device: str) -> None:
         root.mkdir(parents=True, exist_ok=True)
         toolchain = find_toolchain(root, compiler=compiler)
-        jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jobs = cores + 2  # pieces are few and of unequal length: with one per core, the last one leaves the others idle
         self._pool = WorkerPool(toolchain=toolchain, scratch=scratch, target=target, jobs=jobs, device=device)
 
     def compile(self, jobs: Mapping[str, Job], *, on_event: OnEvent) -> Outcome:

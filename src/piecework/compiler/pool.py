@@ -16,7 +16,7 @@ from typing import Any
 
 from piecework import errors
 from piecework.compiler.job import Job
-from piecework.compiler.toolchain import Toolchain, likely_flags
+from piecework.compiler.toolchain import Toolchain, likely_flags, likely_interface
 from piecework.errors import CompileError, InternalError, PieceworkError, ShapeContractError
 from piecework.foundation.environment import child_variables
 from piecework.foundation.target import Target
@@ -64,10 +64,11 @@ class WorkerPool:
         self._prefix_builder.start()
 
     def _build_prefix(self, target: Target) -> None:
-        flags = likely_flags(target)
-        if flags is not None:
+        flags, interface = likely_flags(target), likely_interface()
+        if flags is not None and interface is not None:
             with contextlib.suppress(PieceworkError, OSError):  # workers build it again and report what is wrong
                 self._toolchain.prefix(flags, on_start=self._note_prefix_compiler)
+                self._toolchain.runtime(flags, interface=interface, on_start=self._note_prefix_compiler)
 
     def _note_prefix_compiler(self, process: subprocess.Popen[str]) -> None:
         self._prefix_compiler = process

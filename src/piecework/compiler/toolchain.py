@@ -120,8 +120,17 @@ class Toolchain:
                     files.publish_directory(made, to=place, existing=files.Existing.KEEP)
         return place / "prefix.h"
 
-    def runtime(self, flags: tuple[str, ...], *, interface: str) -> Path:
-        """Return the object file with the C interface (`interface` is its source) that every library gets."""
+    def runtime(
+        self,
+        flags: tuple[str, ...],
+        *,
+        interface: str,
+        on_start: Callable[[subprocess.Popen[str]], None] | None = None,
+    ) -> Path:
+        """Return the object file with the C interface (`interface` is its source) that every library gets.
+
+        `on_start` is as for `prefix`.
+        """
         place = self._place(flags) / f"runtime-{digest_json(interface)[:16]}"
         if not place.exists():
             prefix = self.prefix(flags)
@@ -130,9 +139,8 @@ class Toolchain:
                     made = scratch / "runtime"
                     made.mkdir()
                     (made / "runtime.cpp").write_text(interface)
-                    self._run(
-                        [*flags, "-O3", "-include", str(prefix), "-c", "runtime.cpp", "-o", "runtime.o"], cwd=made
-                    )
+                    command = [*flags, "-O3", "-include", str(prefix), "-c", "runtime.cpp", "-o", "runtime.o"]
+                    self._run(command, cwd=made, on_start=on_start)
                     files.publish_directory(made, to=place, existing=files.Existing.KEEP)
         return place / "runtime.o"
 
@@ -236,6 +244,15 @@ def sources_of(command: str) -> list[Path]:
         for w, before in zip(words[1:], words, strict=False)
         if w.endswith((".cpp", ".S", ".o")) and before != "-o"
     ]
+
+
+def likely_interface() -> str | None:
+    """Return the source of AOTInductor's C interface as torch is installed here, without importing torch."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    source = Path(spec.submodule_search_locations[0]) / "_inductor" / "codegen" / "aoti_runtime" / "interface.cpp"
+    return source.read_text() if source.is_file() else None
 
 
 def likely_flags(target: Target) -> tuple[str, ...] | None:

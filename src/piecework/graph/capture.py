@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import sysconfig
 import traceback
@@ -189,6 +190,7 @@ def _functionalized(
     return made, [n for n in made.nodes if n.op == "placeholder"]
 
 
+_IMPORT_SYSTEM = "<frozen importlib"
 _STDLIB = {Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("platstdlib"))}
 _TOOLS = frozenset(
     [
@@ -230,23 +232,29 @@ def _is_users(filename: str) -> bool:
 def _ran_files(found: set[Path]) -> Iterator[None]:
     """Collect into `found` the files, outside torch and the standard library, whose functions ran in this thread.
 
-    A profiler that is already active is left alone; then only the files of the modules' classes are known
-    (`_class_files`).
+    What import hooks call (a test runner's, say) is not the model's code. A profiler that is already active is left
+    alone; then only the files of the modules' classes are known (`_class_files`).
     """
     if sys.getprofile() is not None:
         yield
         return
-    names: set[str] = set()
+    names: set[str] = {str(path) for path in found}
+    is_users = functools.cache(_is_users)
 
-    def see(frame: FrameType, event: str, arg: object) -> None:
-        names.add(frame.f_code.co_filename)
+    def see(frame: FrameType, event: str, _arg: object) -> None:
+        name = frame.f_code.co_filename
+        if event != "call" or name in names or not is_users(name):
+            return
+        caller = frame.f_back.f_code.co_filename if frame.f_back is not None else ""
+        if caller in names or not (is_users(caller) or caller.startswith(_IMPORT_SYSTEM)):
+            names.add(name)
 
     sys.setprofile(see)
     try:
         yield
     finally:
         sys.setprofile(None)
-        found.update(Path(n) for n in names if _is_users(n))
+        found.update(Path(name) for name in names)
 
 
 def _class_files(module: nn.Module) -> set[Path]:
