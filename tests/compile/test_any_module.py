@@ -52,9 +52,10 @@ def mlp(tmp_path_factory: pytest.TempPathFactory, home: Path) -> tuple[nn.Module
 def test_an_encoder_with_two_dynamic_sizes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = Encoder().eval().requires_grad_(False)
+    # Inductor's code for this module does not hold for a batch of 1: the first size's range is split there
     sizes = {
-        "length": piecework.Dim(1, 40, axes={"ids": 1}),
         "batch": piecework.Dim(1, 8, axes={"ids": 0}),
+        "length": piecework.Dim(1, 40, axes={"ids": 1}),
     }
     ids = torch.randint(0, 50, (3, 5))
     bundle = piecework.compile(module, (ids,), {"scale": 0.5}, dynamic=sizes, out=tmp_path / "encoder.pwb")
