@@ -1,1 +1,1 @@
-"""TODO"""
+"""Compile a captured model: config, jobs, backends, the driver and the worker process."""

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Operators: what they mean in plain torch, programs of them, and layer handles."""
