@@ -11,6 +11,7 @@ from piecework.errors import (
     CaptureError,
     CompileError,
     CorruptBundle,
+    OpError,
     PieceworkError,
     RequestError,
     ShapeContractError,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from piecework.compiler.api import compile
     from piecework.compiler.options import BackendName, CompileOptions
     from piecework.graph.request import Dim
+    from piecework.ops.layer import LayerName, LayerNameType
     from piecework.runtime.loading import load
     from piecework.runtime.model import LoadedModel
     from piecework.store.bundle import Bundle
@@ -35,6 +37,8 @@ _LAZY = {
     "BackendName": "piecework.compiler.options",
     "CompileOptions": "piecework.compiler.options",
     "Dim": "piecework.graph.request",
+    "LayerName": "piecework.ops.layer",
+    "LayerNameType": "piecework.ops.layer",
     "load": "piecework.runtime.loading",
     "LoadedModel": "piecework.runtime.model",
     "Bundle": "piecework.store.bundle",
@@ -58,7 +62,10 @@ __all__ = [
     "CompileOptions",
     "CorruptBundle",
     "Dim",
+    "LayerName",
+    "LayerNameType",
     "LoadedModel",
+    "OpError",
     "PieceworkError",
     "RequestError",
     "ShapeContractError",

@@ -51,6 +51,10 @@ class CompileError(PieceworkError):
     """The backend (Inductor, the C++ compiler, a worker process) failed."""
 
 
+class OpError(PieceworkError):
+    """An operator is declared wrongly, or doesn't do what it declares, or is called outside of what it needs."""
+
+
 class WeightsError(PieceworkError):
     """A checkpoint lacks a tensor, or holds it in the wrong shape or dtype, or is damaged."""
 

@@ -14,9 +14,9 @@ from piecework.compiler.job import Job
 from piecework.compiler.options import BackendName, CompileOptions
 from piecework.compiler.planning import Unique
 from piecework.errors import CompileError
-from piecework.foundation import torch_private
 from piecework.foundation.digests import digest_file, digest_json
 from piecework.foundation.target import Target
+from piecework.foundation.torch_private import inductor, symbolic
 from piecework.graph.request import Dim
 from piecework.ops import resolve
 from piecework.passes import pack_linear
@@ -150,7 +150,7 @@ def _ranges(piece: Unique, *, declared: Dim | None, options: CompileOptions) -> 
 def _generator_digest() -> str:
     """Return the digest of our own code between a program and its library: an artifact of other code is another one."""
     sources = [
-        Path(module.__file__ or "") for module in (aoti, rebuild, toolchain, torch_private, pack_linear, resolve)
+        Path(module.__file__ or "") for module in (aoti, rebuild, toolchain, inductor, symbolic, pack_linear, resolve)
     ]
     return digest_json([digest_file(source) for source in sources])
 

@@ -17,11 +17,13 @@ class Environment:
             else `~/.cache/piecework`).
         compiler: the C++ compiler's command (`CXX`), or None where it is to be searched for.
         no_color: whether the user asked for plain output (`NO_COLOR`).
+        layer_names: whether layer names are objects that compilers lift (`PIECEWORK_LAYERNAME`, "0" for strings).
     """
 
     store_root: Path
     compiler: str | None = None
     no_color: bool = False
+    layer_names: bool = True
 
 
 def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
@@ -31,7 +33,10 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     """
     given = os.environ if variables is None else variables
     return Environment(
-        store_root=_store_root(given), compiler=given.get("CXX") or None, no_color=bool(given.get("NO_COLOR"))
+        store_root=_store_root(given),
+        compiler=given.get("CXX") or None,
+        no_color=bool(given.get("NO_COLOR")),
+        layer_names=given.get("PIECEWORK_LAYERNAME") != "0",
     )
 
 

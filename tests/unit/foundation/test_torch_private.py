@@ -1,4 +1,4 @@
-"""What piecework relies on in torch's private API; a failure says which entry of torch_private.py torch has changed."""
+"""What piecework relies on in torch's private API; a failure says which entry of torch_private torch has changed."""
 
 from __future__ import annotations
 

@@ -1,0 +1,60 @@
+"""The one place that touches private torch API, a file per subject.
+
+Each entry says what it is for, the torch versions it was tried with, and where upstream discusses it. Every entry has a
+test in tests/unit/foundation/test_torch_private.py that fails when torch changes underneath it. Compiler-side imports
+stand inside functions: a warm start imports this package and must not pay for Dynamo or Inductor.
+"""
+
+from piecework.foundation.torch_private.artifacts import bind_constants, open_aoti_library, pack_linear_weight
+from piecework.foundation.torch_private.inductor import (
+    aoti_interface_source,
+    compile_aoti,
+    set_inductor_options,
+    warm_up_inductor,
+)
+from piecework.foundation.torch_private.opaque import (
+    ReferenceBase,
+    has_reference_types,
+    is_traced_object,
+    real_object,
+    register_reference_type,
+)
+from piecework.foundation.torch_private.operators import Operator, last_node, nodes_after, operator_name, operator_of
+from piecework.foundation.torch_private.symbolic import Guard, SymbolicSession, size_oblivious
+from piecework.foundation.torch_private.tracing import (
+    Tracer,
+    current_tracer,
+    data_dependent_errors,
+    functionalized,
+    plain_tensors,
+    trace,
+)
+
+__all__ = [
+    "Guard",
+    "Operator",
+    "ReferenceBase",
+    "SymbolicSession",
+    "Tracer",
+    "aoti_interface_source",
+    "bind_constants",
+    "compile_aoti",
+    "current_tracer",
+    "data_dependent_errors",
+    "functionalized",
+    "has_reference_types",
+    "is_traced_object",
+    "last_node",
+    "nodes_after",
+    "open_aoti_library",
+    "operator_name",
+    "operator_of",
+    "pack_linear_weight",
+    "plain_tensors",
+    "real_object",
+    "register_reference_type",
+    "set_inductor_options",
+    "size_oblivious",
+    "trace",
+    "warm_up_inductor",
+]

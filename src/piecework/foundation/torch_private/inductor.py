@@ -1,0 +1,110 @@
+"""Compiling pieces, in worker processes only. torch 2.11-2.13.
+
+torch/_inductor/{compile_fx,codecache,cpp_builder}.py; imports of Inductor stand inside functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from piecework.foundation.torch_private.symbolic import size_oblivious
+
+
+def aoti_interface_source() -> str:
+    """Return the C interface that AOTInductor pastes into every wrapper it generates (the same for all pieces)."""
+    import torch._inductor as inductor
+
+    root = Path(inductor.__path__[0])
+    return (root / "codegen" / "aoti_runtime" / "interface.cpp").read_text()
+
+
+def compile_aoti(
+    module: torch.fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    output: Path,
+    options: Mapping[str, Any],
+    build: Callable[[str, str, Path], bool] | None,
+) -> Path:
+    """Compile `module` to the AOTInductor library `output` and return its path.
+
+    Args:
+        module: a graph whose weights are parameters (`get_attr`) and whose output is a tuple.
+        example_inputs: fake tensors, one per placeholder.
+        options: Inductor config patches.
+        build: called as `build(kind, command, target)` in place of each run of the C++ compiler ("compile" or "link");
+            returns False to let Inductor do it.
+    """
+    import torch._inductor.codecache as inductor_codecache
+    from torch._inductor.compile_fx import compile_fx_aot
+
+    codecache: Any = inductor_codecache
+
+    class Builder(codecache.CppBuilder):  # type: ignore[misc]
+        def build(self) -> None:
+            command, target = self.get_command_line(), Path(self.get_target_file_path())
+            kind = "compile" if target.suffix in {".o", ".obj"} else "link"
+            if build is None or not build(kind, command, target):
+                super().build()
+
+    original = codecache.CppBuilder
+    codecache.CppBuilder = Builder
+    try:
+        with torch.no_grad(), size_oblivious(), _general_strides():
+            result: Any = compile_fx_aot(
+                module, list(example_inputs), config_patches={**options, "aot_inductor.output_path": str(output)}
+            )
+    finally:
+        codecache.CppBuilder = original
+    return Path(result if isinstance(result, str) else next(str(f) for f in result if str(f).endswith(".so")))
+
+
+@contextlib.contextmanager
+def _general_strides() -> Iterator[None]:
+    """Let Inductor compute a view's strides for every size at once, not for sizes other than 1.
+
+    torch 2.12-2.13: `ir.View.create` asks `_compute_stride` for the general answer for unbacked sizes only, and would
+    guard on `size != 1` for ours; the general answer is right for 1 as well.
+    """
+    from torch._subclasses import fake_impls
+
+    original = getattr(fake_impls, "_compute_stride", None)
+    if original is None:
+        yield
+        return
+
+    def general(old_shape: Any, old_stride: Any, new_shape: Any, size_oblivious: bool = True) -> Any:  # noqa: FBT001, FBT002  torch's own signature
+        return original(old_shape, old_stride, new_shape, size_oblivious=True)
+
+    fake_impls._compute_stride = general
+    try:
+        yield
+    finally:
+        fake_impls._compute_stride = original
+
+
+def warm_up_inductor() -> None:
+    """Import what Inductor needs to compile, so that processes forked afterwards have it."""
+    import torch._inductor.codecache
+    import torch._inductor.codegen.cpp
+    import torch._inductor.codegen.cpp_wrapper_cpu
+    import torch._inductor.compile_fx
+    import torch._inductor.fx_passes.joint_graph
+    import torch._inductor.fx_passes.post_grad
+    import torch._inductor.kernel.mm  # noqa: F401
+
+
+def set_inductor_options(*, trust_isa: bool) -> None:
+    """Prepare this process for compiling pieces: one thread, no caches between pieces, no instruction-set probes."""
+    import torch._inductor.config as config
+
+    config.compile_threads = 1
+    config.fx_graph_cache = False
+    config.cpp_cache_precompile_headers = False
+    if trust_isa:
+        config.cpp.vec_isa_ok = True

@@ -1,0 +1,162 @@
+"""Sizes that hold for their whole declared range. torch 2.11-2.13; torch/fx/experimental/symbolic_shapes.py."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A condition on sizes that some code needed: `expr` in terms of symbols, and the source line that asked."""
+
+    expr: str
+    location: str
+
+
+class SymbolicSession:
+    """A fake-tensor mode whose symbolic sizes hold for their whole declared range.
+
+    Sizes are backed symbols without 0/1 specialisation and without duck shaping, so that any condition the trace relies
+    on and that the declared range does not imply shows up as a `Guard`.
+
+    Args:
+        is_users: says of a file's name whether it is the user's code; a guard's location is the innermost such line.
+    """
+
+    def __init__(self, *, is_users: Callable[[str], bool] = lambda filename: True) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        self.shape_env = ShapeEnv(specialize_zero_one=False, duck_shape=False)
+        self.fake_mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
+
+        def location(framework_loc: str | None = None) -> Any:
+            return _innermost_line(is_users)
+
+        self.shape_env._get_sloc = location  # type: ignore[method-assign]
+        self._symbols: dict[str, Any] = {}
+        self._declared: dict[Any, tuple[str, Any]] = {}  # symbol → its name and its declared range
+
+    def size(self, name: str, *, low: int, high: int, hint: int) -> torch.SymInt | int:
+        """Make (or return) the symbolic size `name` with values in [low, high]; `hint` is used for heuristics only.
+
+        A range of one value gives that number.
+        """
+        from torch._dynamo.source import ConstantSource
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, StrictMinMaxConstraint
+        from torch.utils._sympy.value_ranges import ValueRanges
+
+        if low == high:
+            return low
+        if name not in self._symbols:
+            source = ConstantSource(name)
+            constraint = StrictMinMaxConstraint(vr=ValueRanges(low, high), warn_only=False)
+            symbol = self.shape_env.create_symbol(
+                hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=constraint
+            )
+            self._declared[symbol] = name, ValueRanges(low, high)
+            self._symbols[name] = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
+        made: torch.SymInt = self._symbols[name]
+        return made
+
+    def expression(self, text: str, *, hints: Mapping[str, int]) -> torch.SymInt | int:
+        """Turn an expression over this session's size names, such as "s0 + 1", into a SymInt (or an int)."""
+        import sympy
+        from torch.utils._sympy import functions
+
+        if re.fullmatch(r"-?\d+", text):
+            return int(text)
+        local = {name: made.node.expr for name, made in self._symbols.items()}
+        known = {name: getattr(functions, name) for name in functions.__all__}
+        expr = sympy.sympify(text, locals={**known, **local})
+        if expr.is_Integer:
+            return int(expr)
+        hint = expr.subs({local[name]: hints[name] for name in local})
+        value: torch.SymInt | int = self.shape_env.create_symintnode(expr, hint=int(hint))
+        return value
+
+    def symbol_names(self) -> dict[str, str]:
+        """Map the session's internal symbol names (as they appear in shapes) to the names given to `size`."""
+        return {str(symbol): name for symbol, (name, _) in self._declared.items()}
+
+    def narrowing_guards(self) -> list[Guard]:
+        """Return the guards that do not hold for the whole of every declared range."""
+        import sympy
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        # the session's own environment takes each guard for granted once made; a new one knows the declaration only
+        unguarded = ShapeEnv(specialize_zero_one=False, duck_shape=False)
+        declared = tuple((symbol, bounds) for symbol, (_, bounds) in self._declared.items())
+        names = self.symbol_names()
+        found = []
+        for guard in self.shape_env.guards:
+            if unguarded._maybe_evaluate_static(guard.expr, axioms=(), var_to_range=declared) is sympy.true:
+                continue
+            text = re.sub(r"\bs\d+\b", lambda m: names.get(m.group(0), m.group(0)), str(guard.expr))
+            found.append(Guard(expr=text, location=str(getattr(guard, "sloc", None) or "")))
+        places = getattr(self.shape_env, "replacements_slocs", {})
+        for symbol, value in self.shape_env.replacements.items():
+            name = names.get(str(symbol))
+            if name is not None:
+                found.append(Guard(expr=f"Eq({name}, {value})", location=str(places.get(symbol) or "")))
+        return found
+
+
+def _innermost_line(is_users: Callable[[str], bool]) -> str:
+    """Return "file:line" of the innermost frame whose file `is_users`, or ""."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if is_users(frame.f_code.co_filename):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+@contextlib.contextmanager
+def size_oblivious() -> Iterator[None]:
+    """Let backed sizes be treated as if unknown where torch offers a general answer (broadcasting, contiguity).
+
+    torch 2.11-2.13: `torch.fx.experimental._config.backed_size_oblivious`. It leaves out `size == 1` and `size == 0` in
+    C++ (contiguity above all, equal strides), which arrive at `SymNode.guard_bool` with the name of c10/core/SymInt.h.
+    There "no" is the general answer, as it is elsewhere: torch then makes a copy that size 1 would not need.
+    """
+    import sympy
+    from torch.fx.experimental import _config
+    from torch.fx.experimental.sym_node import SymNode
+
+    config: Any = _config
+    original = SymNode.guard_bool
+
+    def guard_bool(self: Any, file: str, line: int) -> bool:
+        expr = self.expr
+        if file.endswith("c10/core/SymInt.h") and isinstance(expr, (sympy.Eq, sympy.Ne)) and _tells_one_apart(expr):
+            answer = self.guard_or_false if isinstance(expr, sympy.Eq) else self.guard_or_true
+            return bool(answer(file, line))
+        return bool(original(self, file, line))
+
+    SymNode.guard_bool = guard_bool  # type: ignore[method-assign]
+    try:
+        with config.patch(backed_size_oblivious=True):
+            yield
+    finally:
+        SymNode.guard_bool = original  # type: ignore[method-assign]
+
+
+def _tells_one_apart(relation: Any) -> bool:
+    """Whether an equation such as `8*s0 == 8` holds where its one size is 0 or 1, and nowhere else."""
+    import sympy
+
+    difference = sympy.expand(relation.lhs - relation.rhs)
+    if len(difference.free_symbols) != 1:
+        return False
+    (size,) = difference.free_symbols
+    slope = difference.coeff(size, 1)
+    rest = sympy.expand(difference - slope * size)
+    return bool(slope.is_number and slope != 0 and rest.is_number and -rest / slope in (0, 1))

@@ -1,0 +1,96 @@
+"""Tracing with make_fx. torch 2.11-2.13; torch/fx/experimental/proxy_tensor.py."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tracer:
+    """Access to the make_fx trace that is under way."""
+
+    tracer: Any
+
+    @property
+    def graph(self) -> torch.fx.Graph:
+        """The graph that is being built."""
+        graph: torch.fx.Graph = self.tracer.graph
+        return graph
+
+    def node_of(self, tensor: torch.Tensor) -> torch.fx.Node | None:
+        """Return the node that produced `tensor`, or None where the trace doesn't know it."""
+        from torch.fx.experimental.proxy_tensor import get_proxy_slot
+
+        slot = get_proxy_slot(tensor, self.tracer, None)
+        if slot is None:
+            return None
+        node: torch.fx.Node = slot.proxy.node
+        return node
+
+    def attach(self, tensor: torch.Tensor, node: torch.fx.Node, *, new_sizes: bool = True) -> None:
+        """Let `tensor` stand for `node` in the rest of the trace.
+
+        With `new_sizes=False` the tensor's symbolic sizes are known to the trace already, which is quicker.
+        """
+        from torch.fx.experimental import proxy_tensor
+
+        proxy = torch.fx.Proxy(node, self.tracer)
+        if new_sizes:
+            proxy_tensor.track_tensor_tree(tensor, proxy, constant=None, tracer=self.tracer)
+        else:
+            proxy_tensor.set_proxy_slot(tensor, self.tracer, proxy_tensor._ProxyTensor(proxy, None))
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Run a block whose operations are not traced."""
+        from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+        with disable_proxy_modes_tracing():
+            yield
+
+
+def current_tracer() -> Tracer | None:
+    """Return the innermost make_fx trace, or None outside of one."""
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    mode = get_proxy_mode()
+    return None if mode is None else Tracer(mode.tracer)
+
+
+def plain_tensors() -> contextlib.AbstractContextManager[None]:
+    """Inside, tensors' attributes and functions skip the active TorchFunctionModes."""
+    guard: contextlib.AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return guard
+
+
+def trace(function: Callable[..., Any], args: Sequence[Any]) -> torch.fx.GraphModule:
+    """Trace `function(*args)` on fake tensors into aten operators below autograd; names follow the operators.
+
+    The Python dispatcher is on, because some composite operators (`matmul` in torch 2.11) ask for sizes as plain
+    numbers in C++ and not in their Python form.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with enable_python_dispatcher():
+        module: torch.fx.GraphModule = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*args)
+    return module
+
+
+def functionalized(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` with in-place operators replaced by functional ones (`torch.func.functionalize`)."""
+    made: Callable[..., Any] = torch.func.functionalize(function, remove="mutations")
+    return made
+
+
+def data_dependent_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions that torch raises where a trace needs a tensor's values."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    return DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode
