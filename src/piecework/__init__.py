@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from piecework.compiler.options import BackendName, CompileOptions
     from piecework.graph.request import Dim
     from piecework.ops.layer import LayerName, LayerNameType
+    from piecework.ops.opaque_op import check_ops, opaque_op
     from piecework.runtime.loading import load
     from piecework.runtime.model import LoadedModel
     from piecework.store.bundle import Bundle
@@ -39,6 +40,8 @@ _LAZY = {
     "Dim": "piecework.graph.request",
     "LayerName": "piecework.ops.layer",
     "LayerNameType": "piecework.ops.layer",
+    "opaque_op": "piecework.ops.opaque_op",
+    "check_ops": "piecework.ops.opaque_op",
     "load": "piecework.runtime.loading",
     "LoadedModel": "piecework.runtime.model",
     "Bundle": "piecework.store.bundle",
@@ -75,6 +78,8 @@ __all__ = [
     "UntrustedBundle",
     "WeightsError",
     "__version__",
+    "check_ops",
     "compile",
     "load",
+    "opaque_op",
 ]

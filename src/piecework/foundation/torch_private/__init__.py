@@ -6,6 +6,16 @@ stand inside functions: a warm start imports this package and must not pay for D
 """
 
 from piecework.foundation.torch_private.artifacts import bind_constants, open_aoti_library, pack_linear_weight
+from piecework.foundation.torch_private.custom_ops import (
+    attach_declaration,
+    attached_declaration,
+    cuda_graph_unsafe_tags,
+    fake_results,
+    find_overload,
+    intercept_calls,
+    is_stand_in,
+    withdraw,
+)
 from piecework.foundation.torch_private.inductor import (
     aoti_interface_source,
     compile_aoti,
@@ -37,12 +47,19 @@ __all__ = [
     "SymbolicSession",
     "Tracer",
     "aoti_interface_source",
+    "attach_declaration",
+    "attached_declaration",
     "bind_constants",
     "compile_aoti",
+    "cuda_graph_unsafe_tags",
     "current_tracer",
     "data_dependent_errors",
+    "fake_results",
+    "find_overload",
     "functionalized",
     "has_reference_types",
+    "intercept_calls",
+    "is_stand_in",
     "is_traced_object",
     "last_node",
     "nodes_after",
@@ -57,4 +74,5 @@ __all__ = [
     "size_oblivious",
     "trace",
     "warm_up_inductor",
+    "withdraw",
 ]

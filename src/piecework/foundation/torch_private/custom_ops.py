@@ -1,0 +1,82 @@
+"""Declaring operators and looking at their calls. torch 2.11-2.13.
+
+torch/_ops.py (OpOverload takes attributes), torch/_subclasses/fake_tensor.py, torch/utils/_python_dispatch.py,
+torch/library.py (`Library._destroy`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_DECLARATION = "_piecework_declaration"
+
+
+def attach_declaration(overload: Any, declaration: object) -> None:
+    """Keep `declaration` with torch's own object for an operator, for as long as torch keeps that."""
+    setattr(overload, _DECLARATION, declaration)
+
+
+def attached_declaration(target: object) -> Any:
+    """Return what was attached to an operator (an overload, or its packet `torch.ops.ns.name`), or None."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        target = getattr(target, "default", None)
+    return getattr(target, _DECLARATION, None) if isinstance(target, torch._ops.OpOverload) else None
+
+
+def find_overload(name: str) -> Any:
+    """Return the operator "namespace::name" or "namespace::name.overload", or None where none is registered."""
+    namespace, _, rest = name.partition("::")
+    op, _, overload = rest.partition(".")
+    packet = getattr(getattr(torch.ops, namespace), op, None)
+    return getattr(packet, overload or "default", None)
+
+
+def cuda_graph_unsafe_tags() -> tuple[torch.Tag, ...]:
+    """Return the tag that keeps an operator out of CUDA graphs, where this torch has it."""
+    tag = getattr(torch.Tag, "cudagraph_unsafe", None)
+    return () if tag is None else (tag,)
+
+
+def withdraw(library: torch.library.Library) -> None:
+    """Take the operators of `library` out of torch's registry; their names are free again."""
+    library._destroy()
+
+
+def fake_results(overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Run an operator's fake implementation on stand-ins of these arguments; sizes stay numbers."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.utils._pytree import tree_map_only
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+
+    def stand_in(tensor: torch.Tensor) -> torch.Tensor:
+        return mode.from_tensor(tensor.detach(), static_shapes=True)
+
+    fake_args, fake_kwargs = tree_map_only(torch.Tensor, stand_in, (tuple(args), dict(kwargs)))
+    with mode:
+        return overload(*fake_args, **fake_kwargs)
+
+
+def is_stand_in(tensor: torch.Tensor) -> bool:
+    """Whether `tensor` has no data: on the meta device, or the fake tensor of a trace."""
+    return tensor.is_meta or type(tensor).__name__ in {"FakeTensor", "FunctionalTensor"}
+
+
+Handler = Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]
+
+
+def intercept_calls(handler: Handler) -> AbstractContextManager[Any]:
+    """Inside, every operator that is called runs as `handler(overload, args, kwargs)`, whose result it gives."""
+
+    class Interception(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return handler(func, args, kwargs or {})
+
+    made: AbstractContextManager[Any] = Interception()  # type: ignore[no-untyped-call]
+    return made
