@@ -59,9 +59,43 @@ def attention_native(
     Returns:
         [T, H, D], contiguous, dtype of the query.
     """
+    write_kv(key, value, kv_cache, slot_mapping)
+    return attend(
+        query,
+        key,
+        value,
+        kv_cache,
+        block_tables,
+        seq_lens,
+        query_start,
+        num_decode_tokens,
+        scale,
+        sliding_window,
+        softcap,
+    )
+
+
+def write_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Store the new tokens' keys and values, both [T, K, D], in their slots of the paged cache."""
     keys, values = kv_cache.view(2, -1, kv_cache.shape[3], kv_cache.shape[4]).unbind(0)
     keys.index_copy_(0, slot_mapping, key)
     values.index_copy_(0, slot_mapping, value)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    num_decode_tokens: int,
+    scale: float,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Do what `attention_native` does, over a cache that holds the new tokens already; nothing is written."""
     num_tokens = query.shape[0]
     if num_decode_tokens == num_tokens:
         return _decode(query, kv_cache, block_tables, seq_lens, scale, sliding_window, softcap)

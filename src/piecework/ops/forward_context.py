@@ -47,12 +47,12 @@ class ForwardContext:
     """One engine's layers by name, and while it runs, the batch.
 
     Args:
-        layers: each layer's state under its name or index. What is added to the mapping later is not seen.
+        layers: each layer's state under its LayerName, name or index. What is added to it later is not seen.
     """
 
     __slots__ = ("_batch", "_layers")
 
-    def __init__(self, layers: Mapping[str | int, object] | Mapping[str, object] | Mapping[int, object]) -> None:
+    def __init__(self, layers: Mapping[Any, object]) -> None:
         self._layers: dict[Any, Any] = {_plain(key): state for key, state in layers.items()}
         self._batch: Any = None
 

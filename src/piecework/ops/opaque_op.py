@@ -65,6 +65,7 @@ class OpaqueOp:
         self.mutates = tuple(mutates)
         self.layer_parameters = schema.layer_parameters
         self._schema = schema
+        self.__name__, self.__doc__, self.__signature__ = function.__name__, function.__doc__, schema.signature
         self._fake: Callable[..., Any] | None = None
         # The operator exists for as long as this library object does.
         self._library = torch.library.Library(schema.namespace, "FRAGMENT")
