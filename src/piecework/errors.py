@@ -51,6 +51,10 @@ class CompileError(PieceworkError):
     """The backend (Inductor, the C++ compiler, a worker process) failed."""
 
 
+class BackwardError(PieceworkError):
+    """A backward pass was asked for; piecework compiles for inference."""
+
+
 class OpError(PieceworkError):
     """An operator is declared wrongly, or doesn't do what it declares, or is called outside of what it needs."""
 

@@ -11,10 +11,12 @@ MANIFEST: Final = "manifest.json"
 PLAN: Final = "plan.json"
 RECORD: Final = "record.json"
 CONSTANTS: Final = "constants.safetensors"
+EXPLANATION: Final = "explain.json"
 ARTIFACTS: Final = "artifacts"
 ARCHIVE_SUFFIX: Final = ".pwb"
 
-_ARTIFACT = re.compile(r"(?P<digest>[0-9a-f]{64})\.(so|dylib|json|cubin|ptx|hsaco)")
+_ARTIFACT = re.compile(r"(?P<digest>[0-9a-f]{64})\.(so|dylib|json|cubin|ptx|hsaco|zip)")
+_ONLY_IN_STORES: Final = ".zip"  # the jit backend's, which only run where they were made
 
 
 def artifact_digest(name: str) -> str | None:
@@ -25,7 +27,7 @@ def artifact_digest(name: str) -> str | None:
 
 def is_member(name: str) -> bool:
     """Whether a manifest may list a file of this name, which is relative and has forward slashes."""
-    if name in (PLAN, RECORD, CONSTANTS):
+    if name in (PLAN, RECORD, CONSTANTS, EXPLANATION):
         return True
     directory, _, file = name.partition("/")
-    return directory == ARTIFACTS and artifact_digest(file) is not None
+    return directory == ARTIFACTS and artifact_digest(file) is not None and not file.endswith(_ONLY_IN_STORES)

@@ -16,6 +16,7 @@ from piecework.foundation.torch_private.custom_ops import (
     is_stand_in,
     withdraw,
 )
+from piecework.foundation.torch_private.frame_sizes import holds, size_bounds
 from piecework.foundation.torch_private.inductor import (
     aoti_interface_source,
     compile_aoti,
@@ -27,9 +28,25 @@ from piecework.foundation.torch_private.opaque import (
     has_reference_types,
     is_traced_object,
     real_object,
+    reference_type_name,
     register_reference_type,
+    stand_in,
 )
-from piecework.foundation.torch_private.operators import Operator, last_node, nodes_after, operator_name, operator_of
+from piecework.foundation.torch_private.operators import (
+    Argument,
+    Operator,
+    function_name,
+    last_node,
+    nodes_after,
+    operator_arguments,
+    operator_name,
+    operator_of,
+    operator_returns,
+    parse_operator,
+    single_overload,
+    storage_key,
+)
+from piecework.foundation.torch_private.standalone import compile_standalone, inductor_settings, load_standalone
 from piecework.foundation.torch_private.symbolic import Guard, SymbolicSession, size_oblivious
 from piecework.foundation.torch_private.tracing import (
     Tracer,
@@ -41,6 +58,7 @@ from piecework.foundation.torch_private.tracing import (
 )
 
 __all__ = [
+    "Argument",
     "Guard",
     "Operator",
     "ReferenceBase",
@@ -51,27 +69,40 @@ __all__ = [
     "attached_declaration",
     "bind_constants",
     "compile_aoti",
+    "compile_standalone",
     "cuda_graph_unsafe_tags",
     "current_tracer",
     "data_dependent_errors",
     "fake_results",
     "find_overload",
+    "function_name",
     "functionalized",
     "has_reference_types",
+    "holds",
+    "inductor_settings",
     "intercept_calls",
     "is_stand_in",
     "is_traced_object",
     "last_node",
+    "load_standalone",
     "nodes_after",
     "open_aoti_library",
+    "operator_arguments",
     "operator_name",
     "operator_of",
+    "operator_returns",
     "pack_linear_weight",
+    "parse_operator",
     "plain_tensors",
     "real_object",
+    "reference_type_name",
     "register_reference_type",
     "set_inductor_options",
+    "single_overload",
+    "size_bounds",
     "size_oblivious",
+    "stand_in",
+    "storage_key",
     "trace",
     "warm_up_inductor",
     "withdraw",

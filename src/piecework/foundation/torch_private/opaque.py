@@ -66,3 +66,15 @@ def real_object(value: object) -> object:
 def is_traced_object(value: object) -> bool:
     """Whether `value` is a stand-in that a trace uses for a reference object."""
     return type(value).__name__ == "FakeScriptObject"
+
+
+def reference_type_name(cls: type) -> str:
+    """Return the name under which schemas of operators know a class that `register_reference_type` returned."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def stand_in(fake_mode: Any, value: object) -> Any:
+    """Return what stands for a reference object in a trace on the fake tensors of `fake_mode`."""
+    from torch._library.fake_class_registry import maybe_to_fake_obj
+
+    return maybe_to_fake_obj(fake_mode, value)

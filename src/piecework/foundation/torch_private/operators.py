@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -31,6 +32,89 @@ def operator_name(target: object) -> str | None:
         return target._qualified_op_name
     found = operator_of(target)
     return None if found is None else found.name
+
+
+def single_overload(target: object) -> Any:
+    """Return the one overload that a node's target calls, or None where it is no registered operator or has several."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        names = target.overloads()
+        return getattr(target, names[0]) if len(names) == 1 else None
+    return None
+
+
+def function_name(target: Any) -> str | None:
+    """Return the qualified name of what a Dynamo graph calls, where that is torch's or Python's own, else None."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return target._qualified_op_name
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return f"higher_order.{target.name()}"
+    name = getattr(target, "__qualname__", "")
+    module = getattr(target, "__module__", None) or getattr(getattr(target, "__objclass__", None), "__module__", None)
+    if not module:  # builtin functions of torch's C modules don't say where they live
+        places = {"torch": torch, "torch._C._nn": torch._C._nn, "torch._C": torch._C}
+        module = next((text for text, place in places.items() if getattr(place, name, None) is target), "")
+    if not name or "<" in name or module.split(".")[0] not in {"torch", "operator", "_operator", "math", "builtins"}:
+        return None
+    return f"{module}.{name}"
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Return a number that tensors have in common where they share memory (fake ones included)."""
+    key: int = tensor.untyped_storage()._cdata
+    return key
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A parameter of an operator: its declaration without default ("Tensor(a!) cache"), its type, its default."""
+
+    name: str
+    text: str
+    type: str
+    has_default: bool
+    default: Any
+
+
+def operator_arguments(overload: Any) -> tuple[Argument, ...]:
+    """Return an operator's parameters in the order of its schema."""
+    schema = overload._schema
+    texts = _declarations(str(schema))
+    return tuple(
+        Argument(a.name, text, str(a.type), a.has_default_value(), a.default_value)
+        for a, text in zip(schema.arguments, texts, strict=True)
+    )
+
+
+def parse_operator(name: str) -> Any:
+    """Return the overload that is written "namespace.name.overload". Raises AttributeError where there is none."""
+    namespace, op, overload = name.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), op), overload)
+
+
+def operator_returns(overload: Any) -> str:
+    """Return what an operator returns, as its schema writes it: "Tensor", "(Tensor, Tensor)"."""
+    return str(overload._schema).rpartition(" -> ")[2]
+
+
+def _declarations(schema: str) -> list[str]:
+    """Return the parameters of a schema's text, each without its default; the "*" is left out."""
+    inside = schema.partition("(")[2].rpartition(" -> ")[0].rstrip()[:-1]
+    parts, depth, quote = [""], 0, ""
+    for character in inside:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        depth += {"[": 1, "(": 1, "]": -1, ")": -1}.get(character, 0) if not quote else 0
+        if character == "," and depth == 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [p.strip().partition("=")[0] for p in parts if p.strip() not in {"", "*"}]
 
 
 def last_node(graph: torch.fx.Graph) -> torch.fx.Node:

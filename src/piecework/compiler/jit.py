@@ -1,0 +1,135 @@
+"""The `jit` backend: pieces of a Dynamo graph, compiled by Inductor, kept in the store, run where they were asked for.
+
+Unlike `aoti`, an artifact may call custom operators from inside a piece, and runs in this process only. It is a zip
+file of the cache directory in which Inductor compiled the piece, with one member of ours, `piece.json`: the conditions
+on sizes that the code relies on, and the lifted operators that it calls. Loading it lets torch unpickle its own
+entries, so a store is for those who trust whoever writes to it.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from piecework.errors import CompileError
+from piecework.foundation.digests import digest_json
+from piecework.foundation.target import read_target
+from piecework.foundation.torch_private import compile_standalone, inductor_settings, load_standalone, parse_operator
+from piecework.graph.dynamo_module import PieceModule
+from piecework.graph.dynamo_text import DescribedPiece
+from piecework.ops.lifted import lifted_operator
+from piecework.store.facts import package_version
+from piecework.store.stores import Store
+
+_META = "piece.json"
+_KEPT = (".so", ".py", ".cubin", ".ptx", ".json")
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class JitPiece:
+    """A compiled piece: what to call, and the conditions on sizes ("Ne(s0, 8)") under which it may be called."""
+
+    run: Callable[..., Sequence[Any]]
+    conditions: tuple[str, ...]
+
+
+def jit_key(described: DescribedPiece, ranges: Mapping[str, Sequence[int]], *, eager: bool = False) -> str | None:
+    """Return the key of a piece's artifact, or None where it can't be shared.
+
+    Args:
+        described: the piece.
+        ranges: bounds of the text's sizes.
+        eager: whether it is run operator by operator and not compiled.
+    """
+    if described.text is None:
+        return None
+    if eager:
+        return "eager-" + digest_json(described.text)
+    target = read_target()
+    settings = {name: repr(value) for name, value in sorted(inductor_settings().items())}
+    facts = {
+        "format": _FORMAT,
+        "torch": package_version("torch"),
+        "isa": target.fact,
+        "machine": target.machine,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "inductor": digest_json(settings),
+    }
+    return "jit-" + digest_json({"piece": described.text, "ranges": {n: list(r) for n, r in ranges.items()}, **facts})
+
+
+def compile_jit(
+    made: PieceModule, described: DescribedPiece, *, store: Store | None, key: str | None, report: Callable[[str], None]
+) -> JitPiece:
+    """Compile a piece, and put it into the store where both are given.
+
+    `report` is told of a piece that can't be stored. Raises CompileError.
+    """
+    with tempfile.TemporaryDirectory(prefix="piecework-jit-") as scratch:
+        directory = Path(scratch)
+        try:
+            run, saveable = compile_standalone(made.module, made.inputs, directory=directory, options=_options())
+        except Exception as error:
+            raise CompileError(
+                asked=f"compile a piece of {len(described.piece.nodes)} operators",
+                found=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}",
+                try_='options={"backend": "eager"} runs the pieces without compiling them',
+            ) from error
+        conditions = tuple(sorted({g.expr for g in made.session.narrowing_guards()}))
+        if store is not None and key is not None:
+            if saveable:
+                meta = {
+                    "format": _FORMAT,
+                    "conditions": list(conditions),
+                    "lifted": [[str(c.overload), list(c.positions)] for c in described.lifted],
+                }
+                archive = directory / "artifact.zip"
+                _pack(directory, meta, to=archive)
+                store.put_artifact(key, content=archive)
+            else:
+                report("a piece can't be stored: torch has no cache entry for it")
+    return JitPiece(run, conditions)
+
+
+def load_jit(path: Path) -> JitPiece:
+    """Load a stored artifact, whose digest was checked. Raises CompileError where torch refuses it."""
+    with tempfile.TemporaryDirectory(prefix="piecework-jit-") as scratch:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                archive.extractall(scratch)
+            meta = json.loads((Path(scratch) / _META).read_text())
+            for name, positions in meta["lifted"]:
+                lifted_operator(parse_operator(name), positions)
+            return JitPiece(load_standalone(Path(scratch), options=_options()), tuple(meta["conditions"]))
+        except Exception as error:
+            raise CompileError(
+                asked="load a compiled piece from the store", found=f"{type(error).__name__}: {error}"
+            ) from error
+
+
+def _options() -> Mapping[str, Any]:
+    """Return Inductor settings that make compiling quicker and change nothing of the code."""
+    quick: dict[str, Any] = {"cpp_cache_precompile_headers": False}
+    if read_target().isa != "baseline":
+        quick["cpp.vec_isa_ok"] = True
+    return quick
+
+
+def _pack(directory: Path, meta: Mapping[str, Any], *, to: Path) -> None:
+    files = [p for p in sorted(directory.rglob("*")) if p.is_file() and _is_kept(p.relative_to(directory))]
+    with zipfile.ZipFile(to, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(_META, json.dumps(meta, sort_keys=True))
+        for file in files:
+            archive.write(file, str(file.relative_to(directory)))
+
+
+def _is_kept(path: Path) -> bool:
+    return path.parts[0] in {"aotautograd", "fxgraph", "triton"} or path.suffix in _KEPT

@@ -1,0 +1,45 @@
+"""The sizes of the frame that Dynamo is compiling. torch 2.11-2.13; torch/_guards.py, torch/fx/experimental."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+def size_bounds(value: torch.SymInt) -> Mapping[str, tuple[int, int, int]]:
+    """Return, for each symbol in a size, its lowest and highest value, and its value in the example."""
+    node = value.node
+    env = node.shape_env
+    found = {}
+    for symbol in node.expr.free_symbols:
+        bounds = env.var_to_range[symbol]
+        hint = env.backed_var_to_val.get(symbol) if hasattr(env, "backed_var_to_val") else env.var_to_val.get(symbol)
+        found[str(symbol)] = _number(bounds.lower), _number(bounds.upper), int(hint) if hint is not None else 0
+    return found
+
+
+def _number(bound: Any) -> int:
+    """Return a bound as a number; torch writes "no bound" as infinity."""
+    return int(bound) if getattr(bound, "is_Integer", False) else sys.maxsize
+
+
+def holds(condition: str, sizes: Mapping[str, torch.SymInt]) -> bool:
+    """Whether a condition such as "Ne(s0, 8)" holds for sizes of the frame, which is guarded by it from then on.
+
+    Args:
+        condition: as `SymbolicSession.narrowing_guards` writes it.
+        sizes: the condition's symbols → sizes of the frame.
+    """
+    import sympy
+    from torch.utils._sympy import functions
+
+    known: dict[str, Any] = {name: getattr(functions, name) for name in functions.__all__}
+    names = {name: size.node.expr for name, size in sizes.items()}
+    expression = sympy.sympify(condition, locals={**known, **names})
+    if expression in (sympy.true, sympy.false):
+        return bool(expression)
+    env = next(iter(sizes.values())).node.shape_env
+    return bool(env.evaluate_expr(expression))
