@@ -23,6 +23,7 @@ from torch import nn
 
 from piecework.errors import CaptureError, PieceworkError, ShapeContractError
 from piecework.foundation import torch_private
+from piecework.graph.locations import KeepLines, note_lines
 from piecework.graph.request import CaptureRequest, SizeInput, TensorInput
 from piecework.graph.structure import Structure, flatten
 from piecework.graph.templates import StackCounts, stamping
@@ -102,6 +103,7 @@ def capture(request: CaptureRequest, *, templates: bool = True) -> CapturedGraph
             tracer = torch_private.current_tracer()
             assert tracer is not None
             tensors.begin(tracer)
+            note_lines(tracer, is_users=_is_users)
             tensors.swap(m for m in request.module.modules() if m not in blocks)
             named = {i.name: v for i, v in zip(request.inputs, values, strict=True)}
             out, result["structure"] = flatten(request.call(request.module, named))
@@ -183,7 +185,9 @@ def _functionalized(
 
     def run(*values: Any) -> Any:
         env = dict(zip([*own, *(tensors.nodes[n] for n in names)], values, strict=True))
-        return torch.fx.Interpreter(module).run(*(env[n] for n in order))
+        tracer = torch_private.current_tracer()
+        assert tracer is not None
+        return KeepLines(module, tracer=tracer).run(*(env[n] for n in order))
 
     flat = [*arguments, *(tensors.fresh_fake(n) for n in names)]
     made = torch_private.trace(torch_private.functionalized(run), flat).graph

@@ -28,6 +28,7 @@ class ProgramBuilder:
     ) -> None:
         self.inputs: list[torch.fx.Node] = []
         self.constants: list[torch.fx.Node] = []
+        self.origins: list[torch.fx.Node] = []  # the node that each call stands for
         self._captured = captured
         self._weights = weights
         self._carriers = carriers
@@ -43,7 +44,7 @@ class ProgramBuilder:
             raise InternalError(f"unexpected {node.op} {node.target} in a captured graph")
         args = tuple(self._encode(a) for a in node.args)
         kwargs = {k: self._encode(v) for k, v in node.kwargs.items()}
-        self._refs[node] = self._append(target_name(node.target), args, kwargs)
+        self._refs[node] = self._append(node, target_name(node.target), args, kwargs)
 
     def finish(self, outputs: Sequence[torch.fx.Node]) -> Program:
         """Return the program with `outputs` as its results."""
@@ -64,7 +65,10 @@ class ProgramBuilder:
         """Return the graph's symbols → the program's."""
         return self._symbols
 
-    def _append(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
+    def _append(
+        self, origin: torch.fx.Node, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, int]:
+        self.origins.append(origin)
         self._calls.append(Call(target, args, kwargs))
         return {"n": len(self._calls) - 1}
 
@@ -119,12 +123,13 @@ class ProgramBuilder:
             return self._sizes[expr]
         if _SYMBOL.fullmatch(expr):
             carrier, axis = self._carrier(expr)
-            made = self._append("aten.sym_size.int", (self._input_or_weight(carrier), axis), {})
+            made = self._append(node, "aten.sym_size.int", (self._input_or_weight(carrier), axis), {})
         else:
             if node.op != "call_function":
                 raise InternalError(f"the size {expr} is an input of its own")
             args = tuple(self._encode(a) for a in node.args)
-            made = self._append(target_name(node.target), args, {k: self._encode(v) for k, v in node.kwargs.items()})
+            kwargs = {k: self._encode(v) for k, v in node.kwargs.items()}
+            made = self._append(node, target_name(node.target), args, kwargs)
         self._sizes[expr] = made
         return made
 

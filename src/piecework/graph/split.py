@@ -19,13 +19,14 @@ from piecework.ops.program import Program
 
 @dataclass(frozen=True)
 class Piece:
-    """One piece: its program, and what stands for its inputs, constants, outputs and symbols in the whole graph."""
+    """One piece: its program, and what stands for its inputs, constants, outputs, symbols and calls in the graph."""
 
     program: Program
     inputs: tuple[torch.fx.Node, ...]
     constants: tuple[str, ...]
     outputs: tuple[torch.fx.Node, ...]
     symbols: Mapping[str, str]
+    origins: tuple[torch.fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,12 @@ def _piece(
         builder.call(node)
     program = builder.finish(outputs)
     return Piece(
-        program, tuple(builder.inputs), tuple(weights[n] for n in builder.constants), outputs, builder.symbols()
+        program,
+        tuple(builder.inputs),
+        tuple(weights[n] for n in builder.constants),
+        outputs,
+        builder.symbols(),
+        tuple(builder.origins),
     )
 
 
