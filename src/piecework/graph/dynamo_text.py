@@ -19,7 +19,7 @@ import torch
 from piecework.foundation.digests import digest_json
 from piecework.foundation.torch_private import (
     function_name,
-    is_traced_object,
+    is_python_object,
     operator_arguments,
     real_object,
     single_overload,
@@ -191,7 +191,7 @@ class _Writer:
             return value
         if isinstance(value, (tuple, list)):
             return [self.value(v) for v in value]
-        if is_traced_object(value):
+        if is_python_object(value):
             real = type(real_object(value))
             return {"object": f"{real.__module__}.{real.__qualname__}"}
         raise _NoText(f"it has a {type(value).__name__} among its inputs")

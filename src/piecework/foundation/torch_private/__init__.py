@@ -26,6 +26,7 @@ from piecework.foundation.torch_private.inductor import (
 from piecework.foundation.torch_private.opaque import (
     ReferenceBase,
     has_reference_types,
+    is_python_object,
     is_traced_object,
     real_object,
     reference_type_name,
@@ -81,6 +82,7 @@ __all__ = [
     "holds",
     "inductor_settings",
     "intercept_calls",
+    "is_python_object",
     "is_stand_in",
     "is_traced_object",
     "last_node",

@@ -7,7 +7,10 @@ forms are tried, newest first. Before 2.11 there is none, and operators take a l
 from __future__ import annotations
 
 import importlib
+from enum import Enum
 from typing import Any, TypeVar, cast
+
+import torch
 
 
 def _find(*places: str) -> Any:
@@ -66,6 +69,14 @@ def real_object(value: object) -> object:
 def is_traced_object(value: object) -> bool:
     """Whether `value` is a stand-in that a trace uses for a reference object."""
     return type(value).__name__ == "FakeScriptObject"
+
+
+def is_python_object(value: object) -> bool:
+    """Whether `value` is an object that torch lets operators take, or what stands for one in a trace."""
+    if is_traced_object(value):
+        return True
+    known = getattr(_table, "is_opaque_type", None) or getattr(_table, "is_custom_class", None)
+    return not isinstance(value, (torch.Tensor, Enum)) and known is not None and bool(known(type(value)))
 
 
 def reference_type_name(cls: type) -> str:
