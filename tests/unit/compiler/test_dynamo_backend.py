@@ -106,7 +106,9 @@ def test_blocks_with_plain_names_are_traced_again_and_share_their_pieces(kind: s
     x = torch.randn(3, 8)
     wanted = model(x)
     for block in model.blocks:
-        block.compile(backend=backend, options={"backend": "eager", "recorder": recorder}, fullgraph=True, dynamic=False)
+        block.compile(
+            backend=backend, options={"backend": "eager", "recorder": recorder}, fullgraph=True, dynamic=False
+        )
     torch.testing.assert_close(model(x), wanted)
     assert counts(recorder)["graphs"] == 5
     assert counts(recorder)["compiled"] == 2
