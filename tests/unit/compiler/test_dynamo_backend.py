@@ -1,4 +1,4 @@
-"""`torch.compile(backend="piecework")` with pieces that run operator by operator: what is cut, shared, lifted, refused."""
+"""`torch.compile(backend="piecework")`, pieces run operator by operator: what is cut, shared, lifted and refused."""
 
 from __future__ import annotations
 
@@ -339,7 +339,7 @@ class TestAsUsersOfTorchCompileExpect:
         x = torch.randn(2)
         for block in blocks:
             torch.testing.assert_close(compiled(block)(x), block(x))
-            with pytest.raises(torch._dynamo.exc.Unsupported, match="before calling torch.compile"):
+            with pytest.raises(torch._dynamo.exc.Unsupported, match=r"before calling torch\.compile"):
                 torch.compile(block, backend=backend, fullgraph=True)(x)
 
 

@@ -89,9 +89,11 @@ class TestObjects:
         name = LayerName("a")
         mode = torch._subclasses.FakeTensorMode()
         stand_in = torch_private.stand_in(mode, name)
-        assert torch_private.is_traced_object(stand_in) and not torch_private.is_traced_object(name)
+        assert torch_private.is_traced_object(stand_in)
+        assert not torch_private.is_traced_object(name)
         assert torch_private.real_object(stand_in) == name
-        assert torch_private.is_python_object(stand_in) and torch_private.is_python_object(name)
+        assert torch_private.is_python_object(stand_in)
+        assert torch_private.is_python_object(name)
         for other in ("a", 3, torch.zeros(1), None):
             assert not torch_private.is_python_object(other)
             assert torch_private.real_object(other) is other
@@ -101,10 +103,12 @@ class TestSizes:
     def test_a_range_that_holds_leaves_no_guard_and_one_that_does_not_says_which(self) -> None:
         session = torch_private.SymbolicSession()
         size = session.size("n", low=1, high=64, hint=8)
-        assert bool(size <= 64) and session.narrowing_guards() == []
+        assert bool(size <= 64)
+        assert session.narrowing_guards() == []
         assert not bool(size > 32)
         (guard,) = session.narrowing_guards()
-        assert "n" in guard.expr and "32" in guard.expr
+        assert "n" in guard.expr
+        assert "32" in guard.expr
 
     def test_a_range_of_one_value_is_that_value(self) -> None:
         assert torch_private.SymbolicSession().size("n", low=3, high=3, hint=3) == 3
