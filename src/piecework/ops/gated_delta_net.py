@@ -135,10 +135,10 @@ class _Tokens:
 
 def _step(tokens: _Tokens, *, state: Tensor, decode: DecodeSequences) -> Tensor:
     """Advance each of D sequences by one token, [D, Hv, Dv]; `state` [slots, Hv, Dk, Dv] is written."""
-    faded = decode.read(state) * tokens.log_decay.exp()[..., None, None]
-    held = torch.matmul(tokens.k.unsqueeze(-2), faded).squeeze(-2)
+    new = decode.read(state).mul_(tokens.log_decay.exp()[..., None, None])
+    held = torch.matmul(tokens.k.unsqueeze(-2), new).squeeze(-2)
     correction = (tokens.v - held) * tokens.beta.unsqueeze(-1)
-    new = faded + tokens.k.unsqueeze(-1) * correction.unsqueeze(-2)
+    new.addcmul_(tokens.k.unsqueeze(-1), correction.unsqueeze(-2))
     decode.write(state, new)
     return torch.matmul(tokens.q.unsqueeze(-2), new).squeeze(-2)
 

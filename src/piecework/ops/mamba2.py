@@ -127,10 +127,10 @@ def _step(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, *, state: Tensor, 
 
     x [D, G, H/G, P] times its time step, log_decay [D, G, H/G], b and c [D, G, N] -> [D, G, H/G, P].
     """
-    old = decode.read(state).unflatten(1, x.shape[1:3])
-    new = old * log_decay.exp()[..., None, None] + x.unsqueeze(-1) * b[:, :, None, None, :]
+    new = decode.read(state).unflatten(1, x.shape[1:3]).mul_(log_decay.exp()[..., None, None])
+    new.addcmul_(x.unsqueeze(-1), b[:, :, None, None, :])
     decode.write(state, new.flatten(1, 2))
-    return torch.matmul(new, c[:, :, None, :, None]).squeeze(-1)
+    return torch.matmul(new.flatten(2, 3), c.unsqueeze(-1)).view(x.shape)
 
 
 def _scan(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, *, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,17 +139,18 @@ def _scan(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, *, state: Tensor) 
     x [L, G, H/G, P] times its time step, log_decay [L, G, H/G], b and c [L, G, N], state [G, H/G, P, N] ->
     result [L, G, H/G, P] and the state after the chunk.
     """
-    x, log_decay = x.permute(1, 2, 0, 3), log_decay.permute(1, 2, 0)
-    b, c = b.transpose(0, 1).unsqueeze(1), c.transpose(0, 1).unsqueeze(1)
-    total = log_decay.cumsum(-1)
-    between = total.unsqueeze(-1) - total.unsqueeze(-2)
+    b, c = b.transpose(0, 1), c.transpose(0, 1)
+    total = log_decay.cumsum(0)
+    by_head = total.permute(1, 2, 0)
+    between = by_head.unsqueeze(-1) - by_head.unsqueeze(-2)
     later = torch.ones(between.shape[-2:], dtype=torch.bool, device=x.device).triu_(1)
-    reach = torch.matmul(c, b.transpose(-1, -2)) * between.masked_fill_(later, float("-inf")).exp_()
-    out = torch.matmul(reach, x)
-    out += torch.matmul(c, state.transpose(-1, -2)) * total.exp().unsqueeze(-1)
-    left = (total[..., -1:] - total).exp().unsqueeze(-1)
-    state = state * total[..., -1, None, None].exp() + torch.matmul((x * left).transpose(-1, -2), b)
-    return out.permute(2, 0, 1, 3), state
+    reach = between.masked_fill_(later, float("-inf")).exp_().mul_(torch.matmul(c, b.transpose(1, 2)).unsqueeze(1))
+    # all heads of a group share b and c, so that their states are one matrix
+    out = torch.matmul(c, state.flatten(1, 2).transpose(1, 2)).transpose(0, 1).view(x.shape)
+    out = out * total.exp().unsqueeze(-1) + torch.matmul(reach, x.permute(1, 2, 0, 3)).permute(2, 0, 1, 3)
+    left = (x * (total[-1] - total).exp().unsqueeze(-1)).flatten(2).permute(1, 2, 0)
+    state = state * total[-1].exp()[..., None, None] + torch.matmul(left, b).view(state.shape)
+    return out, state
 
 
 def _gated_norm(x: Tensor, gate: Tensor, weights: Mamba2Weights) -> Tensor:

@@ -1,4 +1,4 @@
-"""Declaring operators: what a declaration gives, what is refused, and that compilers and exporters take the result."""
+"""Declaring operators: what a declaration gives, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import piecework
 from piecework import LayerName, LayerNameType, OpError, opaque_op
@@ -41,24 +41,9 @@ def _(x, layer, index=3):
     return torch.empty_like(x), x.new_empty(x.shape[1:])
 
 
-@opaque_op("ops_test::write", mutates=("cache",))
-def write(cache: Tensor, x: Tensor) -> None:
-    cache.copy_(x)
-
-
 @opaque_op("ops_test::no_fake")
 def no_fake(x: Tensor) -> Tensor:
     return x + 1
-
-
-class Block(nn.Module):
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.layer = LayerName(name)
-        self.register_buffer("cache", torch.zeros(4, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return update(x, self.cache, self.layer).relu()
 
 
 def test_what_a_declaration_tells() -> None:
@@ -309,119 +294,15 @@ def test_a_module_that_is_imported_again_replaces_its_operator(tmp_path: Path) -
     assert torch.equal(third.shift(torch.zeros(1), torch.ones(1)), torch.ones(1))
     assert torch.equal(torch.ops.ops_test_twice.shift(torch.zeros(1), torch.ones(1)), torch.ones(1))
 
+    path.write_text(_SOURCE.format(more=", y: Tensor", more_fake=", y", by="y").partition("@shift.fake")[0])
+    load(path, "ops_without_a_fake")
+    with pytest.raises(OpError, match="no fake implementation"):
+        third.shift(torch.zeros(1, device="meta"), torch.ones(1, device="meta"))
+
     elsewhere = tmp_path / "other.py"
     elsewhere.write_text(_SOURCE.format(more="", more_fake="", by=1))
     with pytest.raises(OpError, match="another name"):
         load(elsewhere, "ops_other")
-
-
-# --- compilers and exporters ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def test_torch_compile_takes_it_whole(x: Tensor) -> None:
-    torch._dynamo.reset()
-    blocks = nn.Sequential(*[Block("a" * (i + 1)) for i in range(3)])
-    expected = copy.deepcopy(blocks)(x)
-    assert torch.equal(torch.compile(blocks, backend="eager", fullgraph=True)(x), expected)
-    for block, name in zip(blocks, ("a", "aa", "aaa"), strict=True):
-        assert block.cache.abs().sum() > 0, name
-
-
-@torch.no_grad()
-def test_blocks_that_are_compiled_one_by_one_share_a_graph(x: Tensor) -> None:
-    torch._dynamo.reset()
-    blocks = nn.Sequential(*[Block("a" * (i + 1)) for i in range(3)])
-    expected = copy.deepcopy(blocks)(x)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    for block in blocks:
-        block.compile(backend=backend, fullgraph=True)
-    assert torch.equal(blocks(x), expected)
-    assert len(graphs) == 1
-
-
-@torch.no_grad()
-def test_torch_compile_takes_strings_and_tuples(x: Tensor) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda x: scale_by_name(x, "four", index=1), backend="eager", fullgraph=True)
-    for got, expected in zip(compiled(x), scale_by_name(x, "four", index=1), strict=True):
-        assert torch.equal(got, expected)
-
-
-@torch.no_grad()
-def test_torch_compile_keeps_an_operator_that_only_writes(x: Tensor) -> None:
-    torch._dynamo.reset()
-    cache = torch.zeros(4, 3)
-    torch.compile(lambda cache, x: write(cache, x), backend="aot_eager", fullgraph=True)(cache, x)
-    assert torch.equal(cache, x)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("strict", [False, True])
-def test_torch_export_keeps_it(x: Tensor, strict: bool) -> None:
-    torch._dynamo.reset()
-    block = Block("abc")
-    expected = copy.deepcopy(block)(x)
-    exported = torch.export.export(block, (x,), strict=strict)
-    assert update.overload in [n.target for n in exported.graph.nodes]
-    assert torch.equal(exported.module()(x), expected)
-
-
-def test_fake_tensors_need_no_layer(x: Tensor) -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode() as mode:
-        fake = mode.from_tensor(x)
-        out = update(fake, torch.empty_like(fake), LayerName("a"))
-    assert out.shape == (4, 3)
-
-
-_DEGRADED = """
-import torch
-from torch import Tensor
-from piecework import LayerName, LayerNameType, opaque_op
-
-assert LayerNameType is str
-
-@opaque_op("degraded::add_length")
-def add_length(x: Tensor, layer: LayerNameType) -> Tensor:
-    return x + len(layer)
-
-@add_length.fake
-def _(x, layer):
-    return torch.empty_like(x)
-
-assert add_length.layer_parameters == ("layer",)
-x, layer = torch.zeros(2), LayerName("abc")
-with torch.no_grad():
-    assert add_length(x, layer).tolist() == [3.0, 3.0]
-    assert add_length.check(x, layer).tolist() == [3.0, 3.0]
-    compiled = torch.compile(lambda x: add_length(x, layer), backend="eager", fullgraph=True)
-    assert compiled(x).tolist() == [3.0, 3.0]
-"""
-
-
-def test_with_layer_names_as_strings() -> None:
-    import os
-
-    done = subprocess.run(
-        [sys.executable, "-c", _DEGRADED],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PIECEWORK_LAYERNAME": "0"},
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def test_declaring_operators_imports_no_compiler() -> None:
