@@ -7,9 +7,11 @@ breaks graphs as for any backend; this file is called with each of its graphs.
 from __future__ import annotations
 
 import logging
+import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -32,6 +34,7 @@ class DynamoBackend:
     def __init__(self) -> None:
         self._in_use: weakref.WeakValueDictionary[str, InUse] = weakref.WeakValueDictionary()
         self._seen: Counter[str] = Counter()
+        self._kernels: tempfile.TemporaryDirectory[str] | None = None
         self.__name__ = "piecework"
 
     def __call__(
@@ -50,7 +53,7 @@ class DynamoBackend:
         try:
             chosen = parse_options(options, mode=mode)
             recorder = chosen.recorder or Recorder()
-            source = PieceSource(chosen, recorder, self._in_use)
+            source = PieceSource(chosen, recorder, self._in_use, kernels=self._kernel_directory())
             compiled = compile_graph(module, options=chosen, recorder=recorder, source=source)
         except PieceworkError as error:
             return _raising(error)
@@ -62,7 +65,13 @@ class DynamoBackend:
     def reset(self) -> None:
         """Forget what is in use; torch calls this in `torch._dynamo.reset()`."""
         self._in_use.clear()
+        self._kernels = None
         self._seen.clear()
+
+    def _kernel_directory(self) -> Path:
+        if self._kernels is None:
+            self._kernels = tempfile.TemporaryDirectory(prefix="piecework-kernels-")
+        return Path(self._kernels.name)
 
     def _hint(self, compiled: CompiledGraph, recorder: Recorder) -> None:
         """Say what to do where Dynamo traces the same graph again and again, because a name in it is another."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -42,11 +43,18 @@ class PieceSource:
         options: of the backend.
         recorder: is told counts, seconds and notes.
         in_use: pieces of this process's graphs, by key; added to.
+        kernels: a directory for the kernels that pieces may have in common; added to.
     """
 
     def __init__(
-        self, options: JitOptions, recorder: Recorder, in_use: weakref.WeakValueDictionary[str, InUse]
+        self,
+        options: JitOptions,
+        recorder: Recorder,
+        in_use: weakref.WeakValueDictionary[str, InUse],
+        *,
+        kernels: Path,
     ) -> None:
+        self._kernels = kernels
         self._options = options
         self._recorder = recorder
         self._in_use = in_use
@@ -118,7 +126,9 @@ class PieceSource:
         if eager:
             return JitPiece(plain_module(described), ())
         made = piece_module(described, ranges=ranges)
-        piece = compile_jit(made, described, store=self._store, key=key, report=self._recorder.note)
+        piece = compile_jit(
+            made, described, kernels=self._kernels, store=self._store, key=key, report=self._recorder.note
+        )
         self._applies(piece, described)  # the frame is guarded by what the code relies on
         return piece
 

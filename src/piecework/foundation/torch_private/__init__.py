@@ -47,7 +47,12 @@ from piecework.foundation.torch_private.operators import (
     single_overload,
     storage_key,
 )
-from piecework.foundation.torch_private.standalone import compile_standalone, inductor_settings, load_standalone
+from piecework.foundation.torch_private.standalone import (
+    compile_standalone,
+    inductor_settings,
+    load_standalone,
+    trusted_instructions,
+)
 from piecework.foundation.torch_private.symbolic import Guard, SymbolicSession, size_oblivious
 from piecework.foundation.torch_private.tracing import (
     Tracer,
@@ -106,6 +111,7 @@ __all__ = [
     "stand_in",
     "storage_key",
     "trace",
+    "trusted_instructions",
     "warm_up_inductor",
     "withdraw",
 ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -128,3 +128,71 @@ def nodes_after(graph: torch.fx.Graph, node: torch.fx.Node) -> Iterator[torch.fx
     while following is not graph._root:
         yield following
         following = following.next
+
+
+TORCHS_NAMESPACES: Final = frozenset(
+    {
+        "_c10d_functional",
+        "_c10d_functional_autograd",
+        "_dtensor",
+        "_inductor_test",
+        "_native",
+        "_quantized",
+        "_test",
+        "aten",
+        "c10d",
+        "c10d_functional",
+        "debug_mode_ops",
+        "debugprims",
+        "export",
+        "flex_lib",
+        "fsdp",
+        "higher_order",
+        "inductor",
+        "inductor_prims",
+        "mkl",
+        "mkldnn",
+        "mkldnn_prepacked",
+        "nnapi",
+        "nvprims",
+        "onednn",
+        "onnx",
+        "onnx_symbolic",
+        "prim",
+        "prims",
+        "profiler",
+        "quantization",
+        "quantized",
+        "quantized_decomposed",
+        "rngprims",
+        "rpc",
+        "sparse",
+        "static_runtime",
+        "streams",
+        "symm_mem",
+        "tensorexpr",
+        "torch_attn",
+    }
+)
+"""Namespaces in which torch itself registers operators."""
+
+
+def call_arguments(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of an operator's call by name, defaults included."""
+    given = {a.name: value for a, value in zip(target._schema.arguments, args, strict=False)} | dict(kwargs)
+    return {a.name: given.get(a.name, a.default_value) for a in target._schema.arguments}
+
+
+def arguments_of_call(target: Any, named: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return `args` and `kwargs` of a node that calls an operator, as a trace would write them: without defaults."""
+
+    def left_out(argument: Any) -> bool:
+        value, default = named[argument.name], argument.default_value
+        return bool(argument.has_default_value() and type(value) is type(default) and value == default)
+
+    schema = target._schema.arguments
+    positional = [a for a in schema if not a.kwarg_only]
+    while positional and left_out(positional[-1]):
+        positional.pop()
+    kwargs = {a.name: named[a.name] for a in schema if a.kwarg_only and not left_out(a)}
+    return tuple(named[a.name] for a in positional), kwargs

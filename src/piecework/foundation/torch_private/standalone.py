@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +20,50 @@ from piecework.foundation.environment import with_variable
 Compiled = Callable[..., Sequence[Any]]
 
 
+@dataclass(frozen=True)
+class Standalone:
+    """A compiled piece.
+
+    Attributes:
+        run: what to call.
+        kernels: the names of its kernels' files, without suffix.
+        is_saved: whether `load_standalone` can load the directory.
+    """
+
+    run: Compiled
+    kernels: frozenset[str]
+    is_saved: bool
+
+
 def compile_standalone(
     module: torch.fx.GraphModule, inputs: Sequence[Any], *, directory: Path, options: Mapping[str, Any]
-) -> tuple[Compiled, bool]:
-    """Compile a graph of torch functions in inference mode.
+) -> Standalone:
+    """Compile a graph of aten operators in inference mode.
 
     Args:
         module: its output is a tuple; the output nodes' "example_value" are fake tensors, whose mode is used.
         inputs: a fake tensor, SymInt or stand-in of a reference object per placeholder.
-        directory: an empty directory; what the artifact consists of is left there.
+        directory: what the artifact consists of is left there. Kernels that are there already aren't compiled again.
         options: Inductor config patches.
-
-    Returns the compiled function, and whether `load_standalone` can load the directory.
     """
     import torch._inductor
     from torch._functorch import config as functorch_config
+    from torch._inductor import config
 
     functorch: Any = functorch_config
-    with _own_cache(directory), torch.no_grad(), functorch.patch(enable_autograd_cache=True):
+    with (
+        _own_cache(directory) as kernels,
+        torch.no_grad(),
+        config.patch({**options, "fx_graph_cache": True}),
+        functorch.patch(enable_autograd_cache=True),
+    ):
         artifact: Any = torch._inductor.standalone_compile(
-            module,
-            list(inputs),
-            dynamic_shapes="from_graph",
-            options={"config_patches": {**options, "fx_graph_cache": True}},
+            module, list(inputs), dynamic_shapes="from_graph", options={"config_patches": dict(options)}
         )
-        saveable = bool(artifact.is_saveable()) if hasattr(artifact, "is_saveable") else artifact._artifacts is not None
-        if saveable:
+        saved = bool(artifact.is_saveable()) if hasattr(artifact, "is_saveable") else artifact._artifacts is not None
+        if saved:
             _write_entries(artifact, directory)
-    return artifact._compiled_fn, saveable
+        return Standalone(artifact._compiled_fn, kernels(), saved)
 
 
 def _write_entries(artifact: Any, directory: Path) -> None:
@@ -74,23 +91,45 @@ def load_standalone(directory: Path, *, options: Mapping[str, Any]) -> Compiled:
 
 
 @contextlib.contextmanager
-def _own_cache(directory: Path) -> Iterator[None]:
-    """Let Inductor's files go to `directory`, also those of kernels that this process has loaded before."""
+def _own_cache(directory: Path) -> Iterator[Callable[[], frozenset[str]]]:
+    """Let Inductor's files go to `directory`, also those of kernels that this process has loaded before.
+
+    Yields a function that names the kernels which have been loaded since.
+    """
     import torch._inductor.codecache as inductor_codecache
 
-    codecache: Any = inductor_codecache
-    saved = {}
-    for name in ("CppCodeCache", "CppPythonBindingsCodeCache", "CppWrapperCodeCache"):
-        found = getattr(codecache, name, None)
-        if found is not None and isinstance(getattr(found, "cache", None), dict):
-            saved[name] = dict(found.cache)
-            found.cache.clear()
+    names = ("CppCodeCache", "CppPythonBindingsCodeCache", "CppWrapperCodeCache")
+    caches = {
+        id(c): c for n in names if (c := getattr(getattr(inductor_codecache, n, None), "cache", None)) is not None
+    }
+    saved = {key: dict(cache) for key, cache in caches.items()}
+    for cache in caches.values():
+        cache.clear()
     try:
         with with_variable("TORCHINDUCTOR_CACHE_DIR", str(directory)):
+            yield lambda: frozenset(str(key) for cache in caches.values() for key in cache)
+    finally:
+        for key, content in saved.items():
+            caches[key].update(content)
+
+
+@contextlib.contextmanager
+def trusted_instructions() -> Iterator[None]:
+    """Inside, Inductor believes that the C++ compiler knows the instructions that the CPU has, and doesn't try them.
+
+    Each trial compiles a file and loads it in another process (torch/_inductor/cpu_vec_isa.py, `VecISA.check_build`);
+    `cpp.vec_isa_ok` spares the first one only. What is believed stays so for the process.
+    """
+    from torch._inductor import config, cpu_vec_isa
+
+    known: Any = cpu_vec_isa.VecISA
+    original = known.check_build
+    known.check_build = lambda self, code: True
+    try:
+        with config.patch({"cpp.vec_isa_ok": True}):
             yield
     finally:
-        for name, content in saved.items():
-            getattr(codecache, name).cache.update(content)
+        known.check_build = original
 
 
 def inductor_settings() -> Mapping[str, Any]:
