@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from piecework.errors import (
+    BackwardError,
     BundleError,
     CapacityError,
     CaptureError,
@@ -25,10 +26,13 @@ from piecework.foundation.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from piecework.compiler.api import compile
+    from piecework.compiler.explain import explain
     from piecework.compiler.options import BackendName, CompileOptions
     from piecework.graph.request import Dim
-    from piecework.ops.layer import LayerName, LayerNameType
+    from piecework.ops.forward_context import Batch, ForwardContext, running_context
+    from piecework.ops.layer import LayerName, LayerNameType, encode, resolve
     from piecework.ops.opaque_op import check_ops, opaque_op
+    from piecework.record import Recorder
     from piecework.runtime.loading import load
     from piecework.runtime.model import LoadedModel
     from piecework.store.bundle import Bundle
@@ -37,9 +41,16 @@ _LAZY = {
     "compile": "piecework.compiler.api",
     "BackendName": "piecework.compiler.options",
     "CompileOptions": "piecework.compiler.options",
+    "explain": "piecework.compiler.explain",
     "Dim": "piecework.graph.request",
     "LayerName": "piecework.ops.layer",
     "LayerNameType": "piecework.ops.layer",
+    "resolve": "piecework.ops.layer",
+    "encode": "piecework.ops.layer",
+    "Batch": "piecework.ops.forward_context",
+    "ForwardContext": "piecework.ops.forward_context",
+    "running_context": "piecework.ops.forward_context",
+    "Recorder": "piecework.record",
     "opaque_op": "piecework.ops.opaque_op",
     "check_ops": "piecework.ops.opaque_op",
     "load": "piecework.runtime.loading",
@@ -57,6 +68,8 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "BackendName",
+    "BackwardError",
+    "Batch",
     "Bundle",
     "BundleError",
     "CapacityError",
@@ -65,11 +78,13 @@ __all__ = [
     "CompileOptions",
     "CorruptBundle",
     "Dim",
+    "ForwardContext",
     "LayerName",
     "LayerNameType",
     "LoadedModel",
     "OpError",
     "PieceworkError",
+    "Recorder",
     "RequestError",
     "ShapeContractError",
     "StaleBundle",
@@ -80,6 +95,10 @@ __all__ = [
     "__version__",
     "check_ops",
     "compile",
+    "encode",
+    "explain",
     "load",
     "opaque_op",
+    "resolve",
+    "running_context",
 ]
