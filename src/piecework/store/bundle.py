@@ -18,7 +18,16 @@ from piecework.foundation.environment import read_environment
 from piecework.record import Record
 from piecework.store import archive
 from piecework.store.facts import Fact
-from piecework.store.format import ARCHIVE_SUFFIX, ARTIFACTS, CONSTANTS, MANIFEST, PLAN, RECORD, artifact_digest
+from piecework.store.format import (
+    ARCHIVE_SUFFIX,
+    ARTIFACTS,
+    CONSTANTS,
+    EXPLANATION,
+    MANIFEST,
+    PLAN,
+    RECORD,
+    artifact_digest,
+)
 from piecework.store.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest, corrupt, parse_manifest
 
 _NO_IDENTITY: Final[Mapping[str, object]] = {}
@@ -78,6 +87,13 @@ class Bundle:
             return Record.from_json(self._read_object(RECORD))
         except ValueError as error:
             raise corrupt(RECORD, bundle=str(self.path), found=f"is not as it should be: {error}") from error
+
+    def explanation(self) -> dict[str, Any] | None:
+        """Return what its compile wrote for `piecework explain`, or None where it wrote nothing. Raises CorruptBundle.
+
+        Loading a bundle doesn't need it.
+        """
+        return self._read_object(EXPLANATION) if EXPLANATION in self.manifest.files else None
 
     def artifact_path(self, name: str) -> Path:
         """Return the path of an artifact named "<sha256>.so" or only "<sha256>".
@@ -147,6 +163,7 @@ def write_bundle(
     record: Record,
     constants: bytes | None = None,
     identity: Mapping[str, object] = _NO_IDENTITY,
+    explanation: Mapping[str, object] | None = None,
     extract_root: Path | None = None,
 ) -> Bundle:
     """Write a bundle atomically and open it. A bundle that is there already is replaced.
@@ -159,6 +176,7 @@ def write_bundle(
         record: what happened while compiling.
         constants: the content of constants.safetensors, if the plan has literals.
         identity: what the bundle is of, as JSON.
+        explanation: the content of explain.json, for `piecework explain`.
         extract_root: as for `open_bundle`.
 
     Raises StoreError where `path` can't be written or holds something that is no bundle.
@@ -177,6 +195,7 @@ def write_bundle(
                 record=record,
                 constants=constants,
                 identity=identity,
+                explanation=explanation,
             )
             if place.suffix == ARCHIVE_SUFFIX:
                 packed = directory / place.name
@@ -198,6 +217,7 @@ def build_directory(
     record: Record,
     constants: bytes | None = None,
     identity: Mapping[str, object] = _NO_IDENTITY,
+    explanation: Mapping[str, object] | None = None,
 ) -> Manifest:
     """Write the directory form of a bundle into a new `directory`, not atomically; arguments as `write_bundle`.
 
@@ -212,6 +232,7 @@ def build_directory(
         if artifact_digest(name) != entries[f"{ARTIFACTS}/{name}"].sha256:
             raise InternalError(f"the artifact {name} is not named by its content's digest")
     contents = {PLAN: canonical_json(plan), RECORD: canonical_json(record.to_json()), CONSTANTS: constants}
+    contents[EXPLANATION] = None if explanation is None else canonical_json(explanation)
     for name, data in contents.items():
         if data is not None:
             (directory / name).write_bytes(data)

@@ -74,6 +74,7 @@ class BundleContent:
     record: Record
     constants: bytes | None = None
     identity: Mapping[str, object] | None = None
+    explanation: Mapping[str, object] | None = None
 
 
 class Store(ABC):
@@ -220,6 +221,7 @@ def build_content(directory: Path, *, content: BundleContent) -> None:
         record=content.record,
         constants=content.constants,
         identity=content.identity or {},
+        explanation=content.explanation,
     )
 
 
