@@ -34,6 +34,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "compile": "compile a model's different pieces into a bundle",
     "generate": "continue a prompt, from a stored bundle or after compiling one",
     "inspect": "show what a bundle contains and check its digests",
+    "explain": "say which layers share their pieces, and why others don't",
     "bench": "measure start-up and steps, beside other systems",
     "doctor": "say what of this machine is missing or slow, with the fix",
     "demo": "compile the model that ships with piecework, and start it again warm",

@@ -70,7 +70,7 @@ def compile(
     environment = read_environment()
     store = DirectoryStore(environment.store_root)
     target = read_target()
-    request, arguments = _request(
+    request, arguments = module_request(
         module, example_args, example_kwargs or {}, dynamic=dynamic or {}, opaque=opaque, states=states or {}
     )
     with (
@@ -103,11 +103,12 @@ def compile(
             record=content.record,
             constants=content.constants,
             identity=content.identity or {},
+            explanation=content.explanation,
             extract_root=environment.store_root,
         )
 
 
-def _request(
+def module_request(
     module: nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],

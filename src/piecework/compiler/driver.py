@@ -8,6 +8,7 @@ from typing import Any
 
 from piecework.compiler.artifacts import OnProgress, compile_artifacts
 from piecework.compiler.backends import Backend
+from piecework.compiler.explanations import explain_pieces
 from piecework.compiler.options import CompileOptions, packed_dtypes
 from piecework.compiler.planning import Deduplicated, deduplicate, make_plan
 from piecework.foundation.process import garbage_collection_off
@@ -65,7 +66,7 @@ def compile_request(
             captured = capture(request)
         with recorder.phase("split"):
             steps = split(captured)
-            primary = _primary_symbol(captured)
+            primary = primary_symbol(captured)
             pieces = deduplicate(
                 steps,
                 primary=primary,
@@ -88,6 +89,7 @@ def compile_request(
     with recorder.phase("plan"):
         ranges = [[ShapeRange(lo, hi, artifact.name) for (lo, hi), artifact in forms.items()] for forms in artifacts]
         plan = make_plan(captured, steps, pieces, artifacts=ranges, arguments=arguments)
+        explanation = explain_pieces(captured, steps, pieces, primary=primary)
         all_facts = (
             *environment_facts(target=target),
             *option_facts(options.facts()),
@@ -102,11 +104,13 @@ def compile_request(
         record=recorder.finish(),
         constants=_literals(captured),
         identity=identity or {},
+        explanation=explanation.to_json(),
     )
     return Sealed(content, plan)
 
 
-def _primary_symbol(captured: CapturedGraph) -> str:
+def primary_symbol(captured: CapturedGraph) -> str:
+    """Return the graph's symbol for the first declared size, or "" where there is none."""
     first = next(iter(captured.request.sizes), None)
     return next((symbol for symbol, name in captured.size_names.items() if name == first), "")
 

@@ -116,6 +116,7 @@ def compile_model(
                     record=content.record,
                     constants=content.constants,
                     identity=content.identity or {},
+                    explanation=content.explanation,
                 ),
                 cached=False,
             )

@@ -1,0 +1,74 @@
+"""What a bundle holds for `piecework explain`: the programs of its unique pieces, with source lines.
+
+Nothing of it reaches a fingerprint, a key, a fact or generated code. Its size doesn't depend on the number of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from piecework.compiler.planning import Deduplicated
+from piecework.foundation.torch_private import operator_arguments, operator_of
+from piecework.graph.capture import CapturedGraph
+from piecework.graph.encode import target_name
+from piecework.graph.locations import locations_of
+from piecework.graph.split import OpaqueCall, Piece, Step
+from piecework.report.differences import Listing
+from piecework.report.subject import Explanation
+
+
+def explain_pieces(
+    captured: CapturedGraph, steps: Sequence[Step], pieces: Deduplicated, *, primary: str
+) -> Explanation:
+    """Return the explanation of a captured graph's unique pieces and opaque ops.
+
+    Args:
+        captured: the graph.
+        steps: it in steps.
+        pieces: the steps' unique pieces.
+        primary: as for `deduplicate`.
+    """
+    first: dict[int, Piece] = {}
+    for number, index in pieces.index_of.items():
+        step = steps[number]
+        if index not in first and isinstance(step, Piece):
+            first[index] = step
+    listings = [
+        Listing(
+            program=piece.program,
+            locations=tuple(locations_of(piece.origins)),
+            sizes={new: captured.size_names[old] for old, new in piece.symbols.items()},
+            arguments=_argument_names(node.target for node in piece.origins),
+            primary=piece.symbols.get(primary, ""),
+        )
+        for piece in (first[index] for index in range(len(pieces.unique)))
+    ]
+    ops: dict[Any, list[torch.fx.Node]] = {}
+    for step in steps:
+        if isinstance(step, OpaqueCall):
+            ops.setdefault(step.node.target, []).append(step.node)
+    names = {target: _op_name(target) for target in ops}
+    arguments = {target: [a.name for a in operator_arguments(target)] for target in ops}
+    return Explanation(
+        listings=tuple(listings),
+        op_arguments={names[target]: arguments[target] for target in ops},
+        op_locations={names[target]: _distinct(locations_of(nodes)) for target, nodes in ops.items()},
+    )
+
+
+def _distinct(locations: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(filter(None, locations)))
+
+
+def _argument_names(targets: Any) -> dict[str, list[str]]:
+    known = {target for target in targets if operator_of(target) is not None}
+    return {target_name(target): [a.name for a in operator_arguments(target)] for target in known}
+
+
+def _op_name(target: object) -> str:
+    found = operator_of(target)
+    assert found is not None
+    return f"{found.name}.{found.overload}"
