@@ -12,9 +12,11 @@ import torch
 from piecework.errors import CaptureError, InternalError
 from piecework.foundation.torch_private import operator_of
 from piecework.graph.capture import CapturedGraph, InputKind
+from piecework.graph.encode import encode_torch_type
 from piecework.graph.request import TensorInput
 from piecework.graph.split import OpaqueCall, Piece, Step
-from piecework.ops.program import Program
+from piecework.ops.layer import LayerName
+from piecework.ops.program import Program, encode_float
 from piecework.passes.pack_linear import PACKING
 from piecework.store.plan import (
     Instance,
@@ -222,10 +224,18 @@ class _Planner:
             return {"slot": self._slot(value)}
         if isinstance(value, (list, tuple)):
             return {"list": [self._op_argument(v) for v in value]}
-        if value is None or isinstance(value, (bool, int, float, str)):
+        if isinstance(value, LayerName):
+            return {"layer": value.value}
+        if value is None or isinstance(value, (bool, int, str)):
             return {"const": value}
+        if isinstance(value, float):
+            encoded = encode_float(value)
+            return {"const": value} if encoded == value else encoded
+        encoded = encode_torch_type(value)
+        if encoded is not None:
+            return encoded
         raise CaptureError(
-            asked="opaque ops whose arguments are tensors, numbers and strings",
+            asked="opaque ops whose arguments are tensors, numbers, strings, layers' names and torch's own types",
             found=f"an argument of type {type(value).__name__}",
             try_="pass it as a string or number, or resolve it inside the op",
         )

@@ -7,15 +7,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import sys
-import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,11 +19,14 @@ from torch import nn
 
 from piecework.errors import CaptureError, PieceworkError, ShapeContractError
 from piecework.foundation import torch_private
+from piecework.graph.cuts import is_opaque
 from piecework.graph.locations import KeepLines, note_lines
 from piecework.graph.request import CaptureRequest, SizeInput, TensorInput
+from piecework.graph.sources import class_files, is_users, ran_files
 from piecework.graph.structure import Structure, flatten
 from piecework.graph.templates import StackCounts, stamping
 from piecework.graph.tensors import NamedTensors
+from piecework.ops.layer import LayerName
 from piecework.ops.linear import KeepLinear
 
 
@@ -79,7 +78,7 @@ def capture(request: CaptureRequest, *, templates: bool = True) -> CapturedGraph
     Raises CaptureError where the module can't be traced as one graph, ShapeContractError where the trace holds for a
     part of a declared range only.
     """
-    session = torch_private.SymbolicSession(is_users=_is_users)
+    session = torch_private.SymbolicSession(is_users=is_users)
     sizes = {
         n: session.size(n, low=d.min, high=d.max, hint=_hint(d.min, d.max, d.hint)) for n, d in request.sizes.items()
     }
@@ -89,7 +88,7 @@ def capture(request: CaptureRequest, *, templates: bool = True) -> CapturedGraph
     )
     result: dict[str, Structure] = {}
     counts = StackCounts()
-    sources = _class_files(request.module)
+    sources = class_files(request.module)
     with contextlib.ExitStack() as stack:
         stack.callback(tensors.restore)
         stack.enter_context(torch.no_grad())
@@ -103,13 +102,14 @@ def capture(request: CaptureRequest, *, templates: bool = True) -> CapturedGraph
             tracer = torch_private.current_tracer()
             assert tracer is not None
             tensors.begin(tracer)
-            note_lines(tracer, is_users=_is_users)
+            tracer.keep(LayerName)
+            note_lines(tracer, is_users=is_users)
             tensors.swap(m for m in request.module.modules() if m not in blocks)
             named = {i.name: v for i, v in zip(request.inputs, values, strict=True)}
             out, result["structure"] = flatten(request.call(request.module, named))
             return out
 
-        stack.enter_context(_ran_files(sources))
+        stack.enter_context(ran_files(sources))
         stack.enter_context(session.fake_mode)
         stack.enter_context(KeepLinear())
         traced = torch_private.trace(forward, arguments)
@@ -187,83 +187,12 @@ def _functionalized(
         env = dict(zip([*own, *(tensors.nodes[n] for n in names)], values, strict=True))
         tracer = torch_private.current_tracer()
         assert tracer is not None
+        tracer.keep(LayerName)
         return KeepLines(module, tracer=tracer).run(*(env[n] for n in order))
 
     flat = [*arguments, *(tensors.fresh_fake(n) for n in names)]
     made = torch_private.trace(torch_private.functionalized(run), flat).graph
     return made, [n for n in made.nodes if n.op == "placeholder"]
-
-
-_IMPORT_SYSTEM = "<frozen importlib"
-_STDLIB = {Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("platstdlib"))}
-_TOOLS = frozenset(
-    [
-        "piecework",
-        "torch",
-        "torchgen",
-        "functorch",
-        "_distutils_hack",
-        "sympy",
-        "mpmath",
-        "networkx",
-        "numpy",
-        "filelock",
-        "fsspec",
-        "jinja2",
-        "typing_extensions",
-    ]
-)
-"""Packages whose code runs in every trace and whose versions are facts of their own (or don't matter)."""
-
-
-def _is_users(filename: str) -> bool:
-    """Whether `filename` holds code of the model: not torch's, ours, the tools' or the standard library's."""
-    if filename.startswith("<") or not filename.endswith(".py"):
-        return False
-    parts = Path(filename).parts
-    if "site-packages" in parts:
-        return parts[parts.index("site-packages") + 1].removesuffix(".py") not in _TOOLS
-    path = Path(filename)
-    ours = path.is_relative_to(Path(__file__).parents[1])
-    return (
-        not ours
-        and not any(path.is_relative_to(root) for root in _STDLIB)
-        and not ("torch" in parts and path.is_relative_to(Path(torch.__file__).parent))
-    )
-
-
-@contextlib.contextmanager
-def _ran_files(found: set[Path]) -> Iterator[None]:
-    """Collect into `found` the files, outside torch and the standard library, whose functions ran in this thread.
-
-    What import hooks call (a test runner's, say) is not the model's code. A profiler that is already active is left
-    alone; then only the files of the modules' classes are known (`_class_files`).
-    """
-    if sys.getprofile() is not None:
-        yield
-        return
-    names: set[str] = {str(path) for path in found}
-    is_users = functools.cache(_is_users)
-
-    def see(frame: FrameType, event: str, _arg: object) -> None:
-        name = frame.f_code.co_filename
-        if event != "call" or name in names or not is_users(name):
-            return
-        caller = frame.f_back.f_code.co_filename if frame.f_back is not None else ""
-        if caller in names or not (is_users(caller) or caller.startswith(_IMPORT_SYSTEM)):
-            names.add(name)
-
-    sys.setprofile(see)
-    try:
-        yield
-    finally:
-        sys.setprofile(None)
-        found.update(Path(name) for name in names)
-
-
-def _class_files(module: nn.Module) -> set[Path]:
-    names = {getattr(sys.modules.get(type(m).__module__), "__file__", None) for m in module.modules()}
-    return {Path(n) for n in names if n is not None and _is_users(n)}
 
 
 @contextlib.contextmanager
@@ -293,7 +222,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _user_line(error: BaseException) -> str:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_users(f.filename)]
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
 
 
@@ -309,8 +238,8 @@ def _check_contract(session: torch_private.SymbolicSession, *, what: str) -> Non
 
 
 def _mutates(graph: torch.fx.Graph, *, opaque: frozenset[str]) -> bool:
-    operators = [torch_private.operator_of(n.target) for n in graph.nodes if n.op == "call_function"]
-    return any(o is not None and o.mutates and o.name not in opaque for o in operators)
+    calls = [n for n in graph.nodes if n.op == "call_function" and not is_opaque(n, opaque)]
+    return any(o is not None and o.mutates for o in (torch_private.operator_of(n.target) for n in calls))
 
 
 def _adopt_constants(traced: torch.fx.GraphModule, *, tensors: NamedTensors) -> None:
@@ -338,12 +267,6 @@ def _refuse_changes(names: Iterable[str]) -> None:
             found=f"it changes {name}, which outlives the call",
             try_="return the new value instead, or change it inside an opaque op and declare it as a state",
         )
-
-
-def is_opaque(node: torch.fx.Node, opaque: frozenset[str]) -> bool:
-    """Whether `node` calls an operator at which the graph is cut."""
-    operator = torch_private.operator_of(node.target)
-    return operator is not None and operator.name in opaque
 
 
 def _canonicalize(graph: torch.fx.Graph, *, opaque: frozenset[str]) -> None:

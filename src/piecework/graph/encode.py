@@ -81,14 +81,9 @@ class ProgramBuilder:
             return encode_float(value)
         if value is None or isinstance(value, (bool, int, str)):
             return value
-        if isinstance(value, torch.dtype):
-            return {"dtype": str(value).removeprefix("torch.")}
-        if isinstance(value, torch.device):
-            return {"device": value.type}
-        if isinstance(value, torch.layout):
-            return {"layout": str(value).removeprefix("torch.")}
-        if isinstance(value, torch.memory_format):
-            return {"memory_format": str(value).removeprefix("torch.")}
+        encoded = encode_torch_type(value)
+        if encoded is not None:
+            return encoded
         raise CaptureError(
             asked="operators whose arguments are tensors, numbers, strings and torch's own types",
             found=f"an argument of type {type(value).__name__}: {value!r}"[:200],
@@ -178,6 +173,19 @@ class ProgramBuilder:
 
     def _symbol(self, name: str) -> str:
         return self._symbols.setdefault(name, f"s{len(self._symbols)}")
+
+
+def encode_torch_type(value: object) -> dict[str, str] | None:
+    """Return a dtype, device, layout or memory format as JSON, None for anything else."""
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": value.type}
+    if isinstance(value, torch.layout):
+        return {"layout": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.memory_format):
+        return {"memory_format": str(value).removeprefix("torch.")}
+    return None
 
 
 def target_name(target: Any) -> str:

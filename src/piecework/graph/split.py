@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from piecework.graph.capture import CapturedGraph, InputKind, is_opaque
+from piecework.graph.capture import CapturedGraph, InputKind
+from piecework.graph.cuts import is_opaque
 from piecework.graph.encode import ProgramBuilder
 from piecework.ops.program import Program
 

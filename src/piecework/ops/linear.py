@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-_NAME = "piecework::linear"
+LINEAR_OP = "piecework::linear"
 _library = torch.library.Library("piecework", "FRAGMENT")
 
 
@@ -27,7 +27,7 @@ def _linear_fake(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 if not hasattr(torch.ops.piecework, "linear"):
     _library.define("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor")
     _library.impl("linear", linear_native, "CompositeExplicitAutograd")
-    torch.library.register_fake(_NAME, _linear_fake, lib=_library)
+    torch.library.register_fake(LINEAR_OP, _linear_fake, lib=_library)
 
 
 class KeepLinear(TorchFunctionMode):

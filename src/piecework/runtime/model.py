@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from piecework.errors import CapacityError, InternalError, RequestError, ShapeContractError
+from piecework.ops.layer import LayerName
 from piecework.ops.opaque import implementation
+from piecework.ops.resolve import decode
 from piecework.record import Record
 from piecework.runtime.structure import match, unflatten
 from piecework.store.plan import OpStep, PieceStep, Plan, PlanInput, size_expression
@@ -46,6 +48,7 @@ class LoadedModel:
         self.record = record
         self._constants = constants  # instances hold bare pointers to these
         self._owned = owned
+        self._layers: dict[str, LayerName] = {}
         self._states: list[torch.Tensor] | None = None if plan.states else []
         self._forms = forms
         self._programs: list[tuple[int, int, list[Any]]] = []
@@ -171,12 +174,12 @@ class LoadedModel:
         from_slots: list[tuple[int, int]] = []
         from_sizes: list[tuple[int, Callable[[Mapping[str, int]], int]]] = []
         for position, argument in enumerate([*step.args, *step.kwargs.values()]):
-            fixed.append(self._fixed(argument))
+            fixed.append(None if _varies(argument) else self._fixed(argument))
             if "slot" in argument:
                 from_slots.append((position, argument["slot"]))
             elif "size" in argument:
                 from_sizes.append((position, size_expression(argument["size"])))
-            elif "list" in argument and any("slot" in a for a in argument["list"]):
+            elif "list" in argument and _varies(argument):
                 return self._op_with_lists(step, function)
         names = tuple(step.kwargs)
         outputs = step.outputs
@@ -204,7 +207,7 @@ class LoadedModel:
     def _op_with_lists(
         self, step: OpStep, function: Callable[..., Any]
     ) -> Callable[[list[Any], Mapping[str, int]], None]:
-        """Like `_op`, for the rare ops that take lists of tensors."""
+        """Like `_op`, for the rare ops that take lists of tensors or sizes."""
 
         def resolve(argument: Mapping[str, Any], slots: list[Any], sizes: Mapping[str, int]) -> Any:
             if "slot" in argument:
@@ -233,7 +236,9 @@ class LoadedModel:
             return self._constants[argument["recipe"]]
         if "list" in argument:
             return [self._fixed(a) for a in argument["list"]]
-        return argument.get("const")
+        if "layer" in argument:
+            return self._layers.setdefault(argument["layer"], LayerName(argument["layer"]))
+        return argument["const"] if "const" in argument else decode(argument, _no_reference)
 
     def _sizes(self, values: Sequence[Any]) -> dict[str, int]:
         sizes: dict[str, int] = {}
@@ -290,6 +295,15 @@ class LoadedModel:
                 found=f"the bundle was compiled for {low} to {high}",
                 try_="split the input, or compile for a larger range",
             )
+
+
+def _varies(argument: Mapping[str, Any]) -> bool:
+    """Whether an op's argument differs from call to call."""
+    return "slot" in argument or "size" in argument or any(_varies(a) for a in argument.get("list", ()))
+
+
+def _no_reference(kind: str, index: int) -> Any:
+    raise InternalError(f"a plan step with an argument of kind {kind!r}")
 
 
 def _piece_call(step: PieceStep, run: Run) -> Callable[[list[Any], Mapping[str, int]], None]:

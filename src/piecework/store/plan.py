@@ -90,7 +90,8 @@ class PieceStep:
 class OpStep:
     """Call an opaque op.
 
-    An argument is {"slot": i}, {"state": i}, {"recipe": i}, {"size": expression}, {"const": v} or {"list": arguments}.
+    An argument is {"slot": i}, {"state": i}, {"recipe": i}, {"size": expression}, {"layer": name}, {"const": v},
+    {"list": arguments}, or a float, dtype, device, layout or memory format as in programs (ops/resolve.py).
     """
 
     op: str

@@ -34,8 +34,11 @@ from piecework.foundation.torch_private.opaque import (
     stand_in,
 )
 from piecework.foundation.torch_private.operators import (
+    TORCHS_NAMESPACES,
     Argument,
     Operator,
+    arguments_of_call,
+    call_arguments,
     function_name,
     last_node,
     nodes_after,
@@ -64,6 +67,7 @@ from piecework.foundation.torch_private.tracing import (
 )
 
 __all__ = [
+    "TORCHS_NAMESPACES",
     "Argument",
     "Guard",
     "Operator",
@@ -71,9 +75,11 @@ __all__ = [
     "SymbolicSession",
     "Tracer",
     "aoti_interface_source",
+    "arguments_of_call",
     "attach_declaration",
     "attached_declaration",
     "bind_constants",
+    "call_arguments",
     "compile_aoti",
     "compile_standalone",
     "cuda_graph_unsafe_tags",

@@ -45,6 +45,11 @@ class Tracer:
         else:
             proxy_tensor.set_proxy_slot(tensor, self.tracer, proxy_tensor._ProxyTensor(proxy, None))
 
+    def keep(self, cls: type) -> None:
+        """Let objects of a class be arguments of nodes as they are; torch would make them attributes of its root."""
+        create_arg = self.tracer.create_arg
+        self.tracer.create_arg = lambda value: value if isinstance(value, cls) else create_arg(value)
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Run a block whose operations are not traced."""
