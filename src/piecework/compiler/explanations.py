@@ -16,7 +16,7 @@ from piecework.graph.capture import CapturedGraph
 from piecework.graph.encode import target_name
 from piecework.graph.locations import locations_of
 from piecework.graph.split import OpaqueCall, Piece, Step
-from piecework.report.differences import Listing
+from piecework.report.listing import Listing
 from piecework.report.subject import Explanation
 
 

@@ -6,48 +6,21 @@ with the source line that it comes from. Knows programs and nothing of bundles o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from piecework.ops.program import Call, Dim, Program, TensorSpec, constant_name
-
-_SYMBOL = re.compile(r"\bs\d+\b")
-_TAGS = ("dtype", "device", "layout", "memory_format", "float")
-
-
-@dataclass(frozen=True)
-class Listing:
-    """A program with the names of what it is about. Everything but the program is for people and may be empty.
-
-    Args:
-        program: the piece.
-        locations: where each call comes from, "package/file.py:12" or "".
-        names: of the constants, such as "model.layers.3.mlp.up_proj.weight".
-        sizes: the program's symbols → the declared sizes' names.
-        arguments: names of the operators' arguments, in order, by the operators' names in the program.
-        primary: the symbol of the size that chooses among the piece's artifacts, or "".
-    """
-
-    program: Program
-    locations: Sequence[str] = ()
-    names: Sequence[str] = ()
-    sizes: Mapping[str, str] = field(default_factory=dict)
-    arguments: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    primary: str = ""
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Listing:
-        """Read a program's JSON that may have the other fields beside it. Raises KeyError, TypeError, ValueError."""
-        return Listing(
-            program=Program.from_json(data),
-            locations=tuple(data.get("locations", ())),
-            names=tuple(data.get("names", ())),
-            sizes=dict(data.get("sizes", {})),
-            arguments=dict(data.get("arguments", {})),
-            primary=data.get("primary", ""),
-        )
+from piecework.ops.program import Call, TensorSpec
+from piecework.report.listing import (
+    Absent,
+    Listing,
+    argument_label,
+    reference_kind,
+    show_constant,
+    show_dims,
+    show_operator,
+    show_value,
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +68,7 @@ def find_difference(a: Listing, b: Listing) -> Difference | None:
         extra = more.program.calls[min(calls)]
         at, places = _at(a, b, min(calls))
         same = f"the first {min(calls)} are the same, then comes" if min(calls) else "the first is"
-        return Difference(f"{counts}{same} {_operator(extra)} in the {which}{at}", min(calls) + 1, places)
+        return Difference(f"{counts}{same} {show_operator(extra)} in the {which}{at}", min(calls) + 1, places)
     text = _outside_of_calls(a, b)
     return None if text is None else Difference(text)
 
@@ -111,7 +84,7 @@ class _Walk:
     def difference(self) -> str | None:
         mine, theirs = self._calls
         if mine.target != theirs.target:
-            return f"call {self._number + 1}: {_against(_operator(mine), _operator(theirs))}"
+            return f"call {self._number + 1}: {_against(show_operator(mine), show_operator(theirs))}"
         for label, x, y in _paired_arguments(mine, theirs, names=self._a.arguments.get(mine.target, ())):
             found = self._value(x, y, label=label)
             if found is not None:
@@ -124,15 +97,15 @@ class _Walk:
             return next((text for text in found if text is not None), None)
         if _same(x, y):
             return self._tensor(x) if isinstance(x, Mapping) else None
-        where = f"{label} of {_operator(self._calls[0])}"
-        if _reference(x) or _reference(y) or isinstance(x, _Absent) or isinstance(y, _Absent):
-            mine, theirs = _show(x, self._a), _show(y, self._b)
+        where = f"{label} of {show_operator(self._calls[0])}"
+        if reference_kind(x) or reference_kind(y) or isinstance(x, Absent) or isinstance(y, Absent):
+            mine, theirs = show_value(x, self._a), show_value(y, self._b)
             return f"call {self._number + 1}: {where} is {_against(mine, theirs)}"
-        return f"constant {_against(_show(x, self._a), _show(y, self._b))} in {where}"
+        return f"constant {_against(show_value(x, self._a), show_value(y, self._b))} in {where}"
 
     def _tensor(self, reference: Mapping[str, Any]) -> str | None:
         """Compare the tensors that an equal reference stands for."""
-        kind = _reference(reference)
+        kind = reference_kind(reference)
         if kind not in ("c", "i"):
             return None
         index = reference[kind]
@@ -140,72 +113,29 @@ class _Walk:
         difference = _spec_difference(specs[0], specs[1], a=self._a, b=self._b)
         if difference is None:
             return None
-        name = _constant(index, self._a, self._b) if kind == "c" else f"input {index + 1}"
-        return f"{difference} of {name} used by {_operator(self._calls[0])}"
+        name = show_constant(index, self._a, self._b) if kind == "c" else f"input {index + 1}"
+        return f"{difference} of {name} used by {show_operator(self._calls[0])}"
 
 
 def _paired_arguments(mine: Call, theirs: Call, *, names: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
     """Yield every argument of two calls of one operator: its label, and both values."""
     for index in range(max(len(mine.args), len(theirs.args))):
-        x, y = (call.args[index] if index < len(call.args) else _Absent() for call in (mine, theirs))
+        x, y = (call.args[index] if index < len(call.args) else Absent() for call in (mine, theirs))
         yield argument_label(index, names=names), x, y
     for name in [*mine.kwargs, *(n for n in theirs.kwargs if n not in mine.kwargs)]:
-        yield f"argument {name}", mine.kwargs.get(name, _Absent()), theirs.kwargs.get(name, _Absent())
-
-
-def argument_label(index: int, *, names: Sequence[str]) -> str:
-    """Return "argument 2 (eps)" for the index 1, without the name where it isn't known."""
-    return f"argument {index + 1}" + (f" ({names[index]})" if index < len(names) else "")
-
-
-class _Absent:
-    """An argument that is not given."""
+        yield f"argument {name}", mine.kwargs.get(name, Absent()), theirs.kwargs.get(name, Absent())
 
 
 def _same(x: Any, y: Any) -> bool:
-    # 1 == True == 1.0 in Python, but not in a program
-    return type(x) is type(y) and bool(x == y)
-
-
-def _reference(value: Any) -> str:
-    """Return which kind of value an argument refers to, "n", "i" or "c", or "" where it is none."""
-    return next((kind for kind in ("n", "i", "c") if kind in value), "") if isinstance(value, Mapping) else ""
-
-
-def _show(value: Any, listing: Listing) -> str:
-    kind = _reference(value)
-    if kind == "n":
-        return f"the result of call {value['n'] + 1} ({_operator(listing.program.calls[value['n']])})"
-    if kind == "i":
-        return f"input {value['i'] + 1}"
-    if kind == "c":
-        return _constant(value["c"], listing, listing)
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_show(item, listing) for item in value)}]"
-    if isinstance(value, Mapping):
-        return next((str(value[tag]) for tag in _TAGS if tag in value), str(dict(value)))
-    return "not given" if isinstance(value, _Absent) else repr(value)
-
-
-def _constant(index: int, a: Listing, b: Listing) -> str:
-    names = [listing.names[index] for listing in (a, b) if index < len(listing.names)]
-    return f"constant {constant_name(index)}" + (f" ({join_names(names[0], names[-1])})" if names else "")
-
-
-def join_names(a: str, b: str) -> str:
-    """Write two names as one where they differ in numbers only: "layers.{1,3}.up"."""
-    mine, theirs = a.split("."), b.split(".")
-    pairs = list(zip(mine, theirs, strict=False))
-    if len(mine) != len(theirs) or any(x != y and not (x.isdigit() and y.isdigit()) for x, y in pairs):
-        return f"{a} against {b}"
-    return ".".join(x if x == y else f"{{{x},{y}}}" for x, y in pairs)
+    # 1 == True == 1.0 and 0.0 == -0.0 in Python, but not in a program
+    return type(x) is type(y) and (repr(x) == repr(y) if isinstance(x, float) else bool(x == y))
 
 
 def _spec_difference(x: TensorSpec, y: TensorSpec, *, a: Listing, b: Listing) -> str | None:
     for what, mine, theirs in (("shape", x.shape, y.shape), ("stride", x.stride, y.stride)):
         if mine != theirs:
-            named = _dims(mine, a.sizes), _dims(theirs, b.sizes)
-            raw = _dims(mine, {}), _dims(theirs, {})
+            named = show_dims(mine, a.sizes), show_dims(theirs, b.sizes)
+            raw = show_dims(mine, {}), show_dims(theirs, {})
             return f"{what} {_against(*(named if named[0] != named[1] else raw))}"
     for what, is_, other in (("dtype", x.dtype, y.dtype), ("device", x.device, y.device)):
         if is_ != other:
@@ -215,11 +145,6 @@ def _spec_difference(x: TensorSpec, y: TensorSpec, *, a: Listing, b: Listing) ->
     return None
 
 
-def _dims(dims: Sequence[Dim], sizes: Mapping[str, str]) -> str:
-    texts = (_SYMBOL.sub(lambda m: sizes.get(m.group(0), m.group(0)), str(dim)) for dim in dims)
-    return f"[{', '.join(texts)}]"
-
-
 def _outside_of_calls(a: Listing, b: Listing) -> str | None:
     """Compare what no call shows: results, sizes, and tensors that only carry a size."""
     p, q = a.program, b.program
@@ -227,7 +152,7 @@ def _outside_of_calls(a: Listing, b: Listing) -> str | None:
         return f"different number of results: {_against(len(p.outputs), len(q.outputs))}"
     for number, (x, y) in enumerate(zip(p.outputs, q.outputs, strict=True)):
         if not _same(x, y):
-            return f"result {number + 1} is {_against(_show(x, a), _show(y, b))}"
+            return f"result {number + 1} is {_against(show_value(x, a), show_value(y, b))}"
     if len(p.inputs) != len(q.inputs):
         return f"different number of inputs: {_against(len(p.inputs), len(q.inputs))}"
     for number, (given, other) in enumerate(zip(p.inputs, q.inputs, strict=True)):
@@ -241,15 +166,6 @@ def _outside_of_calls(a: Listing, b: Listing) -> str | None:
         mine, theirs = named if named[0] != named[1] else (a.primary, b.primary)
         return f"the size that chooses the artifact is {_against(mine, theirs)}"
     return None if p == q else "the order of their sizes or constants"
-
-
-def _operator(call: Call) -> str:
-    return short_operator(call.target)
-
-
-def short_operator(target: str) -> str:
-    """Return an operator's name without the overload that most have: "aten.linear", but "aten.add.Tensor"."""
-    return target.removesuffix(".default")
 
 
 def _against(x: object, y: object) -> str:

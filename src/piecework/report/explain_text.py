@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from piecework.report.differences import short_operator
 from piecework.report.layers import spell_numbers
 from piecework.report.lifting import OpLifting
+from piecework.report.listing import short_operator
 from piecework.report.pairs import PairedOp, PairedPiece, PairReport
 from piecework.report.sharing import LayerGroup, PieceDifference, PieceSharing, StackSharing
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from piecework.foundation.digests import canonical_json
-from piecework.report.differences import argument_label
 from piecework.report.layers import op_arguments
+from piecework.report.listing import argument_label
 from piecework.report.subject import Subject
 from piecework.store.plan import OpStep, PieceStep, Plan
 
-KINDS: Final[Mapping[str, str]] = {"layer": "layer name", "const": "constant", "state": "state", "recipe": "weight"}
+_KINDS: Final[Mapping[str, str]] = {"layer": "layer name", "state": "state", "recipe": "weight"}
+_COMPUTED: Final = frozenset({"slot", "size", "list"})
 _TORCHS: Final = frozenset({"aten", "prims", "prim", "mkldnn", "quantized", "operator", "torch", "math"})
 
 
@@ -114,7 +115,7 @@ def show_argument(plan: Plan, value: Mapping[str, Any]) -> str:
 
 def is_bound(value: Any) -> bool:
     """Whether an argument is bound when the bundle is loaded, and not computed or passed from call to call."""
-    return isinstance(value, Mapping) and any(kind in value for kind in KINDS)
+    return isinstance(value, Mapping) and not _COMPUTED & set(value)
 
 
 def _lifted(plan: Plan, calls: Sequence[OpStep], *, names: Sequence[str]) -> Iterator[LiftedArgument]:
@@ -124,7 +125,7 @@ def _lifted(plan: Plan, calls: Sequence[OpStep], *, names: Sequence[str]) -> Ite
         if len(values) < 2 and not any("layer" in value for value in values.values()):
             continue
         shown = [show_argument(plan, value) for value in values.values()]
-        kind = next(word for tag, word in KINDS.items() if tag in next(iter(values.values())))
+        kind = next((word for tag, word in _KINDS.items() if tag in next(iter(values.values()))), "constant")
         yield LiftedArgument(label_of(key, names=names), kind, len(values), tuple(shown[:2]))
 
 

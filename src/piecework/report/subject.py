@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from piecework.report.differences import Difference, Listing, find_difference, join_names
+from piecework.report.differences import Difference, find_difference
+from piecework.report.listing import Listing, join_names
 from piecework.store.plan import Instance, PieceStep, Plan, Recipe
 
 VERSION: Final = 1
@@ -119,7 +120,7 @@ class Subject:
             replace(self.explanation.listings[i.piece], names=[self.plan.recipes[c].name for c in i.constants])
             for i in (mine, theirs)
         ]
-        return find_difference(listings[0], listings[1])
+        return find_difference(listings[0], listings[1]) or Difference("nothing that their programs show")
 
 
 def piece_letter(index: int) -> str:

@@ -262,3 +262,21 @@ def test_bad_targets(tmp_path: Path) -> None:
         piecework.explain(model())
     with pytest.raises(CaptureError, match="with example arguments"):
         piecework.explain(tmp_path, (torch.zeros(1),))
+
+
+class InPlace(Block):
+    """Changes its own intermediate results, so that the graph is traced a second time."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y.add_(self.norm(x).relu_() if self.act is nn.functional.gelu else self.norm(x).neg_())
+
+
+def test_source_lines_of_operators_in_place() -> None:
+    report = explained(Model([InPlace(i, act=nn.functional.gelu if i == 1 else nn.functional.silu) for i in range(4)]))
+    file = f"tests/unit/report/{Path(__file__).name}"
+    number = next(n for n, line in enumerate(Path(__file__).read_text().splitlines(), 1) if "y.add_(self" in line)
+    group = next(g for g in report.stacks[0].groups if 1 in g.layers)
+    assert "call 4: aten.gelu against aten.silu at tests/unit/report/layered.py:" in group.differences[0].text
+    report = explained(Model([Block(0), InPlace(1), Block(2), Block(3)]))
+    assert f" at {file}:{number} against tests/unit/report/layered.py:" in first(report, layer=1)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from piecework.ops.program import Call, Program, TensorSpec
-from piecework.report.differences import Listing, find_difference, first_difference, join_names
+from piecework.report.differences import find_difference, first_difference
+from piecework.report.listing import Listing, join_names
 from piecework.report.parts import layer_of_call
 
 
@@ -159,6 +160,10 @@ def test_numbers_of_another_type_differ() -> None:
     found = find_difference(listing(made), listing(other))
     assert found is not None
     assert found.text.startswith("constant 1 against 1.0 in argument 2")
+    zero, minus = (program(LINEAR, SILU, Call("aten.mul.Tensor", ({"n": 1}, x), {})) for x in (0.0, -0.0))
+    found = find_difference(listing(zero), listing(minus))
+    assert found is not None
+    assert found.text.startswith("constant 0.0 against -0.0 in argument 2")
 
 
 def test_lists_are_compared_item_by_item() -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from piecework.ops.program import Call, Program, TensorSpec
-from piecework.report.differences import Listing
 from piecework.report.explain import explain_subject
 from piecework.report.layers import find_stacks, layer_of_name, spell_numbers
 from piecework.report.lifting import NameCounts, count_names, lift_report
+from piecework.report.listing import Listing
 from piecework.report.subject import Explanation, Subject, piece_letter
 from piecework.store.plan import Instance, OpStep, PieceStep, Plan, Recipe, State, UniquePiece
 
@@ -63,6 +63,8 @@ NAMES = [f"layers.{i}.w" for i in range(3)]
         ([{"const": f"layers.{i}"} for i in range(3)], "constant", 3),
         ([{"const": i} for i in range(3)], "constant", 3),
         ([{"const": 0.5 * i} for i in range(3)], "constant", 0),
+        ([{"dtype": name} for name in ("float32", "bfloat16", "float16")], "constant", 0),
+        ([{"list": [{"const": i}]} for i in range(3)], "", 0),
         ([{"state": i} for i in range(3)], "state", 0),
         ([{"recipe": i} for i in range(3)], "weight", 0),
         ([{"const": 1}] * 3, "", 0),
