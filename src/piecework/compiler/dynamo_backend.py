@@ -7,6 +7,7 @@ breaks graphs as for any backend; this file is called with each of its graphs.
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 import weakref
 from collections import Counter
@@ -34,7 +35,7 @@ class DynamoBackend:
     def __init__(self) -> None:
         self._in_use: weakref.WeakValueDictionary[str, InUse] = weakref.WeakValueDictionary()
         self._seen: Counter[str] = Counter()
-        self._kernels: tempfile.TemporaryDirectory[str] | None = None
+        self._kernels: Callable[[], object] | None = None
         self.__name__ = "piecework"
 
     def __call__(
@@ -65,13 +66,18 @@ class DynamoBackend:
     def reset(self) -> None:
         """Forget what is in use; torch calls this in `torch._dynamo.reset()`."""
         self._in_use.clear()
-        self._kernels = None
         self._seen.clear()
+        if self._kernels is not None:
+            self._kernels()
+            self._kernels = None
 
     def _kernel_directory(self) -> Path:
+        """Return a directory that goes with this backend, or at the end of the process."""
         if self._kernels is None:
-            self._kernels = tempfile.TemporaryDirectory(prefix="piecework-kernels-")
-        return Path(self._kernels.name)
+            made = tempfile.mkdtemp(prefix="piecework-kernels-")
+            self._kernels = weakref.finalize(self, shutil.rmtree, made, ignore_errors=True)
+            self._kernel_path = Path(made)
+        return self._kernel_path
 
     def _hint(self, compiled: CompiledGraph, recorder: Recorder) -> None:
         """Say what to do where Dynamo traces the same graph again and again, because a name in it is another."""

@@ -6,6 +6,7 @@ whose text it doesn't know (`rms_norm` is one).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,6 @@ from piecework.foundation.torch_private import SymbolicSession, is_traced_object
 from piecework.graph.dynamo_split import example
 from piecework.graph.dynamo_text import SYMBOL, DescribedPiece
 from piecework.ops.lifted import Lifted, lifted_operator
-
-LARGEST = 2**62
-"""Stands for "no bound" of a size."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class PieceModule:
 
 @dataclass(frozen=True)
 class SizeRange:
-    """What is known of a symbol: its bounds, and its value in the example."""
+    """What is known of a symbol: its bounds (sys.maxsize for none), and its value in the example."""
 
     low: int
     high: int
@@ -49,7 +47,7 @@ def piece_module(described: DescribedPiece, *, ranges: Mapping[str, SizeRange]) 
     """Return the piece as a module; `ranges` are those of the text's symbols."""
     session = SymbolicSession()
     for name, known in ranges.items():
-        session.size(name, low=known.low, high=known.high, hint=known.hint)
+        session.size(name, low=known.low, high=None if known.high >= sys.maxsize else known.high, hint=known.hint)
     maker = _Inputs(session, described.symbols, {n: r.hint for n, r in ranges.items()})
     inputs = [maker.make(example(node)) for node in described.piece.inputs]
     inputs += [stand_in(session.fake_mode, Lifted(value)) for value in described.values]

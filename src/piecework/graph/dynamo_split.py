@@ -8,7 +8,7 @@ inputs (Dynamo makes one for each symbol), or computed from those where they are
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ def split_graph(graph: torch.fx.Graph, *, is_cut: Callable[[torch.fx.Node], bool
     A graph that switches autocast on or off stays whole, because a cut could end up inside.
     """
     _drop_grad_switches(graph)
-    _unify_sizes(graph)
+    sizes = _unify_sizes(graph)
     body = [n for n in graph.nodes if n.op in {"call_function", "call_method", "call_module"}]
     whole = any(getattr(n.target, "__name__", "") in _CONTEXTS for n in body)
     cuts = frozenset() if whole else frozenset(n for n in body if is_cut(n))
@@ -69,7 +69,7 @@ def split_graph(graph: torch.fx.Graph, *, is_cut: Callable[[torch.fx.Node], bool
             parts.append([node])
     returned = [n for n in output_nodes(graph) if isinstance(n, torch.fx.Node)]
     parts += _sizes_for(returned, computed)
-    members = [None if isinstance(p, torch.fx.Node) else _members(p) for p in parts]
+    members = [None if isinstance(p, torch.fx.Node) else _members(p, sizes=sizes) for p in parts]
     needed = set(returned)
     for part, found in zip(parts, members, strict=True):
         needed.update(part.all_input_nodes if isinstance(part, torch.fx.Node) else found.inputs)  # type: ignore[union-attr]
@@ -97,7 +97,7 @@ def _sizes_for(nodes: Iterable[torch.fx.Node], computed: set[torch.fx.Node]) -> 
     return found
 
 
-def _members(own: Sequence[torch.fx.Node]) -> GraphPiece:
+def _members(own: Sequence[torch.fx.Node], *, sizes: Mapping[str, torch.fx.Node]) -> GraphPiece:
     """Return the piece of `own`, with the nodes that compute sizes for it; its outputs are not known yet."""
     members: dict[torch.fx.Node, None] = {}
     inputs: dict[torch.fx.Node, None] = {}
@@ -117,7 +117,20 @@ def _members(own: Sequence[torch.fx.Node]) -> GraphPiece:
 
     for node in own:
         take(node)
+    # code is generated from sizes that some input has by itself; "s0*s1" alone doesn't tell s0
+    missing = _symbols_in(inputs) - {str(d.node.expr) for d in _dims(inputs)}
+    inputs.update(dict.fromkeys(sizes[name] for name in sorted(missing) if name in sizes))
     return GraphPiece(tuple(members), tuple(inputs), ())
+
+
+def _dims(nodes: Iterable[torch.fx.Node]) -> Iterator[torch.SymInt]:
+    for value in map(example, nodes):
+        dims = [*value.shape, *value.stride()] if isinstance(value, torch.Tensor) else [value]
+        yield from (d for d in dims if isinstance(d, torch.SymInt))
+
+
+def _symbols_in(nodes: Iterable[torch.fx.Node]) -> set[str]:
+    return {str(symbol) for dim in _dims(nodes) for symbol in dim.node.expr.free_symbols}
 
 
 def _is_item(node: torch.fx.Node, cuts: frozenset[torch.fx.Node]) -> bool:
@@ -139,7 +152,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, torch.SymInt))
 
 
-def _unify_sizes(graph: torch.fx.Graph) -> None:
+def _unify_sizes(graph: torch.fx.Graph) -> Mapping[str, torch.fx.Node]:
+    """Use the graph's inputs for the sizes that equal them; returns those inputs by symbol."""
     inputs = {
         str(example(n).node.expr): n
         for n in graph.nodes
@@ -153,6 +167,7 @@ def _unify_sizes(graph: torch.fx.Graph) -> None:
         if known is not None:
             node.replace_all_uses_with(known)
             graph.erase_node(node)
+    return inputs
 
 
 def _drop_grad_switches(graph: torch.fx.Graph) -> None:

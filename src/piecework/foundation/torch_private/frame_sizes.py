@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from piecework.foundation.torch_private.expressions import parse_expression
+
 
 def size_bounds(value: torch.SymInt) -> Mapping[str, tuple[int, int, int]]:
     """Return, for each symbol in a size, its lowest and highest value, and its value in the example."""
@@ -32,13 +34,12 @@ def holds(condition: str, sizes: Mapping[str, torch.SymInt]) -> bool:
     Args:
         condition: as `SymbolicSession.narrowing_guards` writes it.
         sizes: the condition's symbols → sizes of the frame.
+
+    Raises ValueError where `condition` is none.
     """
     import sympy
-    from torch.utils._sympy import functions
 
-    known: dict[str, Any] = {name: getattr(functions, name) for name in functions.__all__}
-    names = {name: size.node.expr for name, size in sizes.items()}
-    expression = sympy.sympify(condition, locals={**known, **names})
+    expression = parse_expression(condition, {name: size.node.expr for name, size in sizes.items()})
     if expression in (sympy.true, sympy.false):
         return bool(expression)
     env = next(iter(sizes.values())).node.shape_env

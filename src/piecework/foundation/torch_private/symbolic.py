@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from piecework.foundation.torch_private.expressions import parse_expression
+
 
 @dataclass(frozen=True)
 class Guard:
@@ -44,38 +46,36 @@ class SymbolicSession:
         self._symbols: dict[str, Any] = {}
         self._declared: dict[Any, tuple[str, Any]] = {}  # symbol → its name and its declared range
 
-    def size(self, name: str, *, low: int, high: int, hint: int) -> torch.SymInt | int:
+    def size(self, name: str, *, low: int, high: int | None, hint: int) -> torch.SymInt | int:
         """Make (or return) the symbolic size `name` with values in [low, high]; `hint` is used for heuristics only.
 
-        A range of one value gives that number.
+        `high` may be None, for no bound. A range of one value gives that number.
         """
         from torch._dynamo.source import ConstantSource
         from torch.fx.experimental.symbolic_shapes import DimDynamic, StrictMinMaxConstraint
+        from torch.utils._sympy.numbers import int_oo
         from torch.utils._sympy.value_ranges import ValueRanges
 
         if low == high:
             return low
         if name not in self._symbols:
+            bounds = ValueRanges(low, int_oo if high is None else high)
             source = ConstantSource(name)
-            constraint = StrictMinMaxConstraint(vr=ValueRanges(low, high), warn_only=False)
+            constraint = StrictMinMaxConstraint(vr=bounds, warn_only=False)
             symbol = self.shape_env.create_symbol(
                 hint, source=source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=constraint
             )
-            self._declared[symbol] = name, ValueRanges(low, high)
+            self._declared[symbol] = name, bounds
             self._symbols[name] = self.shape_env.create_symintnode(symbol, hint=hint, source=source)
         made: torch.SymInt = self._symbols[name]
         return made
 
     def expression(self, text: str, *, hints: Mapping[str, int]) -> torch.SymInt | int:
         """Turn an expression over this session's size names, such as "s0 + 1", into a SymInt (or an int)."""
-        import sympy
-        from torch.utils._sympy import functions
-
         if re.fullmatch(r"-?\d+", text):
             return int(text)
         local = {name: made.node.expr for name, made in self._symbols.items()}
-        known = {name: getattr(functions, name) for name in functions.__all__}
-        expr = sympy.sympify(text, locals={**known, **local})
+        expr = parse_expression(text, local)
         if expr.is_Integer:
             return int(expr)
         hint = expr.subs({local[name]: hints[name] for name in local})
