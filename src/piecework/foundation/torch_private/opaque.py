@@ -57,7 +57,8 @@ def register_reference_type(cls: _Class) -> _Class:
     for known in list(getattr(_table, "_OPAQUE_TYPES", ())):
         if isinstance(known, type) and f"{known.__module__}.{known.__qualname__}" == name:
             return cast("_Class", known)
-    _register(cls, typ="reference")
+    new = getattr(_register, "__name__", "") == "register_custom_class"
+    _register(cls, typ="symbolic" if new else "reference")
     return cls
 
 
