@@ -94,7 +94,7 @@ def _group_lines(group: LayerGroup, *, everything: bool, alone: bool) -> Iterato
         return
     first, *more = group.differences
     joined = "; the first that differs is" if counts else " in"
-    yield f"  {layers} {differs} from layer {group.reference}{counts}{joined} {_place(first, own=own)}"
+    yield f"  {layers} {differs} from layer {group.reference}{counts}{joined} {_place(first, own=max(own, other))}"
     yield from _difference_lines(first)
     if more and not everything:
         yield f"      and in {_count(len(more), 'more piece')} (--all)"

@@ -131,9 +131,11 @@ def _filled(plan: Plan, holders: Sequence[tuple[int, ...]]) -> tuple[tuple[int, 
     last = max(index for index, found in enumerate(holders) if found)
     filled: list[tuple[int, ...]] = []
     for index, found in enumerate(holders):
-        before = filled[-1][-1:] if filled and index <= last else ()
-        ends_here = index > 0 and isinstance(plan.steps[index - 1], OpStep) and isinstance(plan.steps[index], PieceStep)
-        joins = not found or (ends_here and not set(before) & set(found))
+        follows_op = (
+            index > 0 and isinstance(plan.steps[index - 1], OpStep) and isinstance(plan.steps[index], PieceStep)
+        )
+        before = filled[-1][-1:] if filled and (index <= last or (follows_op and index == last + 1)) else ()
+        joins = not found or (follows_op and not set(before) & set(found))
         filled.append((*before, *found) if joins else found)
     return tuple(filled)
 

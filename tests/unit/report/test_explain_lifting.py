@@ -125,6 +125,14 @@ def test_steps_without_names_belong_to_the_layer_before() -> None:
     assert stack.holders == ((), (0,), (0,), (0,), (0, 1), ())
 
 
+def test_the_last_layer_ends_after_its_opaque_op() -> None:
+    steps = [run(0), op({"layer": "layers.0"}), run(1), op({"layer": "layers.1"}), run(2), run(3)]
+    (stack,) = find_stacks(plan(steps, names=[*NAMES[:2], "norm", "head"], pieces=[0, 1, 2, 3]))
+    assert stack.holders == ((0,), (0,), (0, 1), (1,), (1,), ())
+    assert [layer.own for layer in stack.layers] == [(2,), (4,)]
+    assert stack.entry == 0
+
+
 def test_names_that_opaque_ops_take_make_no_stack() -> None:
     made = plan([run(0), op({"const": "blocks.0"}), run(1), op({"const": "blocks.1"})], names=NAMES[:2], pieces=[0, 0])
     assert [stack.name for stack in find_stacks(made)] == ["layers"]
