@@ -1,7 +1,8 @@
 """Which steps of a plan belong to which layers of a model: read off the numbers in the names that the steps bind.
 
-"model.layers.3.mlp.up_proj.weight" belongs to layer 3 of the stack "model.layers". A step without such a name belongs
-to the layer of the step before it, and what follows on a layer's opaque op has that layer's end in it.
+"model.layers.3.mlp.up_proj.weight" belongs to layer 3 of the stack "model.layers". A piece without such a name belongs
+to the layer of the step before it, and what follows on a layer's opaque op has that layer's end in it. An opaque op that
+names no layer may begin one or end one: it counts as a layer's only where that layer goes on after it.
 """
 
 from __future__ import annotations
@@ -127,16 +128,20 @@ def _outermost(name: str, several: set[str]) -> tuple[str, int] | None:
 
 
 def _filled(plan: Plan, holders: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
-    """Give steps between the stack's first and last, and pieces after an op, the layer of the step before them."""
+    """Find the layers of steps that bind nothing of one, and of pieces that begin with another layer's end."""
     last = max(index for index, found in enumerate(holders) if found)
     filled: list[tuple[int, ...]] = []
     for index, found in enumerate(holders):
-        follows_op = (
-            index > 0 and isinstance(plan.steps[index - 1], OpStep) and isinstance(plan.steps[index], PieceStep)
-        )
-        before = filled[-1][-1:] if filled and (index <= last or (follows_op and index == last + 1)) else ()
-        joins = not found or (follows_op and not set(before) & set(found))
-        filled.append((*before, *found) if joins else found)
+        before = filled[-1][-1:] if filled else ()
+        if isinstance(plan.steps[index], OpStep):
+            # an op that names no layer is a layer's own only where the layer goes on after it
+            following = next((h for h in holders[index + 1 :] if h), ())
+            filled.append(found or (before if set(before) & set(following) else ()))
+            continue
+        follows_op = index > 0 and isinstance(plan.steps[index - 1], OpStep)
+        inside = index <= last or (follows_op and index == last + 1)
+        joins = follows_op or not found
+        filled.append((*before, *found) if inside and joins and not set(before) & set(found) else found)
     return tuple(filled)
 
 
