@@ -1,8 +1,8 @@
 """Which steps of a plan belong to which layers of a model: read off the numbers in the names that the steps bind.
 
 "model.layers.3.mlp.up_proj.weight" belongs to layer 3 of the stack "model.layers". A piece without such a name belongs
-to the layer of the step before it, and what follows on a layer's opaque op has that layer's end in it. An opaque op that
-names no layer may begin one or end one: it counts as a layer's only where that layer goes on after it.
+to the layer of the step before it, and what follows on a layer's opaque op has that layer's end in it. An opaque op
+that names no layer may begin one or end one: it counts as a layer's only where that layer goes on after it.
 """
 
 from __future__ import annotations
