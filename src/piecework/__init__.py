@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from piecework.compiler.api import compile
     from piecework.compiler.explain import explain
     from piecework.compiler.options import BackendName, CompileOptions
+    from piecework.engine.sampling_params import SamplingParams, StructuredOutput
     from piecework.graph.request import Dim
     from piecework.ops.forward_context import Batch, ForwardContext, running_context
     from piecework.ops.layer import LayerName, LayerNameType, encode, resolve
@@ -56,6 +57,8 @@ _LAZY = {
     "load": "piecework.runtime.loading",
     "LoadedModel": "piecework.runtime.model",
     "Bundle": "piecework.store.bundle",
+    "SamplingParams": "piecework.engine.sampling_params",
+    "StructuredOutput": "piecework.engine.sampling_params",
 }
 
 
@@ -86,9 +89,11 @@ __all__ = [
     "PieceworkError",
     "Recorder",
     "RequestError",
+    "SamplingParams",
     "ShapeContractError",
     "StaleBundle",
     "StoreError",
+    "StructuredOutput",
     "UnsupportedModelError",
     "UntrustedBundle",
     "WeightsError",
