@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 from tests.unit.compiler import named_ops
+from torch import Tensor, nn
 
 from piecework.compiler.dynamo_backend import backend
 from piecework.ops.layer import LayerName
