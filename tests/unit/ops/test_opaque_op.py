@@ -15,7 +15,7 @@ from torch import Tensor
 
 import piecework
 from piecework import LayerName, LayerNameType, OpError, opaque_op
-from piecework.ops.linear import _NAME as LINEAR
+from piecework.ops.linear import LINEAR_OP
 from piecework.ops.opaque import implementation
 from piecework.ops.opaque_op import OpaqueOp, declared_op
 
@@ -243,7 +243,7 @@ def test_another_function_under_a_taken_name() -> None:
     assert "update of " in error.value.found
     assert declared_op("ops_test::update") is update
     with pytest.raises(OpError, match="found: an operator of that name\n"):
-        opaque_op(LINEAR)(other)
+        opaque_op(LINEAR_OP)(other)
 
 
 def test_a_trace_without_a_fake_says_so() -> None:
