@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from piecework.errors import CaptureError, PieceworkError, ShapeContractError
+from piecework.errors import CaptureError, InternalError, PieceworkError, ShapeContractError
 from piecework.foundation import torch_private
 from piecework.graph.cuts import is_opaque
 from piecework.graph.locations import KeepLines, note_lines
+from piecework.graph.recording import TraceAgain
 from piecework.graph.request import CaptureRequest, SizeInput, TensorInput
-from piecework.graph.sources import class_files, is_users, ran_files
+from piecework.graph.sources import Unwatched, class_files, is_users, ran_files
 from piecework.graph.structure import Structure, flatten
-from piecework.graph.templates import StackCounts, stamping
+from piecework.graph.templates import LookedAt, StackCounts, stamping
 from piecework.graph.tensors import NamedTensors
 from piecework.ops.layer import LayerName
 from piecework.ops.linear import KeepLinear
@@ -78,6 +79,20 @@ def capture(request: CaptureRequest, *, templates: bool = True) -> CapturedGraph
     Raises CaptureError where the module can't be traced as one graph, ShapeContractError where the trace holds for a
     part of a declared range only.
     """
+    looked_at: LookedAt = {}
+    notes: list[str] = []
+    while True:
+        try:
+            return _capture(request, templates=templates, looked_at=looked_at, notes=notes)
+        except TraceAgain as again:
+            known = looked_at.setdefault(again.cls, set())
+            if again.keys <= known:
+                raise InternalError(f"{again.cls.__name__} is traced again and again: {again.reason}") from again
+            known.update(again.keys)
+            notes.append(f"{again.cls.__name__} blocks are told apart by their names: {again.reason}")
+
+
+def _capture(request: CaptureRequest, *, templates: bool, looked_at: LookedAt, notes: Sequence[str]) -> CapturedGraph:
     session = torch_private.SymbolicSession(is_users=is_users)
     sizes = {
         n: session.size(n, low=d.min, high=d.max, hint=_hint(d.min, d.max, d.hint)) for n, d in request.sizes.items()
@@ -96,7 +111,16 @@ def capture(request: CaptureRequest, *, templates: bool = True) -> CapturedGraph
         stack.enter_context(torch_private.size_oblivious())
         blocks: frozenset[nn.Module] = frozenset()
         if templates:
-            counts, blocks = stack.enter_context(stamping(request.module, tensors=tensors, fake_mode=session.fake_mode))
+            counts, blocks = stack.enter_context(
+                stamping(
+                    request.module,
+                    tensors=tensors,
+                    fake_mode=session.fake_mode,
+                    opaque=request.opaque,
+                    looked_at=looked_at,
+                )
+            )
+            counts.notes.extend(notes)
 
         def forward(*values: Any) -> list[Any]:
             tracer = torch_private.current_tracer()
@@ -106,10 +130,10 @@ def capture(request: CaptureRequest, *, templates: bool = True) -> CapturedGraph
             note_lines(tracer, is_users=is_users)
             tensors.swap(m for m in request.module.modules() if m not in blocks)
             named = {i.name: v for i, v in zip(request.inputs, values, strict=True)}
-            out, result["structure"] = flatten(request.call(request.module, named))
+            with ran_files(sources), Unwatched():
+                out, result["structure"] = flatten(request.call(request.module, named))
             return out
 
-        stack.enter_context(ran_files(sources))
         stack.enter_context(session.fake_mode)
         stack.enter_context(KeepLinear())
         traced = torch_private.trace(forward, arguments)

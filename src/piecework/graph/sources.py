@@ -6,12 +6,16 @@ import contextlib
 import functools
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
+from types import FrameType, FunctionType
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from piecework.foundation.torch_private import TORCHS_NAMESPACES, operator_name
 
 _IMPORT_SYSTEM = "<frozen importlib"
 _STDLIB = {Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("platstdlib"))}
@@ -35,20 +39,22 @@ _TOOLS = frozenset(
 """Packages whose code runs in every trace and whose versions are facts of their own (or don't matter)."""
 
 
+@functools.cache
 def is_users(filename: str) -> bool:
     """Whether `filename` holds code of the model: not torch's, ours, the tools' or the standard library's."""
-    if filename.startswith("<") or not filename.endswith(".py"):
+    if filename.startswith("<") or not filename.endswith(".py") or is_tools(filename):
         return False
-    parts = Path(filename).parts
-    if "site-packages" in parts:
-        return parts[parts.index("site-packages") + 1].removesuffix(".py") not in _TOOLS
     path = Path(filename)
-    ours = path.is_relative_to(Path(__file__).parents[1])
-    return (
-        not ours
-        and not any(path.is_relative_to(root) for root in _STDLIB)
-        and not ("torch" in parts and path.is_relative_to(Path(torch.__file__).parent))
-    )
+    return "site-packages" in path.parts or not any(path.is_relative_to(root) for root in _STDLIB)
+
+
+@functools.cache
+def is_tools(filename: str) -> bool:
+    """Whether `filename` is torch's, ours, or of a package that torch and we use."""
+    path = Path(filename)
+    if "site-packages" in path.parts:
+        return path.parts[path.parts.index("site-packages") + 1].removesuffix(".py") in _TOOLS
+    return path.is_relative_to(Path(__file__).parents[1]) or path.is_relative_to(Path(torch.__file__).parent)
 
 
 @contextlib.contextmanager
@@ -62,22 +68,58 @@ def ran_files(found: set[Path]) -> Iterator[None]:
         yield
         return
     names: set[str] = {str(path) for path in found}
-    users = functools.cache(is_users)
 
     def see(frame: FrameType, event: str, _arg: object) -> None:
         name = frame.f_code.co_filename
-        if event != "call" or name in names or not users(name):
+        if event != "call" or name in names or not is_users(name):
             return
         caller = frame.f_back.f_code.co_filename if frame.f_back is not None else ""
-        if caller in names or not (users(caller) or caller.startswith(_IMPORT_SYSTEM)):
+        if caller in names or not (is_users(caller) or caller.startswith(_IMPORT_SYSTEM)):
             names.add(name)
 
-    sys.setprofile(see)
+    with profiling(see):
+        yield
+    found.update(Path(name) for name in names)
+
+
+@contextlib.contextmanager
+def profiling(function: Any) -> Iterator[None]:
+    """Inside, `function` is this thread's profile function, or there is none; one that is written in C stays."""
+    current = sys.getprofile()
+    if current is not None and not callable(current):
+        yield
+        return
+    sys.setprofile(function)
     try:
         yield
     finally:
-        sys.setprofile(None)
-        found.update(Path(name) for name in names)
+        sys.setprofile(current)
+
+
+class Unwatched(TorchFunctionMode):
+    """Runs torch's own functions without the profilers of a trace: no code of the model runs in them.
+
+    Most of what happens in a trace happens there, and watching it takes longer than doing it.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call `func`, with the profiler off where it is torch's."""
+        kwargs = kwargs or {}
+        profiler = sys.getprofile()
+        if not callable(profiler) or not _is_torchs(func, [*args, *kwargs.values()]):
+            return func(*args, **kwargs)
+        with profiling(None):
+            return func(*args, **kwargs)
+
+
+def _is_torchs(func: Any, arguments: Sequence[Any]) -> bool:
+    """Whether a function is torch's, and isn't given one of the user's to call."""
+    name = operator_name(func)
+    if name is not None:
+        return name.partition("::")[0] in TORCHS_NAMESPACES
+    if isinstance(func, FunctionType):
+        return is_tools(func.__code__.co_filename) and not any(callable(a) for a in arguments)
+    return True
 
 
 def class_files(module: nn.Module) -> set[Path]:

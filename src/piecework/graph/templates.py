@@ -5,29 +5,42 @@ the template when each of those reads would give the same there: equal constants
 the same submodules and functions. Then the template's nodes are copied with the sibling's tensors put in. Whatever
 can't be checked that way (a write to a module, a value passed between blocks behind the arguments' back) makes the
 block be traced by itself; the notes say why.
+
+Layers' names need not be the same. A LayerName is read through a token (tokens.py), and where the trace only hands it
+on to opaque ops, every sibling is stamped with its own. Strings and integers take one trace more: the first sibling
+that differs in nothing else is traced with tokens in their place. If nothing looked at them, and its trace is equal
+node for node to the template's, which was traced without, the names are free in the template as well. So no block is
+ever stamped with names that were not found free by two traces.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from piecework.foundation.torch_private import Tracer, current_tracer, last_node, nodes_after, plain_tensors
-from piecework.graph.matching import Matching
+from piecework.foundation.torch_private import Tracer, last_node, nodes_after, operator_name, plain_tensors
+from piecework.graph.matching import Matching, metadata
+from piecework.graph.names import PassNames, Place, names_of, set_names, settle, with_arguments
+from piecework.graph.observing import ABSENT, Observer
+from piecework.graph.recording import Key, Recording, TraceAgain, by_read
+from piecework.graph.sources import profiling
+from piecework.graph.template import Template, arriving, equal_but_for_names, moved, shape_of, transfer_names
 from piecework.graph.tensors import NamedTensors
-from piecework.ops.layer import LayerHandle
+from piecework.graph.tokens import look_inside
+from piecework.graph.watching import Watch
+from piecework.ops.layer import IS_OBJECT, LayerName
 
-_ABSENT = object()
-_TABLE_READERS = frozenset(sys.modules[c.__module__].__file__ for c in (nn.Module, nn.Sequential, NamedTensors))
-"""Files that read `_modules` and the like whole; names and types in it are compared for every sibling anyway."""
-_TABLES = frozenset({"__dict__", "_parameters", "_buffers", "_modules"})
+_CHANGES: Final = "changes the containers it is called with"
+
+LookedAt = dict[type, set[Key]]
+"""Names that the code of a class's blocks looks at, so that they are no better than other constants."""
 
 
 @dataclass
@@ -41,26 +54,36 @@ class StackCounts:
 
 @contextlib.contextmanager
 def stamping(
-    module: nn.Module, *, tensors: NamedTensors, fake_mode: Any
+    module: nn.Module, *, tensors: NamedTensors, fake_mode: Any, opaque: frozenset[str], looked_at: LookedAt
 ) -> Iterator[tuple[StackCounts, frozenset[nn.Module]]]:
     """Inside, calls of the blocks of `module`'s stacks are traced once per structure and stamped for the rest.
 
-    A stack is a ModuleList; its blocks are the elements that share their class with another one. Yields counts that are
-    kept up to date, and the modules inside blocks: `tensors` are put in place there when a block is traced.
+    A stack is a ModuleList; its blocks are the elements that share their class with another one.
+
+    Args:
+        module: the model.
+        tensors: its tensors; they are put in place inside a block when it is traced.
+        fake_mode: of the trace.
+        opaque: operators at which the graph is cut, beside those that aren't torch's own.
+        looked_at: what earlier attempts have found out, added to.
+
+    Yields counts that are kept up to date, and the modules inside blocks. Raises TraceAgain.
     """
     counts = StackCounts()
-    observer = _Observer(counts=counts, tensors=tensors, fake_mode=fake_mode)
+    stamper = _Stamper(counts=counts, tensors=tensors, fake_mode=fake_mode, opaque=opaque, looked_at=looked_at)
     blocks = [b for stack in _stacks(module) for b in stack]
     saved: list[tuple[nn.Module, type[nn.Module]]] = []
     try:
         heads = {id(b) for b in blocks}
         for part in {id(m): m for b in blocks for m in b.modules()}.values():
             saved.append((part, type(part)))
-            part.__class__ = observer.observed(type(part), is_block=id(part) in heads)
+            part.__class__ = stamper.observer.observed(type(part), is_block=id(part) in heads)
         yield counts, frozenset(part for part, _ in saved)
     finally:
         for part, original in saved:
             part.__class__ = original
+    if stamper.failed is not None:  # the module's code caught it
+        raise stamper.failed
 
 
 def _stacks(module: nn.Module) -> list[list[nn.Module]]:
@@ -74,177 +97,219 @@ def _stacks(module: nn.Module) -> list[list[nn.Module]]:
     return stacks
 
 
-@dataclass
-class _Recording:
-    """What the trace of one block has read so far, by (path of the module inside the block, attribute)."""
-
-    paths: dict[int, str]
-    reads: dict[tuple[str, str], Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
-class _Template:
-    """A traced block: its nodes, what they took in, and what its trace read."""
+class _Call:
+    """A call of a block in a trace; `cls` is the block's own class, `profiler` sees what the model's code does."""
 
     block: nn.Module
-    recording: _Recording
-    spec: pytree.TreeSpec
+    tracer: Tracer
+    args: Any
+    kwargs: Any
     leaves: Sequence[Any]
-    leaf_nodes: Sequence[torch.fx.Node | None]
-    nodes: Sequence[torch.fx.Node]
-    handles: dict[str, tuple[str, str]]
-    out_spec: pytree.TreeSpec
-    out_leaves: Sequence[Any]
-    out_nodes: Sequence[torch.fx.Node | None]
-    shape: tuple[tuple[str, type], ...]
+    spec: pytree.TreeSpec
+    cls: type[nn.Module]
+    profiler: Any
 
 
-class _Observer:
-    """Sees attribute reads of the observed modules and calls of the observed blocks."""
+class _Stamper:
+    """Runs the blocks' calls: stamps, or traces and makes templates."""
 
-    def __init__(self, *, counts: StackCounts, tensors: NamedTensors, fake_mode: Any) -> None:
+    def __init__(
+        self,
+        *,
+        counts: StackCounts,
+        tensors: NamedTensors,
+        fake_mode: Any,
+        opaque: frozenset[str],
+        looked_at: LookedAt,
+    ) -> None:
+        self.observer = Observer(tensors=tensors, on_call=self._call)
+        self.failed: TraceAgain | None = None
         self._counts = counts
         self._tensors = tensors
         self._fake_mode = fake_mode
-        self._recordings: list[_Recording] = []
-        self._templates: dict[type, list[_Template]] = {}
-        self._classes: dict[tuple[type, bool], type[nn.Module]] = {}
+        self._opaque = opaque
+        self._looked_at = looked_at
+        self._templates: dict[type, list[Template]] = {}
         self._inside: set[torch.fx.Node] = set()
-        self._tokens: dict[str, tuple[nn.Module, str, str]] = {}
-        self._stamping = False
+        self._unseen: set[str] = set()
+        self._shapes: dict[tuple[torch.fx.Node, str], bool] = {}
 
-    def observed(self, cls: type[nn.Module], *, is_block: bool) -> type[nn.Module]:
-        """Return a subclass of `cls` that reports to this observer; it looks the same from outside."""
-        known = self._classes.get((cls, is_block))
-        if known is None:
-            known = self._classes[cls, is_block] = self._make_observed(cls, is_block=is_block)
-        return known
+    def _call(self, block: nn.Module, tracer: Tracer, args: Any, kwargs: Any, cls: type[nn.Module]) -> Any:
+        profiler = sys.getprofile()
+        with profiling(None):  # until the model's own code runs
+            return self._run(block, tracer, args, kwargs, cls, profiler)
 
-    def _make_observed(self, cls: type[nn.Module], *, is_block: bool) -> type[nn.Module]:
-        observer = self
-
-        def get_attribute(self: Any, name: str) -> Any:
-            value = cls.__getattribute__(self, name)
-            return observer._read(self, name, value) if observer._recordings else value
-
-        def get_missing(self: Any, name: str) -> Any:
-            try:
-                value = cls.__getattr__(self, name)
-            except AttributeError:
-                observer._read(self, name, _ABSENT)
-                raise
-            if isinstance(value, torch.Tensor) and not observer._stamping and observer._tensors.is_known(value):
-                value = observer._tensors.fake(value)  # read before its block is traced, or never traced by itself
-            return observer._read(self, name, value) if observer._recordings else value
-
-        def set_attribute(self: Any, name: str, value: Any) -> None:
-            for recording in observer._recordings:
-                recording.problems.append(f"sets {type(self).__name__}.{name} while it runs")
-            cls.__setattr__(self, name, value)
-
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            tracer = current_tracer()
-            if tracer is None:
-                return cls.__call__(self, *args, **kwargs)
-            return observer._call(self, tracer, args, kwargs, original=cls)
-
-        body: dict[str, Any] = {
-            "__getattribute__": get_attribute,
-            "__getattr__": get_missing,
-            "__setattr__": set_attribute,
-            "__module__": cls.__module__,
-            "__qualname__": cls.__qualname__,
-            "__doc__": cls.__doc__,
-        }
-        if is_block:
-            body["__call__"] = call
-        return type(cls.__name__, (cls,), body)
-
-    def _read(self, module: nn.Module, name: str, value: Any) -> Any:
-        if name in _TABLES:
-            if sys._getframe(2).f_code.co_filename not in _TABLE_READERS:
-                for recording in self._recordings:
-                    recording.problems.append(f"reads {type(module).__name__}.{name} as a whole")
-            return value
-        if isinstance(value, LayerHandle):
-            value = self._token(module, name, value)
-        for recording in self._recordings:
-            path = recording.paths.get(id(module))
-            if path is not None:
-                recording.reads.setdefault((path, name), value)
-        return value
-
-    def _token(self, module: nn.Module, name: str, value: LayerHandle) -> LayerHandle:
-        token = LayerHandle(f"\x00layer:{id(module):x}:{name}")
-        self._tokens[token] = (module, name, str(value))
-        return token
-
-    def _call(self, block: nn.Module, tracer: Tracer, args: Any, kwargs: Any, *, original: type[nn.Module]) -> Any:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        with _quick():
-            self._stamping = True
-            try:
-                for template in self._templates.get(type(block), ()):
-                    bound = self._admit(template, block, leaves, spec, tracer)
-                    if bound is not None:
-                        self._counts.stamped += 1
-                        return self._stamp(template, block, leaves, bound, tracer)
-            finally:
-                self._stamping = False
-        return self._record(block, tracer, leaves, spec, args, kwargs, original=original)
-
-    def _record(
-        self,
-        block: nn.Module,
-        tracer: Tracer,
-        leaves: list[Any],
-        spec: pytree.TreeSpec,
-        args: Any,
-        kwargs: Any,
-        *,
-        original: type[nn.Module],
+    def _run(
+        self, block: nn.Module, tracer: Tracer, args: Any, kwargs: Any, cls: type[nn.Module], profiler: Any
     ) -> Any:
-        self._tensors.swap(block.modules())
-        recording = _Recording(paths={id(m): n for n, m in block.named_modules()})
-        last = last_node(tracer.graph)
-        self._recordings.append(recording)
+        args, kwargs = look_inside((args, kwargs))
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        call = _Call(block, tracer, args, kwargs, leaves, spec, cls, profiler)
+        near: list[tuple[Template, Matching]] = []
+        with self.observer.quiet(), plain_tensors():
+            for template in self._templates.get(cls, ()):
+                matching = self._compare(template, call)
+                if matching is None:
+                    continue
+                if matching.differing:
+                    if not matching.differing & self._looked_at.get(cls, set()):
+                        near.append((template, matching))
+                elif self._shapes_hold(template, matching, tracer):
+                    return self._stamp(template, matching, call)
+        if near:
+            return self._trace_names(*min(near, key=lambda found: len(found[1].differing)), call)
+        return self._trace_plainly(call)
+
+    def _compare(self, template: Template, call: _Call) -> Matching | None:
+        """Return what stands for what in the call's block, or None where the template doesn't hold for it."""
+        block = call.block
+        if call.spec != template.spec or shape_of(block) != template.shape:
+            return None
+        modules = dict(block.named_modules())
+        matching = Matching(
+            call.tracer, self._tensors, template.recording.paths, {id(m): n for n, m in modules.items()}
+        )
+        free = by_read(template.free_now())
+        arguments = free.get(("", ""), set())
+        for i, (mine, given) in enumerate(zip(template.leaves, call.leaves, strict=True)):
+            if not matching.leaf(Key("", "", i), mine, given, is_free=i in arguments):
+                return None
+        for (path, name), value in template.recording.reads.items():
+            theirs = getattr(modules[path], name, ABSENT)
+            if not matching.read(path, name, value, theirs, free=free.get((path, name), frozenset())):
+                return None
+        return matching
+
+    def _shapes_hold(self, template: Template, matching: Matching, tracer: Tracer) -> bool:
+        """Whether opaque ops' results look the same with the sibling's strings and integers, where that isn't known."""
+        for node in template.nodes if self._unseen else ():
+            if operator_name(node.target) not in self._unseen:
+                continue
+            places = [(place, k) for place, k in _places(node, template, matching) if not _is_name(template, k)]
+            values = {place: arriving(matching.names[k]) for place, k in places}
+            if not values:
+                continue
+            known = (node, repr(values))
+            if known not in self._shapes:
+                self._shapes[known] = self._shape_holds(node, values, tracer)
+            if not self._shapes[known]:
+                return False
+        return True
+
+    def _shape_holds(self, node: torch.fx.Node, values: Mapping[Place, Any], tracer: Tracer) -> bool:
+        args, kwargs = torch.fx.node.map_arg(with_arguments(node, values), lambda n: n.meta["val"])
+        assert callable(node.target)
+        with contextlib.suppress(Exception), tracer.paused(), self._fake_mode:  # the user's code, which may look it up
+            return bool(metadata(node.target(*args, **kwargs)) == metadata(node.meta["val"]))
+        return False
+
+    def _trace_plainly(self, call: _Call) -> Any:
+        recording = Recording(paths={id(m): n for n, m in call.block.named_modules()})
+        out, template, problems = self._trace(call, recording, call.args, call.kwargs)
+        if problems:
+            self._counts.notes.append(f"{call.cls.__name__} is traced by itself: it {problems[0]}")
+        else:
+            self._templates.setdefault(call.cls, []).append(template)
+        return out
+
+    def _trace_names(self, near: Template, matching: Matching, call: _Call) -> Any:
+        """Trace a block that differs from a template in names only, to find out whether they matter."""
+        keys = near.free_now() | matching.differing
+        watch = Watch(previous=call.profiler, outermost=sys._getframe())
+        recording = Recording(paths={id(m): n for n, m in call.block.named_modules()}, open_keys=keys, watch=watch)
         try:
-            out = original.__call__(block, *args, **kwargs)
-        finally:
-            self._recordings.pop()
+            with PassNames(call.tracer, fake_mode=self._fake_mode, opaque=self._opaque) as passing:
+                args, kwargs = self._with_tokens(call, recording)
+                out, template, problems = self._trace(call, recording, args, kwargs)
+        except Exception as error:
+            raise self._again(call, matching, f"{type(error).__name__}: {error}") from error
+        if self.observer.changed_containers() or (problems == [_CHANGES] and args is not call.args):
+            raise self._again(call, matching, "it changes a list or dict that holds a name")
+        if watch.looks:
+            for key in keys:
+                recording.looked_at.setdefault(key, watch.looks[0])
+        looked_at = keys & recording.looked_at.keys()
+        if problems or looked_at:
+            if watch.exact_types:
+                raise self._again(call, matching, "it asks for the exact type of something")
+            self._keep_plainly(template, problems, looked_at, call, keys)
+        else:
+            names = equal_but_for_names(near, template, matching.nodes)
+            if names is None:
+                raise self._again(call, matching, "with another name it does something else")
+            transfer_names(names)
+            self._unseen |= passing.unseen
+            known = self._templates[call.cls]
+            known[known.index(near)] = replace(near, free=keys)
+        return out
+
+    def _with_tokens(self, call: _Call, recording: Recording) -> tuple[Any, Any]:
+        """Return the call's arguments, with tokens for those that are open."""
+        if not any(key.attribute == "" for key in recording.open_keys):
+            return call.args, call.kwargs
+        leaves = [
+            self.observer.argument_token(call.block, i, x, recording) if Key("", "", i) in recording.open_keys else x
+            for i, x in enumerate(call.leaves)
+        ]
+        args, kwargs = pytree.tree_unflatten(leaves, call.spec)
+        return args, kwargs
+
+    def _keep_plainly(
+        self, template: Template, problems: list[str], looked_at: frozenset[Key], call: _Call, keys: frozenset[Key]
+    ) -> None:
+        """Keep a trace whose names were looked at like one that was traced on the names themselves."""
+        self._looked_at.setdefault(call.cls, set()).update(looked_at)
+        for key in sorted(looked_at):
+            place = template.recording.looked_at[key]
+            self._counts.notes.append(f"{call.cls.__name__} blocks are told apart by {_text(key)}: {_looks(place)}")
+        if problems:
+            self._counts.notes.append(f"{call.cls.__name__} is traced by itself: it {problems[0]}")
+        else:
+            free = frozenset(k for k in template.free - keys if k not in template.recording.unwrapped)
+            names = {k for k in template.free & keys if _is_name(template, k)} - template.recording.unwrapped
+            self._templates.setdefault(call.cls, []).append(replace(template, free=free | names))
+
+    def _again(self, call: _Call, matching: Matching, reason: str) -> TraceAgain:
+        self.failed = TraceAgain(call.cls, frozenset(matching.differing), reason)
+        return self.failed
+
+    def _trace(self, call: _Call, recording: Recording, args: Any, kwargs: Any) -> tuple[Any, Template, list[str]]:
+        """Run the block; returns its result, its template and why that can't be stamped, if so."""
+        block, tracer = call.block, call.tracer
+        self._tensors.swap(block.modules())
+        last = last_node(tracer.graph)
+        given = pytree.tree_leaves((args, kwargs))
+        profiler = call.profiler if recording.watch is None else recording.watch.see
+        with self.observer.record(recording), profiling(profiler):
+            out = look_inside(call.cls.__call__(block, *args, **kwargs))
         self._counts.traced += 1
         nodes = list(nodes_after(tracer.graph, last))
+        settle(nodes, opaque=self._opaque)
         out_leaves, out_spec = pytree.tree_flatten(out)
-        template = _Template(
+        template = Template(
             block=block,
             recording=recording,
-            spec=spec,
-            leaves=leaves,
-            leaf_nodes=[tracer.node_of(x) if isinstance(x, torch.Tensor) else None for x in leaves],
+            spec=call.spec,
+            leaves=call.leaves,
+            leaf_nodes=[tracer.node_of(x) if isinstance(x, torch.Tensor) else None for x in call.leaves],
             nodes=nodes,
-            handles={v: (path, name) for (path, name), v in recording.reads.items() if isinstance(v, LayerHandle)},
+            free=recording.handed_on(),
             out_spec=out_spec,
             out_leaves=out_leaves,
             out_nodes=[tracer.node_of(x) if isinstance(x, torch.Tensor) else None for x in out_leaves],
-            shape=_shape_of(block),
+            shape=shape_of(block),
         )
-        problems = recording.problems + self._problems(template, tracer, pytree.tree_flatten((args, kwargs))[0])
-        if problems:
-            self._counts.notes.append(f"{type(block).__name__} is traced by itself: it {problems[0]}")
+        after = pytree.tree_leaves((args, kwargs))
+        if len(after) != len(given) or any(a is not b for a, b in zip(after, given, strict=True)):
+            problems = [_CHANGES]
         else:
-            self._templates.setdefault(type(block), []).append(template)
+            problems = recording.problems + self._problems(template, tracer)
         self._inside.update(n for n in nodes if not isinstance(n.meta.get("val"), torch.SymInt))
-        if not self._recordings:
-            self._resolve_tokens(nodes)
-        return out
+        return out, template, problems
 
-    def _problems(self, template: _Template, tracer: Tracer, leaves_after: list[Any]) -> list[str]:
+    def _problems(self, template: Template, tracer: Tracer) -> list[str]:
         """Say why the template can't be stamped, if so."""
-        if len(leaves_after) != len(template.leaves) or any(
-            a is not b for a, b in zip(leaves_after, template.leaves, strict=True)
-        ):
-            return ["changes the containers it is called with"]
         own = set(template.nodes)
         known = {n for n in template.leaf_nodes if n is not None}
         for value in template.recording.reads.values():
@@ -260,56 +325,30 @@ class _Observer:
                 return [f"returns a {type(leaf).__name__}"]
         return []
 
-    def _admit(
-        self, template: _Template, block: nn.Module, leaves: list[Any], spec: pytree.TreeSpec, tracer: Tracer
-    ) -> dict[torch.fx.Node, torch.fx.Node] | None:
-        """Return template node → sibling node for everything the template takes in, or None."""
-        if spec != template.spec or _shape_of(block) != template.shape:
-            return None
-        theirs = {id(m): n for n, m in block.named_modules()}
-        matching = Matching(tracer, self._tensors, template.recording.paths, theirs)
-        for mine, given in zip(template.leaves, leaves, strict=True):
-            if not matching.same(mine, given):
-                return None
-        modules = dict(block.named_modules())
-        for (path, name), value in template.recording.reads.items():
-            if isinstance(value, LayerHandle):
-                continue
-            if not matching.same(value, getattr(modules[path], name, _ABSENT)):
-                return None
-        return matching.nodes
-
-    def _stamp(
-        self,
-        template: _Template,
-        block: nn.Module,
-        leaves: list[Any],
-        bound: dict[torch.fx.Node, torch.fx.Node],
-        tracer: Tracer,
-    ) -> Any:
-        modules = dict(block.named_modules()) if template.handles else {}
-        handles: dict[str, str] = {}
-        for token, (path, name) in template.handles.items():
-            handles[token] = getattr(modules[path], name)
+    def _stamp(self, template: Template, matching: Matching, call: _Call) -> Any:
+        modules = dict(call.block.named_modules())
+        bound = matching.nodes
         made: list[torch.fx.Node] = []
         for node in template.nodes:
-            copy = tracer.graph.node_copy(node, lambda n: bound.get(n, n))
-            tokens = copy.meta.pop(
-                "piecework_handles", None
-            )  # not there yet where the template's own block encloses it
-            if template.handles:
-                copy.args, copy.kwargs = _replace_strings(tokens or (node.args, node.kwargs), handles, bound)
+            copy = call.tracer.graph.node_copy(node, lambda n: bound.get(n, n))
+            if names_of(node):
+                values = {place: arriving(matching.names[k]) for place, k in _places(node, template, matching)}
+                copy.args, copy.kwargs = with_arguments(copy, values)
+                paths = template.recording.paths
+                set_names(copy, {place: moved(origins, paths, modules) for place, origins in names_of(node).items()})
             bound[node] = copy
             made.append(copy)
         self._inside.update(n for n in made if not isinstance(n.meta.get("val"), torch.SymInt))
-        if not self._recordings:
-            self._resolve_tokens(made)
-        return pytree.tree_unflatten(self._outputs(template, leaves, bound, tracer), template.out_spec)
+        self._counts.stamped += 1
+        free = by_read(template.free_now())
+        for path, name in template.recording.reads if self.observer.recordings else ():
+            value = getattr(modules[path], name, ABSENT)
+            self.observer.note(modules[path], name, value, handed_on=free.get((path, name), frozenset()))
+        return pytree.tree_unflatten(self._outputs(template, call, bound), template.out_spec)
 
-    def _outputs(
-        self, template: _Template, leaves: list[Any], bound: dict[torch.fx.Node, torch.fx.Node], tracer: Tracer
-    ) -> list[Any]:
-        given = {tracer.node_of(x): x for x in leaves if isinstance(x, torch.Tensor)}
+    def _outputs(self, template: Template, call: _Call, bound: Mapping[torch.fx.Node, torch.fx.Node]) -> list[Any]:
+        tracer = call.tracer
+        given = {tracer.node_of(x): x for x in call.leaves if isinstance(x, torch.Tensor)}
         fresh: dict[torch.fx.Node, torch.Tensor] = {}
         outputs: list[Any] = []
         for leaf, node in zip(template.out_leaves, template.out_nodes, strict=True):
@@ -327,43 +366,27 @@ class _Observer:
             outputs.append(fresh[target])
         return outputs
 
-    def _resolve_tokens(self, nodes: Sequence[torch.fx.Node]) -> None:
-        """Put the layers' real names in place of the tokens that stood for them while their block was traced."""
-        if not self._tokens:
-            return
-        names = {token: name for token, (_, _, name) in self._tokens.items()}
-        for node in nodes:
-            if any(isinstance(a, str) and a in names for a in pytree.tree_leaves((node.args, node.kwargs))):
-                node.meta.setdefault("piecework_handles", (node.args, node.kwargs))
-                node.args, node.kwargs = _replace_strings((node.args, node.kwargs), names, {})
+
+def _places(node: torch.fx.Node, template: Template, matching: Matching) -> Iterator[tuple[Place, Key]]:
+    """Yield the places of a node's arguments in which a sibling has names of its own."""
+    for place, origins in names_of(node).items():
+        key = template.key_of(origins)
+        if key is not None and key in matching.names:
+            yield place, key
 
 
-@contextlib.contextmanager
-def _quick() -> Iterator[None]:
-    """Admit and stamp without the hooks that a trace runs under; none of the model's own code runs meanwhile."""
-    profiler = sys.getprofile()
-    with plain_tensors():
-        if not callable(profiler):  # none, or one that is written in C and not ours
-            yield
-            return
-        sys.setprofile(None)
-        try:
-            yield
-        finally:
-            sys.setprofile(profiler)
+def _is_name(template: Template, key: Key) -> bool:
+    return IS_OBJECT and type(template.value_of(key)) is LayerName
 
 
-def _replace_strings(arguments: Any, names: dict[str, str], bound: dict[torch.fx.Node, torch.fx.Node]) -> Any:
-    def replace(value: Any) -> Any:
-        if isinstance(value, torch.fx.Node):
-            return bound.get(value, value)
-        return names.get(value, value) if isinstance(value, str) else value
-
-    return torch.fx.map_arg(torch.fx.node.map_aggregate(arguments, replace), lambda n: n)
+def _text(key: Key) -> str:
+    if key.attribute == "":
+        return f"argument {key.leaf} of their calls"
+    return ".".join(p for p in (key.path, key.attribute) if p) + (f"[{key.leaf}]" if key.leaf >= 0 else "")
 
 
-def _shape_of(block: nn.Module) -> tuple[tuple[str, type], ...]:
-    return tuple((name, type(part)) for name, part in block.named_modules())
+def _looks(place: str) -> str:
+    return f"it is looked at in {place}" if place else "it is looked at"
 
 
 def _nodes_of(value: Any, tracer: Tracer) -> Iterator[torch.fx.Node]:

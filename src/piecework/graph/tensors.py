@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from piecework.foundation.torch_private import Tracer
+from piecework.foundation.torch_private import Tracer, plain_tensors
 from piecework.graph.request import TensorInput
 
 
@@ -64,12 +64,15 @@ class NamedTensors:
         assert self._tracer is not None
         name = self._names[id(tensor)]
         if name not in self._fakes:
-            with self._tracer.paused(), self._fake_mode:
-                fake = self._make(name, tensor)
-            self._fakes[name] = fake
-            self._name_of_fake[id(fake)] = name
-            self._tracer.attach(fake, self.node(name, like=fake))
+            with plain_tensors(), self._tracer.paused(), self._fake_mode:
+                self._take(name, self._make(name, tensor))
         return self._fakes[name]
+
+    def _take(self, name: str, fake: torch.Tensor) -> None:
+        assert self._tracer is not None
+        self._fakes[name] = fake
+        self._name_of_fake[id(fake)] = name
+        self._tracer.attach(fake, self.node(name, like=fake), new_sizes=name in self._states)
 
     def node(self, name: str, *, like: torch.Tensor) -> torch.fx.Node:
         """Return the placeholder of a tensor of the module; `like` has the metadata it is to have in the graph."""
@@ -97,12 +100,22 @@ class NamedTensors:
 
     def swap(self, modules: Iterable[nn.Module]) -> None:
         """Put fakes in place of the tensors of `modules` until `restore`."""
-        for part in modules:
-            for table in (part._parameters, part._buffers):
-                for name, tensor in table.items():
-                    if tensor is not None and self.is_known(tensor):
-                        self._swapped.append((table, name, tensor))
-                        table[name] = self.fake(tensor)  # type: ignore[assignment]
+        assert self._tracer is not None
+        found: list[tuple[Any, str, torch.Tensor]] = [
+            (table, name, tensor)
+            for part in modules
+            for table in (part._parameters, part._buffers)
+            for name, tensor in table.items()
+            if tensor is not None and self.is_known(tensor)
+        ]
+        self._swapped += found
+        with plain_tensors(), self._tracer.paused(), self._fake_mode:
+            for _, _, tensor in found:
+                name = self._names[id(tensor)]
+                if name not in self._fakes:
+                    self._take(name, self._make(name, tensor))
+        for table, name, tensor in found:
+            table[name] = self._fakes[self._names[id(tensor)]]
 
     def replaced(self) -> list[str]:
         """Return the names of tensors in whose place the module has put another one since `swap`."""

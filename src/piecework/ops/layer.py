@@ -110,9 +110,3 @@ def resolve(layer: LayerNameType | str) -> str:
 def encode(name: str) -> LayerNameType:
     """Return what an operator with a `LayerNameType` argument is called with for the layer `name`."""
     return LayerName(name)
-
-
-class LayerHandle(str):
-    """Going away: use LayerName."""
-
-    __slots__ = ()

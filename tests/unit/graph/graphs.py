@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from piecework.graph.capture import CapturedGraph, capture
 from piecework.graph.request import CaptureRequest, Dim, TensorInput
 from piecework.graph.split import Piece, split
-from piecework.ops.layer import LayerHandle
+from piecework.ops.layer import LayerName
 from piecework.ops.program import Program
+from tests.unit.graph.name_ops import by_layer
 
 
 def listing(captured: CapturedGraph) -> list[tuple[str, ...]]:
@@ -195,10 +196,11 @@ TWO = frozenset({"pwtest::two"})
 class NamedBlock(nn.Module):
     """A linear layer, then an opaque op that takes the layer's name."""
 
-    def __init__(self, name: str | LayerHandle) -> None:
+    def __init__(self, name: str | LayerName) -> None:
         super().__init__()
         self.linear = nn.Linear(8, 8)
         self.handle = name
+        self.op = by_layer if isinstance(name, LayerName) else torch.ops.pwtest.named
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.pwtest.named(torch.relu(self.linear(x)), self.handle)
+        return self.op(torch.relu(self.linear(x)), self.handle)

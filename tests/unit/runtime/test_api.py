@@ -16,7 +16,7 @@ import piecework
 from piecework.compiler.options import BackendName, CompileOptions
 from piecework.errors import CaptureError, RequestError, ShapeContractError, WeightsError
 from piecework.graph.request import Dim
-from piecework.ops.layer import LayerHandle
+from piecework.ops.layer import LayerName
 from tests.unit.graph.graphs import Encoder, Mlp, NamedBlock, Stack
 
 EAGER = CompileOptions(backend=BackendName.EAGER)
@@ -73,7 +73,7 @@ def test_an_encoder_over_its_whole_range(rows: int) -> None:
 
 @pytest.mark.parametrize("rows", [1, 9])
 def test_opaque_ops_with_the_handles_of_their_layers(rows: int) -> None:
-    module = Stack([NamedBlock(LayerHandle("x" * i)) for i in range(4)])
+    module = Stack([NamedBlock(LayerName("x" * i)) for i in range(4)])
     model = loaded(module, torch.randn(3, 8), opaque=["pwtest::named"])
     x = torch.randn(rows, 8)
     with torch.no_grad():

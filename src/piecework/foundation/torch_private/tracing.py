@@ -82,15 +82,45 @@ def trace(function: Callable[..., Any], args: Sequence[Any]) -> torch.fx.GraphMo
     from torch._dispatch.python import enable_python_dispatcher
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    with enable_python_dispatcher():
+    with enable_python_dispatcher(), _lean():
         module: torch.fx.GraphModule = make_fx(function, tracing_mode="real", _allow_non_fake_inputs=True)(*args)
     return module
+
+
+@contextlib.contextmanager
+def _lean() -> Iterator[None]:
+    """Trace without what nobody reads afterwards: Python code for the graph, and a second form of the metadata.
+
+    torch 2.11-2.13: torch/fx/_lazy_graph_module.py; `_extract_tensor_metadata`, which for symbolic sizes takes a fifth
+    of the trace.
+    """
+    from torch.fx import _lazy_graph_module
+    from torch.fx.experimental import proxy_tensor
+
+    made: Any = proxy_tensor
+    extract = made._extract_tensor_metadata
+    made._extract_tensor_metadata = lambda _tensor: None
+    try:
+        with _lazy_graph_module._use_lazy_graph_module(True):
+            yield
+    finally:
+        made._extract_tensor_metadata = extract
 
 
 def functionalized(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function` with in-place operators replaced by functional ones (`torch.func.functionalize`)."""
     made: Callable[..., Any] = torch.func.functionalize(function, remove="mutations")
     return made
+
+
+def is_fake_cache(filename: str) -> bool:
+    """Whether a file is the one in which fake tensors look for results of equal calls; it hashes every argument.
+
+    torch 2.11-2.13: torch/_subclasses/fake_tensor.py. Results of operators that aren't torch's own are not kept.
+    """
+    from torch._subclasses import fake_tensor
+
+    return filename == fake_tensor.__file__
 
 
 def data_dependent_errors() -> tuple[type[Exception], ...]:
