@@ -1,0 +1,54 @@
+"""The FastAPI application: routes, errors and limits, put together. It knows nothing of models, threads and ports."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from piecework.foundation.version import VERSION
+from piecework.server.admission import Admission
+from piecework.server.chat import chat_routes
+from piecework.server.completions import completion_routes
+from piecework.server.context import ServerContext
+from piecework.server.documented import openapi_without_422
+from piecework.server.errors import add_error_answers
+from piecework.server.information import information_routes
+from piecework.server.log import EventLog
+from piecework.server.metrics import Metrics
+from piecework.server.middleware import Counted, JsonBody, KeyRequired
+from piecework.server.page import page_routes
+from piecework.server.settings import ServerSettings
+from piecework.server.status import ServerStatus
+
+
+def make_app(
+    status: ServerStatus, settings: ServerSettings, *, log: EventLog | None = None, log_requests: bool = False
+) -> FastAPI:
+    """Return the application.
+
+    Args:
+        status: how far the server is; requests for text are answered once it has a service.
+        settings: how to answer.
+        log: gets what goes wrong; default: nothing is written.
+        log_requests: whether it gets every request as well.
+    """
+    log = log or EventLog(None)
+    metrics = Metrics(status)
+    context = ServerContext(status, settings, metrics, Admission(settings.limits), log)
+    # no /docs: FastAPI's page loads its scripts from elsewhere
+    app = FastAPI(
+        title="piecework",
+        version=VERSION,
+        summary="OpenAI-compatible text generation",
+        docs_url=None,
+        redoc_url=None,
+    )
+    for routes in (completion_routes, chat_routes, information_routes, page_routes):
+        app.include_router(routes(context))
+    add_error_answers(app)
+    app.openapi = openapi_without_422(app)  # type: ignore[method-assign]
+    # added last, met first
+    app.add_middleware(JsonBody, most_bytes=settings.limits.body_bytes)
+    if settings.api_key is not None:
+        app.add_middleware(KeyRequired, api_key=settings.api_key)
+    app.add_middleware(Counted, metrics=metrics, log=log if log_requests else None)
+    return app

@@ -1,0 +1,111 @@
+"""From a request's fields to sampling parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from piecework.engine.sampling_params import SamplingParams, StructuredOutput
+from piecework.errors import RequestError
+from piecework.server.errors import invalid
+from piecework.server.requests import ChatRequest, CompletionRequest, Sampling
+from piecework.server.settings import ServerSettings
+
+_COMPLETION_TOKENS = 16  # where a request to /v1/completions doesn't say, as OpenAI has it
+
+
+def completion_params(request: CompletionRequest, *, settings: ServerSettings) -> SamplingParams:
+    """Return how to continue a plain prompt. Raises ApiError for what isn't possible.
+
+    `max_tokens` 0 (with `echo`, to score a text) becomes 1, because a forward ends in a token; whoever asked drops it.
+    """
+    if request.suffix:
+        raise invalid("suffix: filling a gap isn't supported", param="suffix")
+    if request.best_of is not None and request.best_of != (request.n or 1):
+        raise invalid("best_of: only a value equal to n is supported", param="best_of")
+    if request.max_tokens == 0 and not request.echo:
+        raise invalid("max_tokens: 0 makes sense with echo only", param="max_tokens")
+    _check_logprobs(request.logprobs, param="logprobs", settings=settings)
+    most = _COMPLETION_TOKENS if request.max_tokens is None else max(1, request.max_tokens)
+    return _params(
+        request,
+        settings=settings,
+        max_tokens=most,
+        logprobs=request.logprobs,
+        prompt_logprobs=request.logprobs if request.echo else None,
+    )
+
+
+def chat_params(request: ChatRequest, *, settings: ServerSettings, room: int) -> SamplingParams:
+    """Return how to answer a conversation. Raises ApiError for what isn't possible.
+
+    Args:
+        request: the body.
+        settings: the server's.
+        room: tokens that fit behind the prompt; the default of the length.
+    """
+    if request.top_logprobs is not None and not request.logprobs:
+        raise invalid("top_logprobs: needs logprobs to be true", param="top_logprobs")
+    _check_logprobs(request.top_logprobs, param="top_logprobs", settings=settings)
+    most = request.max_completion_tokens or request.max_tokens or max(1, room)
+    return _params(
+        request,
+        settings=settings,
+        max_tokens=most,
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        prompt_logprobs=None,
+    )
+
+
+def _check_logprobs(count: int | None, *, param: str, settings: ServerSettings) -> None:
+    most = settings.limits.logprobs
+    if count is not None and count > most:
+        raise invalid(f"{param}: {count} is more than this server's {most}", param=param)
+
+
+def _params(
+    request: Sampling, *, settings: ServerSettings, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+) -> SamplingParams:
+    if request.stream_options is not None and not request.stream:
+        raise invalid("stream_options: needs stream to be true", param="stream_options")
+    n = request.n or 1
+    if n > settings.limits.n:
+        raise invalid(f"n: {n} is more than this server's {settings.limits.n}", param="n")
+    given: dict[str, Any] = {
+        "temperature": settings.default_temperature if request.temperature is None else request.temperature,
+        "top_k": None if request.top_k is None else max(0, request.top_k),  # -1 means all, as for vLLM
+        "top_p": request.top_p,
+        "min_p": request.min_p,
+        "presence_penalty": request.presence_penalty,
+        "frequency_penalty": request.frequency_penalty,
+        "repetition_penalty": request.repetition_penalty,
+        "seed": request.seed,
+        "stop": request.stop,
+        "stop_token_ids": request.stop_token_ids,
+        "ignore_eos": request.ignore_eos,
+        "min_tokens": request.min_tokens,
+        "logit_bias": {int(token): bias for token, bias in (request.logit_bias or {}).items()},
+        "structured": _structured(request),
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        return SamplingParams(max_tokens=max_tokens, n=n, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **given)
+    except RequestError as error:
+        param = error.found.partition(" ")[0]
+        raise invalid(f"{error.found}: expected {error.try_}", param=param if param in given else None) from error
+
+
+def _structured(request: Sampling) -> StructuredOutput | None:
+    asked, other = request.response_format, request.structured_outputs
+    if other is not None and (other.json_ is not None or other.regex is not None):
+        if asked is not None and asked.type != "text":
+            raise invalid("structured_outputs: not together with response_format", param="structured_outputs")
+        if other.json_ is not None and other.regex is not None:
+            raise invalid("structured_outputs: either json or regex", param="structured_outputs")
+        return StructuredOutput(json_schema=other.json_, regex=other.regex)
+    if asked is None or asked.type == "text":
+        return None
+    if asked.type == "json_object":
+        return StructuredOutput(json_object=True)
+    if asked.json_schema is None or asked.json_schema.schema_ is None:
+        raise invalid("response_format: json_schema needs a schema", param="response_format")
+    return StructuredOutput(json_schema=asked.json_schema.schema_)

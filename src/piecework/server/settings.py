@@ -1,0 +1,72 @@
+"""What whoever starts a server can choose about HTTP; nothing here is about the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from piecework.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that one client, or all of them together, can ask for. What is more is refused before any work.
+
+    Args:
+        body_bytes: of a request's body; 413 beyond.
+        prompt_tokens: of one prompt, or None for what the model's positions allow.
+        prompts: in one request to /v1/completions.
+        n: continuations of one prompt.
+        logprobs: likeliest tokens reported at each place.
+        concurrent_requests: that generate at the same time, waiting ones included; 429 beyond.
+        retry_after_s: seconds that a 429 or 503 asks a client to wait.
+        drain_s: seconds that running requests get to finish after SIGTERM.
+
+    Raises RequestError for a limit below 1.
+    """
+
+    body_bytes: int = 8 << 20
+    prompt_tokens: int | None = None
+    prompts: int = 128
+    n: int = 16
+    logprobs: int = 20
+    concurrent_requests: int = 512
+    retry_after_s: int = 1
+    drain_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            least = 0 if name in ("drain_s", "logprobs") else 1
+            if value is not None and value < least:
+                raise RequestError(
+                    asked="start the server", found=f"the limit {name} {value}", try_=f"at least {least}"
+                )
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How the server answers.
+
+    Args:
+        model_names: under which the model is served; the first is the one that answers carry.
+        api_key: what clients of /v1/ must send as `Authorization: Bearer KEY`, or None for everybody.
+        limits: see Limits.
+        default_temperature: where a request names none; OpenAI's is 1.
+    """
+
+    model_names: tuple[str, ...]
+    api_key: str | None = field(default=None, repr=False)
+    limits: Limits = field(default_factory=Limits)
+    default_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.model_names or not all(self.model_names):
+            raise RequestError(asked="start the server", found="a model without a name", try_="give it one")
+        if self.api_key == "":
+            raise RequestError(
+                asked="start the server", found="an empty API key", try_="a longer key, or none for an open server"
+            )
+
+    @property
+    def model(self) -> str:
+        """The name that answers carry."""
+        return self.model_names[0]

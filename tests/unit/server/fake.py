@@ -1,0 +1,163 @@
+"""A service that needs no model: its text follows from the prompt, the seed and the place, and from nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import math
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from piecework.errors import RequestError
+from piecework.server.service import Candidate, Delta, Generation, Service, Stats, TokenLogprobs
+from piecework.server.status import BundleUse, ServerStatus
+
+WORDS = ("red", "green", "blue", "black", "white", "grün", "漢字", "🙂", "one", "two", "three", "four", "five", "six")
+FIRST_WORD = 256  # smaller ids are the bytes of a prompt
+VOCAB = FIRST_WORD + len(WORDS)
+MAX_POSITIONS = 2048
+
+
+class FakeService(Service):
+    """Continues with words. `step_s` seconds go by per token; `active` are the requests that hold memory."""
+
+    def __init__(self, *, step_s: float = 0.0, max_positions: int = MAX_POSITIONS) -> None:
+        self.step_s = step_s
+        self.active: set[str] = set()
+        self.ended: list[str] = []
+        self.seen: list[Generation] = []
+        self.fail_after: int | None = None
+        self.prompt_tokens = 0
+        self.generated = 0
+        self._max_positions = max_positions
+
+    @property
+    def max_positions(self) -> int:
+        return self._max_positions
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None,
+        template_arguments: Mapping[str, Any],
+    ) -> list[int]:
+        if messages[0]["role"] == "function":
+            raise RequestError(
+                asked="a prompt from the chat template", found="it begins with a function", try_="a user"
+            )
+        lines = [f"{message['role']}: {message['content']}" for message in messages]
+        lines += [json.dumps(tool) for tool in tools or ()]
+        lines += [json.dumps(dict(template_arguments))] if template_arguments else []
+        return self.encode("\n".join(lines) + "\nassistant:")
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return b"".join(_raw(token) for token in tokens).decode(errors="replace")
+
+    def check(self, generation: Generation) -> None:
+        generation.params.check_tokens(VOCAB)
+        if max(generation.prompt) >= VOCAB:
+            raise RequestError(
+                asked="continue a prompt", found=f"token {max(generation.prompt)}", try_=f"tokens below {VOCAB}"
+            )
+
+    def continuation(self, generation: Generation, index: int, length: int) -> list[int]:
+        """Return the ids that `index` of a request generates."""
+        start = f"{generation.prompt} {generation.params.seed} {index}"
+        tokens = []
+        for place in range(length):
+            digest = hashlib.sha256(f"{start} {place}".encode()).digest()
+            tokens.append(FIRST_WORD + digest[0] % len(WORDS))
+        return tokens
+
+    async def stream(self, generation: Generation) -> AsyncIterator[Delta]:
+        self.seen.append(generation)
+        self.active.add(generation.request_id)
+        params = generation.params
+        self.prompt_tokens += len(generation.prompt)
+        room = self._max_positions - len(generation.prompt)
+        length = min(params.max_tokens, room)
+        plans = [self.continuation(generation, index, length) for index in range(params.n)]
+        texts = [""] * params.n
+        done = [False] * params.n
+        try:
+            for place in range(length):
+                await asyncio.sleep(self.step_s)
+                if self.fail_after == place:
+                    raise RuntimeError("the fake was told to fail")
+                for index in range(params.n):
+                    if done[index]:
+                        continue
+                    token = plans[index][place]
+                    text = _raw(token).decode()
+                    texts[index] += text
+                    stopped = next((s for s in params.stop if s in texts[index]), None)
+                    if stopped is not None:
+                        cut = texts[index].index(stopped)
+                        text = text[: max(0, cut - (len(texts[index]) - len(text)))]
+                    reason = "stop" if stopped is not None else "length" if place == length - 1 else None
+                    done[index] = reason is not None
+                    self.generated += 1
+                    yield Delta(
+                        index,
+                        text,
+                        tokens=(token,),
+                        logprobs=() if params.logprobs is None else (_logprobs(token, params.logprobs),),
+                        finish_reason=reason,
+                        prompt_logprobs=_prompt_logprobs(generation) if place == 0 else None,
+                    )
+        finally:
+            self.active.discard(generation.request_id)
+            self.ended.append(generation.request_id)
+
+    def stats(self) -> Stats:
+        return Stats(
+            running=len(self.active),
+            kv_blocks_used=4 * len(self.active),
+            kv_blocks_total=100,
+            prompt_tokens=self.prompt_tokens,
+            generated_tokens=self.generated,
+        )
+
+
+def ready(service: Service) -> ServerStatus:
+    """Return the status of a server that is ready."""
+    status = ServerStatus()
+    with status.phase("weights"), status.phase("tokenizer"):
+        pass
+    status.serves(service, bundle=BundleUse(hit=True, backend="aoti", report=lambda: REPORT))
+    return status
+
+
+REPORT = {
+    "digest": "0" * 64,
+    "identity": {"architecture": "FakeForCausalLM"},
+    "facts": {"torch/version": "0"},
+    "num_pieces": 9,
+    "num_unique_pieces": 3,
+}
+
+
+def _raw(token: int) -> bytes:
+    return bytes([token]) if token < FIRST_WORD else f" {WORDS[token - FIRST_WORD]}".encode()
+
+
+def _candidate(token: int, logprob: float) -> Candidate:
+    raw = _raw(token)
+    return Candidate(token, raw.decode(errors="replace"), raw, logprob)
+
+
+def _logprobs(token: int, count: int) -> TokenLogprobs:
+    top = [_candidate(FIRST_WORD + (token + i) % len(WORDS), -0.5 - i) for i in range(count)]
+    return TokenLogprobs(_candidate(token, -math.inf if token % 7 == 0 else -0.25), tuple(top))
+
+
+def _prompt_logprobs(generation: Generation) -> tuple[TokenLogprobs | None, ...] | None:
+    count = generation.params.prompt_logprobs
+    if count is None:
+        return None
+    return (None, *(_logprobs(token, count) for token in generation.prompt[1:]))
