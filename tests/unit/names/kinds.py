@@ -1,0 +1,47 @@
+"""The three ways in which an operator may be told its layer, and every operator under test in each of them."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from piecework.ops.gated_delta_net import gated_delta_net
+from piecework.ops.layer import LayerName, LayerNameType
+from piecework.ops.layer_attention import kv_write, layer_attention
+from piecework.ops.mamba2 import mamba2_mixer
+from piecework.ops.moe import moe_forward
+from piecework.ops.opaque_op import OpaqueOp, opaque_op
+from tests.unit.names.adapter import adapter
+
+KINDS: Mapping[str, Callable[[int], Any]] = {
+    "LayerName": lambda index: LayerName(f"layers.{index}"),
+    "str": lambda index: f"layers.{index}",
+    "int": lambda index: index,
+}
+"""What a module holds as its layer's name, by the type of the operator's argument."""
+
+_PLAIN: Mapping[str, type] = {"str": str, "int": int}
+
+
+def _variants(op: OpaqueOp) -> dict[str, OpaqueOp]:
+    """Return `op`, which takes a LayerNameType, and operators of the same function that take a str and an int."""
+    return {"LayerName": op, **{kind: _variant(op, kind, annotation) for kind, annotation in _PLAIN.items()}}
+
+
+def _variant(op: OpaqueOp, kind: str, annotation: type) -> OpaqueOp:
+    source: Any = op.function
+    assert source.__annotations__["layer"] in ("LayerNameType", LayerNameType)
+    name = f"{source.__name__}_{kind}"
+    function = types.FunctionType(source.__code__, source.__globals__, name, source.__defaults__, source.__closure__)
+    function.__annotations__ = {**source.__annotations__, "layer": annotation}
+    function.__module__, function.__qualname__ = __name__, name
+    made = opaque_op(f"pwnames::{name}", cuts=op.cuts)(function)
+    made.fake(op._fake)
+    return made
+
+
+OPS: Mapping[OpaqueOp, Mapping[str, OpaqueOp]] = {
+    op: _variants(op) for op in (layer_attention, kv_write, moe_forward, mamba2_mixer, gated_delta_net, adapter)
+}
+"""For each operator: itself and its variants, by the type of its argument `layer`."""
