@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, final
+from typing import Any, Final, final
 
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers.decoders import DecodeStream
 
+from piecework.engine.chat_template import ChatTemplate, Message
+from piecework.engine.token_bytes import token_bytes
 from piecework.errors import RequestError, UnsupportedModelError
 
-Message = Mapping[str, Any]
+_SPECIAL: Final = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+_CONTEXT: Final = 8
+"""How many tokens of a prompt are looked at to see how the text after it starts."""
+_LONGEST_CHARACTER: Final = 4
 
 
 def load_tokenizer(model_dir: Path) -> Tokenizer:
@@ -34,7 +39,7 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
 
 @final
 class Tokenizer:
-    """Encodes and decodes; fills in chat templates.
+    """Encodes and decodes; fills in chat templates. May be used by several threads at once.
 
     Args:
         tokenizer: of the tokenizers library.
@@ -43,7 +48,29 @@ class Tokenizer:
 
     def __init__(self, tokenizer: HuggingFaceTokenizer, *, settings: Mapping[str, Any]) -> None:
         self._tokenizer = tokenizer
-        self._settings = settings
+        special = {name: _token_text(settings[name]) for name in _SPECIAL if settings.get(name)}
+        # a template that asks for a token the model lacks gets "", rather than an error for an unknown name
+        special = {"bos_token": "", "eos_token": "", "pad_token": "", **special}
+        self._templates = {
+            name: ChatTemplate(source, special_tokens=special) for name, source in _named_templates(settings).items()
+        }
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens it has, added ones included; a model's vocabulary may be larger."""
+        count: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        return count
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `encode_chat` can work."""
+        return "default" in self._templates
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """The tokens that `decode` leaves out."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(token for token, entry in added.items() if entry.special)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the tokens of a text, with a BOS token and the like where the tokenizer adds them."""
@@ -55,74 +82,80 @@ class Tokenizer:
         text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=True)
         return text
 
+    def token_bytes(self, tokens: Sequence[int]) -> list[bytes]:
+        """Return the bytes of each token inside a text, special ones as they are written; see `token_bytes`."""
+        return token_bytes(self._tokenizer, tokens)
+
     def stream(self, prompt: Sequence[int] = ()) -> Detokenizer:
         """Return a new detokenizer for one sequence that continues the tokens `prompt`."""
         return Detokenizer(self._tokenizer, prompt)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Return the tokens of a conversation, up to where the assistant answers.
-
-        Args:
-            messages: each with "role" and "content".
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        extra: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Return the tokens of a conversation, up to where the assistant answers; see `ChatTemplate.render`.
 
         Raises RequestError where the model has no chat template or the template refuses the messages.
         """
-        # the template writes special tokens itself
-        return self.encode(self.render_chat(messages), add_special_tokens=False)
+        text = self.render_chat(messages, tools=tools, continue_final_message=continue_final_message, extra=extra)
+        return self.encode(text, add_special_tokens=False)  # the template writes special tokens itself
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        extra: Mapping[str, Any] | None = None,
+    ) -> str:
         """Return the text that the chat template makes of a conversation; raises RequestError like `encode_chat`."""
-        # costs 30 ms, which only chats need to pay
-        from jinja2 import TemplateError  # noqa: PLC0415
-        from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        special = {name: _token_text(self._settings.get(name)) for name in ("bos_token", "eos_token", "pad_token")}
-        try:
-            template = environment.from_string(self._chat_template())
-            return template.render(messages=list(messages), add_generation_prompt=True, **special)
-        except TemplateError as error:
-            raise RequestError(
-                asked="a prompt from the model's chat template",
-                found=f"the template fails: {error}",
-                try_="use the roles and the order that the model's documentation shows",
-            ) from error
-
-    def _chat_template(self) -> str:
-        template = self._settings.get("chat_template")
-        if isinstance(template, list):
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if not isinstance(template, str):
+        template = self._templates.get("tool_use") if tools else None
+        template = template or self._templates.get("default")
+        if template is None:
             raise RequestError(
                 asked="a prompt from the model's chat template",
                 found="neither chat_template.jinja nor a chat_template in tokenizer_config.json",
-                try_="give a plain prompt, without --chat",
+                try_="give a plain prompt instead of a conversation",
             )
-        return template
+        return template.render(messages, tools=tools, continue_final_message=continue_final_message, extra=extra)
 
 
 @final
 class Detokenizer:
     """Turns one sequence's tokens into text as they come. A character is only given out when it is complete.
 
-    The prompt's tokens decide whether the text starts with a space, where a tokenizer writes that as part of a word.
+    The end of the prompt decides whether the text starts with a space, where a tokenizer writes that as part of a word,
+    and holds the first bytes of a character that the text may complete.
     """
 
     def __init__(self, tokenizer: HuggingFaceTokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(ids=list(prompt), skip_special_tokens=True)
+        recent = list(prompt[-_CONTEXT:])
+        begun = _num_begun(tokenizer, recent)
+        self._stream = DecodeStream(ids=recent[: len(recent) - begun], skip_special_tokens=True)
+        for token in recent[len(recent) - begun :]:
+            self.add(token)
 
     def add(self, token: int) -> str:
         """Return the text that `token` completes, or ""."""
         return self._stream.step(self._tokenizer, token) or ""
 
 
+def _num_begun(tokenizer: HuggingFaceTokenizer, tokens: list[int]) -> int:
+    """Return how many of the last tokens are the beginning of a character."""
+    for begun in range(min(_LONGEST_CHARACTER, len(tokens) + 1)):
+        if not tokenizer.decode(tokens[: len(tokens) - begun], skip_special_tokens=True).endswith("�"):
+            return begun
+    return len(tokens)
+
+
 def _read_settings(model_dir: Path) -> Mapping[str, Any]:
-    """Return tokenizer_config.json, with the template of chat_template.jinja if there is one."""
+    """Return tokenizer_config.json, with the templates of chat_template.jinja and additional_chat_templates/."""
     settings: dict[str, Any] = {}
     path, template = model_dir / "tokenizer_config.json", model_dir / "chat_template.jinja"
     if path.exists():
@@ -135,8 +168,20 @@ def _read_settings(model_dir: Path) -> Mapping[str, Any]:
                 try_="download the file again",
             ) from error
     if template.exists():
-        settings["chat_template"] = template.read_text(encoding="utf-8")
+        named = {file.stem: file for file in (model_dir / "additional_chat_templates").glob("*.jinja")}
+        files = {**named, "default": template}
+        settings["chat_template"] = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
     return settings
+
+
+def _named_templates(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the chat templates by name: one alone is "default"."""
+    found = settings.get("chat_template")
+    if isinstance(found, str):
+        return {"default": found}
+    if isinstance(found, list):
+        return {entry["name"]: entry["template"] for entry in found}
+    return dict(found) if isinstance(found, Mapping) else {}
 
 
 def _token_text(token: object) -> str:
@@ -144,15 +189,3 @@ def _token_text(token: object) -> str:
     if isinstance(token, Mapping):
         token = token.get("content")
     return token if isinstance(token, str) else ""
-
-
-def _to_json(value: object, indent: int | None = None) -> str:
-    """Write JSON for a template; unlike jinja2's own filter, without escapes for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _refuse(message: str) -> NoReturn:
-    """Let a template refuse its messages."""
-    raise RequestError(
-        asked="a prompt from the model's chat template", found=message, try_="change the messages accordingly"
-    )

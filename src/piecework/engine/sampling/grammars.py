@@ -1,0 +1,159 @@
+"""Which tokens may come next where a text has to match a JSON schema or a regular expression, by llguidance.
+
+llguidance is an optional extra: it is imported when the first such request comes. It has no dependencies of its own;
+what it knows of a tokenizer is the bytes of each token.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from piecework.engine.sampling.candidates import Logits
+from piecework.engine.sampling_params import StructuredOutput
+from piecework.engine.tokenizer import Tokenizer
+from piecework.errors import RequestError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+_MOST_KEPT: Final = 128
+_WHITESPACE: Final = r"[\x20\x0A\x0D\x09]{1,32}"
+"""JSON allows any amount; models that may write spaces for ever sometimes do."""
+_WORD_BITS: Final = 32
+
+
+@final
+class Grammars:
+    """Compiles what texts have to match, each once; the least recently used ones are forgotten.
+
+    Args:
+        tokenizer: the model's.
+        vocab_size: number of the model's logits.
+        eos_token_ids: tokens that end a text, at least one.
+
+    May be used by several threads at once.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = list(eos_token_ids)
+        self._known: LLTokenizer | None = None
+        self._compiled: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def start(self, structured: StructuredOutput) -> Grammar:
+        """Return the state of a new text; raises RequestError where what it has to match is invalid or unsupported."""
+        with self._lock:
+            matcher = self._compiled.get(structured.key)
+            if matcher is None:
+                matcher = self._compiled[structured.key] = self._compile(structured)
+                if len(self._compiled) > _MOST_KEPT:
+                    self._compiled.popitem(last=False)
+            self._compiled.move_to_end(structured.key)
+            return Grammar(matcher.deep_copy())
+
+    def _compile(self, structured: StructuredOutput) -> LLMatcher:
+        kind, text = structured.key
+        matching = _import()
+        if kind == "regex":
+            grammar = matching.grammar_from_regex(text)
+        else:
+            schema = text if kind == "json_schema" else '{"type": "object"}'
+            grammar = matching.grammar_from_json_schema(schema, {"whitespace_pattern": _WHITESPACE})
+        if self._known is None:
+            self._known = self._know_tokens()
+        matcher: LLMatcher = matching(self._known, grammar, log_level=0)
+        if matcher.is_error():
+            raise RequestError(
+                asked=f"output that matches a {kind.replace('_', ' ')}",
+                found=matcher.get_error().strip(),
+                try_="a regular expression without look-around or references back"
+                if kind == "regex"
+                else "a valid JSON schema without the keywords named",
+            )
+        return matcher
+
+    def _know_tokens(self) -> LLTokenizer:
+        from llguidance import LLTokenizer, TokenizerWrapper  # noqa: PLC0415  # an optional extra
+
+        tokens = self._tokenizer.token_bytes(range(self._vocab_size))
+        special = [token for token in self._tokenizer.special_token_ids if token < self._vocab_size]
+        vocabulary = _Vocabulary(tokens, special=special, eos_token_ids=self._eos_token_ids)
+        return LLTokenizer(TokenizerWrapper(vocabulary), n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
+
+
+@final
+class Grammar:
+    """What may come next in one text. Grows with the text, and is never wrong about what came before."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._start = matcher
+        self._matcher = matcher.deep_copy()
+        self._num_seen = 0
+
+    def fill(self, mask: NDArray[np.int32], generated: Sequence[int]) -> None:
+        """Write into mask [words] one bit per token that may follow the generated ones; only end tokens at the end."""
+        if len(generated) < self._num_seen:
+            self._matcher, self._num_seen = self._start.deep_copy(), 0
+        for token in generated[self._num_seen :]:
+            self._matcher.consume_token(token)
+        self._num_seen = len(generated)
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+
+
+def apply_grammars(logits: Logits, grammars: Sequence[tuple[int, Grammar, Sequence[int]]]) -> None:
+    """Set the logits [rows, vocab] of tokens that may not come next to -inf, in place.
+
+    Args:
+        logits: float32.
+        grammars: row, its grammar, and the tokens that its sequence generated so far.
+    """
+    vocab = logits.shape[1]
+    masks = np.zeros((len(grammars), -(-vocab // _WORD_BITS)), dtype=np.int32)
+    for mask, (_, grammar, generated) in zip(masks, grammars, strict=True):
+        grammar.fill(mask, generated)
+    most = _most_of_each_byte()[masks.view(np.uint8)].reshape(len(grammars), -1)[:, :vocab]
+    rows = [row for row, _, _ in grammars]
+    logits[rows] = np.minimum(logits[rows], most)
+
+
+def _most_of_each_byte() -> NDArray[np.float32]:
+    """Return [256, 8]: for each byte's bits, lowest first, inf where set, else -inf."""
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    return np.where(bits, np.inf, -np.inf).astype(np.float32)
+
+
+@final
+class _Vocabulary:
+    """The tokenizer that llguidance asks for. Calling it would turn text into tokens; the masks don't need that."""
+
+    def __init__(self, tokens: list[bytes], *, special: list[int], eos_token_ids: list[int]) -> None:
+        self.tokens = tokens
+        self.special_token_ids = special
+        self.eos_token_id = eos_token_ids[0]
+        self.bos_token_id = None
+        self._by_byte = {token[0]: place for place, token in enumerate(tokens) if len(token) == 1}
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        encoded = text.encode() if isinstance(text, str) else text
+        return [self._by_byte[byte] for byte in encoded if byte in self._by_byte]
+
+
+def _import() -> Any:
+    """Return llguidance's LLMatcher; raises RequestError where the extra isn't installed."""
+    try:
+        from llguidance import LLMatcher  # noqa: PLC0415  # an optional extra
+    except ImportError as error:
+        raise RequestError(
+            asked="output that matches a JSON schema or a regular expression",
+            found=f"an optional package is missing: {error}",
+            try_="pip install 'piecework[structured]'",
+        ) from error
+    return LLMatcher

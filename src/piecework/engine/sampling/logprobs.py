@@ -1,0 +1,40 @@
+"""Log-probabilities of chosen and of the likeliest tokens, from logits as the model gave them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from piecework.engine.sampling.candidates import Logits, gather, lower_bounds
+from piecework.engine.sampling.mass import mass_of
+
+Top = tuple[tuple[int, float], ...]
+
+
+def token_logprobs(logits: Logits, tokens: NDArray[np.int64], counts: Sequence[int]) -> list[tuple[float, Top]]:
+    """Return for each row of the logits [rows, vocab] its token's log-probability and its likeliest tokens'.
+
+    Args:
+        logits: float32.
+        tokens: [rows].
+        counts: how many of the likeliest tokens, per row; at most all are given.
+    """
+    rows, vocab = logits.shape
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mass = mass_of(logits, np.ones(rows))
+        norms = mass.greatest[:, 0] + np.log(mass.totals)
+    chosen = (logits[np.arange(rows), tokens] - norms).tolist()
+    wanted = np.minimum(np.array(counts, dtype=np.int64), vocab)
+    tops: list[Top] = [()] * rows
+    most = int(wanted.max(initial=0))
+    if most:
+        found = gather(logits, lower_bounds(logits, np.maximum(wanted, 1)))
+        top_tokens = found.tokens[:, :most].tolist()
+        top_logprobs = (found.logits[:, :most] - norms[:, None]).tolist()
+        tops = [
+            tuple(zip(top_tokens[row][:count], top_logprobs[row][:count], strict=True))
+            for row, count in enumerate(np.minimum(wanted, found.counts).tolist())
+        ]
+    return list(zip(chosen, tops, strict=True))
