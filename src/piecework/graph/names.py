@@ -24,7 +24,7 @@ from piecework.foundation.torch_private import (
 )
 from piecework.graph.cuts import is_opaque, is_opaque_name
 from piecework.graph.recording import Origin
-from piecework.graph.tokens import NAME_TOKENS, look, subject_of, tokens_in
+from piecework.graph.tokens import is_hidden, look, subject_of, tokens_in
 
 Place = tuple[str, tuple[int, ...]]
 """An argument of a call: its name in the operator's schema, and the indices inside nested lists."""
@@ -90,7 +90,7 @@ class PassNames(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Put real values in place of tokens."""
         kwargs = kwargs or {}
-        tokens = [t for t in tokens_in((args, kwargs)) if not isinstance(t, NAME_TOKENS)]
+        tokens = [t for t in tokens_in((args, kwargs)) if not is_hidden(t)]
         if not tokens:
             return func(*args, **kwargs)
         name = operator_name(func)
@@ -134,7 +134,7 @@ def _plain(value: Any, *, looked_at: bool) -> Any:
     if isinstance(value, slice):
         return slice(*(_plain(v, looked_at=looked_at) for v in (value.start, value.stop, value.step)))
     subject = subject_of(value)
-    if subject is None or isinstance(value, NAME_TOKENS):
+    if subject is None or is_hidden(value):
         return value
     return subject.look() if looked_at else subject.value
 

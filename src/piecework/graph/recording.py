@@ -40,11 +40,12 @@ def by_read(keys: Iterable[Key]) -> dict[tuple[str, str], set[int]]:
 
 
 class Origin(NamedTuple):
-    """The same, whichever block the module (by its id) is seen as a part of."""
+    """The same, whichever block the module (by its id) is seen as a part of; `is_text` for a LayerName's string."""
 
     module: int
     attribute: str
     leaf: int
+    is_text: bool = False
 
 
 @dataclass(eq=False)

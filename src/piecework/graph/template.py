@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from piecework.foundation.torch_private import call_arguments
 from piecework.graph.matching import metadata
-from piecework.graph.names import Names, argument_at, names_of, set_names
+from piecework.graph.names import Names, Place, argument_at, names_of, set_names
 from piecework.graph.recording import WHOLE, Key, Origin, Recording
 
 
@@ -50,22 +50,25 @@ class Template:
         """Return `free` without names that something looked at later on, when they had left the block."""
         return self.free - self.recording.looked_at.keys()
 
-    def key_of(self, origins: Sequence[Origin]) -> Key | None:
-        """Return the free name that comes from one of `origins`, or None."""
-        for origin in origins:
-            path = self.recording.paths.get(origin.module)
-            if path is not None and Key(path, origin.attribute, origin.leaf) in self.free:
-                return Key(path, origin.attribute, origin.leaf)
-        return None
+    def free_names(self, node: torch.fx.Node) -> Iterator[tuple[Place, Key, Origin]]:
+        """Yield the places of a node's arguments that have free names, and where each comes from."""
+        for place, origins in names_of(node).items():
+            for origin in origins:
+                path = self.recording.paths.get(origin.module)
+                if path is not None and Key(path, origin.attribute, origin.leaf) in self.free:
+                    yield place, Key(path, origin.attribute, origin.leaf), origin
+                    break
 
     def value_of(self, key: Key) -> Any:
-        """Return what this block hands on under a key, as it arrives at an operator."""
+        """Return what this block has under a key."""
         value = self.recording.reads[key.path, key.attribute] if key.attribute else self.leaves
-        return arriving(value if key.leaf == WHOLE else pytree.tree_leaves(value)[key.leaf])
+        return value if key.leaf == WHOLE else pytree.tree_leaves(value)[key.leaf]
 
 
-def arriving(value: Any) -> Any:
+def arriving(value: Any, origin: Origin) -> Any:
     """Return a name as an operator gets it: of a LayerName that is a string, torch passes the string."""
+    if origin.is_text:
+        return value.value
     return str(value) if isinstance(value, str) else value
 
 
@@ -120,14 +123,13 @@ def _equal_nodes(
     """Return the places of free names among the arguments of `a`, None where the nodes are not equal."""
     if a.op != b.op or a.target != b.target or not _alike(metadata(a.meta.get("val")), metadata(b.meta.get("val")), {}):
         return None
-    places = {place: (theirs.key_of(origins), origins) for place, origins in names_of(b).items()}
-    free = {place: key for place, (key, _) in places.items() if key is not None}
+    free = {place: (key, origin) for place, key, origin in theirs.free_names(b)}
     if not free:
         return names_of(a) if _alike((a.args, a.kwargs), (b.args, b.kwargs), bound) else None
     mine_named = call_arguments(a.target, a.args, a.kwargs)
     theirs_named = call_arguments(b.target, b.args, b.kwargs)
-    for (name, indices), key in free.items():
-        if not _same_value(argument_at(a, (name, indices)), mine.value_of(key)):
+    for (name, indices), (key, origin) in free.items():
+        if not _same_value(argument_at(a, (name, indices)), arriving(mine.value_of(key), origin)):
             return None
         for named in (mine_named, theirs_named):
             named[name] = _without(named[name], indices)
@@ -137,7 +139,7 @@ def _equal_nodes(
     moved_names = {
         place: tuple(
             o._replace(module=back[theirs.recording.paths[o.module]])
-            for o in places[place][1]
+            for o in names_of(b)[place]
             if o.module in theirs.recording.paths
         )
         for place in free

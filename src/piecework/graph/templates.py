@@ -33,9 +33,8 @@ from piecework.graph.recording import Key, Recording, TraceAgain, by_read
 from piecework.graph.sources import profiling
 from piecework.graph.template import Template, arriving, equal_but_for_names, moved, shape_of, transfer_names
 from piecework.graph.tensors import NamedTensors
-from piecework.graph.tokens import look_inside
+from piecework.graph.tokens import is_hidden, look_inside
 from piecework.graph.watching import Watch
-from piecework.ops.layer import IS_OBJECT, LayerName
 
 _CHANGES: Final = "changes the containers it is called with"
 
@@ -186,8 +185,7 @@ class _Stamper:
         for node in template.nodes if self._unseen else ():
             if operator_name(node.target) not in self._unseen:
                 continue
-            places = [(place, k) for place, k in _places(node, template, matching) if not _is_name(template, k)]
-            values = {place: arriving(matching.names[k]) for place, k in places}
+            values = {place: v for place, v in _own_names(node, template, matching) if not is_hidden(v)}
             if not values:
                 continue
             known = (node, repr(values))
@@ -229,10 +227,10 @@ class _Stamper:
         if watch.looks:
             for key in keys:
                 recording.looked_at.setdefault(key, watch.looks[0])
+        if watch.exact_types:
+            raise self._again(call, matching, "it asks for the exact type of something")
         looked_at = keys & recording.looked_at.keys()
         if problems or looked_at:
-            if watch.exact_types:
-                raise self._again(call, matching, "it asks for the exact type of something")
             self._keep_plainly(template, problems, looked_at, call, keys)
         else:
             names = equal_but_for_names(near, template, matching.nodes)
@@ -240,6 +238,8 @@ class _Stamper:
                 raise self._again(call, matching, "with another name it does something else")
             transfer_names(names)
             self._unseen |= passing.unseen
+            for key in keys:  # taking a LayerName's string out counts as a look where there is one trace only
+                near.recording.looked_at.pop(key, None)
             known = self._templates[call.cls]
             known[known.index(near)] = replace(near, free=keys)
         return out
@@ -267,7 +267,8 @@ class _Stamper:
             self._counts.notes.append(f"{call.cls.__name__} is traced by itself: it {problems[0]}")
         else:
             free = frozenset(k for k in template.free - keys if k not in template.recording.unwrapped)
-            names = {k for k in template.free & keys if _is_name(template, k)} - template.recording.unwrapped
+            names = {k for k in template.free & keys if is_hidden(template.value_of(k))}
+            names -= template.recording.unwrapped
             self._templates.setdefault(call.cls, []).append(replace(template, free=free | names))
 
     def _again(self, call: _Call, matching: Matching, reason: str) -> TraceAgain:
@@ -332,7 +333,7 @@ class _Stamper:
         for node in template.nodes:
             copy = call.tracer.graph.node_copy(node, lambda n: bound.get(n, n))
             if names_of(node):
-                values = {place: arriving(matching.names[k]) for place, k in _places(node, template, matching)}
+                values = dict(_own_names(node, template, matching))
                 copy.args, copy.kwargs = with_arguments(copy, values)
                 paths = template.recording.paths
                 set_names(copy, {place: moved(origins, paths, modules) for place, origins in names_of(node).items()})
@@ -367,16 +368,11 @@ class _Stamper:
         return outputs
 
 
-def _places(node: torch.fx.Node, template: Template, matching: Matching) -> Iterator[tuple[Place, Key]]:
-    """Yield the places of a node's arguments in which a sibling has names of its own."""
-    for place, origins in names_of(node).items():
-        key = template.key_of(origins)
-        if key is not None and key in matching.names:
-            yield place, key
-
-
-def _is_name(template: Template, key: Key) -> bool:
-    return IS_OBJECT and type(template.value_of(key)) is LayerName
+def _own_names(node: torch.fx.Node, template: Template, matching: Matching) -> Iterator[tuple[Place, Any]]:
+    """Yield the places of a node's arguments in which a sibling has names of its own, and those."""
+    for place, key, origin in template.free_names(node):
+        if key in matching.names:
+            yield place, arriving(matching.names[key], origin)
 
 
 def _text(key: Key) -> str:

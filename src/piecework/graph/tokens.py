@@ -14,7 +14,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, final
 
 from torch.utils import _pytree as pytree
 
@@ -61,7 +61,7 @@ class Subject:
         if self._text is None:
             self._text = Subject(self.value.value)
         for origin in self.origins:
-            self._text.add(origin, readers)
+            self._text.add(origin._replace(is_text=True), readers)
         return self._text.token()
 
     def token(self) -> Any:
@@ -69,17 +69,24 @@ class Subject:
         if not hasattr(self, "_token"):
             self._token = _make(self)
         for recording, _ in self.readers:
-            if recording.watch is not None and not isinstance(self._token, NAME_TOKENS):
+            if recording.watch is not None and not is_hidden(self._token):
                 recording.watch.arm()
         return self._token
 
 
 def subject_of(value: object) -> Subject | None:
     """Return what a token stands for, None where `value` is no token."""
-    if type(value) in TOKENS:
-        subject: Subject = object.__getattribute__(value, "_subject")
-        return subject
-    return None
+    found: Subject | None = None
+    if type(value) in _TOKENS:
+        found = object.__getattribute__(value, "_subject")
+    elif IS_OBJECT and type(value) is LayerName and type(value._value) is HiddenName:
+        found = value._value.subject
+    return found
+
+
+def is_hidden(token: object) -> bool:
+    """Whether a token doesn't show what it stands for to functions written in C."""
+    return IS_OBJECT and type(token) is LayerName
 
 
 def look(value: Any) -> Any:
@@ -91,7 +98,7 @@ def look(value: Any) -> Any:
 def look_inside(value: Any) -> Any:
     """Return a nested value with every token in it looked at and replaced; the same object where there is none."""
     leaves, spec = pytree.tree_flatten(value)
-    if not any(type(leaf) in TOKENS for leaf in leaves):
+    if not any(subject_of(leaf) is not None for leaf in leaves):
         return value
     return pytree.tree_unflatten([look(leaf) for leaf in leaves], spec)
 
@@ -172,51 +179,61 @@ def _text_methods(kind: type) -> dict[str, Any]:
     return {**_methods(kind, dir(str)), "__int__": _number(int), "__float__": _number(float)}
 
 
-def _name_methods() -> dict[str, Any]:
-    if not IS_OBJECT:
-        return {**_text_methods(LayerName), "value": property(_getter("value"))}
-    return {
-        **_methods(LayerName, ["__eq__", "__ne__", "__repr__", "__str__", "__format__"]),
-        "__hash__": _hash,
-        "value": property(lambda self: object.__getattribute__(self, "_subject").text()),
-        "__copy__": lambda self: self,
-        "__deepcopy__": lambda self, _memo: self,
-        "__slots__": ("_subject",),
-    }
+@final
+class HiddenName:
+    """What a LayerName that is a token has in place of its string; the LayerName's methods ask it."""
 
+    __slots__ = ("subject",)
 
-def _hash(self: Any) -> int:
-    subject: Subject = object.__getattribute__(self, "_subject")
-    unseen = is_fake_cache(sys._getframe(1).f_code.co_filename)
-    return hash(subject.value if unseen else subject.look())
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+
+    def __call__(self) -> Any:
+        """Return what `LayerName.value` gives."""
+        return self.subject.text()
+
+    def __eq__(self, other: object) -> bool:
+        theirs = other.subject.look().value if isinstance(other, HiddenName) else other
+        return bool(self.subject.look().value == theirs)
+
+    def __hash__(self) -> int:
+        unseen = is_fake_cache(sys._getframe(2).f_code.co_filename)
+        return hash((self.subject.value if unseen else self.subject.look()).value)
+
+    def __repr__(self) -> str:
+        return repr(self.subject.look().value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, (self.subject.look().value,)
 
 
 TextToken: Any = type("TextToken", (str,), {"__doc__": "For a string.", **_text_methods(str)})
 IntToken: Any = type("IntToken", (), {"__doc__": "For an integer; no int, so C asks.", **_methods(int, dir(int))})
-LayerNameToken: Any = type("LayerNameToken", (LayerName,), {"__doc__": "For a LayerName.", **_name_methods()})
-TOKENS: frozenset[type] = frozenset({TextToken, IntToken, LayerNameToken})
-NAME_TOKENS: tuple[type, ...] = (LayerNameToken,) if IS_OBJECT else ()
-"""Tokens that functions written in C can't look into."""
+_NAME_METHODS = {} if IS_OBJECT else {**_text_methods(LayerName), "value": property(_getter("value"))}
+NameToken: Any = type("NameToken", (LayerName,), {"__doc__": "For a LayerName that is a string.", **_NAME_METHODS})
+
+_TOKENS = frozenset({TextToken, IntToken, NameToken})
 
 
 def _make(subject: Subject) -> Any:
     value = subject.value
-    if type(value) is int:
-        token = object.__new__(IntToken)
-    elif type(value) is str:
-        token = str.__new__(TextToken, value)
-    elif IS_OBJECT:
-        token = LayerName.__new__(LayerNameToken)
-        object.__setattr__(token, "_value", value.value)
-    else:
-        token = str.__new__(LayerNameToken, value)
+    if type(value) is LayerName and IS_OBJECT:
+        name = LayerName.__new__(LayerName)
+        object.__setattr__(name, "_value", HiddenName(subject))
+        return name
+    token = object.__new__(IntToken) if type(value) is int else _text_token(value)
     object.__setattr__(token, "_subject", subject)
     return token
 
 
+def _text_token(value: str) -> Any:
+    kind = TextToken if type(value) is str else NameToken
+    return str.__new__(kind, value)
+
+
 def tokens_in(value: Any) -> Iterator[Any]:
     """Yield the tokens in the arguments of a call: in tuples, lists, dicts and slices."""
-    if type(value) in TOKENS:
+    if subject_of(value) is not None:
         yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
