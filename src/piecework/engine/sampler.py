@@ -115,8 +115,8 @@ class Sampler:
         if all(row.params.plain for row in rows):
             return [SampledToken(token) for token in _greedy(logits)]
         table = _as_table(logits)
-        tokens = self._choose(table, rows)
-        return _with_logprobs(table, tokens, rows)
+        with np.errstate(all="ignore"):  # logits of -inf are usual, and a model may give NaN
+            return _with_logprobs(table, self._choose(table, rows), rows)
 
     def prompt_logprobs(self, logits: Tensor, tokens: Items[int], *, top: int) -> list[SampledToken]:
         """Return the tokens of a prompt with their log-probabilities, in the form of sampled ones.
@@ -130,7 +130,8 @@ class Sampler:
         for start in range(0, len(tokens), _PROMPT_ROWS):
             part = list(tokens[start : start + _PROMPT_ROWS])
             table = _as_table(logits[start : start + len(part)])
-            found.extend(_scored(table, np.array(part, dtype=np.int64), [top] * len(part)))
+            with np.errstate(all="ignore"):
+                found.extend(_scored(table, np.array(part, dtype=np.int64), [top] * len(part)))
         return found
 
     def forget(self, key: Key) -> None:

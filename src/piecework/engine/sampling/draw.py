@@ -40,13 +40,12 @@ def draw(logits: Logits, filters: Filters, uniforms: NDArray[np.float64]) -> NDA
     # rows that need many candidates would make all others of their group wide
     wide = limited & (filters.top_k > _FEW)
     tokens = np.zeros(len(logits), dtype=np.int64)
-    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
-        for group, function in ((filtered & ~wide, _draw_filtered), (wide, _draw_filtered), (~filtered, _draw_any)):
-            rows = np.flatnonzero(group)
-            if len(rows) == len(logits):
-                return function(logits, filters, uniforms)
-            if len(rows):
-                tokens[rows] = function(logits[rows], filters.of(rows), uniforms[rows])
+    for group, function in ((filtered & ~wide, _draw_filtered), (wide, _draw_filtered), (~filtered, _draw_any)):
+        rows = np.flatnonzero(group)
+        if len(rows) == len(logits):
+            return function(logits, filters, uniforms)
+        if len(rows):
+            tokens[rows] = function(logits[rows], filters.of(rows), uniforms[rows])
     return tokens
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,9 @@ from piecework.engine.sampling.candidates import Logits, gather, lower_bounds
 from piecework.engine.sampling.mass import mass_of
 
 Top = tuple[tuple[int, float], ...]
+
+LEAST: Final = -9999.0
+"""What stands for less, as in OpenAI's API: JSON has no infinity."""
 
 
 def token_logprobs(logits: Logits, tokens: NDArray[np.int64], counts: Sequence[int]) -> list[tuple[float, Top]]:
@@ -22,17 +26,16 @@ def token_logprobs(logits: Logits, tokens: NDArray[np.int64], counts: Sequence[i
         counts: how many of the likeliest tokens, per row; at most all are given.
     """
     rows, vocab = logits.shape
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mass = mass_of(logits, np.ones(rows))
-        norms = mass.greatest[:, 0] + np.log(mass.totals)
-    chosen = (logits[np.arange(rows), tokens] - norms).tolist()
+    mass = mass_of(logits, np.ones(rows))
+    norms = mass.greatest[:, 0] + np.log(mass.totals)
+    chosen = np.fmax(logits[np.arange(rows), tokens] - norms, LEAST).tolist()
     wanted = np.minimum(np.array(counts, dtype=np.int64), vocab)
     tops: list[Top] = [()] * rows
     most = int(wanted.max(initial=0))
     if most:
         found = gather(logits, lower_bounds(logits, np.maximum(wanted, 1)))
         top_tokens = found.tokens[:, :most].tolist()
-        top_logprobs = (found.logits[:, :most] - norms[:, None]).tolist()
+        top_logprobs = np.fmax(found.logits[:, :most] - norms[:, None], LEAST).tolist()
         tops = [
             tuple(zip(top_tokens[row][:count], top_logprobs[row][:count], strict=True))
             for row, count in enumerate(np.minimum(wanted, found.counts).tolist())
