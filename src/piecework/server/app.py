@@ -9,7 +9,7 @@ from piecework.server.admission import Admission
 from piecework.server.chat import chat_routes
 from piecework.server.completions import completion_routes
 from piecework.server.context import ServerContext
-from piecework.server.documented import openapi_without_422
+from piecework.server.documented import documented_openapi
 from piecework.server.errors import add_error_answers
 from piecework.server.information import information_routes
 from piecework.server.log import EventLog
@@ -45,7 +45,7 @@ def make_app(
     for routes in (completion_routes, chat_routes, information_routes, page_routes):
         app.include_router(routes(context))
     add_error_answers(app)
-    app.openapi = openapi_without_422(app)  # type: ignore[method-assign]
+    app.openapi = documented_openapi(app, has_key=settings.api_key is not None)  # type: ignore[method-assign]
     # added last, met first
     app.add_middleware(JsonBody, most_bytes=settings.limits.body_bytes)
     if settings.api_key is not None:

@@ -31,22 +31,32 @@ def error_responses(*statuses: int) -> Responses:
 
 def generation_responses(model: type[BaseModel]) -> Responses:
     """Return the answers of a request for text: `model`, or a stream of its chunks."""
-    stream = {"schema": {"type": "string", "description": "`data: {chunk}` lines, at the end `data: [DONE]`"}}
+    # OpenAPI 3.2's way to describe a stream, as FastAPI itself has it: the schema of one event
+    data = {"type": "string", "description": "A chunk as JSON, at the end `[DONE]`"}
+    stream = {"itemSchema": {"type": "object", "properties": {"data": data}, "required": ["data"]}}
     whole = {"model": model, "description": "The text.", "content": {"text/event-stream": stream}}
     return {200: whole, **error_responses(*_MEANINGS)}
 
 
-def openapi_without_422(app: FastAPI) -> Callable[[], dict[str, Any]]:
-    """Return `app.openapi` without the status 422, which FastAPI documents and this server answers as 400."""
+def documented_openapi(app: FastAPI, *, has_key: bool) -> Callable[[], dict[str, Any]]:
+    """Return what replaces `app.openapi`: with the API key where there is one, and without the status 422.
+
+    FastAPI documents 422 for every body; this server answers 400.
+    """
     original = app.openapi
 
     def openapi() -> dict[str, Any]:
         schema = original()
-        for methods in schema["paths"].values():
+        components = schema.setdefault("components", {})
+        for path, methods in schema["paths"].items():
             for operation in methods.values():
                 operation["responses"].pop("422", None)
+                if has_key and path.startswith("/v1/"):
+                    operation["security"] = [{"key": []}]
         for name in ("HTTPValidationError", "ValidationError"):
-            schema.get("components", {}).get("schemas", {}).pop(name, None)
+            components.get("schemas", {}).pop(name, None)
+        if has_key:
+            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         return schema
 
     return openapi

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
@@ -56,9 +57,10 @@ class LoggingBridge(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
-        trace = None
-        if record.exc_info and record.exc_info[1] is not None:
-            trace = "".join(traceback.format_exception(record.exc_info[1]))
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, asyncio.CancelledError):
+            return  # a request that was cut off at the end of a drain, which has an event of its own
+        trace = None if error is None else "".join(traceback.format_exception(error))
         self._log.event(self._event, level=record.levelname.lower(), message=record.getMessage(), trace=trace)
 
 

@@ -233,7 +233,8 @@ class TestErrors:
             ({"prompt": "x", "logit_bias": {"99999": 1}}, None, None),
             ({"prompt": [99999]}, None, None),
             ({"prompt": "x", "extra_body": {"min_tokens": 50}}, "min_tokens", None),
-            ({"prompt": "x", "extra_body": {"structured_outputs": {"json": {}, "regex": "a"}}}, "structured_outputs", None),
+            ({"prompt": "x", "extra_body": {"structured_outputs": {"json": {}, "regex": "a"}}},
+             "structured_outputs", None),
         ],
     )  # fmt: skip
     def test_a_wrong_completion_names_the_field(self, client, asked, param, code):
@@ -256,7 +257,8 @@ class TestErrors:
             ),
             ({"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}, "top_logprobs"),
             ({"messages": [{"role": "user", "content": "x"}], "tool_choice": "required"}, "tool_choice"),
-            ({"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "xml"}}, "response_format.type"),
+            ({"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "xml"}},
+             "response_format.type"),
             ({"messages": [{"role": "user", "content": "x" * 3000}]}, "messages"),
             ({"messages": [{"role": "function", "name": "f", "content": "the template refuses this"}]}, None),
         ],

@@ -1,0 +1,247 @@
+"""What a client can do wrong at the level of HTTP, and what every answer has in common."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import httpx
+import pytest
+
+from piecework.server.settings import Limits, ServerSettings
+from piecework.server.status import ServerStatus
+from tests.unit.server.fake import REPORT, FakeService, ready
+from tests.unit.server.live import eventually, live_server
+
+GOOD = {"model": "fake", "prompt": "x", "max_tokens": 1}
+
+
+@pytest.fixture(scope="module")
+def http(url):
+    with httpx.Client(base_url=url, timeout=10) as http:
+        yield http
+
+
+def error_of(response: httpx.Response) -> dict:
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"{", "not valid JSON"),
+        (b"", "the body"),
+        (b"\xff\xfe", ""),
+        (b"null", "the body"),
+        (b"[]", "the body"),
+        (b'"text"', "the body"),
+        (b"[" * 100_000, ""),
+        (b'{"model": "fake", "prompt": "x", "temperature": NaN}', "temperature"),
+        (b'{"model": "fake", "prompt": "x", "temperature": 1e999}', "temperature"),
+        (b'{"model": "fake", "prompt": "x", "seed": ' + b"9" * 100 + b"}", "seed"),
+        (b'{"model": "fake", "prompt": "x", "seed": ' + b"9" * 10_000 + b"}", ""),
+        (b'{"model": "fake", "prompt": "\\ud800"}', "no Unicode"),
+        (b'{"model": "\\uD800", "prompt": "x"}', "no Unicode"),
+        (b'{"model": "fake"}', "prompt"),
+        (b'{"prompt": "x"}', "model"),
+    ],
+)
+def test_a_malformed_body_is_a_400(http, body, message):
+    response = http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert message in error_of(response)["message"]
+
+
+def test_half_a_surrogate_pair_anywhere_is_refused_and_a_whole_one_is_not(http):
+    headers = {"content-type": "application/json"}
+    good = b'{"model": "fake", "prompt": "\\ud83d\\ude00", "max_tokens": 1}'
+    assert http.post("/v1/completions", content=good, headers=headers).status_code == 200
+    for part in (
+        '"messages": [{"role": "user", "content": "\\ud800"}]',
+        '"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"a": "\\ud800"}',
+        '"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function", "function": {"name": "f", '
+        '"parameters": {"\\ud800": 1}}}]',
+    ):
+        body = f'{{"model": "fake", "max_tokens": 1, {part}}}'
+        assert http.post("/v1/chat/completions", content=body, headers=headers).status_code == 400
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
+def test_another_content_type_is_a_415(http, kind):
+    response = http.post("/v1/completions", content=json.dumps(GOOD), headers={"content-type": kind})
+    assert response.status_code == 415
+    error_of(response)
+
+
+def test_no_content_type_is_a_415(url):
+    body = json.dumps(GOOD).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    assert b" 415 " in _raw(url, head.encode() + body).split(b"\r\n")[0]
+
+
+def test_json_with_a_charset_is_json(http):
+    headers = {"content-type": "application/json; charset=utf-8"}
+    assert http.post("/v1/completions", content=json.dumps(GOOD), headers=headers).status_code == 200
+
+
+def test_unknown_paths_and_methods(http):
+    assert error_of(http.get("/v1/nothing"))["code"] == "not_found"
+    response = http.get("/v1/completions")
+    assert response.status_code == 405
+    assert response.headers["allow"] == "POST"
+    error_of(response)
+    assert http.get("/docs").status_code == 404
+
+
+def test_unknown_fields_are_ignored(http):
+    assert http.post("/v1/completions", json={**GOOD, "colour": "blue", "store": True}).status_code == 200
+
+
+def test_a_large_body_is_refused_by_its_length_alone_or_when_it_has_come():
+    settings = ServerSettings(model_names=("fake",), limits=Limits(body_bytes=10_000))
+    with live_server(ready(FakeService()), settings) as url, httpx.Client(base_url=url) as http:
+        body = json.dumps({**GOOD, "prompt": "x" * 20_000}).encode()
+        headers = {"content-type": "application/json"}
+        for content in (body, iter([body[:9_000], body[9_000:]])):
+            response = http.post("/v1/completions", content=content, headers=headers)
+            assert response.status_code == 413
+            assert error_of(response)["code"] == "request_too_large"
+        # nothing of it was read: the answer comes before the body was sent
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99999999"
+        assert b" 413 " in _raw(url, f"{head}\r\n\r\n".encode()).split(b"\r\n")[0]
+        assert http.post("/v1/completions", json=GOOD).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def guarded():
+    settings = ServerSettings(model_names=("fake",), api_key="sésame")
+    with live_server(ready(FakeService()), settings) as url, httpx.Client(base_url=url) as http:
+        yield http
+
+
+class TestKey:
+    @pytest.mark.parametrize(
+        "given", [None, "Bearer", "Bearer x", "sésame", "Bearersésame", "Basic sésame", "Bearer sésame2"]
+    )
+    def test_without_the_key_nothing_of_v1_answers(self, guarded, given):
+        headers = {} if given is None else {"authorization": given.encode()}
+        for response in (
+            guarded.get("/v1/models", headers=headers),
+            guarded.post("/v1/completions", json=GOOD, headers=headers),
+            guarded.post("/v1/chat/completions", content=b"{", headers=headers),
+            guarded.get("/v1/piecework/status", headers=headers),
+            guarded.get("/v1/nothing", headers=headers),
+        ):
+            assert (response.status_code, error_of(response)["code"]) == (401, "invalid_api_key")
+            assert response.headers["www-authenticate"] == "Bearer"
+
+    def test_with_the_key(self, guarded):
+        for given in ("Bearer sésame", "bearer sésame"):
+            headers = {"authorization": given.encode()}
+            assert guarded.post("/v1/completions", json=GOOD, headers=headers).status_code == 200
+
+    def test_health_metrics_and_the_page_need_none(self, guarded):
+        assert [guarded.get(path).status_code for path in ("/health", "/metrics", "/")] == [200, 200, 200]
+
+    def test_the_settings_do_not_show_it(self):
+        assert "sesame" not in repr(ServerSettings(model_names=("fake",), api_key="sesame"))
+
+
+def test_one_request_too_many_is_a_429_and_goes_in_later():
+    service = FakeService(step_s=0.05)
+    settings = ServerSettings(model_names=("fake",), limits=Limits(concurrent_requests=1, retry_after_s=3))
+    with live_server(ready(service), settings) as url, httpx.Client(base_url=url) as http:
+        with http.stream("POST", "/v1/completions", json={**GOOD, "max_tokens": 500, "stream": True}):
+            refused = http.post("/v1/completions", json=GOOD)
+            assert refused.status_code == 429
+            assert refused.headers["retry-after"] == "3"
+            assert error_of(refused)["type"] == "rate_limit_error"
+        assert eventually(lambda: http.post("/v1/completions", json=GOOD).status_code == 200)
+
+
+class TestInformation:
+    def test_health(self, http):
+        assert http.get("/health").json() == {"status": "ready", "serving": "aoti", "message": ""}
+
+    def test_the_bundle(self, http):
+        assert http.get("/v1/piecework/bundle").json() == REPORT
+
+    def test_the_status(self, http):
+        http.post("/v1/completions", json=GOOD)
+        status = http.get("/v1/piecework/status").json()
+        assert [phase["name"] for phase in status["phases"]] == ["weights", "tokenizer"]
+        assert (status["state"], status["serving"], status["bundle_hit"]) == ("ready", "aoti", True)
+        assert status["first_token_s"] > 0
+        assert status["engine"]["kv_blocks_total"] == 100
+
+    def test_metrics(self, http, service: FakeService):
+        http.post("/v1/completions", json={**GOOD, "max_tokens": 3})
+        http.get("/v1/made-up-by-somebody")
+        response = http.get("/metrics")
+        assert response.headers["content-type"].startswith("text/plain; version=")
+        figures = dict(line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#"))
+        assert float(figures["piecework_time_to_first_token_seconds_count"]) > 0
+        assert float(figures["piecework_inter_token_seconds_count"]) >= 2
+        assert float(figures["piecework_generated_tokens_total"]) == service.generated
+        assert float(figures["piecework_kv_blocks_total"]) == 100
+        assert float(figures['piecework_bundle_lookups_total{result="hit"}']) == 1
+        assert float(figures['piecework_startup_phase_seconds{phase="weights"}']) >= 0
+        assert float(figures['piecework_state{state="ready"}']) == 1
+        assert float(figures['piecework_http_requests_total{path="/v1/completions",status="200"}']) > 0
+        assert "made-up" not in response.text
+
+    def test_two_servers_count_for_themselves(self, http):
+        with live_server(ready(FakeService()), ServerSettings(model_names=("fake",))) as url:
+            assert 'path="/v1/completions"' not in httpx.get(f"{url}/metrics").text
+
+
+class TestNotReady:
+    def test_before_the_model_is_there(self):
+        status = ServerStatus()
+        with live_server(status, ServerSettings(model_names=("fake",))) as url, httpx.Client(base_url=url) as http:
+            assert (http.get("/health").status_code, http.get("/health").json()["status"]) == (503, "starting")
+            status.compile_begins(reason="torch version: bundle 1, here 2", backend="aoti")
+            status.compile_goes_on("lowering", done=1, total=3)
+            assert (http.get("/health").status_code, http.get("/health").json()["status"]) == (503, "compiling")
+            refused = http.post("/v1/completions", json=GOOD)
+            assert (refused.status_code, error_of(refused)["code"]) == (503, "compiling")
+            assert refused.headers["retry-after"] == "1"
+            compiling = http.get("/v1/piecework/status").json()["compile"]
+            assert (compiling["reason"], compiling["done"]) == ("torch version: bundle 1, here 2", 1)
+            assert http.get("/v1/piecework/bundle").status_code == 503
+            assert http.get("/v1/models").json()["data"][0]["max_model_len"] is None
+            assert http.get("/metrics").status_code == 200
+
+    def test_while_another_backend_serves(self):
+        service = FakeService()
+        status = ready(service)
+        status.compile_begins(reason="none", backend="aoti")
+        with live_server(status, ServerSettings(model_names=("fake",))) as url, httpx.Client(base_url=url) as http:
+            assert http.get("/health").json()["status"] == "compiling"
+            assert http.get("/health").status_code == 200
+            assert http.post("/v1/completions", json=GOOD).status_code == 200
+            status.compile_ends()
+            assert http.get("/health").json()["status"] == "ready"
+
+    def test_after_a_failure(self):
+        status = ServerStatus()
+        status.fails("no weights")
+        with live_server(status, ServerSettings(model_names=("fake",))) as url, httpx.Client(base_url=url) as http:
+            refused = http.post("/v1/completions", json=GOOD)
+            assert refused.status_code == 503
+            assert "no weights" in error_of(refused)["message"]
+            assert http.get("/health").json() == {"status": "failed", "message": "no weights"}
+
+
+def _raw(url: str, data: bytes) -> bytes:
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        connection.sendall(data)
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+        return answer
