@@ -41,8 +41,8 @@ def _send(url: str, body: dict, *, path: str = "/v1/completions") -> socket.sock
 def test_a_client_that_leaves_a_stream_frees_its_memory_within_a_step(slow):
     service, url, http = slow
     connection = _send(url, {**LONG, "stream": True})
+    assert eventually(lambda: len(service.active) == 1)
     assert connection.recv(4096)
-    assert len(service.active) == 1
     connection.close()
     before = time.monotonic()
     assert eventually(lambda: not service.active, seconds=1)
