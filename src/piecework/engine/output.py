@@ -59,30 +59,35 @@ class OutputStream:
                 of it, also where the engine gave none: the rest of the sequence is then not wanted.
         """
         self._num_tokens += 1
-        if finish_reason is FinishReason.STOP:
-            return TextDelta(self._release(), (token,), finish_reason, token.token)
-        text = self._detokenizer.add(token.token)
-        if not self._stop:
-            return TextDelta(text, (token,), finish_reason)
-        ignored = len(self._held) + len(text) if self._num_tokens <= self._min_tokens else len(self._held)
-        self._held += text
-        found = _first_stop(self._held, self._stop, after=ignored) if text else None
-        if found is not None:
-            text, self._held = self._held[: found.start], ""
-            return TextDelta(text, (token,), FinishReason.STOP, found.stop)
+        stopped = finish_reason is FinishReason.STOP
+        text = "" if stopped else self._detokenizer.add(token.token)
         if finish_reason is not None:
-            return TextDelta(self._release(), (token,), finish_reason)
-        certain = _num_certain(self._held, self._stop)
-        text, self._held = self._held[:certain], self._held[certain:]
-        return TextDelta(text, (token,))
+            text += self._detokenizer.finish()
+        stop: str | int | None = token.token if stopped else None
+        if self._stop and (text or self._held):
+            text, found = self._pass_on(text, is_last=finish_reason is not None)
+            if found is not None:
+                finish_reason, stop = FinishReason.STOP, found
+        return TextDelta(text, (token,), finish_reason, stop)
 
     def finish(self, finish_reason: FinishReason) -> TextDelta:
         """Return what is left where the sequence ends without a token, as on abort."""
-        return TextDelta(self._release(), (), finish_reason)
+        text = self._detokenizer.finish()
+        if self._stop:
+            text, _ = self._pass_on(text, is_last=True)
+        return TextDelta(text, (), finish_reason)
 
-    def _release(self) -> str:
-        text, self._held = self._held, ""
-        return text
+    def _pass_on(self, text: str, *, is_last: bool) -> tuple[str, str | None]:
+        """Return what is certain of the held and the new text, and the stop string that ends it."""
+        whole = self._held + text
+        unchecked = len(whole) if self._num_tokens <= self._min_tokens else len(self._held)
+        found = _first_stop(whole, self._stop, after=unchecked)
+        if found is not None:
+            self._held = ""
+            return whole[: found.start], found.stop
+        certain = len(whole) if is_last else _num_certain(whole, self._stop)
+        self._held = whole[certain:]
+        return whole[:certain], None
 
 
 @dataclass(frozen=True)

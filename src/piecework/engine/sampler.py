@@ -142,7 +142,7 @@ class Sampler:
         """Return the tokens [rows]; those with extras are worked on in a copy of their logits."""
         tokens: NDArray[np.int64] = table.argmax(axis=1)
         if not np.isfinite(table[np.arange(len(rows)), tokens]).all():  # an argmax finds NaN first
-            table = np.nan_to_num(table, nan=-np.inf, posinf=np.finfo(np.float32).max, neginf=-np.inf)
+            table = np.nan_to_num(table, nan=-np.inf, posinf=float(np.finfo(np.float32).max), neginf=-np.inf)
         special = [place for place, row in enumerate(rows) if not row.params.greedy or _is_changed(row.params)]
         if not special:
             return tokens

@@ -137,13 +137,33 @@ class Detokenizer:
         self._tokenizer = tokenizer
         recent = list(prompt[-_CONTEXT:])
         begun = _num_begun(tokenizer, recent)
-        self._stream = DecodeStream(ids=recent[: len(recent) - begun], skip_special_tokens=True)
+        self._settled = recent[: len(recent) - begun]
+        self._pending: list[int] = []
+        self._stream = DecodeStream(ids=list(self._settled), skip_special_tokens=True)
         for token in recent[len(recent) - begun :]:
             self.add(token)
 
     def add(self, token: int) -> str:
         """Return the text that `token` completes, or ""."""
-        return self._stream.step(self._tokenizer, token) or ""
+        self._pending.append(token)
+        try:
+            text: str | None = self._stream.step(self._tokenizer, token)
+        except Exception:  # noqa: BLE001  # tokenizers has no narrower type
+            # an invalid byte may make a decoder take back what it gave out before: start anew from there
+            text = self._tokenizer.decode(self._pending, skip_special_tokens=True)
+            self._stream = DecodeStream(ids=list(self._pending), skip_special_tokens=True)
+        if not text:
+            return ""
+        self._settled, self._pending = self._pending, []
+        return text
+
+    def finish(self) -> str:
+        """Return the whole characters that are left, where the last token ends inside of one."""
+        if not self._pending:
+            return ""
+        before: str = self._tokenizer.decode(self._settled, skip_special_tokens=True)
+        text: str = self._tokenizer.decode(self._settled + self._pending, skip_special_tokens=True)
+        return text[len(before) :].rstrip("�")
 
 
 def _num_begun(tokenizer: HuggingFaceTokenizer, tokens: list[int]) -> int:
