@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-_UNITS: Final = {"_s": "s", "_ms": "ms", "_mb": "MiB"}
+_UNITS: Final = {"_s": "s", "_ms": "ms", "_us": "µs", "_mb": "MiB"}
 
 
 @dataclass(frozen=True)
