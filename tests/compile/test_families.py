@@ -9,8 +9,9 @@ import torch
 
 from piecework.compiler.model import compile_model
 from piecework.compiler.options import CompileOptions
-from piecework.engine.generator import Generator, num_blocks_needed
-from piecework.engine.request import SamplingParams
+from piecework.engine.engine import EngineConfig, engine_for
+from piecework.engine.request import GenerationRequest
+from piecework.engine.sampling_params import SamplingParams
 from piecework.models.config import read_config
 from piecework.record import Recorder
 from piecework.runtime import load
@@ -59,12 +60,16 @@ def test_a_family_equals_transformers(family: str, home: Path, tmp_path: Path) -
         expected = reference(ids[None]).logits[0]
     assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
 
-    params = SamplingParams(max_new_tokens=64, ignore_eos=True)
+    params = SamplingParams(max_tokens=64, ignore_eos=True)
     prompts = [ids[:9].tolist(), ids[9:12].tolist()]
-    blocks = num_blocks_needed(prompts, params, config)
+    sizes = EngineConfig(num_blocks=10, max_tokens=64, max_seqs=8)
+    engine = engine_for(model, sizes, model_config=config, tokenizer=None)
+    for index, prompt in enumerate(prompts):
+        engine.add(GenerationRequest(str(index), tuple(prompt), params))
     tokens: list[list[int]] = [[], []]
-    for event in Generator(model, config, num_blocks=blocks, max_tokens=64).generate(prompts, params):
-        tokens[event.prompt_index].append(event.token)
+    while engine.has_work:
+        for output in engine.step():
+            tokens[int(output.request_id)].append(output.sampled.token)
     for prompt, found in zip(prompts, tokens, strict=True):
         with torch.no_grad():
             made = reference.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from piecework.cli import console
+from piecework.engine.block_pool import DEFAULT_BLOCK_SIZE
 from piecework.foundation.process import keep_freed_memory, peak_rss_bytes, seconds_since_start
 from piecework.models.bundle_key import DEFAULT_MAX_TOKENS
 from piecework.models.config import ModelConfig, read_config
 
 if TYPE_CHECKING:
-    from piecework.engine.request import SamplingParams
+    from piecework.engine.request import GenerationRequest
+    from piecework.engine.sampling_params import SamplingParams
     from piecework.engine.tokenizer import Tokenizer
     from piecework.models.checkpoint import Checkpoint
     from piecework.runtime import LoadedModel
@@ -87,12 +89,13 @@ def run(args: argparse.Namespace) -> int:
     config = read_config(args.model)
     tokenizer = load_tokenizer(args.model)
     prompt = _prompt_tokens(args, tokenizer)
-    GenerationRequest(0, tuple(prompt), params)  # refuses an empty prompt before anything is compiled for it
+    # refuses an empty prompt before anything is compiled for it
+    request = GenerationRequest("generate", tuple(prompt), params)
     bundle, verify_s = _bundle(args, config)
     model = _load(args, bundle)
     gc.freeze()
     gc.enable()
-    pieces = _generate(model, config, tokenizer, prompt=prompt, params=params)
+    pieces = _generate(model, config, tokenizer, request)
     if args.json:
         console.out_json(_figures(list(pieces), prompt=prompt, model=model, bundle=bundle, verify_s=verify_s))
     else:
@@ -103,10 +106,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _sampling_params(args: argparse.Namespace) -> SamplingParams:
-    from piecework.engine.request import SamplingParams  # noqa: PLC0415
+    from piecework.engine.sampling_params import SamplingParams  # noqa: PLC0415
 
     return SamplingParams(
-        max_new_tokens=args.max_new_tokens,
+        max_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
@@ -169,22 +172,26 @@ def _weights(args: argparse.Namespace, bundle: Bundle) -> Checkpoint:
 
 
 def _generate(
-    model: LoadedModel, config: ModelConfig, tokenizer: Tokenizer, *, prompt: list[int], params: SamplingParams
+    model: LoadedModel, config: ModelConfig, tokenizer: Tokenizer, request: GenerationRequest
 ) -> Iterator[_Piece]:
-    from piecework.engine.generator import Generator, num_blocks_needed  # noqa: PLC0415
+    from piecework.engine.block_pool import num_blocks_for  # noqa: PLC0415
+    from piecework.engine.engine import EngineConfig, engine_for  # noqa: PLC0415
+    from piecework.engine.output import OutputStream  # noqa: PLC0415
 
-    sizes = model.plan.sizes
-    generator = Generator(
-        model,
-        config,
-        num_blocks=num_blocks_needed([prompt], params, config),
-        max_tokens=sizes["tokens"][1],
-        max_seqs=sizes["seqs"][1],
+    longest = min(len(request.prompt) + request.params.max_tokens, config.max_positions)
+    sizes = EngineConfig(
+        num_blocks=num_blocks_for(longest, block_size=DEFAULT_BLOCK_SIZE),
+        max_tokens=model.plan.sizes["tokens"][1],
+        max_seqs=model.plan.sizes["seqs"][1],
     )
-    stream = tokenizer.stream(prompt)
-    for event in generator.generate([prompt], params):
-        reason = event.finish_reason.value if event.finish_reason else None
-        yield _Piece(event.token, stream.add(event.token), seconds_since_start(), reason)
+    engine = engine_for(model, sizes, model_config=config, tokenizer=tokenizer)
+    engine.add(request)
+    stream = OutputStream(tokenizer, request.params, request.prompt)
+    while engine.has_work:
+        for output in engine.step():
+            delta = stream.add(output.sampled, output.finish_reason)
+            reason = delta.finish_reason.value if delta.finish_reason else None
+            yield _Piece(output.sampled.token, delta.text, seconds_since_start(), reason)
 
 
 def _figures(

@@ -14,6 +14,7 @@ from typing import Final, final
 
 from piecework.errors import CapacityError, InternalError
 
+DEFAULT_BLOCK_SIZE: Final = 16
 FIRST_PARENT: Final = b""
 
 

@@ -2,118 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from enum import Enum
 
+from piecework.engine.sampling_params import SamplingParams
 from piecework.errors import RequestError
+
+SequenceKey = tuple[str, int]
 
 
 class FinishReason(Enum):
-    """Why a sequence ended: at a stop token, or at its most tokens."""
+    """Why a sequence ended: at a stop token or stop string, at its most tokens, or because nobody wants it."""
 
     STOP = "stop"
     LENGTH = "length"
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to choose tokens, and when to stop.
-
-    Args:
-        max_new_tokens: most tokens to generate, at least 1.
-        temperature: 0 takes the likeliest token; more flattens the distribution.
-        top_k: sample from the k likeliest tokens; 0 means all.
-        top_p: sample from the likeliest tokens that together reach this probability; 1 means all.
-        seed: of this request's own random numbers; None takes a fresh one.
-        stop_token_ids: tokens that end the sequence, besides the model's own.
-        ignore_eos: generate on after the model's own end tokens.
-
-    Raises RequestError for a value out of range.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        _require(self.max_new_tokens >= 1, f"max_new_tokens {self.max_new_tokens}", "at least 1")
-        _require(0.0 <= self.temperature < float("inf"), f"temperature {self.temperature}", "a number of at least 0")
-        _require(self.top_k >= 0, f"top_k {self.top_k}", "at least 0, where 0 means all tokens")
-        _require(0.0 < self.top_p <= 1.0, f"top_p {self.top_p}", "more than 0 and at most 1")
-        in_range = self.seed is None or -(2**63) <= self.seed < 2**63
-        _require(in_range, f"seed {self.seed}", "an integer of 64 bits")
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
-        return self.temperature == 0.0
+    ABORT = "abort"
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A prompt and how to continue it.
+    """A prompt and how to continue it, `params.n` times.
 
     Args:
         request_id: unique among the requests of an engine.
         prompt: token ids, at least one.
         params: how to continue.
+        arrival_s: when it came, in seconds of `time.monotonic()`; for measurements only.
     """
 
-    request_id: int
+    request_id: str
     prompt: tuple[int, ...]
     params: SamplingParams
+    arrival_s: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(bool(self.prompt), "a prompt without tokens", "at least one token, such as the model's BOS token")
+        if not self.prompt:
+            raise RequestError(
+                asked="generate text",
+                found="a prompt without tokens",
+                try_="at least one token, such as the model's BOS token",
+            )
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
-    """A request on its way: changed by scheduler and generator only.
+    """One continuation of a request on its way; changed by scheduler and engine only.
+
+    Its key and value states are in the KV cache for the first `num_computed` tokens. One that is preempted gives its
+    blocks back and keeps its tokens, so that all of them are to be computed again.
 
     Attributes:
         request: what was asked.
+        index: which of the request's continuations.
         max_length: most tokens of prompt and continuation together.
+        end_tokens: generated tokens that end it.
         tokens: prompt and continuation so far.
-        num_computed: how many of them are in the KV cache.
-        blocks: the KV cache's blocks that belong to it.
+        generated: the continuation so far; the very list that the sampler sees.
+        num_computed: how many tokens are in the KV cache.
+        num_scored: how many of the prompt's first tokens have given the logits that the request wants of a prompt.
+        num_cached: how many of the prompt's tokens were found in the KV cache when it was first admitted.
+        num_preemptions: how often it was preempted.
+        blocks: the KV cache's blocks that it holds.
+        digests: those of its first full blocks, as far as they were needed.
         finish_reason: set when it ended.
     """
 
     request: GenerationRequest
+    index: int
     max_length: int
+    end_tokens: frozenset[int] = frozenset()
+    key: SequenceKey = field(init=False)
     tokens: list[int] = field(init=False)
-    num_computed: int = 0
-    blocks: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
+    generated: list[int] = field(init=False, default_factory=list)
+    num_prompt: int = field(init=False)
+    num_computed: int = field(init=False, default=0)
+    num_scored: int = field(init=False, default=0)
+    num_cached: int = field(init=False, default=-1)
+    num_preemptions: int = field(init=False, default=0)
+    blocks: list[int] = field(init=False, default_factory=list)
+    digests: list[bytes] = field(init=False, default_factory=list)
+    finish_reason: FinishReason | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        self.key = (self.request.request_id, self.index)
         self.tokens = list(self.request.prompt)
+        self.num_prompt = len(self.tokens)
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens that are not in the KV cache yet."""
+        """Tokens that are not in the KV cache yet; exactly one while it decodes."""
         return len(self.tokens) - self.num_computed
 
     @property
-    def is_decoding(self) -> bool:
-        """Whether the whole prompt is in the KV cache, so that each step adds one token."""
-        return self.num_computed >= len(self.request.prompt)
+    def wants_prompt_logits(self) -> bool:
+        """Whether logits of the prompt's own tokens are wanted, which those of a cached prefix can't give."""
+        return self.index == 0 and self.request.params.prompt_logprobs is not None
 
-    def append(self, token: int, *, stop_token_ids: Items[int]) -> None:
+    def append(self, token: int) -> None:
         """Add a generated token, and set the finish reason if it is the last."""
         self.tokens.append(token)
-        if token in stop_token_ids:
+        self.generated.append(token)
+        if token in self.end_tokens:
             self.finish_reason = FinishReason.STOP
         elif len(self.tokens) >= self.max_length:
             self.finish_reason = FinishReason.LENGTH
-
-
-def _require(holds: bool, found: str, wanted: str) -> None:  # noqa: FBT001
-    if not holds:
-        raise RequestError(asked="generate text", found=found, try_=wanted)

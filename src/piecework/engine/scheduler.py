@@ -1,22 +1,26 @@
 """Which sequences run in the next step, and how many tokens of each. Works without torch.
 
-A sequence is admitted when the pool has blocks for all it may grow to, so nothing is ever preempted. A step takes one
-token of every decoding sequence first; what remains of the token budget goes to prompts, in chunks where it must.
+Sequences run first come, first served. Those that run and those that wait make up one line in the order of arrival:
+those who decode, then at most one whose prompt is partly computed, then those who wait. A step takes one token of
+everyone who decodes; what remains of the token budget goes to prompts, in chunks where it must.
+
+A sequence is admitted when the pool has blocks for the tokens that it has now, not for all it may grow to. When blocks
+run out, the last who came is preempted: it gives its blocks back, keeps its tokens, and waits at the head of the line
+to be computed again. The first in the line can have the blocks of all others, so it always ends, and then the next.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from dataclasses import dataclass
-from typing import final
+from typing import NamedTuple, final
 
-from piecework.engine.block_pool import BlockPool, num_blocks_for
+from piecework.engine.block_pool import FIRST_PARENT, BlockPool, block_digest, num_blocks_for
 from piecework.engine.request import Sequence
-from piecework.errors import CapacityError
+from piecework.errors import CapacityError, InternalError
 
 
-@dataclass(frozen=True)
-class ScheduledSequence:
+class ScheduledSequence(NamedTuple):
     """The tokens [start, start + num_new) of a sequence."""
 
     sequence: Sequence
@@ -26,10 +30,26 @@ class ScheduledSequence:
 
 @dataclass(frozen=True)
 class ScheduledBatch:
-    """What runs in one step: the first `num_decode` items are decoding sequences with one new token each."""
+    """What runs in one step.
+
+    Attributes:
+        items: sequences with their new tokens, in the order of arrival.
+        num_decode: how many of the first items compute the only token they have left to compute.
+        preempted: sequences that lost their blocks.
+    """
 
     items: tuple[ScheduledSequence, ...]
     num_decode: int
+    preempted: tuple[Sequence, ...] = ()
+
+
+@dataclass
+class SchedulerCounts:
+    """What happened so far: admitted prompts' tokens, those found in the KV cache, preemptions."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
 
 
 @final
@@ -41,75 +61,186 @@ class Scheduler:
         block_size: tokens per block.
         max_tokens: most tokens in one step.
         max_seqs: most sequences in one step.
+        prefix_caching: whether a prompt's beginning is taken from blocks that hold it already.
     """
 
-    def __init__(self, pool: BlockPool, *, block_size: int, max_tokens: int, max_seqs: int) -> None:
+    def __init__(
+        self, pool: BlockPool, *, block_size: int, max_tokens: int, max_seqs: int, prefix_caching: bool = True
+    ) -> None:
         self._pool = pool
         self._block_size = block_size
         self._max_tokens = max_tokens
         self._max_seqs = max_seqs
-        self._waiting: deque[Sequence] = deque()
-        self._running: deque[Sequence] = deque()
+        self._prefix_caching = prefix_caching
+        self._running: list[Sequence] = []
+        self._waiting: OrderedDict[Sequence, None] = OrderedDict()
+        self.counts = SchedulerCounts()
 
     @property
     def has_work(self) -> bool:
         """Whether any sequence waits or runs."""
         return bool(self._waiting or self._running)
 
-    def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait for its turn; raises CapacityError if it could never run."""
-        needed = self._num_blocks_of(sequence)
+    @property
+    def num_waiting(self) -> int:
+        """Sequences without blocks."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences with blocks."""
+        return len(self._running)
+
+    def check(self, max_length: int) -> None:
+        """Raise CapacityError where a sequence of up to so many tokens could never run. Any thread may call it."""
+        needed = self._num_blocks(max_length - 1)  # the last token is not computed
         if needed > self._pool.num_blocks:
             raise CapacityError(
-                asked=f"a sequence of up to {sequence.max_length} tokens, {needed} blocks of the KV cache",
+                asked=f"a sequence of up to {max_length} tokens, {needed} blocks of the KV cache",
                 found=f"the KV cache has {self._pool.num_blocks} blocks",
                 try_="ask for fewer tokens, or make the KV cache larger",
             )
-        self._waiting.append(sequence)
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait for its turn; raises CapacityError if it could never run."""
+        self.check(sequence.max_length)
+        self._waiting[sequence] = None
 
     def schedule(self) -> ScheduledBatch:
-        """Return the next step's batch, in which sequences take turns where not all fit.
+        """Return the next step's batch and give its sequences the blocks that they need for it.
 
-        Raises CapacityError where nothing can run because others hold the pool's blocks.
+        The step is taken to succeed: blocks that it fills can be found from now on, by later sequences of the same
+        batch as well, because a forward writes all new keys and values of a layer before it attends over any.
         """
-        self._admit()
-        if not self._running:
-            raise CapacityError(
-                asked="the next step of a generation",
-                found=f"{self._pool.num_free} of {self._pool.num_blocks} blocks of the KV cache are free",
-                try_="let the other generation of this engine end first",
-            )
-        decodes = [sequence for sequence in self._running if sequence.is_decoding]
-        prefills = [sequence for sequence in self._running if not sequence.is_decoding]
-        # where there is room for more than one token, one is left for prompts, so that they don't wait for ever
-        room = min(self._max_tokens, self._max_seqs)
-        decodes = decodes[: max(1, room - 1) if prefills else room]
-        items = [ScheduledSequence(sequence, sequence.num_computed, 1) for sequence in decodes]
-        budget = self._max_tokens - len(items)
-        for sequence in prefills:
-            if not budget or len(items) == self._max_seqs:
-                break
-            num_new = min(sequence.num_uncomputed, budget)
-            items.append(ScheduledSequence(sequence, sequence.num_computed, num_new))
-            budget -= num_new
-        if len(items) < len(self._running):
-            scheduled = {id(item.sequence) for item in items}
-            self._running = deque(sorted(self._running, key=lambda sequence: id(sequence) in scheduled))
-        return ScheduledBatch(tuple(items), num_decode=len(decodes))
+        items: list[ScheduledSequence] = []
+        preempted = self._schedule_running(items)
+        num_decode = len(items)
+        if items and items[-1].sequence.num_uncomputed > 1:
+            num_decode -= 1
+        self._admit(items)
+        if not items:
+            raise InternalError(f"nothing to run, with {len(self._running)} running and {len(self._waiting)} waiting")
+        return ScheduledBatch(tuple(items), num_decode, tuple(preempted))
+
+    def advance(self, batch: ScheduledBatch) -> None:
+        """Note that a batch was computed."""
+        for sequence, start, num_new in batch.items:
+            sequence.num_computed = start + num_new
 
     def finish(self, sequence: Sequence) -> None:
         """Forget a sequence, whether it waits or runs, and free its blocks."""
+        if sequence in self._waiting:
+            del self._waiting[sequence]
+        else:
+            self._running.remove(sequence)
+        self._release(sequence)
+
+    def preempt_all(self) -> list[Sequence]:
+        """Take everyone's blocks and forget all contents, as when the KV cache is lost; returns whom it hit."""
+        hit = []
+        while self._running:
+            hit.append(self._preempt_last())
+        self._pool.forget_contents()
+        return hit
+
+    def _schedule_running(self, items: list[ScheduledSequence]) -> list[Sequence]:
+        """Add those who run to `items`; returns those who lost their blocks."""
+        running, pool, block_size = self._running, self._pool, self._block_size
+        preempted: list[Sequence] = []
+        budget = self._max_tokens
+        index = 0
+        while index < len(running):
+            sequence = running[index]
+            index += 1
+            start = sequence.num_computed
+            num_new = min(len(sequence.tokens) - start, budget)
+            room = len(sequence.blocks) * block_size - start
+            if num_new > room:
+                needed = -(-(num_new - room) // block_size)
+                while needed > pool.num_free and index < len(running):
+                    preempted.append(self._preempt_last())
+                # the last in the line makes do with what there is, which may be nothing
+                sequence.blocks += pool.allocate(min(needed, pool.num_free))
+                num_new = min(num_new, len(sequence.blocks) * block_size - start)
+            if num_new:
+                items.append(ScheduledSequence(sequence, start, num_new))
+                budget -= num_new
+                if (start + num_new) // block_size > start // block_size:
+                    self._publish(sequence, start, start + num_new)
+        return preempted
+
+    def _admit(self, items: list[ScheduledSequence]) -> None:
+        """Add those who wait to `items`, first come, first served, as far as tokens and blocks suffice.
+
+        Whoever was preempted for this batch is not admitted to it: of the blocks it gave back, at least one is taken.
+        """
+        budget = self._max_tokens - sum([item.num_new for item in items])
+        while self._waiting and budget and len(self._running) < self._max_seqs:
+            if self._pool.num_free <= len(self._running):
+                break  # what follows would say the same, after looking at the whole prompt
+            sequence = next(iter(self._waiting))
+            cached = self._find_prefix(sequence)
+            needed = self._num_blocks(len(sequence.tokens)) - len(cached)
+            # a block for each who runs, who would otherwise soon preempt the one that is admitted now
+            reserve = len(self._running)
+            if needed + reserve > self._pool.num_free - self._pool.num_free_among(cached):
+                break
+            del self._waiting[sequence]
+            self._running.append(sequence)
+            start = len(cached) * self._block_size
+            self._count(sequence, start)
+            num_new = min(len(sequence.tokens) - start, budget)
+            self._pool.take(cached)
+            sequence.blocks = cached + self._pool.allocate(self._num_blocks(start + num_new) - len(cached))
+            sequence.num_computed = start
+            items.append(ScheduledSequence(sequence, start, num_new))
+            budget -= num_new
+            self._publish(sequence, start, start + num_new)
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        """Return blocks that hold the beginning of a sequence; at least its last token is left to compute."""
+        if not self._prefix_caching:
+            return []
+        length = len(sequence.tokens) - 1
+        if sequence.wants_prompt_logits and sequence.num_scored < sequence.num_prompt - 1:
+            length = min(length, sequence.num_scored)
+        num_full = length // self._block_size
+        self._extend_digests(sequence, num_full)
+        return self._pool.find(sequence.digests[:num_full])
+
+    def _publish(self, sequence: Sequence, start: int, end: int) -> None:
+        """Let the blocks that are full once the tokens [start, end) are computed be found."""
+        if self._prefix_caching:
+            first, stop = start // self._block_size, end // self._block_size
+            self._extend_digests(sequence, stop)
+            for index in range(first, stop):
+                self._pool.publish(sequence.blocks[index], sequence.digests[index])
+
+    def _extend_digests(self, sequence: Sequence, num_full: int) -> None:
+        digests, size = sequence.digests, self._block_size
+        for index in range(len(digests), num_full):
+            parent = digests[-1] if digests else FIRST_PARENT
+            digests.append(block_digest(parent, sequence.tokens[index * size : (index + 1) * size]))
+
+    def _preempt_last(self) -> Sequence:
+        sequence = self._running.pop()
+        self._release(sequence)
+        sequence.num_preemptions += 1
+        self.counts.preemptions += 1
+        self._waiting[sequence] = None
+        self._waiting.move_to_end(sequence, last=False)
+        return sequence
+
+    def _release(self, sequence: Sequence) -> None:
         self._pool.free(sequence.blocks)
         sequence.blocks = []
-        for queue in (self._waiting, self._running):
-            if sequence in queue:
-                queue.remove(sequence)
+        sequence.num_computed = 0
 
-    def _admit(self) -> None:
-        while self._waiting and self._num_blocks_of(self._waiting[0]) <= self._pool.num_free:
-            sequence = self._waiting.popleft()
-            sequence.blocks = self._pool.allocate(self._num_blocks_of(sequence))
-            self._running.append(sequence)
+    def _count(self, sequence: Sequence, num_cached: int) -> None:
+        if sequence.num_cached < 0:  # not when it is computed again
+            sequence.num_cached = num_cached
+            self.counts.prompt_tokens += sequence.num_prompt
+            self.counts.cached_tokens += num_cached
 
-    def _num_blocks_of(self, sequence: Sequence) -> int:
-        return num_blocks_for(sequence.max_length, block_size=self._block_size)
+    def _num_blocks(self, num_tokens: int) -> int:
+        return num_blocks_for(num_tokens, block_size=self._block_size)

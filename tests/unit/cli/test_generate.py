@@ -129,7 +129,7 @@ def test_chat_uses_the_template(seen: dict[str, Any], capsys: pytest.CaptureFixt
     [
         (["--prompt", ""], "prompt without tokens"),
         (["--prompt", "a", "--temperature", "-1"], "temperature -1"),
-        (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens 0"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "max_tokens 0"),
         (["--prompt", "a", "--chat"], "chat_template"),
     ],
 )

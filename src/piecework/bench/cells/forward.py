@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from piecework.engine.generator import DEFAULT_BLOCK_SIZE as BLOCK_SIZE
+from piecework.engine.block_pool import DEFAULT_BLOCK_SIZE as BLOCK_SIZE
 from piecework.foundation.process import keep_freed_memory
 
 CONTEXT: Final = 64

@@ -1,0 +1,156 @@
+"""How many blocks the KV cache has: what memory leaves over once weights and activations have theirs.
+
+Nothing here depends on how the model came to be: weights and activations are counted from the plan and the config, not
+measured, and free memory is read before anything is loaded or compiled (which another process does). So a start after
+a compile gives the same KV cache as one that found its bundle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from piecework.engine.block_pool import num_blocks_for
+from piecework.errors import CapacityError
+from piecework.models.config import ModelConfig
+from piecework.store.plan import Plan, size_expression
+
+DEFAULT_FRACTION: Final = {"cpu": 0.5, "cuda": 0.9}
+_STEPS: Final = 64
+_CGROUP: Final = Path("/sys/fs/cgroup")
+_MEMINFO: Final = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a device, or of what this process may use of it: all of them, and those that nobody uses."""
+
+    total: int
+    free: int
+
+
+@dataclass(frozen=True)
+class MemoryNeeds:
+    """Bytes that a model needs besides its KV cache, and for one block of it."""
+
+    weights: int
+    activations: int
+    block: int
+
+
+def read_memory(device: str) -> Memory:
+    """Return the memory of a device type, "cpu" or "cuda"; on the host within the limit of this process's cgroup."""
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        return Memory(total=total, free=free)
+    host = _read_meminfo(_MEMINFO)
+    limited = _read_cgroup(_CGROUP)
+    if limited is None:
+        return host
+    return Memory(total=min(host.total, limited.total), free=min(host.free, limited.free))
+
+
+def num_blocks_in(memory: Memory, needs: MemoryNeeds, *, fraction: float) -> int:
+    """Return the blocks that `fraction` of the memory gives which is free once the model is loaded.
+
+    Free memory counts in steps of a 64th of all memory, so that a few megabytes more or less of other processes change
+    nothing.
+
+    Raises CapacityError where not even one block is left.
+    """
+    step = max(1, memory.total // _STEPS)
+    left = memory.free // step * step - needs.weights - needs.activations
+    num_blocks = int(fraction * left) // needs.block
+    if num_blocks < 1:
+        raise CapacityError(
+            asked=f"a KV cache in {fraction:.0%} of what {_mib(memory.free)} of free memory leave",
+            found=f"weights take {_mib(needs.weights)}, activations {_mib(needs.activations)}, a block "
+            f"{_mib(needs.block)}",
+            try_="free memory, take a larger fraction or fewer tokens per forward, or give the KV cache's bytes",
+        )
+    return num_blocks
+
+
+def num_blocks_of_bytes(num_bytes: int, needs: MemoryNeeds) -> int:
+    """Return the blocks that fit into a KV cache of so many bytes; raises CapacityError where none does."""
+    if num_bytes < needs.block:
+        raise CapacityError(
+            asked=f"a KV cache of {_mib(num_bytes)}", found=f"one block takes {_mib(needs.block)}", try_="more memory"
+        )
+    return num_bytes // needs.block
+
+
+def num_blocks_of_lengths(lengths: Iterable[int], *, block_size: int) -> int:
+    """Return the blocks of a KV cache that holds sequences of these lengths at once."""
+    return sum(num_blocks_for(length, block_size=block_size) for length in lengths)
+
+
+def memory_needs(plan: Plan, config: ModelConfig) -> MemoryNeeds:
+    """Return what a model needs, from its plan and config."""
+    weights = sum(prod(r.shape) * _itemsize(r.dtype) for r in plan.recipes)
+    block = sum(
+        prod(size_expression(str(dim))({"blocks": 1}) for dim in state.shape) * _itemsize(state.dtype)
+        for state in plan.states
+    )
+    itemsize = max((_itemsize(state.dtype) for state in plan.states), default=4)
+    max_tokens, max_seqs = plan.sizes["tokens"][1], plan.sizes["seqs"][1]
+    return MemoryNeeds(
+        weights, activation_bytes(config, itemsize=itemsize, max_tokens=max_tokens, max_seqs=max_seqs), block
+    )
+
+
+def activation_bytes(config: ModelConfig, *, itemsize: int, max_tokens: int, max_seqs: int) -> int:
+    """Return an upper estimate of what one forward holds at a time.
+
+    Per token: the residual stream and the normed one, q, k, v and attention's output, and gate, up and their product in
+    the MLP, each in the activations' type and once more in float32, as kernels convert. Per sequence: a row of logits,
+    the same way.
+    """
+    intermediate = int(config.raw.get("intermediate_size") or 4 * config.hidden_size)
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    per_token = 2 * config.hidden_size + 2 * queries + 2 * keys + 3 * intermediate
+    rows = min(max_tokens, max_seqs)
+    return (max_tokens * per_token + rows * config.vocab_size) * (itemsize + 4)
+
+
+def _itemsize(dtype: str) -> int:
+    made: torch.dtype = getattr(torch, dtype)
+    return made.itemsize
+
+
+def _read_meminfo(path: Path) -> Memory:
+    """Return the host's memory; what the page cache could give back counts as free."""
+    fields = {}
+    try:
+        for line in path.read_text().splitlines():
+            name, _, rest = line.partition(":")
+            fields[name] = int(rest.split()[0]) * 1024
+        return Memory(total=fields["MemTotal"], free=fields["MemAvailable"])
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise CapacityError(
+            asked="the size of the KV cache from free memory",
+            found=f"this system doesn't say how much is free: {error}",
+            try_="give the KV cache's bytes",
+        ) from error
+
+
+def _read_cgroup(root: Path) -> Memory | None:
+    """Return the limit of a container (cgroup version 2) and what is left of it, or None without one."""
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        used = int((root / "memory.current").read_text())
+        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+        total = int(limit)  # "max" where there is none
+        cache = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+    except (OSError, ValueError):
+        return None
+    return Memory(total=total, free=max(0, total - used + cache))
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"

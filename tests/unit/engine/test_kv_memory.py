@@ -1,0 +1,94 @@
+"""How large the KV cache is: a function of numbers that a compile doesn't change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from piecework.engine import kv_memory
+from piecework.engine.kv_memory import (
+    Memory,
+    MemoryNeeds,
+    activation_bytes,
+    memory_needs,
+    num_blocks_in,
+    num_blocks_of_bytes,
+    num_blocks_of_lengths,
+    read_memory,
+)
+from piecework.errors import CapacityError
+from piecework.models.config import read_config
+from piecework.store.plan import Recipe, State
+from tests.unit.models.tiny import write_config
+
+GIB = 2**30
+NEEDS = MemoryNeeds(weights=2 * GIB, activations=GIB, block=2**20)
+
+
+def test_a_fraction_of_what_is_left_goes_to_the_cache() -> None:
+    memory = Memory(total=64 * GIB, free=13 * GIB)
+    assert num_blocks_in(memory, NEEDS, fraction=0.5) == 5 * 1024
+    assert num_blocks_in(memory, NEEDS, fraction=1.0) == 10 * 1024
+
+
+def test_a_few_megabytes_of_other_processes_change_nothing() -> None:
+    exact = Memory(total=64 * GIB, free=13 * GIB + GIB // 2)
+    found = {num_blocks_in(replace(exact, free=exact.free + d * 2**20), NEEDS, fraction=0.5) for d in (-400, 0, 400)}
+    assert len(found) == 1
+
+
+def test_too_little_memory_is_said_so() -> None:
+    with pytest.raises(CapacityError, match=r"weights take 2,048\.0 MiB"):
+        num_blocks_in(Memory(total=64 * GIB, free=3 * GIB), NEEDS, fraction=0.9)
+    with pytest.raises(CapacityError, match="one block takes"):
+        num_blocks_of_bytes(2**20 - 1, NEEDS)
+    assert num_blocks_of_bytes(5 * 2**20 + 7, NEEDS) == 5
+
+
+def test_needs_are_counted_from_plan_and_config(tmp_path: Path) -> None:
+    config = read_config(write_config(tmp_path, "llama"))
+    plan: Any = SimpleNamespace(
+        recipes=[Recipe("a", (131, 64), "bfloat16"), Recipe("b", (64,), "float32")],
+        states=[State(f"{i}", (2, "blocks", 16, 2, 16), "bfloat16", "cpu") for i in range(3)],
+        sizes={"tokens": (1, 256), "seqs": (1, 8)},
+    )
+    needs = memory_needs(plan, config)
+    assert needs.weights == 131 * 64 * 2 + 64 * 4
+    assert needs.block == 3 * 2 * 16 * 2 * 16 * 2
+    assert needs.activations == activation_bytes(config, itemsize=2, max_tokens=256, max_seqs=8)
+    per_token = 2 * 64 + 2 * 64 + 2 * 32 + 3 * 96
+    assert needs.activations == (256 * per_token + 8 * 131) * 6
+
+
+def test_blocks_for_sequences_of_known_lengths() -> None:
+    assert num_blocks_of_lengths([1, 16, 17], block_size=16) == 4
+
+
+def test_this_machine_says_how_much_is_free() -> None:
+    memory = read_memory("cpu")
+    assert 0 < memory.free <= memory.total
+
+
+def write_cgroup(root: Path, *, limit: str) -> None:
+    (root / "memory.max").write_text(f"{limit}\n")
+    (root / "memory.current").write_text("600\n")
+    (root / "memory.stat").write_text("anon 300\ninactive_file 150\nactive_file 50\n")
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_memory, "_CGROUP", tmp_path)
+    host = read_memory("cpu")
+    write_cgroup(tmp_path, limit="max")
+    assert read_memory("cpu").total == host.total
+    write_cgroup(tmp_path, limit="1000")
+    assert read_memory("cpu") == Memory(total=1000, free=600)
+
+
+def test_where_nobody_knows_how_much_is_free_it_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_memory, "_MEMINFO", tmp_path / "none")
+    with pytest.raises(CapacityError, match="give the KV cache's bytes"):
+        read_memory("cpu")
