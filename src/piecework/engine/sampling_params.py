@@ -66,7 +66,7 @@ class SamplingParams:
         max_tokens: most tokens to generate, at least 1.
         min_tokens: no end token and no stop token is chosen before so many, and no stop string is looked for.
         temperature: 0 takes the likeliest token; more flattens the distribution. Below 0.00001 counts as 0.
-        top_k: sample from the k likeliest tokens; 0 means all.
+        top_k: sample from the k likeliest tokens; 0 means all, and so does -1, which becomes 0.
         top_p: sample from the likeliest tokens that together reach this probability; 1 means all.
         min_p: sample from tokens at least this times as likely as the likeliest one; 0 means all.
         repetition_penalty: logits of tokens in prompt or output are divided by it if positive, else multiplied.
@@ -79,7 +79,8 @@ class SamplingParams:
         stop_token_ids: tokens that end the sequence, besides the model's own; their text isn't part of the output.
         ignore_eos: generate on after the model's own end tokens.
         logprobs: how many of the likeliest tokens to report with their log-probabilities at each place, besides the
-            chosen one; 0 for the chosen one only, None for nothing.
+            chosen one; 0 for the chosen one only, None for nothing. They are those of the model's own logits, before
+            anything above changes them.
         prompt_logprobs: the same for each token of the prompt but the first.
         n: how many continuations.
         structured: what the text has to match.
@@ -111,6 +112,7 @@ class SamplingParams:
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)
         self._check_counts()
         self._check_distribution()
 

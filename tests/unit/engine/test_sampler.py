@@ -209,8 +209,9 @@ def test_prompt_logprobs(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("vocab", [1, 2, 255, 256, 257, 1000, 5000])
 @pytest.mark.parametrize("params", [{"top_k": 3}, {"top_p": 0.9}, {}, {"min_p": 0.3}, {"top_k": 700, "top_p": 0.99}])
-def test_vocabularies_of_any_size(vocab: int, params: dict[str, Any]) -> None:
-    logits = random_logits(vocab, 5, vocab=vocab) * 0.3
+@pytest.mark.parametrize("ties", [False, True])
+def test_vocabularies_of_any_size(vocab: int, params: dict[str, Any], ties: bool) -> None:
+    logits = random_logits(vocab, 5, vocab=vocab, ties=ties) * 0.3
     sampler = Sampler(vocab_size=vocab)
     rows = [make_row(place, temperature=1.0, seed=place, **params) for place in range(5)]
     for place, one in enumerate(sampler.sample(logits, rows)):

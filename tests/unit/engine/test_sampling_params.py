@@ -22,7 +22,7 @@ from piecework.errors import RequestError
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": float("inf")}, "temperature"),
-        ({"top_k": -1}, "top_k"),
+        ({"top_k": -2}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"min_p": -0.1}, "min_p"),
@@ -67,6 +67,10 @@ def test_lists_and_single_strings_are_taken() -> None:
     assert (params.stop, params.stop_token_ids) == (("end",), (3,))
     assert params == SamplingParams(stop=["end"], stop_token_ids=(3,))
     assert hash(params) == hash(SamplingParams(stop=["end"], stop_token_ids=(3,)))
+
+
+def test_a_top_k_of_minus_one_is_all_tokens() -> None:
+    assert SamplingParams(top_k=-1).top_k == 0
 
 
 def test_what_is_given_can_be_changed_later() -> None:
