@@ -119,15 +119,18 @@ def apply_grammars(logits: Logits, grammars: Sequence[tuple[int, Grammar, Sequen
     masks = np.zeros((len(grammars), -(-vocab // _WORD_BITS)), dtype=np.int32)
     for mask, (_, grammar, generated) in zip(masks, grammars, strict=True):
         grammar.fill(mask, generated)
-    most = _most_of_each_byte()[masks.view(np.uint8)].reshape(len(grammars), -1)[:, :vocab]
     rows = [row for row, _, _ in grammars]
-    logits[rows] = np.minimum(logits[rows], most)
+    everything = slice(None) if rows == list(range(len(logits))) else rows
+    logits[everything] = np.minimum(logits[everything], _limits(masks, vocab=vocab))
 
 
-def _most_of_each_byte() -> NDArray[np.float32]:
-    """Return [256, 8]: for each byte's bits, lowest first, inf where set, else -inf."""
-    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-    return np.where(bits, np.inf, -np.inf).astype(np.float32)
+def _limits(masks: NDArray[np.int32], *, vocab: int) -> Logits:
+    """Return [rows, vocab]: inf where a bit of the masks [rows, words] is set, else -inf."""
+    forbidden = np.unpackbits((~masks).view(np.uint8), axis=1, count=vocab, bitorder="little")
+    bits = forbidden.astype(np.uint32)
+    bits <<= 31  # the sign
+    bits |= 0x7F800000  # infinity
+    return bits.view(np.float32)
 
 
 @final
