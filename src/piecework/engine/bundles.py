@@ -1,22 +1,45 @@
-"""Find the bundle of a model in the store; on a miss, start the compile as a process, by command."""
+"""Find the bundle of a model in the store; on a miss, say why, and compile one in a process of its own."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from piecework.errors import CompileError, PieceworkError
+from piecework.engine.compile_process import CompileProcess
+from piecework.errors import BundleError
 from piecework.foundation.target import read_target
 from piecework.models.bundle_key import DEFAULT_OPTIONS, bundle_key, expected_facts
 from piecework.models.config import ModelConfig
 from piecework.store.bundle import Bundle, open_bundle
+from piecework.store.facts import Difference, Fact, check
 from piecework.store.lookup import find_bundle
-from piecework.store.stores import Store
+from piecework.store.stores import Kind, Store
+
+
+@dataclass(frozen=True)
+class WantedBundle:
+    """Which bundle is wanted.
+
+    Args:
+        config: the model directory's.
+        dtype: type of weights and activations.
+        max_tokens: most tokens in one forward pass.
+        device: device type to run on, "cpu" or "cuda".
+        backend: "aoti" for native code, "eager" for one that is compiled quickly and runs operator by operator.
+    """
+
+    config: ModelConfig
+    dtype: str
+    max_tokens: int
+    device: str = "cpu"
+    backend: str = "aoti"
+
+    @property
+    def expected(self) -> tuple[Fact, ...]:
+        """The facts that the bundle must have."""
+        options = {**DEFAULT_OPTIONS, "device": self.device, "backend": self.backend}
+        return expected_facts(self.config, dtype=self.dtype, max_tokens=self.max_tokens, options=options)
 
 
 @dataclass(frozen=True)
@@ -49,35 +72,57 @@ def find_or_compile(
 
     Raises what the compile fails with, as CompileError where it says no more.
     """
-    begun = time.perf_counter()
-    options = {**DEFAULT_OPTIONS, "device": device}
-    expected = expected_facts(config, dtype=dtype, max_tokens=max_tokens, options=options)
-    target = read_target()
-    found = find_bundle(store, bundle_key(expected, target=target), report=on_note, expected=expected, target=target)
+    wanted = WantedBundle(config, dtype, max_tokens, device)
+    found = find(wanted, store=store, on_note=on_note)
     if found is not None:
-        return FoundBundle(found, compiled=False, verify_s=time.perf_counter() - begun)
-    on_note("no bundle of this model in the store: compiling one")
-    path = _compile(config.path, dtype=dtype, max_tokens=max_tokens, device=device)
+        return found
+    on_note(f"{why_missing(wanted, store=store)}: compiling one")
+    return compile_wanted(compile_process(wanted), on_line=None)
+
+
+def find(wanted: WantedBundle, *, store: Store, on_note: Callable[[str], None]) -> FoundBundle | None:
+    """Return the bundle that is wanted from the store, or None; `on_note` is told of one that was set aside."""
+    begun = time.perf_counter()
+    target, expected = read_target(), wanted.expected
+    found = find_bundle(store, bundle_key(expected, target=target), report=on_note, expected=expected, target=target)
+    return None if found is None else FoundBundle(found, compiled=False, verify_s=time.perf_counter() - begun)
+
+
+def why_missing(wanted: WantedBundle, *, store: Store) -> str:
+    """Return why the store has no bundle to use: the facts by which the most similar one of the model differs."""
+    expected, target = wanted.expected, read_target()
+    nearest: tuple[Difference, ...] | None = None
+    for item in store.items():
+        if item.kind is not Kind.BUNDLE or item.aside:
+            continue
+        try:
+            bundle = store.get_bundle(item.key)
+        except BundleError:
+            continue  # whoever looks for that one is told
+        if bundle is None:
+            continue
+        differences = check(bundle.facts, expected=expected, target=target)
+        of_model = all((d.fact.kind, d.fact.name) != ("model", "config") for d in differences)
+        if of_model and differences and (nearest is None or len(differences) < len(nearest)):
+            nearest = differences
+    if nearest is None:
+        return "no bundle of this model in the store"
+    return "no bundle in the store that fits; the nearest differs: " + "; ".join(map(str, nearest))
+
+
+def compile_process(wanted: WantedBundle) -> CompileProcess:
+    """Return the process that compiles the bundle that is wanted, into the local store. It hasn't begun yet."""
+    return CompileProcess(
+        wanted.config.path,
+        dtype=wanted.dtype,
+        max_tokens=wanted.max_tokens,
+        device=wanted.device,
+        backend=wanted.backend,
+    )
+
+
+def compile_wanted(process: CompileProcess, *, on_line: Callable[[str], None] | None) -> FoundBundle:
+    """Compile and open the bundle; arguments and errors as for `CompileProcess.run`."""
+    path = process.run(on_line)
     begun = time.perf_counter()
     return FoundBundle(open_bundle(path), compiled=True, verify_s=time.perf_counter() - begun)
-
-
-def _compile(model_dir: Path, *, dtype: str, max_tokens: int, device: str) -> Path:
-    command = [sys.executable, "-m", "piecework", "compile", str(model_dir), "--weights", "none"]
-    command += ["--dtype", dtype, "--max-tokens", str(max_tokens), "--device", device, "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    try:
-        answer = json.loads(done.stdout)
-    except ValueError:
-        answer = {}
-    if done.returncode == 0 and "bundle" in answer:
-        return Path(answer["bundle"])
-    raise _failed(answer)
-
-
-def _failed(answer: dict[str, str]) -> PieceworkError:
-    return CompileError(
-        asked=answer.get("asked", "compile the model"),
-        found=answer.get("found", "the compile's process failed"),
-        try_=answer.get("try", "run `piecework compile MODEL --debug`"),
-    )

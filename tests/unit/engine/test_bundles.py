@@ -1,0 +1,130 @@
+"""Finding a model's bundle, saying why there is none, and the process that compiles one."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from piecework.engine.bundles import WantedBundle, compile_process, compile_wanted, find, why_missing
+from piecework.engine.compile_process import CompileProcess, CompileStep, parse_step
+from piecework.errors import CompileError
+from piecework.foundation.target import read_target
+from piecework.models.bundle_key import bundle_key
+from piecework.models.config import read_config
+from piecework.record import Record
+from piecework.store.facts import Fact, environment_facts
+from piecework.store.stores import BundleContent, MemoryStore
+from tests.unit.models.tiny import write_config
+
+PLAN = {"steps": []}
+
+
+@pytest.fixture
+def wanted(tmp_path: Path) -> WantedBundle:
+    return WantedBundle(read_config(write_config(tmp_path / "model", "llama")), "float32", 64)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> MemoryStore:
+    root = tmp_path / "store"
+    root.mkdir()
+    return MemoryStore(root)
+
+
+def _put(store: MemoryStore, wanted: WantedBundle, *changed: Fact, key: str | None = None) -> None:
+    target = read_target()
+    facts = {(fact.kind, fact.name): fact for fact in (*wanted.expected, *environment_facts(target=target))}
+    facts.update({(fact.kind, fact.name): fact for fact in changed})
+    content = BundleContent(plan=PLAN, artifacts={}, facts=tuple(facts.values()), record=Record())
+    store.put_bundle(key or bundle_key(wanted.expected, target=target), content=content)
+
+
+def test_a_bundle_with_the_facts_is_found(store, wanted):
+    _put(store, wanted)
+    found = find(wanted, store=store, on_note=pytest.fail)
+    assert found is not None
+    assert not found.compiled
+
+
+def test_an_eager_bundle_is_another_one(store, wanted):
+    _put(store, wanted)
+    eager = WantedBundle(wanted.config, "float32", 64, backend="eager")
+    assert find(eager, store=store, on_note=pytest.fail) is None
+    assert "option backend: bundle aoti, here eager" in why_missing(eager, store=store)
+
+
+def test_an_empty_store_has_nothing_of_the_model(store, wanted):
+    assert why_missing(wanted, store=store) == "no bundle of this model in the store"
+
+
+def test_the_nearest_bundle_says_what_differs(store, wanted):
+    old = Fact("torch", "version", "1.0")
+    _put(store, wanted, old, key="near")
+    _put(store, wanted, old, Fact("option", "dtype", "bfloat16"), key="far")
+    _put(store, wanted, Fact("model", "config", "0" * 64), key="another-model")
+    why = why_missing(wanted, store=store)
+    assert "torch version: bundle 1.0, here " in why
+    assert "dtype" not in why
+
+
+@pytest.mark.parametrize(
+    ("line", "step"),
+    [
+        ("capturing", CompileStep("capturing")),
+        ("[2/3] compiling a piece", CompileStep("compiling a piece", 2, 3)),
+        ("[x/3] what", CompileStep("[x/3] what")),
+    ],
+)
+def test_progress_lines(line, step):
+    assert parse_step(line) == step
+
+
+def _command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Put a shell script in the place of Python."""
+    path = tmp_path / "python"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(path))
+
+
+def test_a_compile_says_what_it_does_and_where_the_bundle_is(tmp_path, monkeypatch, store, wanted):
+    _put(store, wanted)
+    place = find(wanted, store=store, on_note=pytest.fail).bundle.path
+    _command(tmp_path, monkeypatch, f'echo "$*" >&2; echo "[1/2] now" >&2; echo \'{{"bundle": "{place}"}}\'')
+    lines: list[str] = []
+    found = compile_wanted(compile_process(wanted), on_line=lines.append)
+    assert (found.bundle.path, found.compiled) == (place, True)
+    assert lines[0].startswith("-m piecework compile ")
+    assert lines[0].endswith("--dtype float32 --max-tokens 64 --device cpu --backend aoti")
+    assert lines[1:] == ["[1/2] now"]
+
+
+def test_a_compile_that_fails_says_why(tmp_path, monkeypatch, wanted):
+    _command(tmp_path, monkeypatch, 'echo \'{"asked": "a", "found": "f", "try": "t"}\'; exit 1')
+    with pytest.raises(CompileError, match="found: f"):
+        compile_wanted(compile_process(wanted), on_line=lambda _line: None)
+    _command(tmp_path, monkeypatch, "exit 3")
+    with pytest.raises(CompileError, match="the compile's process failed"):
+        compile_wanted(compile_process(wanted), on_line=None)
+
+
+def test_a_compile_can_be_stopped(tmp_path, monkeypatch, wanted):
+    _command(tmp_path, monkeypatch, "echo begun >&2; exec sleep 60")
+    process = compile_process(wanted)
+    begun = time.monotonic()
+    with pytest.raises(CompileError, match="it was stopped"):
+        compile_wanted(process, on_line=lambda _line: threading.Thread(target=process.stop).start())
+    with pytest.raises(CompileError, match="it was stopped"):
+        process.run(None)
+    assert time.monotonic() - begun < 30
+
+
+def test_an_error_of_the_one_who_listens_ends_the_process(tmp_path, monkeypatch):
+    _command(tmp_path, monkeypatch, "echo begun >&2; exec sleep 60")
+    process = CompileProcess(tmp_path, dtype="float32", max_tokens=1, device="cpu", backend="aoti")
+    with pytest.raises(ZeroDivisionError):
+        process.run(lambda _line: 1 / 0)
