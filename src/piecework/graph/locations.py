@@ -83,11 +83,11 @@ def locations_of(nodes: Iterable[torch.fx.Node]) -> list[str]:
     """Return "package/file.py:12" for each node, "" where no line was noted; no absolute path is in them."""
     lines = [node.meta.get(_LINE) for node in nodes]
     files = {line[0] for line in lines if line is not None}
-    named = {file: _relative(Path(file)) for file in files}
+    named = {file: relative_path(Path(file)) for file in files}
     return ["" if line is None else f"{named[line[0]]}:{line[1]}" for line in lines]
 
 
-def _relative(path: Path) -> str:
+def relative_path(path: Path) -> str:
     """Return a file's path below the directory from which Python imports it, else its last two parts."""
     packages = list(itertools.takewhile(lambda parent: (parent / "__init__.py").is_file(), path.parents))
     roots = [packages[-1].parent] if packages else [Path(entry) for entry in sys.path if entry]

@@ -58,7 +58,7 @@ class Recording:
         watch: sees code that could look past a token, or None where no plain value is open.
         reads: values by (path, attribute).
         problems: why the trace holds for this block only.
-        looked_at: values whose tokens were looked at, and where.
+        looked_at: values whose tokens were looked at, and in which file and line, or by which function, or "".
         unwrapped: LayerName objects whose string was taken out, as a token in its turn.
     """
 

@@ -8,7 +8,14 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType, FunctionType
+from types import (
+    BuiltinFunctionType,
+    FrameType,
+    FunctionType,
+    MethodDescriptorType,
+    MethodWrapperType,
+    WrapperDescriptorType,
+)
 from typing import Any
 
 import torch
@@ -112,6 +119,9 @@ class Unwatched(TorchFunctionMode):
             return func(*args, **kwargs)
 
 
+_WRITTEN_IN_C = (BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType)
+
+
 def _is_torchs(func: Any, arguments: Sequence[Any]) -> bool:
     """Whether a function is torch's, and isn't given one of the user's to call."""
     name = operator_name(func)
@@ -119,7 +129,7 @@ def _is_torchs(func: Any, arguments: Sequence[Any]) -> bool:
         return name.partition("::")[0] in TORCHS_NAMESPACES
     if isinstance(func, FunctionType):
         return is_tools(func.__code__.co_filename) and not any(callable(a) for a in arguments)
-    return True
+    return isinstance(func, _WRITTEN_IN_C)
 
 
 def class_files(module: nn.Module) -> set[Path]:

@@ -72,9 +72,9 @@ def arriving(value: Any, origin: Origin) -> Any:
     return str(value) if isinstance(value, str) else value
 
 
-def shape_of(block: nn.Module) -> tuple[tuple[str, type], ...]:
+def shape_of(modules: Mapping[str, nn.Module]) -> tuple[tuple[str, type], ...]:
     """Return names and classes of a block's modules."""
-    return tuple((name, type(part)) for name, part in block.named_modules())
+    return tuple((name, type(part)) for name, part in modules.items())
 
 
 def moved(origins: Sequence[Origin], paths: Mapping[int, str], modules: Mapping[str, nn.Module]) -> tuple[Origin, ...]:

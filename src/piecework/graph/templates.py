@@ -19,6 +19,7 @@ import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -26,6 +27,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from piecework.foundation.torch_private import Tracer, last_node, nodes_after, operator_name, plain_tensors
+from piecework.graph.locations import relative_path
 from piecework.graph.matching import Matching, metadata
 from piecework.graph.names import PassNames, Place, names_of, set_names, settle, with_arguments
 from piecework.graph.observing import ABSENT, Observer
@@ -98,9 +100,20 @@ def _stacks(module: nn.Module) -> list[list[nn.Module]]:
 
 @dataclass(frozen=True)
 class _Call:
-    """A call of a block in a trace; `cls` is the block's own class, `profiler` sees what the model's code does."""
+    """A call of a block in a trace.
+
+    Attributes:
+        block: the block.
+        modules: its modules by path.
+        tracer: the trace.
+        args, kwargs: what it is called with.
+        leaves, spec: the same, flat.
+        cls: the block's own class.
+        profiler: sees what the model's code does, or None.
+    """
 
     block: nn.Module
+    modules: Mapping[str, nn.Module]
     tracer: Tracer
     args: Any
     kwargs: Any
@@ -144,9 +157,9 @@ class _Stamper:
     ) -> Any:
         args, kwargs = look_inside((args, kwargs))
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        call = _Call(block, tracer, args, kwargs, leaves, spec, cls, profiler)
         near: list[tuple[Template, Matching]] = []
         with self.observer.quiet(), plain_tensors():
+            call = _Call(block, dict(block.named_modules()), tracer, args, kwargs, leaves, spec, cls, profiler)
             for template in self._templates.get(cls, ()):
                 matching = self._compare(template, call)
                 if matching is None:
@@ -162,10 +175,9 @@ class _Stamper:
 
     def _compare(self, template: Template, call: _Call) -> Matching | None:
         """Return what stands for what in the call's block, or None where the template doesn't hold for it."""
-        block = call.block
-        if call.spec != template.spec or shape_of(block) != template.shape:
+        if call.spec != template.spec or shape_of(call.modules) != template.shape:
             return None
-        modules = dict(block.named_modules())
+        modules = call.modules
         matching = Matching(
             call.tracer, self._tensors, template.recording.paths, {id(m): n for n, m in modules.items()}
         )
@@ -203,7 +215,7 @@ class _Stamper:
         return False
 
     def _trace_plainly(self, call: _Call) -> Any:
-        recording = Recording(paths={id(m): n for n, m in call.block.named_modules()})
+        recording = Recording(paths={id(m): n for n, m in call.modules.items()})
         out, template, problems = self._trace(call, recording, call.args, call.kwargs)
         if problems:
             self._counts.notes.append(f"{call.cls.__name__} is traced by itself: it {problems[0]}")
@@ -215,7 +227,7 @@ class _Stamper:
         """Trace a block that differs from a template in names only, to find out whether they matter."""
         keys = near.free_now() | matching.differing
         watch = Watch(previous=call.profiler, outermost=sys._getframe())
-        recording = Recording(paths={id(m): n for n, m in call.block.named_modules()}, open_keys=keys, watch=watch)
+        recording = Recording(paths={id(m): n for n, m in call.modules.items()}, open_keys=keys, watch=watch)
         try:
             with PassNames(call.tracer, fake_mode=self._fake_mode, opaque=self._opaque) as passing:
                 args, kwargs = self._with_tokens(call, recording)
@@ -299,7 +311,7 @@ class _Stamper:
             out_spec=out_spec,
             out_leaves=out_leaves,
             out_nodes=[tracer.node_of(x) if isinstance(x, torch.Tensor) else None for x in out_leaves],
-            shape=shape_of(block),
+            shape=shape_of(call.modules),
         )
         after = pytree.tree_leaves((args, kwargs))
         if len(after) != len(given) or any(a is not b for a, b in zip(after, given, strict=True)):
@@ -327,7 +339,7 @@ class _Stamper:
         return []
 
     def _stamp(self, template: Template, matching: Matching, call: _Call) -> Any:
-        modules = dict(call.block.named_modules())
+        modules = call.modules
         bound = matching.nodes
         made: list[torch.fx.Node] = []
         for node in template.nodes:
@@ -382,7 +394,10 @@ def _text(key: Key) -> str:
 
 
 def _looks(place: str) -> str:
-    return f"it is looked at in {place}" if place else "it is looked at"
+    file, _, line = place.rpartition(":")
+    if file:
+        return f"it is looked at in {relative_path(Path(file))}:{line}"
+    return f"{place} may look at it" if place else "it is looked at"
 
 
 def _nodes_of(value: Any, tracer: Tracer) -> Iterator[torch.fx.Node]:
