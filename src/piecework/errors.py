@@ -101,5 +101,9 @@ class CapacityError(PieceworkError):
     """Not enough memory, blocks or room for what was asked."""
 
 
+class EngineError(PieceworkError):
+    """The engine takes no requests and goes on with none: it was closed, or a step of the model failed."""
+
+
 class InternalError(AssertionError):
     """A bug of piecework itself."""

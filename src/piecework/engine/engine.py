@@ -230,6 +230,10 @@ class Engine:
         self._runner = runner
         runner.make_states({"blocks": self._config.num_blocks})
 
+    def close(self) -> None:
+        """Close the model; the engine can't be used afterwards."""
+        self._runner.close()
+
     def stats(self) -> EngineStats:
         """Return what the engine is doing."""
         counts = self._scheduler.counts
