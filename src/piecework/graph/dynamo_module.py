@@ -36,7 +36,7 @@ class PieceModule:
 
 @dataclass(frozen=True)
 class SizeRange:
-    """What is known of a symbol: its bounds (sys.maxsize for none), and its value in the example."""
+    """What is known of a symbol: its bounds (sys.maxsize and its negative for none), and its value in the example."""
 
     low: int
     high: int
@@ -47,7 +47,9 @@ def piece_module(described: DescribedPiece, *, ranges: Mapping[str, SizeRange]) 
     """Return the piece as a module; `ranges` are those of the text's symbols."""
     session = SymbolicSession()
     for name, known in ranges.items():
-        session.size(name, low=known.low, high=None if known.high >= sys.maxsize else known.high, hint=known.hint)
+        low = None if known.low <= -sys.maxsize else known.low
+        high = None if known.high >= sys.maxsize else known.high
+        session.size(name, low=low, high=high, hint=known.hint)
     maker = _Inputs(session, described.symbols, {n: r.hint for n, r in ranges.items()})
     inputs = [maker.make(example(node)) for node in described.piece.inputs]
     inputs += [stand_in(session.fake_mode, Lifted(value)) for value in described.values]

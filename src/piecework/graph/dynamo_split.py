@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-_CONTEXTS = ("_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode")
+from piecework.foundation.torch_private import function_name
+
+_SHAPE_QUERIES = frozenset({"size", "stride", "numel", "nelement", "dim", "ndimension", "storage_offset", "__len__"})
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,12 @@ def split_graph(graph: torch.fx.Graph, *, is_cut: Callable[[torch.fx.Node], bool
     """Return the pieces and opaque calls of a Dynamo graph in execution order.
 
     The graph is changed: sizes that equal one of its inputs become that input, and switches of the grad mode go.
-    A graph that switches autocast on or off stays whole, because a cut could end up inside.
+    `dynamo_whole.why_whole` says which graphs must not be cut.
     """
     _drop_grad_switches(graph)
     sizes = _unify_sizes(graph)
     body = [n for n in graph.nodes if n.op in {"call_function", "call_method", "call_module"}]
-    whole = any(getattr(n.target, "__name__", "") in _CONTEXTS for n in body)
-    cuts = frozenset() if whole else frozenset(n for n in body if is_cut(n))
+    cuts = frozenset(n for n in body if is_cut(n))
     parts: list[list[torch.fx.Node] | torch.fx.Node] = []
     computed: set[torch.fx.Node] = set()
     for node in body:
@@ -83,7 +84,7 @@ def split_graph(graph: torch.fx.Graph, *, is_cut: Callable[[torch.fx.Node], bool
 
 
 def _call(node: torch.fx.Node, *, is_cut: bool) -> GraphCall:
-    items = [u for u in node.users if is_cut and u.target is operator.getitem]
+    items = [u for u in node.users if is_cut and _is_item(u, frozenset({node}))]
     return GraphCall(node, tuple((int(u.args[1]), u) for u in items))  # type: ignore[arg-type]
 
 
@@ -134,12 +135,25 @@ def _symbols_in(nodes: Iterable[torch.fx.Node]) -> set[str]:
 
 
 def _is_item(node: torch.fx.Node, cuts: frozenset[torch.fx.Node]) -> bool:
-    return node.target is operator.getitem and node.args[0] in cuts
+    """Whether a node picks one of several results of an opaque operator."""
+    if node.target is not operator.getitem or node.args[0] not in cuts:
+        return False
+    return isinstance(example(node.args[0]), (tuple, list)) and isinstance(node.args[1], int)  # type: ignore[arg-type]
 
 
 def _is_size(node: torch.fx.Node) -> bool:
-    """Whether a node computes sizes only."""
-    return _only_sizes(example(node))
+    """Whether a node computes sizes only, from shapes and other sizes: it may be done elsewhere, or more than once."""
+    if not _only_sizes(example(node)):
+        return False
+    if node.op == "placeholder":
+        return True
+    asks_tensors = any(isinstance(example(n), torch.Tensor) for n in node.all_input_nodes)
+    if node.op == "call_method":
+        return str(node.target) in _SHAPE_QUERIES or not asks_tensors
+    name = function_name(node.target) or ""
+    if asks_tensors:
+        return name == "builtins.getattr" or name.startswith(("aten.sym_", "builtins.len"))
+    return name.split(".")[0] in {"_operator", "operator", "math", "builtins"} or name.startswith("torch.sym_")
 
 
 def _only_sizes(value: Any) -> bool:

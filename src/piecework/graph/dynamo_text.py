@@ -9,7 +9,7 @@ shared with no other.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 
 from piecework.foundation.digests import digest_json
 from piecework.foundation.torch_private import (
+    decomposes,
     function_name,
     is_python_object,
     operator_arguments,
@@ -72,6 +73,7 @@ class DescribedPiece:
         lifted: calls with lifted arguments, in order.
         values: the lifted values, in order.
         why_not: why there is no text.
+        is_storable: whether an artifact may outlive the process; not where code of a custom operator went into it.
     """
 
     piece: GraphPiece
@@ -80,6 +82,7 @@ class DescribedPiece:
     lifted: tuple[LiftedCall, ...]
     values: tuple[str | int, ...]
     why_not: str = ""
+    is_storable: bool = True
 
     def fingerprint(self) -> str | None:
         """Return the digest of the text."""
@@ -98,7 +101,15 @@ def describe(piece: GraphPiece, *, lift: bool) -> DescribedPiece:
         why = ""
     except _NoText as error:
         text, why = None, str(error)
-    return DescribedPiece(piece, text, dict(writer.symbols), tuple(writer.lifted), tuple(writer.values), why)
+    return DescribedPiece(
+        piece,
+        text,
+        dict(writer.symbols),
+        tuple(writer.lifted),
+        tuple(writer.values),
+        why,
+        is_storable=not writer.has_foreign_code,
+    )
 
 
 @dataclass
@@ -108,6 +119,7 @@ class _Writer:
     lifted: list[LiftedCall] = field(default_factory=list)
     values: list[str | int] = field(default_factory=list)
     numbers: dict[torch.fx.Node, int] = field(default_factory=dict)
+    has_foreign_code: bool = False
 
     def piece(self, piece: GraphPiece) -> dict[str, Any]:
         storages: dict[int, int] = {}
@@ -132,6 +144,7 @@ class _Writer:
 
     def _custom(self, node: torch.fx.Node, overload: Any) -> list[Any]:
         """Write the call of a custom operator, with the shapes that came out of it."""
+        self.has_foreign_code |= decomposes(overload)
         declared = operator_arguments(overload)
         given: list[Any] = list(node.args)
         for argument in declared[len(given) :]:
@@ -243,25 +256,41 @@ def custom_overload(node: torch.fx.Node) -> Any:
     return None if overload is None or overload.namespace in _OWN else overload
 
 
-def aliased(inputs: Sequence[torch.fx.Node]) -> bool:
-    """Whether two of the inputs share memory."""
-    seen = [storage_key(example(n)) for n in inputs if isinstance(example(n), torch.Tensor)]
-    return len(set(seen)) < len(seen)
+def runs_eagerly(piece: GraphPiece) -> str | None:
+    """Say why a piece is better run operator by operator, or return None.
+
+    Its inputs are given to the compiler as memory of their own, each from its start.
+    """
+    tensors = [v for v in map(example, piece.inputs) if isinstance(v, torch.Tensor) and v.layout is torch.strided]
+    if any(_name(n) in _ABSOLUTE for n in piece.nodes) and any(not _is_zero(v.storage_offset()) for v in tensors):
+        return "addresses memory of an input that begins elsewhere"
+    seen = [storage_key(v) for v in tensors]
+    if len(set(seen)) < len(seen) and any(_may_write(n) for n in piece.nodes):
+        return "may write to memory that two of its inputs share"
+    return None
 
 
-def writes_in_place(nodes: Sequence[torch.fx.Node]) -> bool:
-    """Whether some node may write to a tensor that it is given."""
-    return any(_writes(n) for n in nodes)
+_ABSOLUTE = frozenset({"as_strided", "as_strided_copy", "as_strided_scatter"})
+_AUGMENTED = frozenset(n for n in dir(torch.Tensor) if n.startswith("__i") and n.endswith("__"))
 
 
-def _writes(node: torch.fx.Node) -> bool:
+def _is_zero(offset: int | torch.SymInt) -> bool:
+    return isinstance(offset, int) and offset == 0
+
+
+def _name(node: torch.fx.Node) -> str:
+    return str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", ""))
+
+
+def _may_write(node: torch.fx.Node) -> bool:
+    """Whether a node may write to a tensor that it is given; better one time too often."""
+    if node.op == "get_attr":
+        return True  # the body of a higher-order operator
     overload = single_overload(node.target)
     if overload is not None:
         return bool(overload._schema.is_mutable)
-    name = str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", ""))
+    name = _name(node)
     named = name.endswith("_") and not name.endswith("__")
     augmented = name in {"setitem", "delitem"} or (name.startswith("i") and f"__{name}__" in _AUGMENTED)
-    return named or augmented or node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True
-
-
-_AUGMENTED = frozenset(n for n in dir(torch.Tensor) if n.startswith("__i") and n.endswith("__"))
+    asked = any(v is True for v in (*node.args, node.kwargs.get("inplace"))) or node.kwargs.get("out") is not None
+    return named or augmented or asked

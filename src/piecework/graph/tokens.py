@@ -18,7 +18,7 @@ from typing import Any, final
 
 from torch.utils import _pytree as pytree
 
-from piecework.foundation.torch_private import is_fake_cache
+from piecework.foundation.torch_private import is_bookkeeping
 from piecework.graph.recording import Key, Origin, Recording
 from piecework.graph.sources import is_users
 from piecework.ops.layer import IS_OBJECT, LayerName
@@ -197,7 +197,7 @@ class HiddenName:
         return bool(self.subject.look().value == theirs)
 
     def __hash__(self) -> int:
-        unseen = is_fake_cache(sys._getframe(2).f_code.co_filename)
+        unseen = is_bookkeeping(sys._getframe(2).f_code.co_filename)
         return hash((self.subject.value if unseen else self.subject.look()).value)
 
     def __repr__(self) -> str:

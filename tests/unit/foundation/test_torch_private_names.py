@@ -17,7 +17,7 @@ from piecework.foundation.torch_private import (
     call_arguments,
     current_tracer,
     fake_function,
-    is_fake_cache,
+    is_bookkeeping,
     trace,
 )
 from piecework.ops.layer import IS_OBJECT, LayerName
@@ -93,7 +93,7 @@ def test_traces_are_lean() -> None:
 
 
 @pytest.mark.skipif(not IS_OBJECT, reason="a LayerName is a string here")
-def test_fake_tensors_hash_arguments_in_one_file_only() -> None:
+def test_where_torch_hashes_arguments() -> None:
     hashed: list[str] = []
     original = LayerName.__hash__
 
@@ -106,8 +106,8 @@ def test_fake_tensors_hash_arguments_in_one_file_only() -> None:
         traced(lambda x: by_layer(x, LayerName("a")), keep=True)
     finally:
         LayerName.__hash__ = original  # type: ignore[method-assign]
-    assert all(is_fake_cache(name) for name in hashed)
-    assert not is_fake_cache(__file__)
+    assert all(is_bookkeeping(name) for name in hashed)
+    assert not is_bookkeeping(__file__)
 
 
 def test_fake_implementations_in_python() -> None:

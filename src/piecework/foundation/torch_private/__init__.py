@@ -63,7 +63,7 @@ from piecework.foundation.torch_private.tracing import (
     current_tracer,
     data_dependent_errors,
     functionalized,
-    is_fake_cache,
+    is_bookkeeping,
     plain_tensors,
     trace,
 )
@@ -96,7 +96,7 @@ __all__ = [
     "holds",
     "inductor_settings",
     "intercept_calls",
-    "is_fake_cache",
+    "is_bookkeeping",
     "is_python_object",
     "is_stand_in",
     "is_traced_object",

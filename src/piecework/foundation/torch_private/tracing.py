@@ -113,14 +113,16 @@ def functionalized(function: Callable[..., Any]) -> Callable[..., Any]:
     return made
 
 
-def is_fake_cache(filename: str) -> bool:
-    """Whether a file is the one in which fake tensors look for results of equal calls; it hashes every argument.
+def is_bookkeeping(filename: str) -> bool:
+    """Whether a file is one in which torch hashes arguments of operators while it traces, and learns nothing from it.
 
-    torch 2.11-2.13: torch/_subclasses/fake_tensor.py. Results of operators that aren't torch's own are not kept.
+    torch 2.11-2.14: torch/_subclasses/fake_tensor.py, which keeps results of torch's own operators only, and
+    torch/utils/weak.py, where 2.11 looks for objects that are inputs of the graph.
     """
     from torch._subclasses import fake_tensor
+    from torch.utils import weak
 
-    return filename == fake_tensor.__file__
+    return filename in (fake_tensor.__file__, weak.__file__)
 
 
 def data_dependent_errors() -> tuple[type[Exception], ...]:
