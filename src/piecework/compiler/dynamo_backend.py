@@ -18,9 +18,11 @@ from typing import Any, final
 import torch
 
 from piecework.compiler.dynamo_graph import CompiledGraph, compile_graph
-from piecework.compiler.jit_options import parse_options
+from piecework.compiler.jit_options import JitBackendName, parse_options
 from piecework.compiler.jit_pieces import InUse, PieceSource
 from piecework.errors import BackwardError, PieceworkError
+from piecework.foundation.torch_private import stock_inductor
+from piecework.graph.dynamo_whole import why_whole
 from piecework.record import Recorder
 
 _LOG = logging.getLogger("piecework")
@@ -54,14 +56,21 @@ class DynamoBackend:
         try:
             chosen = parse_options(options, mode=mode)
             recorder = chosen.recorder or Recorder()
+            whole = why_whole(module.graph)
+            if whole is not None:
+                recorder.count("graphs")
+                recorder.note(f"a graph is left whole: {whole}")
+                eager = chosen.backend is JitBackendName.EAGER
+                return module.forward if eager else stock_inductor(module, inputs)
             source = PieceSource(chosen, recorder, self._in_use, kernels=self._kernel_directory())
             compiled = compile_graph(module, options=chosen, recorder=recorder, source=source)
         except PieceworkError as error:
             return _raising(error)
         self._hint(compiled, recorder)
         _LOG.info("compiled a graph: %s", ", ".join(f"{n} {c}" for n, c in recorder.finish().counts.items()))
-        needs_grad = torch.is_grad_enabled() and any(isinstance(i, torch.Tensor) and i.requires_grad for i in inputs)
-        return _without_backward(compiled.calls) if needs_grad else compiled.calls
+        if torch.is_grad_enabled() and any(compiled.needs_grad):
+            return _without_backward(compiled.calls, compiled.needs_grad)
+        return compiled.calls
 
     def reset(self) -> None:
         """Forget what is in use; torch calls this in `torch._dynamo.reset()`."""
@@ -104,11 +113,11 @@ def _raising(error: PieceworkError) -> Callable[..., Any]:
 
 
 class _NoBackward(torch.autograd.Function):
-    """Passes tensors on; a backward pass through it is refused."""
+    """Lets results look like those of recorded operations; a backward pass through them is refused."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, *outputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(o.view_as(o) for o in outputs)
+    def forward(ctx: Any, anchor: torch.Tensor, made: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return tuple(made)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -119,16 +128,19 @@ class _NoBackward(torch.autograd.Function):
         )
 
 
-def _without_backward(compiled: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
-    """Let results require gradients, as they would in eager mode, and a backward pass say why there are none."""
+def _without_backward(compiled: Callable[..., tuple[Any, ...]], needs_grad: Sequence[bool]) -> Callable[..., Any]:
+    """Let results require gradients where they would in eager mode; a backward pass says why there are none."""
 
     def call(*inputs: Any) -> tuple[Any, ...]:
         outputs = compiled(*inputs)
-        anchor = next(i for i in inputs if isinstance(i, torch.Tensor) and i.requires_grad)
-        places = [i for i, o in enumerate(outputs) if isinstance(o, torch.Tensor) and o.is_floating_point()]
+        anchor = torch.empty((), requires_grad=True)
+        given = {id(i) for i in inputs}
+        places = [
+            i for i, (o, wanted) in enumerate(zip(outputs, needs_grad, strict=True)) if wanted and id(o) not in given
+        ]
         if not places:
             return outputs
-        passed: Any = _NoBackward.apply(anchor, *(outputs[i] for i in places))  # type: ignore[no-untyped-call]
+        passed: Any = _NoBackward.apply(anchor, [outputs[i] for i in places])  # type: ignore[no-untyped-call]
         changed = dict(zip(places, passed, strict=True))
         return tuple(changed.get(i, o) for i, o in enumerate(outputs))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,11 @@ import torch
 from piecework.compiler.jit_options import JitOptions
 from piecework.compiler.jit_pieces import PieceSource, Run
 from piecework.foundation.digests import digest_json
-from piecework.foundation.torch_private import operator_name
-from piecework.graph.dynamo_split import GraphCall, GraphPiece, output_nodes, split_graph
+from piecework.foundation.torch_private import operator_arguments, operator_name
+from piecework.graph.dynamo_split import GraphCall, GraphPiece, example, output_nodes, split_graph
 from piecework.graph.dynamo_text import DescribedPiece, describe
 from piecework.ops.lifted import Lifted
-from piecework.ops.opaque import implementation
-from piecework.ops.opaque_op import declared_op
+from piecework.ops.opaque_op import OpaqueOp, declared_op
 from piecework.record import Recorder
 from piecework.runtime.call_list import CallList, FunctionCall, PieceCall, Slot
 
@@ -26,12 +25,13 @@ class CompiledGraph:
     """A graph as a function of its inputs.
 
     `shape` digests what a compiler sees of it: graphs that differ in lifted values only have it in common. None where
-    some piece can't be written down.
+    some piece can't be written down. `needs_grad` says which results eager mode would record for a backward pass.
     """
 
     calls: CallList
     shape: str | None
     num_lifted: int
+    needs_grad: tuple[bool, ...]
 
 
 def compile_graph(
@@ -87,7 +87,8 @@ class _GraphCompile:
             calls=calls,
             results=[self._argument(o) for o in output_nodes(graph)],
         )
-        return CompiledGraph(call_list, _shape(steps, described), num_lifted)
+        grads = [_requires_grad(o) for o in output_nodes(graph)]
+        return CompiledGraph(call_list, _shape(steps, described), num_lifted, tuple(grads))
 
     def _is_cut(self, node: torch.fx.Node) -> bool:
         name = operator_name(node.target)
@@ -142,12 +143,16 @@ class _GraphCompile:
             def function(owner: Any, *args: Any, **kwargs: Any) -> Any:
                 return getattr(owner, name)(*args, **kwargs)
 
-        elif operator_name(node.target) is not None:
-            function = implementation(_qualified(node.target))
+        args: Sequence[Any] = node.args
+        kwargs: Mapping[str, Any] = node.kwargs
+        declared = declared_op(node.target)
+        if declared is not None:
+            function = _current(declared)
+            args, kwargs = _converted(declared.overload, args, kwargs)
         return FunctionCall(
             function=function,
-            args=tuple(self._argument(a) for a in node.args),
-            kwargs={k: self._argument(v) for k, v in node.kwargs.items()},
+            args=tuple(self._argument(a) for a in args),
+            kwargs={k: self._argument(v) for k, v in kwargs.items()},
             output=self._numbers[node],
             items=tuple((index, self._numbers[item]) for index, item in call.items),
         )
@@ -155,9 +160,16 @@ class _GraphCompile:
     def _argument(self, value: Any) -> Any:
         if isinstance(value, torch.fx.Node):
             return Slot(self._numbers[value])
-        if isinstance(value, (list, tuple)):
-            return type(value)(self._argument(v) for v in value)
+        if isinstance(value, tuple):
+            return tuple(self._argument(v) for v in value)
+        if isinstance(value, list):
+            return [self._argument(v) for v in value]
         return value
+
+
+def _requires_grad(output: Any) -> bool:
+    value = example(output) if isinstance(output, torch.fx.Node) and output.op != "placeholder" else None
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _shape(steps: Sequence[GraphPiece | GraphCall], described: Mapping[int, DescribedPiece]) -> str | None:
@@ -182,7 +194,21 @@ def _attribute(module: torch.nn.Module, node: torch.fx.Node) -> Any:
     return value
 
 
-def _qualified(target: Any) -> str:
-    name = operator_name(target)
-    overload = getattr(target, "_overloadname", "") or "default"
-    return f"{name}.{overload}"
+def _current(declared: OpaqueOp) -> Callable[..., Any]:
+    """Call a declared operator's function as it is then: its module may be imported again."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return declared.function(*args, **kwargs)
+
+    return call
+
+
+def _converted(overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Return constants as the dispatcher, which isn't asked, would pass them: 2 for a float is 2.0."""
+    types = {a.name: a.type for a in operator_arguments(overload)}
+
+    def convert(value: Any, declared: str) -> Any:
+        return float(value) if declared in {"float", "Optional[float]"} and type(value) is int else value
+
+    positional = [convert(v, t) for v, t in zip(args, types.values(), strict=False)]
+    return positional, {k: convert(v, types.get(k, "")) for k, v in kwargs.items()}

@@ -23,16 +23,18 @@ from typing import Any
 import torch
 
 from piecework.compiler.toolchain import find_toolchain
-from piecework.errors import CompileError
+from piecework.errors import CompileError, StoreError
 from piecework.foundation.digests import digest_json
 from piecework.foundation.environment import read_environment
 from piecework.foundation.target import read_target
 from piecework.foundation.torch_private import (
+    ambient_mode,
     compile_standalone,
     inductor_settings,
     load_standalone,
     parse_operator,
     trusted_instructions,
+    uses_custom_passes,
 )
 from piecework.graph.dynamo_module import PieceModule
 from piecework.graph.dynamo_text import DescribedPiece
@@ -65,6 +67,8 @@ def jit_key(described: DescribedPiece, ranges: Mapping[str, Sequence[int]], *, e
         return None
     if eager:
         return "eager-" + digest_json(described.text)
+    if uses_custom_passes():
+        return None
     target = read_target()
     settings = {name: repr(value) for name, value in sorted(inductor_settings().items())}
     facts = {
@@ -74,6 +78,7 @@ def jit_key(described: DescribedPiece, ranges: Mapping[str, Sequence[int]], *, e
         "machine": target.machine,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         "inductor": digest_json(settings),
+        "mode": ambient_mode(),
     }
     return "jit-" + digest_json({"piece": described.text, "ranges": {n: list(r) for n, r in ranges.items()}, **facts})
 
@@ -121,7 +126,10 @@ def compile_jit(
                 }
                 archive = directory / "artifact.zip"
                 _pack(directory, meta, kernels=compiled.kernels, to=archive)
-                store.put_artifact(key, content=archive)
+                try:
+                    store.put_artifact(key, content=archive)
+                except StoreError as error:
+                    report(f"a piece can't be stored: {error.found}")
             else:
                 report("a piece can't be stored: torch has no cache entry for it")
     return JitPiece(compiled.run, conditions)

@@ -17,7 +17,7 @@ from piecework.foundation.environment import read_environment
 from piecework.foundation.torch_private import holds, size_bounds
 from piecework.graph.dynamo_module import SizeRange, piece_module, plain_module
 from piecework.graph.dynamo_split import example
-from piecework.graph.dynamo_text import DescribedPiece, aliased, writes_in_place
+from piecework.graph.dynamo_text import DescribedPiece, runs_eagerly
 from piecework.record import Recorder
 from piecework.store.directory_store import DirectoryStore
 from piecework.store.lookup import find_artifact
@@ -64,13 +64,16 @@ class PieceSource:
     def run(self, described: DescribedPiece) -> Run:
         """Return the function of a piece: one that is in use, or in the store, or made now."""
         self._recorder.count("pieces")
-        eager = self._options.backend is JitBackendName.EAGER or self._runs_eagerly(described)
+        why_eager = runs_eagerly(described.piece)
+        if why_eager is not None:
+            self._recorder.note(f"a piece runs eagerly: it {why_eager}")
+        eager = self._options.backend is JitBackendName.EAGER or why_eager is not None
         ranges = self._ranges(described)
         key = jit_key(described, {n: (r.low, r.high) for n, r in ranges.items()}, eager=eager)
         if key is not None and key in self._here:
             return self._here[key]
         if key is None:
-            self._recorder.note(f"a piece is shared with no other: {described.why_not}")
+            self._recorder.note(f"a piece is shared with no other: {described.why_not or 'Inductor has custom passes'}")
             self._recorder.count("unique_pieces")
             return self._made(described, ranges=ranges, key=None, eager=eager).run
         shared = self._in_use.get(key)
@@ -78,20 +81,13 @@ class PieceSource:
             self._recorder.count("in_use")
         else:
             self._recorder.count("unique_pieces")
-            stored = None if eager else self._stored(key)
+            stored = self._stored(key) if described.is_storable and not eager else None
             shared = InUse(stored or self._made(described, ranges=ranges, key=key, eager=eager))
             self._in_use[key] = shared
         if not self._applies(shared.piece, described):
             self._recorder.note("a piece that is there already does not hold for these sizes")
             return self._made(described, ranges=ranges, key=None, eager=eager).run
         return self._here.setdefault(key, _holding(shared))
-
-    def _runs_eagerly(self, described: DescribedPiece) -> bool:
-        """Whether a piece is left to eager mode: one that writes to memory that two of its inputs share."""
-        found = aliased(described.piece.inputs) and writes_in_place(described.piece.nodes)
-        if found:
-            self._recorder.note("a piece that writes to memory which two of its inputs share runs eagerly")
-        return found
 
     def _ranges(self, described: DescribedPiece) -> dict[str, SizeRange]:
         bounds: dict[str, tuple[int, int, int]] = {}
@@ -106,18 +102,30 @@ class PieceSource:
     def _stored(self, key: str) -> JitPiece | None:
         if self._store is None:
             return None
-        artifact = find_artifact(self._store, key, report=self._recorder.note)
+        try:
+            artifact = find_artifact(self._store, key, report=self._recorder.note)
+        except StoreError as error:
+            self._give_up(error)
+            return None
         if artifact is None:
             return None
         try:
             with self._recorder.phase("load"):
                 found = load_jit(artifact.path)
         except PieceworkError as error:
+            if "InvalidCxxCompiler" in error.found:  # torch asks for it to name its files; the artifact is good
+                self._recorder.note("torch loads no stored piece without a C++ compiler")
+                return None
             self._store.set_aside(Kind.ARTIFACT, key, reason=error.found)
             self._recorder.note(f"set aside the artifact {key}: {error.found}")
             return None
         self._recorder.count("store_hits")
         return found
+
+    def _give_up(self, error: StoreError) -> None:
+        """Go on without a store."""
+        self._store = None
+        self._recorder.note(f"the store can't be used: {error.found}")
 
     def _made(
         self, described: DescribedPiece, *, ranges: Mapping[str, SizeRange], key: str | None, eager: bool
@@ -126,9 +134,8 @@ class PieceSource:
         if eager:
             return JitPiece(plain_module(described), ())
         made = piece_module(described, ranges=ranges)
-        piece = compile_jit(
-            made, described, kernels=self._kernels, store=self._store, key=key, report=self._recorder.note
-        )
+        store = self._store if described.is_storable else None
+        piece = compile_jit(made, described, kernels=self._kernels, store=store, key=key, report=self._recorder.note)
         self._applies(piece, described)  # the frame is guarded by what the code relies on
         return piece
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -19,12 +19,14 @@ class Environment:
         compiler: the C++ compiler's command (`CXX`), or None where it is to be searched for.
         no_color: whether the user asked for plain output (`NO_COLOR`).
         layer_names: whether layer names are objects that compilers lift (`PIECEWORK_LAYERNAME`, "0" for strings).
+        api_key: what clients of a server must send (`PIECEWORK_API_KEY`), or None.
     """
 
     store_root: Path
     compiler: str | None = None
     no_color: bool = False
     layer_names: bool = True
+    api_key: str | None = field(default=None, repr=False)
 
 
 def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
@@ -38,6 +40,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         compiler=given.get("CXX") or None,
         no_color=bool(given.get("NO_COLOR")),
         layer_names=given.get("PIECEWORK_LAYERNAME") != "0",
+        api_key=given.get("PIECEWORK_API_KEY") or None,
     )
 
 

@@ -13,17 +13,17 @@ from typing import Any, final
 
 import torch
 
+from piecework.foundation.digests import digest_json
 from piecework.foundation.torch_private import (
     ReferenceBase,
     has_reference_types,
     operator_arguments,
-    operator_of,
     operator_returns,
     real_object,
     reference_type_name,
     register_reference_type,
 )
-from piecework.ops.opaque import implementation
+from piecework.ops.opaque_op import declared_op
 
 NAMESPACE = "piecework_lifted"
 
@@ -62,26 +62,30 @@ def lifted_operator(overload: Any, positions: Sequence[int]) -> Any:
 def lifted_name(overload: Any, positions: Sequence[int]) -> str:
     """Return the name of that operator: it says which one it was made from, and how."""
     plain = str(overload).replace(".", "__")
-    return f"{plain}__{'_'.join(str(p) for p in positions)}"
+    exact = digest_json([str(overload), str(overload._schema), list(positions)])[:12]
+    return f"{plain}__{'_'.join(str(p) for p in positions)}__{exact}"
 
 
 def _register(name: str, overload: Any, positions: frozenset[int]) -> None:
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
     carrier = reference_type_name(Lifted)
     arguments = operator_arguments(overload)
-    parts = []
-    for index, argument in enumerate(arguments):
-        parts.append(f"{carrier} {argument.name}" if index in positions else argument.text)
+    parts = [f"{carrier} {a.name}" if i in positions else a.text for i, a in enumerate(arguments)]
     library.define(f"{name}({', '.join(parts)}) -> {operator_returns(overload)}", tags=(torch.Tag.pt2_compliant_tag,))
-    operator = operator_of(overload)
-    assert operator is not None
-    direct = implementation(f"{operator.name}.{operator.overload}")
+    keywords = [a.name for a in arguments if a.is_keyword]
+    first = len(arguments) - len(keywords)
+    declared = declared_op(overload)
+
+    def call(function: Any, values: Sequence[Any]) -> Any:
+        return function(*values[:first], **dict(zip(keywords, values[first:], strict=True)))
 
     def run(*args: Any) -> Any:
-        return direct(*(a.value if i in positions else a for i, a in enumerate(args)))
+        values = [a.value if i in positions else a for i, a in enumerate(args)]
+        return call(overload if declared is None else declared.function, values)
 
     def fake(*args: Any) -> Any:
-        return overload(*(real_object(a).value if i in positions else a for i, a in enumerate(args)))  # type: ignore[attr-defined]
+        values: list[Any] = [real_object(a) if i in positions else a for i, a in enumerate(args)]
+        return call(overload, [v.value if isinstance(v, Lifted) else v for v in values])
 
     library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)

@@ -102,7 +102,7 @@ class OpaqueOp:
         and after, unless declared as changed; memory that results and changed arguments share with other arguments.
         """
         return run_checked(
-            self.function,
+            self.overload,  # which converts arguments: a whole number for a float
             name=self.name,
             overload=self.overload,
             signature=self._schema.signature,
@@ -212,7 +212,17 @@ def check_ops() -> Iterator[None]:
 
 
 def _same_place(known: Callable[..., Any], function: Callable[..., Any]) -> bool:
-    """Whether both are the same function of a source file or module, perhaps read at different times."""
+    """Whether both are the same function of a source file or module, perhaps read at different times.
+
+    Two functions that one factory made run the same code over other values: those are different.
+    """
+    if known.__code__ is function.__code__ and _cells(known) != _cells(function):
+        return False
     return known.__qualname__ == function.__qualname__ and (
         known.__code__.co_filename == function.__code__.co_filename or known.__module__ == function.__module__
     )
+
+
+def _cells(function: Callable[..., Any]) -> list[int]:
+    """Return what tells functions apart that one factory made: the objects they close over."""
+    return [id(cell.cell_contents) for cell in function.__closure__ or ()]

@@ -113,8 +113,9 @@ def _function(call: FunctionCall) -> Callable[[list[Any]], None]:
 def _filled(argument: Any, values: Sequence[Any]) -> Any:
     if type(argument) is Slot:
         return values[argument.number]
-    if type(argument) in (list, tuple):
-        return type(argument)(_filled(a, values) for a in argument)
+    if isinstance(argument, (list, tuple)):
+        filled = [_filled(a, values) for a in argument]
+        return tuple(filled) if isinstance(argument, tuple) else filled
     return argument
 
 

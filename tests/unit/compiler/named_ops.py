@@ -82,3 +82,44 @@ def halves(x: Tensor) -> tuple[Tensor, Tensor]:
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
     half = x.shape[0] // 2
     return x.new_empty(half), x.new_empty(x.shape[0] - half)
+
+
+@opaque_op("pwtest::total")
+def total(parts: list[Tensor]) -> Tensor:
+    return torch.stack(parts).sum(0)
+
+
+@total.fake
+def _(parts: list[Tensor]) -> Tensor:
+    return torch.empty_like(parts[0])
+
+
+@opaque_op("pwtest::keyword", cuts=False)
+def keyword(x: Tensor, *, layer: str) -> Tensor:
+    return x * len(layer)
+
+
+@keyword.fake
+def _(x: Tensor, *, layer: str) -> Tensor:
+    return torch.empty_like(x)
+
+
+@opaque_op("pwtest::scaled")
+def scaled(x: Tensor, by: float) -> Tensor:
+    return x * by
+
+
+@scaled.fake
+def _(x: Tensor, by: float) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float32)
+
+
+@opaque_op("pwtest::count_up", mutates=("state",), cuts=False)
+def count_up(state: Tensor) -> int:
+    state.add_(1)
+    return 7
+
+
+@count_up.fake
+def _(state: Tensor) -> int:
+    return torch.library.get_ctx().new_dynamic_size()

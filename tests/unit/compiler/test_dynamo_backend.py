@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -232,7 +233,128 @@ def test_constants_lists_and_empty_results() -> None:
         torch.testing.assert_close(got[i], want[i])
 
 
+class TestWhatMustNotBeCutOrShared:
+    """Found by trying to break it."""
+
+    def test_gradients_inside_a_model(self) -> None:
+        def forward(x: Tensor) -> Tensor:
+            return named_ops.attend["str"](torch.func.grad(lambda y: (y**3).sum())(x), "n")
+
+        recorder, x = Recorder(), torch.arange(3.0)
+        torch.testing.assert_close(compiled(forward, recorder)(x), forward(x))
+        assert "left whole" in recorder.finish().notes[0]
+
+    def test_a_value_that_is_read_before_a_write(self) -> None:
+        def forward(x: Tensor) -> Tensor:
+            n = x[0].item()
+            x.add_(1)
+            return named_ops.attend["str"](x * n, "n")
+
+        with torch._dynamo.config.patch(capture_scalar_outputs=True):
+            torch.testing.assert_close(compiled(forward)(torch.tensor([1, 2, 3])), forward(torch.tensor([1, 2, 3])))
+
+    @pytest.mark.parametrize("cut", [True, False])
+    def test_an_operator_that_returns_a_number_runs_once(self, cut: bool) -> None:
+        def forward(x: Tensor, state: Tensor) -> Tensor:
+            n = named_ops.count_up(state)
+            return x * n + n
+
+        state = torch.zeros(1, dtype=torch.int64)
+        with torch._dynamo.config.patch(capture_scalar_outputs=True):
+            compiled(forward, cut=["pwtest::count_up"] if cut else [])(torch.ones(2), state)
+        assert state.item() == 1
+
+    def test_shapes_that_change_in_place(self) -> None:
+        def forward(x: Tensor) -> Tensor:
+            y = named_ops.attend["str"](x, "n")
+            y.squeeze_(0)
+            return y * 2
+
+        x = torch.randn(1, 2, 3)
+        assert compiled(forward)(x).shape == forward(x).shape == (2, 3)
+
+    def test_conjugates_across_a_cut(self) -> None:
+        def forward(x: Tensor) -> Tensor:
+            y = x.conj().imag
+            return named_ops.attend["str"](y, "n") + y
+
+        x = torch.randn(3, dtype=torch.complex64)
+        torch.testing.assert_close(compiled(forward)(x), forward(x))
+
+    def test_a_hidden_write_to_shared_memory(self) -> None:
+        def forward(a: Tensor, b: Tensor) -> Tensor:
+            torch.nn.functional.relu(a, True)
+            return a * b
+
+        recorder = Recorder()
+        mine, theirs = torch.arange(-3.0, 3.0), torch.arange(-3.0, 3.0)
+        torch.testing.assert_close(compiled(forward, recorder)(mine, mine[:]), forward(theirs, theirs[:]))
+        assert "runs eagerly" in recorder.finish().notes[0]
+
+    def test_lists_and_slices_of_what_an_opaque_operator_takes_and_gives(self) -> None:
+        def forward(x: Tensor) -> Tensor:
+            y = named_ops.total([x, x * 2])
+            return y[1:] + y[..., :1] + y[None][0, 1:]
+
+        x = torch.randn(4)
+        torch.testing.assert_close(compiled(forward)(x), forward(x))
+
+    def test_keyword_only_names_are_lifted(self) -> None:
+        recorder, x = Recorder(), torch.randn(4)
+
+        def forward(x: Tensor) -> Tensor:
+            return named_ops.keyword(named_ops.keyword(x, layer="a"), layer="bbb")
+
+        torch.testing.assert_close(compiled(forward, recorder)(x), forward(x))
+        assert counts(recorder)["names_lifted"] == 2
+
+    def test_a_whole_number_for_a_float_is_a_float(self) -> None:
+        x = torch.arange(3)
+        got = compiled(lambda x: named_ops.scaled(x, 2) + 0)(x)
+        torch.testing.assert_close(got, named_ops.scaled(x, 2) + 0)
+        assert got.dtype == torch.float32
+
+    def test_lifted_operators_of_like_names_are_told_apart(self) -> None:
+        from piecework.ops.lifted import lifted_name
+
+        class Named:
+            def __init__(self, name: str) -> None:
+                self.name, self._schema = name, f"{name}()"
+
+            def __str__(self) -> str:
+                return self.name
+
+        assert lifted_name(Named("a__b.c.default"), [0]) != lifted_name(Named("a.b__c.default"), [0])
+
+    def test_numbers_that_change_from_call_to_call(self) -> None:
+        run = compiled(lambda x, n: named_ops.attend["str"](x + n, "n"), dynamic=None)
+        for n in (3, 4, -5, 2**40):
+            torch.testing.assert_close(run(torch.ones(2), n), (torch.ones(2) + n) * 2)
+
+    def test_without_a_store_it_goes_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("PIECEWORK_HOME", str(tmp_path / "file" / "home"))
+        recorder = Recorder()
+        run = torch.compile(nn.Linear(2, 2), backend=backend, options={"recorder": recorder})
+        assert run(torch.ones(1, 2)).shape == (1, 2)
+        assert any("store" in note for note in recorder.finish().notes)
+
+
 class TestBackward:
+    def test_results_may_be_changed_in_place_and_detached(self) -> None:
+        linear = nn.Linear(3, 3)
+
+        def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                fixed = linear(x)
+            return linear(x), fixed
+
+        with torch.enable_grad():
+            recorded, fixed = compiled(forward)(torch.randn(2, 3))
+            assert (recorded.requires_grad, fixed.requires_grad) == (True, False)
+            recorded.mul_(2)
+            fixed.numpy()
+
     def test_is_refused_with_our_error(self) -> None:
         linear = nn.Linear(3, 3)
         with torch.enable_grad():

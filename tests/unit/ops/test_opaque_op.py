@@ -322,3 +322,15 @@ def test_declaring_operators_imports_no_compiler() -> None:
 def test_public_names() -> None:
     assert piecework.opaque_op is opaque_op
     assert "check_ops" in piecework.__all__
+
+
+def test_two_functions_of_one_factory_are_not_one_operator() -> None:
+    def make(by: int):
+        def add(x: Tensor) -> Tensor:
+            return x + by
+
+        return add
+
+    opaque_op("opaque_test::factory")(make(1))
+    with pytest.raises(OpError, match="an operator of that name"):
+        opaque_op("opaque_test::factory")(make(2))

@@ -40,6 +40,8 @@ from piecework.foundation.torch_private.operators import (
     Operator,
     arguments_of_call,
     call_arguments,
+    decomposes,
+    function_module,
     function_name,
     last_node,
     nodes_after,
@@ -52,10 +54,13 @@ from piecework.foundation.torch_private.operators import (
     storage_key,
 )
 from piecework.foundation.torch_private.standalone import (
+    ambient_mode,
     compile_standalone,
     inductor_settings,
     load_standalone,
+    stock_inductor,
     trusted_instructions,
+    uses_custom_passes,
 )
 from piecework.foundation.torch_private.symbolic import Guard, SymbolicSession, size_oblivious
 from piecework.foundation.torch_private.tracing import (
@@ -76,6 +81,7 @@ __all__ = [
     "ReferenceBase",
     "SymbolicSession",
     "Tracer",
+    "ambient_mode",
     "aoti_interface_source",
     "arguments_of_call",
     "attach_declaration",
@@ -87,9 +93,11 @@ __all__ = [
     "cuda_graph_unsafe_tags",
     "current_tracer",
     "data_dependent_errors",
+    "decomposes",
     "fake_function",
     "fake_results",
     "find_overload",
+    "function_module",
     "function_name",
     "functionalized",
     "has_reference_types",
@@ -119,9 +127,11 @@ __all__ = [
     "size_bounds",
     "size_oblivious",
     "stand_in",
+    "stock_inductor",
     "storage_key",
     "trace",
     "trusted_instructions",
+    "uses_custom_passes",
     "warm_up_inductor",
     "withdraw",
 ]

@@ -24,8 +24,10 @@ def size_bounds(value: torch.SymInt) -> Mapping[str, tuple[int, int, int]]:
 
 
 def _number(bound: Any) -> int:
-    """Return a bound as a number; torch writes "no bound" as infinity."""
-    return int(bound) if getattr(bound, "is_Integer", False) else sys.maxsize
+    """Return a bound as a number; torch writes "no bound" as infinity, here sys.maxsize or its negative."""
+    if getattr(bound, "is_Integer", False):
+        return int(bound)
+    return -sys.maxsize if bound < 0 else sys.maxsize
 
 
 def holds(condition: str, sizes: Mapping[str, torch.SymInt]) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, Final
 
 import torch
@@ -52,14 +54,32 @@ def function_name(target: Any) -> str | None:
         return target._qualified_op_name
     if isinstance(target, torch._ops.HigherOrderOperator):
         return f"higher_order.{target.name()}"
+    name, module = getattr(target, "__qualname__", ""), function_module(target)
+    if not name or "<" in name or module.split(".")[0] not in {"torch", "operator", "_operator", "math", "builtins"}:
+        return None
+    if isinstance(target, FunctionType) and getattr(sys.modules.get(module), name, None) is not target:
+        return None  # it only says that it is called so
+    return f"{module}.{name}"
+
+
+def function_module(target: Any) -> str:
+    """Return the name of the module that a function says it is of; "" where it says none."""
     name = getattr(target, "__qualname__", "")
     module = getattr(target, "__module__", None) or getattr(getattr(target, "__objclass__", None), "__module__", None)
     if not module:  # builtin functions of torch's C modules don't say where they live
-        places = {"torch": torch, "torch._C._nn": torch._C._nn, "torch._C": torch._C}
+        places = {
+            "torch": torch,
+            "torch._C._nn": torch._C._nn,
+            "torch._C": torch._C,
+            "torch._C._functorch": torch._C._functorch,
+        }
         module = next((text for text, place in places.items() if getattr(place, name, None) is target), "")
-    if not name or "<" in name or module.split(".")[0] not in {"torch", "operator", "_operator", "math", "builtins"}:
-        return None
-    return f"{module}.{name}"
+    return str(module)
+
+
+def decomposes(overload: Any) -> bool:
+    """Whether an operator is made of others, so that a trace has those and not itself."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CompositeImplicitAutograd"))
 
 
 def storage_key(tensor: torch.Tensor) -> int:
@@ -77,6 +97,7 @@ class Argument:
     type: str
     has_default: bool
     default: Any
+    is_keyword: bool = False
 
 
 def operator_arguments(overload: Any) -> tuple[Argument, ...]:
@@ -84,7 +105,7 @@ def operator_arguments(overload: Any) -> tuple[Argument, ...]:
     schema = overload._schema
     texts = _declarations(str(schema))
     return tuple(
-        Argument(a.name, text, str(a.type), a.has_default_value(), a.default_value)
+        Argument(a.name, text, str(a.type), a.has_default_value(), a.default_value, a.kwarg_only)
         for a, text in zip(schema.arguments, texts, strict=True)
     )
 

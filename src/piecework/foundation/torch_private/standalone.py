@@ -133,8 +133,41 @@ def trusted_instructions() -> Iterator[None]:
 
 
 def inductor_settings() -> Mapping[str, Any]:
-    """Return Inductor's settings, as far as they may change what it generates."""
+    """Return Inductor's settings, as far as they may change what it generates; not where the C++ compiler is."""
     import torch._inductor.config as config
 
     found: Mapping[str, Any] = config.save_config_portable()
-    return found
+    return {name: value for name, value in found.items() if name != "cpp.cxx"}
+
+
+def uses_custom_passes() -> bool:
+    """Whether somebody has put passes of his own into Inductor; its settings don't tell them apart."""
+    import torch._inductor.config as config
+
+    settings: Any = config
+    names = [n for n in settings._config if "custom" in n and n.endswith("_pass")]
+    return any(getattr(settings, n) is not None for n in names)
+
+
+def ambient_mode() -> Mapping[str, Any]:
+    """Return what of torch's global state changes the code of a graph. Inside Dynamo it is that of the frame."""
+    devices = ("cpu", "cuda")
+    return {
+        "autocast": [[d, str(torch.get_autocast_dtype(d))] for d in devices if torch.is_autocast_enabled(d)],
+        "dtype": str(torch.get_default_dtype()),
+        "device": str(torch.get_default_device()),
+        "deterministic": [
+            torch.are_deterministic_algorithms_enabled(),
+            bool(getattr(torch.utils.deterministic, "fill_uninitialized_memory", False)),
+        ],
+        "matmul": [torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32],
+        "mkldnn": torch.backends.mkldnn.enabled,
+    }
+
+
+def stock_inductor(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Compile a graph as torch.compile does by default."""
+    from torch._dynamo.backends.registry import lookup_backend
+
+    compiled: Callable[..., Any] = lookup_backend("inductor")(module, list(inputs))
+    return compiled

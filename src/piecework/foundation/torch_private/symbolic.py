@@ -46,20 +46,20 @@ class SymbolicSession:
         self._symbols: dict[str, Any] = {}
         self._declared: dict[Any, tuple[str, Any]] = {}  # symbol → its name and its declared range
 
-    def size(self, name: str, *, low: int, high: int | None, hint: int) -> torch.SymInt | int:
+    def size(self, name: str, *, low: int | None, high: int | None, hint: int) -> torch.SymInt | int:
         """Make (or return) the symbolic size `name` with values in [low, high]; `hint` is used for heuristics only.
 
-        `high` may be None, for no bound. A range of one value gives that number.
+        A bound may be None, for none. A range of one value gives that number.
         """
         from torch._dynamo.source import ConstantSource
         from torch.fx.experimental.symbolic_shapes import DimDynamic, StrictMinMaxConstraint
         from torch.utils._sympy.numbers import int_oo
         from torch.utils._sympy.value_ranges import ValueRanges
 
-        if low == high:
+        if low is not None and low == high:
             return low
         if name not in self._symbols:
-            bounds = ValueRanges(low, int_oo if high is None else high)
+            bounds = ValueRanges(-int_oo if low is None else low, int_oo if high is None else high)
             source = ConstantSource(name)
             constraint = StrictMinMaxConstraint(vr=bounds, warn_only=False)
             symbol = self.shape_env.create_symbol(
