@@ -33,6 +33,7 @@ EXIT_USAGE: Final = 2
 COMMANDS: Final[Mapping[str, str]] = {
     "compile": "compile a model's different pieces into a bundle",
     "generate": "continue a prompt, from a stored bundle or after compiling one",
+    "serve": "serve a model over HTTP, as OpenAI does",
     "inspect": "show what a bundle contains and check its digests",
     "explain": "say which layers share their pieces, and why others don't",
     "bench": "measure start-up and steps, beside other systems",

@@ -37,7 +37,7 @@ def chat_routes(context: ServerContext) -> APIRouter:
         exchange = Exchange(context, service, [Generation(answer_id, tuple(prompt), params)], began_s=began_s)
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
-            return answer_stream(exchange, answer, include_usage=usage, context=context)
+            return await answer_stream(exchange, answer, include_usage=usage, context=context)
         return await answer_whole(request, exchange, answer, context=context)
 
     return router

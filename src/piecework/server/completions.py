@@ -40,7 +40,7 @@ def completion_routes(context: ServerContext) -> APIRouter:
         )
         if body.stream:
             usage = bool(body.stream_options and body.stream_options.include_usage)
-            return answer_stream(exchange, answer, include_usage=usage, context=context)
+            return await answer_stream(exchange, answer, include_usage=usage, context=context)
         return await answer_whole(request, exchange, answer, context=context)
 
     return router
@@ -75,6 +75,7 @@ class CompletionFormat(AnswerFormat):
         self._service = service
         self._texts = self._prompt_texts(request) if self._echo else []
         self._offsets: dict[int, int] = {}
+        self._scores: dict[int, Sequence[TokenLogprobs | None]] = {}
 
     def opening(self) -> list[dict[str, Any]]:
         """See `AnswerFormat.opening`."""
@@ -84,8 +85,9 @@ class CompletionFormat(AnswerFormat):
         """See `AnswerFormat.chunks`."""
         first = delta.index not in self._offsets
         offset = self._offsets.setdefault(delta.index, 0)
+        self._note_scores(delta.index, delta.prompt_logprobs)
         text, logprobs = self._content(
-            delta.index, delta.text, delta.logprobs, delta.prompt_logprobs, echo=self._echo and first, offset=offset
+            delta.index, delta.text, delta.logprobs, echo=self._echo and first, offset=offset
         )
         if not text and logprobs is None and delta.finish_reason is None:
             return []
@@ -100,9 +102,8 @@ class CompletionFormat(AnswerFormat):
         """See `AnswerFormat.whole`."""
         made = []
         for index, choice in enumerate(choices):
-            text, logprobs = self._content(
-                index, choice.text, choice.logprobs, choice.prompt_logprobs, echo=self._echo, offset=0
-            )
+            self._note_scores(index, choice.prompt_logprobs)
+            text, logprobs = self._content(index, choice.text, choice.logprobs, echo=self._echo, offset=0)
             made.append(_choice(index, text, logprobs, self._reason(choice.finish_reason)))
         return {**self._head, "choices": made, "usage": usage}
 
@@ -111,7 +112,6 @@ class CompletionFormat(AnswerFormat):
         index: int,
         text: str,
         logprobs: Sequence[TokenLogprobs],
-        prompt_logprobs: Sequence[TokenLogprobs | None] | None,
         *,
         echo: bool,
         offset: int,
@@ -123,13 +123,19 @@ class CompletionFormat(AnswerFormat):
         if echo:
             prompt = index // self._n
             text = self._texts[prompt] + text
-            entries = [*(prompt_logprobs or ()), *entries]
-            if prompt_logprobs:
+            scores = self._scores.get(prompt, ())
+            entries = [*scores, *entries]
+            if scores:
                 tokens = self._prompts[prompt]
-                texts = [*(self._token_text(e, t) for e, t in zip(prompt_logprobs, tokens, strict=True)), *texts]
+                texts = [*(self._token_text(e, t) for e, t in zip(scores, tokens, strict=True)), *texts]
         if not self._logprobs or not (entries or echo):
             return text, None
         return text, completion_logprobs(entries, texts=texts, offset=offset)
+
+    def _note_scores(self, index: int, scores: Sequence[TokenLogprobs | None] | None) -> None:
+        """Keep a prompt's log-probabilities, which come with the first of its continuations, for all of them."""
+        if scores is not None:
+            self._scores[index // self._n] = scores
 
     def _token_text(self, entry: TokenLogprobs | None, token: int) -> str:
         return self._service.decode([token]) if entry is None else entry.chosen.text

@@ -26,17 +26,18 @@ class ServerContext:
     def ready_service(self) -> Service:
         """Return what generates; raises ApiError 503, with Retry-After, while nothing does."""
         status = self.status
-        if status.service is not None and status.state is not State.DRAINING:
+        state = status.state
+        if state is State.FAILED:
+            raise ApiError(503, f"the model doesn't run: {status.failure}", code="failed")
+        if status.service is not None and state is not State.DRAINING:
             return status.service
-        if status.state is State.FAILED:
-            raise ApiError(503, f"the model could not be started: {status.failure}", code="failed")
         seconds = self.settings.limits.retry_after_s
         why = {
             State.STARTING: "the model is being loaded",
             State.COMPILING: "the model is being compiled",
             State.DRAINING: "the server is shutting down",
-        }.get(status.state, "the model is not ready")
-        raise ApiError(503, why, code=status.state.value, headers={"Retry-After": str(seconds)})
+        }.get(state, "the model is not ready")
+        raise ApiError(503, why, code=state.value, headers={"Retry-After": str(seconds)})
 
     def check_model(self, name: str) -> None:
         """Raise ApiError 404 unless the model is served under this name."""

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from piecework.errors import CapacityError, PieceworkError, RequestError
+from piecework.errors import CapacityError, EngineError, PieceworkError, RequestError
 
 _INVALID: Final = "invalid_request_error"
 _SERVER: Final = "server_error"
@@ -73,11 +73,14 @@ def invalid(message: str, *, param: str | None = None, code: str | None = None) 
 
 
 def as_api_error(error: PieceworkError) -> ApiError:
-    """Return one of our errors as a client is told it: RequestError and CapacityError are the client's, others ours."""
+    """Return one of our errors as a client is told it: RequestError and CapacityError are the client's, others ours.
+
+    An EngineError is the end of the engine: another server, or this one when it is started again, may answer.
+    """
     if isinstance(error, RequestError | CapacityError):
         hint = f"; expected {error.try_}" if error.try_ and isinstance(error, RequestError) else ""
         return invalid(f"{error.asked}: {error.found}{hint}")
-    return ApiError(500, f"{error.asked}: {error.found}")
+    return ApiError(503 if isinstance(error, EngineError) else 500, f"{error.asked}: {error.found}")
 
 
 def add_error_answers(app: FastAPI) -> None:

@@ -92,10 +92,10 @@ class Exchange:
         """Continuations of all prompts together."""
         return sum(generation.params.n for generation in self._generations)
 
-    def check(self) -> None:
-        """Raise ApiError where one of the prompts could never run."""
+    async def check(self) -> None:
+        """Raise RequestError or CapacityError where one of the prompts could never run."""
         for generation in self._generations:
-            self._service.check(generation)
+            await self._service.check(generation)
 
     async def run(self, on_delta: Callable[[Delta], Awaitable[None]]) -> None:
         """Generate; `on_delta` gets what comes, with the continuations of all prompts numbered through.
@@ -158,7 +158,6 @@ async def answer_whole(
     request: Request, exchange: Exchange, answer: AnswerFormat, *, context: ServerContext
 ) -> Response:
     """Return the answer in one piece; the generation ends when the client goes away."""
-    exchange.check()
     ticket = context.admission.admit()
     choices = [Choice() for _ in range(exchange.num_choices)]
 
@@ -170,6 +169,7 @@ async def answer_whole(
         choice.finish_reason = delta.finish_reason or choice.finish_reason
 
     try:
+        await exchange.check()
         await until_disconnect(request, exchange.run(collect))
     except ClientGone:
         context.metrics.disconnects.inc()
@@ -179,10 +179,16 @@ async def answer_whole(
     return Response(json_bytes(answer.whole(choices, exchange.usage())), media_type="application/json")
 
 
-def answer_stream(exchange: Exchange, answer: AnswerFormat, *, include_usage: bool, context: ServerContext) -> Response:
+async def answer_stream(
+    exchange: Exchange, answer: AnswerFormat, *, include_usage: bool, context: ServerContext
+) -> Response:
     """Return a stream of events. What goes wrong in the middle becomes an event with OpenAI's error object."""
-    exchange.check()
     ticket = context.admission.admit()
+    try:
+        await exchange.check()
+    except BaseException:
+        ticket.release()
+        raise
 
     async def produce(emit: Emit) -> None:
         async def pass_on(delta: Delta) -> None:

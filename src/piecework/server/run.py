@@ -1,4 +1,4 @@
-"""Run an application under uvicorn until SIGTERM or Ctrl-C, letting requests that run finish."""
+"""Run an application under uvicorn until it is told to end, letting requests that run finish."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Final, final
@@ -14,74 +15,78 @@ from typing import Final, final
 import uvicorn
 from fastapi import FastAPI
 
-from piecework.errors import CapacityError
 from piecework.server.log import EventLog, LoggingBridge
 
 _UVICORN: Final = "uvicorn.error"  # the name of its logger for everything but accesses
-_BACKLOG: Final = 2048
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
-def listen(host: str, *, port: int) -> socket.socket:
-    """Return a listening socket; port 0 takes a free one. Raises CapacityError where it can't be had."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except (OSError, OverflowError) as error:
-        raise CapacityError(
-            asked=f"listen on {host}, port {port}",
-            found=str(error),
-            try_="another --port (0 takes a free one) or another --host",
-        ) from error
-
-
-def url_of(listening: socket.socket) -> str:
-    """Return the URL of a listening socket."""
-    host, port = listening.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def run_app(
-    app: FastAPI, *, listening: socket.socket, drain_s: float, log: EventLog, on_drain: Callable[[], None]
-) -> None:
-    """Answer requests until SIGTERM or SIGINT, and return when those that run are finished.
+@final
+class HttpServer:
+    """Answers requests of one application.
 
     Args:
         app: what answers.
         listening: where; closed at the end.
-        drain_s: seconds after which requests that still run are cut off.
+        drain_s: seconds after which requests that still run at the end are cut off.
         log: gets uvicorn's warnings and errors.
-        on_drain: called, in a signal handler, when the end begins.
+        on_drain: called, in a signal handler, when a signal begins the end.
+        stop: begins the end when any thread sets it.
     """
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        server_header=False,
-        timeout_graceful_shutdown=max(1, round(drain_s)),
-        timeout_keep_alive=30,
-        ws="none",
-    )
-    logger = logging.getLogger(_UVICORN)
-    bridge = LoggingBridge(log, name="http")
-    logger.addHandler(bridge)
-    logger.propagate = False
-    try:
-        with _signals_ignored():
-            asyncio.run(_DrainingServer(config, on_drain).serve(sockets=[listening]))
-    finally:
-        logger.removeHandler(bridge)
-        listening.close()
+
+    def __init__(
+        self,
+        app: FastAPI,
+        *,
+        listening: socket.socket,
+        drain_s: float,
+        log: EventLog,
+        on_drain: Callable[[], None],
+        stop: threading.Event | None = None,
+    ) -> None:
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=max(1, round(drain_s)),
+            timeout_keep_alive=30,
+            ws="none",
+        )
+        self._server = _UvicornServer(config, on_drain=on_drain, stop=stop or threading.Event())
+        self._listening = listening
+        self._log = log
+
+    def run(self) -> None:
+        """Answer until the end begins, and return when requests that run are finished; in the main thread.
+
+        Raises what the event loop fails with.
+        """
+        logger = logging.getLogger(_UVICORN)
+        bridge = LoggingBridge(self._log, name="http")
+        logger.addHandler(bridge)
+        logger.propagate = False
+        try:
+            with _signals_ignored():
+                asyncio.run(self._server.serve(sockets=[self._listening]))
+        finally:
+            logger.removeHandler(bridge)
+            self._listening.close()
 
 
 @final
-class _DrainingServer(uvicorn.Server):
-    """uvicorn's server, which says when it begins to end."""
+class _UvicornServer(uvicorn.Server):
+    """uvicorn's server, which says when it begins to end, and ends on more than signals."""
 
-    def __init__(self, config: uvicorn.Config, on_drain: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, *, on_drain: Callable[[], None], stop: threading.Event) -> None:
         super().__init__(config)
         self._on_drain = on_drain
+        self._stop = stop
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to end; asked ten times a second."""
+        return await super().on_tick(counter) or self._stop.is_set()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to end, at a signal."""

@@ -61,7 +61,8 @@ class Delta:
         logprobs: one for each token where they were asked for, else empty.
         finish_reason: "stop", "length" or "abort" with the last one, else None.
         num_cached: tokens of the prompt that were in the prefix cache; said with the first.
-        prompt_logprobs: with the first, where asked for: one for each prompt token, None for the first of them.
+        prompt_logprobs: with the first of continuation 0, where asked for: one for each prompt token, None for the
+            first of them.
     """
 
     index: int
@@ -104,6 +105,11 @@ class Service(ABC):
     def max_positions(self) -> int:
         """The longest sequence, prompt and continuation together, in tokens."""
 
+    @property
+    @abstractmethod
+    def failure(self) -> str:
+        """What has ended the engine for good, or ""."""
+
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a plain prompt. May be called from any thread."""
@@ -126,7 +132,7 @@ class Service(ABC):
         """Return the text of tokens."""
 
     @abstractmethod
-    def check(self, generation: Generation) -> None:
+    async def check(self, generation: Generation) -> None:
         """Raise RequestError or CapacityError where this could never run, before any of it does."""
 
     @abstractmethod

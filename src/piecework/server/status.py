@@ -87,7 +87,7 @@ class ServerStatus:
     @property
     def state(self) -> State:
         """What the server is doing."""
-        return self._state
+        return State.FAILED if self.failure else self._state
 
     @property
     def service(self) -> Service | None:
@@ -106,14 +106,15 @@ class ServerStatus:
 
     @property
     def failure(self) -> str:
-        """Why the start failed, or ""."""
-        return self._failure
+        """Why the start failed, or what has ended the engine, or ""."""
+        service = self._service
+        return self._failure or ("" if service is None else service.failure)
 
     @property
     def phases(self) -> tuple[Phase, ...]:
         """The phases of the start, in the order in which they began."""
         with self._mutex:
-            return tuple(self._phases.values())
+            return tuple(sorted(self._phases.values(), key=lambda phase: phase.begin_s))
 
     @property
     def uptime_s(self) -> float:
@@ -182,16 +183,16 @@ class ServerStatus:
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as a JSON object."""
-        phases = self.phases
+        phases, state, failure = self.phases, self.state, self.failure
         with self._mutex:
             return {
-                "state": self._state.value,
+                "state": state.value,
                 "serving": self._bundle.backend if self._bundle and self._service else None,
                 "uptime_s": round(self._clock(), 3),
                 "first_token_s": None if self._first_token_s is None else round(self._first_token_s, 3),
                 "phases": [_rounded(phase) for phase in phases],
                 "compile": None if self._compile is None else asdict(self._compile),
-                "failure": self._failure,
+                "failure": failure,
                 "bundle_hit": None if self._bundle is None else self._bundle.hit,
             }
 

@@ -95,7 +95,9 @@ class Page:
         if method == "Runtime.exceptionThrown":
             self.problems.append(str(params["exceptionDetails"].get("exception", params["exceptionDetails"])))
         elif method == "Log.entryAdded" and params["entry"]["level"] == "error":
-            self.problems.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
+            text = f"{params['entry']['text']} {params['entry'].get('url', '')}"
+            if "ERR_CONNECTION" not in text:  # a page goes on asking after its server has ended
+                self.problems.append(text)
         elif method == "Network.requestWillBeSent":
             url = params["request"]["url"]
             if not url.startswith(("http://127.0.0.1:", "data:")):

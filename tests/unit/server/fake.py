@@ -28,6 +28,7 @@ class FakeService(Service):
         self.ended: list[str] = []
         self.seen: list[Generation] = []
         self.fail_after: int | None = None
+        self.failed = ""
         self.prompt_tokens = 0
         self.generated = 0
         self._max_positions = max_positions
@@ -35,6 +36,10 @@ class FakeService(Service):
     @property
     def max_positions(self) -> int:
         return self._max_positions
+
+    @property
+    def failure(self) -> str:
+        return self.failed
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -58,7 +63,7 @@ class FakeService(Service):
     def decode(self, tokens: Sequence[int]) -> str:
         return b"".join(_raw(token) for token in tokens).decode(errors="replace")
 
-    def check(self, generation: Generation) -> None:
+    async def check(self, generation: Generation) -> None:
         generation.params.check_tokens(VOCAB)
         if max(generation.prompt) >= VOCAB:
             raise RequestError(
@@ -108,7 +113,7 @@ class FakeService(Service):
                         tokens=(token,),
                         logprobs=() if params.logprobs is None else (_logprobs(token, params.logprobs),),
                         finish_reason=reason,
-                        prompt_logprobs=_prompt_logprobs(generation) if place == 0 else None,
+                        prompt_logprobs=_prompt_logprobs(generation) if place == index == 0 else None,
                     )
         finally:
             self.active.discard(generation.request_id)

@@ -12,7 +12,7 @@ from typing import Any
 import uvicorn
 
 from piecework.server.app import make_app
-from piecework.server.run import listen, url_of
+from piecework.server.listening import listen, url_of
 from piecework.server.settings import ServerSettings
 from piecework.server.status import ServerStatus
 

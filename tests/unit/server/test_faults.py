@@ -120,7 +120,8 @@ import sys
 from pathlib import Path
 from piecework.server.app import make_app
 from piecework.server.log import EventLog
-from piecework.server.run import listen, run_app, url_of
+from piecework.server.listening import listen, url_of
+from piecework.server.run import HttpServer
 from piecework.server.settings import Limits, ServerSettings
 from tests.unit.server.fake import FakeService, ready
 
@@ -130,7 +131,7 @@ log = EventLog(sys.stderr)
 app = make_app(status, ServerSettings(model_names=("fake",)), log=log)
 listening = listen("127.0.0.1", port=0)
 print(url_of(listening), flush=True)
-run_app(app, listening=listening, drain_s=float(sys.argv[1]), log=log, on_drain=status.drains)
+HttpServer(app, listening=listening, drain_s=float(sys.argv[1]), log=log, on_drain=status.drains).run()
 print("active", len(service.active), "ended", len(service.ended), flush=True)
 """
 

@@ -245,3 +245,14 @@ def _raw(url: str, data: bytes) -> bytes:
         while part := connection.recv(65536):
             answer += part
         return answer
+
+
+def test_an_engine_that_has_ended_fails_requests_and_health():
+    service = FakeService()
+    with live_server(ready(service), ServerSettings(model_names=("fake",))) as url, httpx.Client(base_url=url) as http:
+        service.failed = "the engine failed: ValueError: broken"
+        refused = http.post("/v1/completions", json=GOOD)
+        assert (refused.status_code, error_of(refused)["code"]) == (503, "failed")
+        assert "broken" in error_of(refused)["message"]
+        assert (http.get("/health").status_code, http.get("/health").json()["status"]) == (503, "failed")
+        assert 'piecework_state{state="failed"} 1.0' in http.get("/metrics").text

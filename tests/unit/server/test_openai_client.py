@@ -94,6 +94,16 @@ class TestCompletions:
         assert choice.finish_reason == "length"
         assert answer.usage.completion_tokens == 0
 
+    def test_echo_goes_to_every_continuation(self, client):
+        asked = {"model": MODEL, "prompt": ["Hi", "Ho!"], "n": 2, "max_tokens": 2, "echo": True, "logprobs": 0}
+        whole = client.completions.create(**asked)
+        assert [choice.text[:3] for choice in whole.choices] == ["Hi ", "Hi ", "Ho!", "Ho!"]
+        assert [len(choice.logprobs.tokens) for choice in whole.choices] == [4, 4, 5, 5]
+        texts = ["", "", "", ""]
+        for chunk in client.completions.create(**asked, stream=True):
+            texts[chunk.choices[0].index] += chunk.choices[0].text
+        assert texts == [choice.text for choice in whole.choices]
+
     def test_a_stop_string_ends_the_text(self, client):
         full = client.completions.create(model=MODEL, prompt="stop", max_tokens=20).choices[0].text
         stop = words(full)[6]

@@ -85,7 +85,7 @@ def test_stopping_frees_the_memory(page):
         page.evaluate("document.querySelector('input[value=chat]').click()")
         page.evaluate("document.getElementById('tokens').value = 1000")
         _press(page)
-        page.wait("document.getElementById('count').textContent > '3'")
+        page.wait("Number(document.getElementById('count').textContent) > 3")
         assert len(service.active) == 1
         _press(page)
         assert eventually(lambda: not service.active, seconds=1)

@@ -1,0 +1,298 @@
+"""`piecework serve MODEL`: an OpenAI-compatible server, from a stored bundle or after compiling one."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import re
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from piecework.errors import PieceworkError
+from piecework.foundation.environment import read_environment
+from piecework.foundation.process import keep_freed_memory, seconds_since_start
+from piecework.models.bundle_key import DEFAULT_MAX_TOKENS
+from piecework.models.config import read_config
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from piecework.server.log import EventLog
+    from piecework.server.options import ModelOptions
+    from piecework.server.run import HttpServer
+    from piecework.server.settings import ServerSettings
+    from piecework.server.status import ServerStatus
+
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?)[bB]?")
+_EPILOG: Final = """\
+The API key may also be given as $PIECEWORK_API_KEY, which other users of the machine don't see.
+SIGTERM and Ctrl-C let running requests finish, up to --drain seconds; the exit code is then 0.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="serve a model over HTTP, as OpenAI does",
+        description="Serve the model of a directory in Hugging Face layout at /v1/completions and "
+        "/v1/chat/completions, with a page to try it at /. Uses a valid bundle of the local store, else compiles one "
+        "in a process of its own and stores it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="directory with config.json, safetensors, tokenizer")
+    _add_http(parser.add_argument_group("where and for whom"))
+    _add_model(parser.add_argument_group("the model"))
+    _add_limits(parser.add_argument_group("limits"))
+    log = parser.add_argument_group("logging, on stderr")
+    log.add_argument("--log-requests", action="store_true", help="log every request")
+    log.add_argument("--log-json", action="store_true", help="log JSON objects")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal comes, and return the exit code.
+
+    Raises UnsupportedModelError, BundleError, WeightsError, CompileError, RequestError, CapacityError.
+    """
+    gc.disable()  # start-up makes long-lived objects only
+    keep_freed_memory()
+    # `piecework --help` must not pay for these
+    from piecework.server.listening import listen  # noqa: PLC0415
+    from piecework.server.log import EventLog  # noqa: PLC0415
+    from piecework.server.startup import ModelStart  # noqa: PLC0415
+    from piecework.server.status import ServerStatus  # noqa: PLC0415
+    from piecework.store.directory_store import DirectoryStore  # noqa: PLC0415
+
+    options, settings = _model_options(args), _settings(args)
+    log = EventLog(sys.stderr, as_json=args.log_json)
+    status = ServerStatus(clock=seconds_since_start)
+    failed = threading.Event()
+    with listen(args.host, port=args.port) as listening:
+        store = DirectoryStore(read_environment().store_root)
+        start = ModelStart(options, store=store, status=status, log=log, failed=failed)
+        start.begin()
+        try:
+            _answer(args, listening, settings=settings, status=status, log=log, failed=failed)
+        finally:
+            start.stop()
+    if start.error is not None:
+        raise start.error
+    log.event("ended", seconds=status.uptime_s)
+    return 0
+
+
+def _answer(
+    args: argparse.Namespace,
+    listening: socket.socket,
+    *,
+    settings: ServerSettings,
+    status: ServerStatus,
+    log: EventLog,
+    failed: threading.Event,
+) -> None:
+    """Answer requests until the end."""
+    from piecework.server.listening import url_of  # noqa: PLC0415
+
+    with status.phase("import server"):
+        make_app, server_class = _import_server()
+        app = make_app(status, settings, log=log, log_requests=args.log_requests)
+
+    def drain() -> None:
+        status.drains()
+        log.event("draining", seconds=status.uptime_s)
+
+    log.event("listening", url=url_of(listening), model=settings.model, seconds=status.uptime_s)
+    drain_s = settings.limits.drain_s
+    server_class(app, listening=listening, drain_s=drain_s, log=log, on_drain=drain, stop=failed).run()
+
+
+def _import_server() -> tuple[Callable[..., FastAPI], type[HttpServer]]:
+    """Import what takes part of a second, beside the model's start."""
+    try:
+        from piecework.server.app import make_app  # noqa: PLC0415
+        from piecework.server.run import HttpServer  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise PieceworkError(
+            asked="serve a model over HTTP", found=f"no package {error.name}", try_="pip install 'piecework[serve]'"
+        ) from error
+    return make_app, HttpServer
+
+
+def _model_options(args: argparse.Namespace) -> ModelOptions:
+    from piecework.server.options import ModelOptions, WhileCompiling  # noqa: PLC0415
+
+    config = read_config(args.model)
+    return ModelOptions(
+        config,
+        args.dtype or config.dtype,
+        device=args.device,
+        max_tokens=args.max_tokens,
+        max_seqs=args.max_seqs,
+        kv_memory=args.kv_memory,
+        memory_fraction=args.memory_fraction,
+        prefix_caching=not args.no_prefix_caching,
+        while_compiling=WhileCompiling(args.while_compiling),
+        bundle=args.bundle,
+        random_weights=args.random_weights,
+    )
+
+
+def _settings(args: argparse.Namespace) -> ServerSettings:
+    from piecework.server.settings import Limits, ServerSettings  # noqa: PLC0415
+
+    limits = Limits(
+        body_bytes=args.max_body,
+        prompt_tokens=args.max_prompt_tokens,
+        prompts=args.max_prompts,
+        n=args.max_n,
+        logprobs=args.max_logprobs,
+        concurrent_requests=args.max_requests,
+        retry_after_s=args.retry_after,
+        drain_s=args.drain,
+    )
+    return ServerSettings(
+        model_names=tuple(args.served_model_name or [args.model.resolve().name]),
+        api_key=args.api_key if args.api_key is not None else read_environment().api_key,
+        limits=limits,
+        default_temperature=args.default_temperature,
+    )
+
+
+def _add_http(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s; 0.0.0.0: all)")
+    group.add_argument(
+        "--port", type=_port, default=8000, metavar="N", help="port (default: %(default)s; 0: a free one)"
+    )
+    group.add_argument("--api-key", metavar="KEY", help="what clients of /v1/ must send (default: none)")
+    group.add_argument(
+        "--served-model-name",
+        action="append",
+        metavar="NAME",
+        help="the model's name for clients; may be given several times (default: the directory's)",
+    )
+
+
+def _add_model(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="type of weights and activations (default: the config's)"
+    )
+    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
+    group.add_argument(
+        "--max-tokens",
+        type=_positive,
+        default=DEFAULT_MAX_TOKENS,
+        metavar="N",
+        help="most tokens in one forward pass (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-seqs",
+        type=_positive,
+        metavar="N",
+        help="most sequences in one forward pass (default: what the bundle takes)",
+    )
+    memory = group.add_mutually_exclusive_group()
+    memory.add_argument("--kv-memory", type=_size, metavar="SIZE", help="the KV cache's size, such as 4GiB")
+    memory.add_argument(
+        "--memory-fraction",
+        type=_fraction,
+        metavar="F",
+        help="the KV cache's part of the memory that weights leave free (default: 0.5; cuda: 0.9)",
+    )
+    group.add_argument("--no-prefix-caching", action="store_true", help="compute every prompt from its beginning")
+    group.add_argument(
+        "--while-compiling",
+        choices=("eager", "wait"),
+        default="wait",
+        help="without a bundle: serve more slowly meanwhile, or let clients wait (default: wait)",
+    )
+    group.add_argument("--bundle", type=Path, metavar="BUNDLE", help="use this bundle instead of the store's")
+    group.add_argument(
+        "--random-weights", type=int, metavar="SEED", help="use random weights; the directory needs no safetensors"
+    )
+    group.add_argument(
+        "--default-temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="where a request names none (default: 1, as OpenAI has it)",
+    )
+
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--max-requests",
+        type=_positive,
+        default=512,
+        metavar="N",
+        help="requests at the same time; more get a 429 (default: %(default)s)",
+    )
+    group.add_argument("--max-body", type=_size, default=8 << 20, metavar="SIZE", help="of a request (default: 8MiB)")
+    group.add_argument(
+        "--max-prompt-tokens", type=_positive, metavar="N", help="of one prompt (default: what the model takes)"
+    )
+    group.add_argument(
+        "--max-prompts", type=_positive, default=128, metavar="N", help="in one request (default: %(default)s)"
+    )
+    group.add_argument(
+        "--max-n", type=_positive, default=16, metavar="N", help="continuations of one prompt (default: %(default)s)"
+    )
+    group.add_argument(
+        "--max-logprobs",
+        type=_positive,
+        default=20,
+        metavar="N",
+        help="likeliest tokens reported at each place (default: %(default)s)",
+    )
+    group.add_argument(
+        "--retry-after",
+        type=_positive,
+        default=1,
+        metavar="SECONDS",
+        help="what clients are told with a 429 or 503 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--drain",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="for running requests to finish in at the end (default: %(default)g)",
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{value} is no port; ports are 0 to 65535")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0 and at most 1")
+    return value
+
+
+def _size(text: str) -> int:
+    """Return the bytes of "500MB" (powers of 1000), "4GiB", "4G" (powers of 1024), or a plain number."""
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 500MB or 4GiB")
+    number, unit, binary = found.groups()
+    decimal = unit and not binary and text.strip()[-1] in "bB"
+    size = int(float(number) * (1000 if decimal else 1024) ** " kmgt".index(unit.lower() or " "))
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no byte at all")
+    return size

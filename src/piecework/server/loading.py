@@ -1,0 +1,75 @@
+"""From a bundle to an engine: how large its KV cache is, its weights, and the seconds that each phase took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from piecework.engine.engine import Engine, EngineConfig, engine_for
+from piecework.engine.kv_memory import (
+    DEFAULT_FRACTION,
+    memory_needs,
+    num_blocks_in,
+    num_blocks_of_bytes,
+    read_memory,
+)
+from piecework.engine.tokenizer import Tokenizer
+from piecework.models.checkpoint import Checkpoint, TensorMeta, open_checkpoint, random_checkpoint
+from piecework.runtime import LoadedModel, load
+from piecework.server.options import ModelOptions
+from piecework.server.status import Phase, ServerStatus
+from piecework.store.bundle import Bundle
+from piecework.store.plan import Plan
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its weights, and how many blocks its KV cache shall have."""
+
+    model: LoadedModel
+    num_blocks: int
+
+
+def load_model(bundle: Bundle, options: ModelOptions, *, status: ServerStatus) -> Loaded:
+    """Load a bundle whose facts were checked. `status` is told the phases.
+
+    Free memory is read before anything is loaded, so that the KV cache is the same however the bundle came to be.
+
+    Raises CorruptBundle, WeightsError, CapacityError.
+    """
+    plan = Plan.from_json(bundle.plan())
+    needs = memory_needs(plan, options.config)
+    if options.kv_memory is not None:
+        num_blocks = num_blocks_of_bytes(options.kv_memory, needs)
+    else:
+        fraction = options.memory_fraction or DEFAULT_FRACTION[options.device]
+        num_blocks = num_blocks_in(read_memory(options.device), needs, fraction=fraction)
+    at = status.uptime_s
+    model = load(bundle, weights=_weights(plan, options), check_facts=False)
+    for name, seconds in model.record.phases.items():  # they came one after the other
+        if name != "verify":
+            status.note_phase(Phase(name, at, at + seconds))
+            at += seconds
+    return Loaded(model, num_blocks)
+
+
+def make_engine(loaded: Loaded, options: ModelOptions, *, tokenizer: Tokenizer, status: ServerStatus) -> Engine:
+    """Return an engine for a loaded model; its KV cache is allocated here. Raises CapacityError."""
+    sizes = loaded.model.plan.sizes
+    most_seqs = sizes["seqs"][1]
+    engine_config = EngineConfig(
+        num_blocks=loaded.num_blocks,
+        max_tokens=sizes["tokens"][1],
+        max_seqs=most_seqs if options.max_seqs is None else min(options.max_seqs, most_seqs),
+        prefix_caching=options.prefix_caching,
+    )
+    with status.phase("KV cache"):
+        return engine_for(loaded.model, engine_config, model_config=options.config, tokenizer=tokenizer)
+
+
+def _weights(plan: Plan, options: ModelOptions) -> Checkpoint:
+    if options.random_weights is None:
+        return open_checkpoint(options.config.path)
+    specs = {r.name: TensorMeta(r.shape, getattr(torch, r.dtype)) for r in plan.recipes if not r.literal}
+    return random_checkpoint(specs, seed=options.random_weights)
