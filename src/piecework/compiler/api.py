@@ -47,7 +47,8 @@ def compile(
         example_kwargs: keyword arguments, likewise.
         dynamic: dynamic sizes by name; `Dim.axes` says which axes of which arguments they are. With a single Dim
             without axes, it is axis 0 of every tensor argument. The first one is what `options.ranges` are about.
-        opaque: operators at which the graph is cut: "namespace::name" or an operator such as `torch.ops.ns.name`.
+        opaque: operators of torch's own at which the graph is cut as well: "namespace::name" or an operator such as
+            `torch.ops.ns.name`. At any other operator it is cut anyway.
         states: buffers that opaque ops read and write between calls, by name, with shapes that may name dynamic sizes.
         out: where to write the bundle (".pwb" for an archive); default: a new temporary directory.
         options: see CompileOptions.
@@ -131,9 +132,12 @@ def module_request(
     _check_states(states, module, dynamic)
     named = [i.name for i in inputs]
 
+    by_position = parameters[: len(args)]  # exported programs take them in no other way
+
     def call(target: nn.Module, values: Mapping[str, Any]) -> Any:
         leaves = [values[n] for n in named]
-        return target(**{name: unflatten(structure, leaves) for name, structure in structures})
+        made = {name: unflatten(structure, leaves) for name, structure in structures}
+        return target(*(made.pop(name) for name in by_position), **made)
 
     buffers = dict(module.named_buffers())
     devices = {leaf.device for leaf in inputs}

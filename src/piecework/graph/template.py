@@ -114,7 +114,8 @@ def equal_but_for_names(
 
 def _computing(nodes: Sequence[torch.fx.Node]) -> list[torch.fx.Node]:
     """Leave out sizes: which block computes one first is chance, and they are compared where they are used."""
-    return [n for n in nodes if not isinstance(n.meta.get("val"), torch.SymInt)]
+    sizes = (torch.SymInt, torch.SymBool, torch.SymFloat)
+    return [n for n in nodes if not isinstance(n.meta.get("val"), sizes)]
 
 
 def _equal_nodes(
