@@ -131,13 +131,13 @@ def module_request(
     _check_axes(dynamic, given)
     _check_states(states, module, dynamic)
     named = [i.name for i in inputs]
-
     by_position = parameters[: len(args)]  # exported programs take them in no other way
 
     def call(target: nn.Module, values: Mapping[str, Any]) -> Any:
         leaves = [values[n] for n in named]
         made = {name: unflatten(structure, leaves) for name, structure in structures}
-        return target(*(made.pop(name) for name in by_position), **made)
+        positional = [made.pop(name) for name in by_position]
+        return target(*positional, **made)
 
     buffers = dict(module.named_buffers())
     devices = {leaf.device for leaf in inputs}
