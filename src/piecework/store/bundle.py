@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -47,7 +47,7 @@ class Bundle:
 
     path: Path
     root: Path
-    manifest: Manifest
+    manifest: Manifest = field(repr=False)
     digest: str
 
     @property
