@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from piecework.compiler.api import compile
     from piecework.compiler.explain import explain
     from piecework.compiler.options import BackendName, CompileOptions
+    from piecework.engine.completion import Completion, Continuation
+    from piecework.engine.llm import LLM
     from piecework.engine.sampling_params import SamplingParams, StructuredOutput
     from piecework.graph.request import Dim
     from piecework.ops.forward_context import Batch, ForwardContext, running_context
@@ -58,6 +60,9 @@ _LAZY = {
     "load": "piecework.runtime.loading",
     "LoadedModel": "piecework.runtime.model",
     "Bundle": "piecework.store.bundle",
+    "LLM": "piecework.engine.llm",
+    "Completion": "piecework.engine.completion",
+    "Continuation": "piecework.engine.completion",
     "SamplingParams": "piecework.engine.sampling_params",
     "StructuredOutput": "piecework.engine.sampling_params",
 }
@@ -71,6 +76,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "LLM",
     "BackendName",
     "BackwardError",
     "Batch",
@@ -80,6 +86,8 @@ __all__ = [
     "CaptureError",
     "CompileError",
     "CompileOptions",
+    "Completion",
+    "Continuation",
     "CorruptBundle",
     "Dim",
     "EngineError",

@@ -1,0 +1,211 @@
+"""`piecework.LLM`: a model directory as something that continues texts, in Python."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from types import TracebackType
+from typing import Any, cast, final
+
+from piecework.engine.async_engine import AsyncEngine
+from piecework.engine.bundles import find_or_compile
+from piecework.engine.completion import Completion, CompletionText
+from piecework.engine.engine import EngineConfig, EngineStats, engine_for
+from piecework.engine.kv_memory import read_memory
+from piecework.engine.loading import CacheSize, num_blocks_for_cache, open_weights
+from piecework.engine.output import TextDelta
+from piecework.engine.request import GenerationRequest
+from piecework.engine.sampling_params import SamplingParams
+from piecework.engine.tokenizer import Tokenizer, load_tokenizer
+from piecework.errors import RequestError
+from piecework.foundation.environment import read_environment
+from piecework.foundation.process import keep_freed_memory
+from piecework.models.bundle_key import DEFAULT_MAX_TOKENS
+from piecework.models.config import read_config
+from piecework.runtime import load
+from piecework.store.bundle import Bundle, open_bundle
+from piecework.store.directory_store import DirectoryStore
+from piecework.store.facts import config_fact, require
+from piecework.store.plan import Plan
+
+Prompt = str | Sequence[int]
+
+
+@final
+class LLM:
+    """A model that continues texts. Any thread and any event loop may use it, several at a time.
+
+    Uses a valid bundle of the local store, else compiles one there, in a process of its own. The engine runs in a
+    thread until `close`. Tells glibc to keep freed memory (`keep_freed_memory`), which steps need to be fast.
+
+    Args:
+        model_dir: directory in Hugging Face layout. Without tokenizer.json, prompts are tokens and texts are empty.
+        dtype: type of weights and activations, "float32" or "bfloat16"; None for the config's.
+        device: where to run, "cpu" or "cuda".
+        max_tokens: most tokens in one forward pass.
+        max_seqs: most sequences in one forward pass; None for the most that the bundle takes.
+        kv_cache_memory: bytes of the KV cache; None for `memory_fraction`.
+        memory_fraction: the KV cache's share of the memory that is free once the model is loaded; None for 0.5 of the
+            host's or 0.9 of a GPU's.
+        prefix_caching: whether a prompt's beginning is taken from the KV cache where it is there.
+        bundle: use this one instead of the store's.
+        random_weights: a seed for random weights; the directory then needs no safetensors.
+        on_note: is told what happens to bundles, such as that one is being compiled.
+
+    Raises UnsupportedModelError, BundleError, WeightsError, CompileError, CapacityError.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        *,
+        dtype: str | None = None,
+        device: str = "cpu",
+        max_tokens: int = DEFAULT_MAX_TOKENS,
+        max_seqs: int | None = None,
+        kv_cache_memory: int | None = None,
+        memory_fraction: float | None = None,
+        prefix_caching: bool = True,
+        bundle: str | Path | None = None,
+        random_weights: int | None = None,
+        on_note: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        keep_freed_memory()
+        memory = read_memory(device)
+        self._config = config = read_config(Path(model_dir))
+        has_tokenizer = (config.path / "tokenizer.json").exists()
+        self._tokenizer = load_tokenizer(config.path) if has_tokenizer else None
+        if bundle is not None:
+            opened = open_bundle(Path(bundle), extract_root=read_environment().store_root)
+            require(opened.facts, asked=f"run {config.path} from {bundle}", expected=[config_fact(config.raw)])
+        else:
+            store = DirectoryStore(read_environment().store_root)
+            opened = find_or_compile(
+                config,
+                dtype=dtype or config.dtype,
+                max_tokens=max_tokens,
+                device=device,
+                store=store,
+                on_note=on_note,
+            ).bundle
+        size = CacheSize(num_bytes=kv_cache_memory, fraction=memory_fraction)
+        plan = Plan.from_json(opened.plan())
+        num_blocks = num_blocks_for_cache(plan, config, size, device=device, memory=memory)
+        most = plan.sizes["seqs"][1]
+        engine_config = EngineConfig(
+            num_blocks=num_blocks,
+            max_tokens=plan.sizes["tokens"][1],
+            max_seqs=most if max_seqs is None else min(max_seqs, most),
+            prefix_caching=prefix_caching,
+        )
+        model = load(opened, weights=open_weights(config.path, plan, random_seed=random_weights), check_facts=False)
+        engine = engine_for(model, engine_config, model_config=config, tokenizer=self._tokenizer)
+        self._bundle = opened
+        self._engine = AsyncEngine(engine)
+        self._numbers = itertools.count()
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle that is running."""
+        return self._bundle
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, if it has one."""
+        return self._tokenizer
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Continue prompts, as many at a time as fit, and return what became of each, in their order.
+
+        Args:
+            prompts: a text, a list of texts, or a list of prompts that are lists of tokens.
+            params: how to continue all of them, or one for each; None for SamplingParams().
+
+        Raises RequestError or CapacityError where one of them can't be continued, before any is; EngineError where the
+        engine ends before they do.
+        """
+        requests = [self._request(prompt, one) for prompt, one in _pair(prompts, params)]
+        for request in requests:
+            self._engine.check(request)
+        texts = {request.request_id: CompletionText(request, self._tokenizer) for request in requests}
+        for output in self._engine.run(requests):
+            text = texts[output.request_id]
+            if text.add(output) is not None and text.ended_by_itself(output):
+                self._engine.abort(output.request_id, output.index)
+        return [texts[request.request_id].completion() for request in requests]
+
+    async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[TextDelta]:
+        """Continue a prompt, and yield what each step adds.
+
+        Whoever stops iterating, by cancellation or `aclose`, ends the request.
+
+        Raises RequestError for `n` other than 1, and like `generate`.
+        """
+        request = self._request(prompt, params or SamplingParams())
+        if request.params.n != 1:
+            raise RequestError(
+                asked=f"stream {request.params.n} continuations", found="a stream has one", try_="n=1, or generate"
+            )
+        self._engine.check(request)
+        text = CompletionText(request, self._tokenizer)
+        async with aclosing(cast("Any", self._engine.stream(request))) as outputs:
+            async for output in outputs:
+                delta = text.add(output)
+                if delta is not None:
+                    yield delta
+                    if delta.finish_reason is not None:
+                        return
+
+    def stats(self) -> EngineStats:
+        """Return what the engine is doing."""
+        return self._engine.stats()
+
+    def close(self) -> None:
+        """End what runs with an EngineError, and let go of the model."""
+        self._engine.close()
+
+    def __enter__(self) -> LLM:
+        """Return itself; the end of the block closes it."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> GenerationRequest:
+        if self._tokenizer is None and (isinstance(prompt, str) or params.stop):
+            raise RequestError(
+                asked="continue a text" if isinstance(prompt, str) else "stop at a string",
+                found=f"no tokenizer.json in {self._config.path}",
+                try_="give tokens, or a model directory with a tokenizer",
+            )
+        tokens = self._tokenizer.encode(prompt) if self._tokenizer and isinstance(prompt, str) else prompt
+        made = tuple(cast("Sequence[int]", tokens))
+        return GenerationRequest(f"llm-{next(self._numbers)}", made, params, time.monotonic())
+
+
+def _pair(
+    prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> Iterator[tuple[Prompt, SamplingParams]]:
+    """Yield each prompt with its parameters."""
+    each = [prompts] if isinstance(prompts, str) else list(prompts)
+    if each and isinstance(each[0], int):
+        raise RequestError(
+            asked="continue a list of numbers", found="one prompt's tokens", try_="a list of such lists: [tokens]"
+        )
+    if params is None or isinstance(params, SamplingParams):
+        params = [params or SamplingParams()] * len(each)
+    if len(params) != len(each):
+        raise RequestError(
+            asked=f"continue {len(each)} prompts",
+            found=f"{len(params)} SamplingParams",
+            try_="one for all, or for each",
+        )
+    return zip(cast("list[Prompt]", each), params, strict=True)

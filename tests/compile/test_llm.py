@@ -1,0 +1,100 @@
+"""`LLM` on bundles: greedy tokens are transformers', alone and in a mixed batch; one model takes over from another."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+from torch import nn
+
+from piecework.compiler.model import CompiledModel, compile_model
+from piecework.compiler.options import BackendName, CompileOptions
+from piecework.engine.async_engine import AsyncEngine
+from piecework.engine.engine import EngineConfig, engine_for
+from piecework.engine.llm import LLM
+from piecework.engine.request import GenerationRequest
+from piecework.engine.sampling_params import SamplingParams
+from piecework.models.config import read_config
+from piecework.record import Recorder
+from piecework.runtime import load
+from piecework.store.directory_store import DirectoryStore
+from tests.unit.engine.test_engine_models import NUM_TOKENS, assert_greedy, mixed_prompts, transformers_tokens
+from tests.unit.models.tiny import write_config
+
+PARAMS = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
+BLOCK_BYTES = 3 * 2 * 16 * 2 * 16 * 4
+
+
+@pytest.fixture(scope="session")
+def weights_dir(tmp_path_factory: pytest.TempPathFactory, reference: nn.Module) -> Path:
+    """The model's directory, with its weights."""
+    directory = write_config(tmp_path_factory.mktemp("llama_with_weights"), "llama")
+    tensors = {name: tensor.contiguous() for name, tensor in reference.state_dict().items()}
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def eager(home: Path, weights_dir: Path) -> CompiledModel:
+    """A bundle of the eager backend, for at most 32 tokens in a forward."""
+    return compile_model(
+        read_config(weights_dir),
+        dtype="float32",
+        max_tokens=32,
+        options=CompileOptions(backend=BackendName.EAGER),
+        check_weights=False,
+        store=DirectoryStore(home),
+        toolchain_root=home / "toolchain",
+        compiler=None,
+        out=None,
+        recorder=Recorder(),
+        on_progress=lambda text, done, total: None,
+    )
+
+
+def test_40_requests_with_preemptions(eager: CompiledModel, weights_dir: Path, reference: nn.Module) -> None:
+    prompts = mixed_prompts(40)
+    with LLM(weights_dir, bundle=eager.bundle.path, kv_cache_memory=30 * BLOCK_BYTES, max_seqs=12) as llm:
+        found = llm.generate(prompts, PARAMS)
+        stats = llm.stats()
+    for prompt, completion in zip(prompts, found, strict=True):
+        assert_greedy(reference, prompt, list(completion.tokens))
+    assert stats.preemptions > 0
+    assert stats.prefix_hit_tokens > 0
+    with LLM(weights_dir, bundle=eager.bundle.path, kv_cache_memory=10 * BLOCK_BYTES) as llm:
+        assert list(llm.generate(prompts[3:4], PARAMS)[0].tokens) == transformers_tokens(reference, prompts[3])
+
+
+def test_streams_beside_each_other(eager: CompiledModel, weights_dir: Path, reference: nn.Module) -> None:
+    prompts = mixed_prompts(6)
+
+    async def read(llm: LLM, prompt: list[int]) -> list[int]:
+        return [token.token async for delta in llm.stream(prompt, PARAMS) for token in delta.tokens]
+
+    async def read_all(llm: LLM) -> list[list[int]]:
+        return await asyncio.gather(*(read(llm, prompt) for prompt in prompts))
+
+    with LLM(weights_dir, bundle=eager.bundle.path, kv_cache_memory=100 * BLOCK_BYTES) as llm:
+        for prompt, tokens in zip(prompts, asyncio.run(read_all(llm)), strict=True):
+            assert_greedy(reference, prompt, tokens)
+
+
+def test_a_native_model_takes_over_from_an_eager_one(
+    eager: CompiledModel, float32: CompiledModel, weights_dir: Path, reference: nn.Module
+) -> None:
+    prompts = mixed_prompts(8)
+    sizes = EngineConfig(num_blocks=40, max_tokens=32, max_seqs=8)
+    model = load(eager.bundle, weights=reference)
+    engine = AsyncEngine(engine_for(model, sizes, model_config=read_config(weights_dir), tokenizer=None))
+    tokens: dict[str, list[int]] = {}
+    requests = [GenerationRequest(str(i), tuple(prompt), PARAMS) for i, prompt in enumerate(prompts)]
+    for number, output in enumerate(engine.run(requests)):
+        tokens.setdefault(output.request_id, []).append(output.sampled.token)
+        if number == 50:
+            engine.swap_runner(load(float32.bundle, weights=reference))
+    assert engine.stats().preemptions > 0
+    engine.close()
+    for index, prompt in enumerate(prompts):
+        assert_greedy(reference, prompt, tokens[str(index)])
