@@ -159,16 +159,13 @@ def _load(args: argparse.Namespace, bundle: Bundle) -> LoadedModel:
 
 
 def _weights(args: argparse.Namespace, bundle: Bundle) -> Checkpoint:
-    import torch  # noqa: PLC0415
-
-    from piecework.models.checkpoint import TensorMeta, open_checkpoint, random_checkpoint  # noqa: PLC0415
+    from piecework.engine.loading import open_weights  # noqa: PLC0415
+    from piecework.models.checkpoint import open_checkpoint  # noqa: PLC0415
     from piecework.store.plan import Plan  # noqa: PLC0415
 
     if args.random_weights is None:
-        return open_checkpoint(args.model)
-    recipes = Plan.from_json(bundle.plan()).recipes
-    specs = {r.name: TensorMeta(r.shape, getattr(torch, r.dtype)) for r in recipes if not r.literal}
-    return random_checkpoint(specs, seed=args.random_weights)
+        return open_checkpoint(args.model)  # which needs no plan
+    return open_weights(args.model, Plan.from_json(bundle.plan()), random_seed=args.random_weights)
 
 
 def _generate(

@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from piecework.engine.engine import Engine, EngineConfig, engine_for
-from piecework.engine.kv_memory import (
-    DEFAULT_FRACTION,
-    memory_needs,
-    num_blocks_in,
-    num_blocks_of_bytes,
-    read_memory,
-)
+from piecework.engine.kv_memory import read_memory
+from piecework.engine.loading import CacheSize, num_blocks_for_cache, open_weights
 from piecework.engine.tokenizer import Tokenizer
-from piecework.models.checkpoint import Checkpoint, TensorMeta, open_checkpoint, random_checkpoint
 from piecework.runtime import LoadedModel, load
 from piecework.server.options import ModelOptions
 from piecework.server.status import Phase, ServerStatus
@@ -39,14 +31,12 @@ def load_model(bundle: Bundle, options: ModelOptions, *, status: ServerStatus) -
     Raises CorruptBundle, WeightsError, CapacityError.
     """
     plan = Plan.from_json(bundle.plan())
-    needs = memory_needs(plan, options.config)
-    if options.kv_memory is not None:
-        num_blocks = num_blocks_of_bytes(options.kv_memory, needs)
-    else:
-        fraction = options.memory_fraction or DEFAULT_FRACTION[options.device]
-        num_blocks = num_blocks_in(read_memory(options.device), needs, fraction=fraction)
+    size = CacheSize(num_bytes=options.kv_memory, fraction=options.memory_fraction)
+    memory = read_memory(options.device)
+    num_blocks = num_blocks_for_cache(plan, options.config, size, device=options.device, memory=memory)
     at = status.uptime_s
-    model = load(bundle, weights=_weights(plan, options), check_facts=False)
+    weights = open_weights(options.config.path, plan, random_seed=options.random_weights)
+    model = load(bundle, weights=weights, check_facts=False)
     for name, seconds in model.record.phases.items():  # they came one after the other
         if name != "verify":
             status.note_phase(Phase(name, at, at + seconds))
@@ -66,10 +56,3 @@ def make_engine(loaded: Loaded, options: ModelOptions, *, tokenizer: Tokenizer, 
     )
     with status.phase("KV cache"):
         return engine_for(loaded.model, engine_config, model_config=options.config, tokenizer=tokenizer)
-
-
-def _weights(plan: Plan, options: ModelOptions) -> Checkpoint:
-    if options.random_weights is None:
-        return open_checkpoint(options.config.path)
-    specs = {r.name: TensorMeta(r.shape, getattr(torch, r.dtype)) for r in plan.recipes if not r.literal}
-    return random_checkpoint(specs, seed=options.random_weights)
