@@ -51,7 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_limits(parser.add_argument_group("limits"))
     log = parser.add_argument_group("logging, on stderr")
     log.add_argument("--log-requests", action="store_true", help="log every request")
-    log.add_argument("--log-json", action="store_true", help="log JSON objects")
+    log.add_argument("--json", action="store_true", help="log JSON objects, one a line")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from piecework.store.directory_store import DirectoryStore  # noqa: PLC0415
 
     options, settings = _model_options(args), _settings(args)
-    log = EventLog(sys.stderr, as_json=args.log_json)
+    log = EventLog(sys.stderr, as_json=args.json)
     status = ServerStatus(clock=seconds_since_start)
     failed = threading.Event()
     with listen(args.host, port=args.port) as listening:

@@ -13,7 +13,7 @@ from piecework.server.context import ServerContext
 from piecework.server.documented import generation_responses
 from piecework.server.generation import AnswerFormat, Choice, Exchange, answer_stream, answer_whole
 from piecework.server.logprobs import completion_logprobs
-from piecework.server.params import completion_params
+from piecework.server.params import completion_params, fitted
 from piecework.server.prompts import completion_prompts
 from piecework.server.requests import CompletionRequest
 from piecework.server.responses import Completion
@@ -34,7 +34,10 @@ def completion_routes(context: ServerContext) -> APIRouter:
         prompts = await completion_prompts(body, service=service, limits=context.settings.limits)
         answer_id = f"cmpl-{uuid.uuid4().hex}"
         answer = CompletionFormat(body, prompts, service=service, answer_id=answer_id, model=context.settings.model)
-        generations = [Generation(f"{answer_id}-{i}", tuple(p), params) for i, p in enumerate(prompts)]
+        generations = [
+            Generation(f"{answer_id}-{i}", tuple(p), fitted(params, room=service.max_positions - len(p)))
+            for i, p in enumerate(prompts)
+        ]
         exchange = Exchange(
             context, service, generations, began_s=began_s, hidden_tokens=1 if body.max_tokens == 0 else 0
         )

@@ -43,7 +43,7 @@ class EngineService(Service):
     Args:
         engine: it runs in a thread of its own.
         tokenizer: the model's.
-        max_positions: the longest sequence, in tokens.
+        max_positions: the longest sequence that the model and its KV cache take, in tokens.
     """
 
     def __init__(self, engine: RunningEngine, tokenizer: Tokenizer, *, max_positions: int) -> None:

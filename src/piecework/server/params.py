@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from piecework.engine.sampling_params import SamplingParams, StructuredOutput
@@ -41,19 +42,26 @@ def chat_params(request: ChatRequest, *, settings: ServerSettings, room: int) ->
     Args:
         request: the body.
         settings: the server's.
-        room: tokens that fit behind the prompt; the default of the length.
+        room: tokens that fit behind the prompt, at least 1; the most, and the default.
     """
     if request.top_logprobs is not None and not request.logprobs:
         raise invalid("top_logprobs: needs logprobs to be true", param="top_logprobs")
     _check_logprobs(request.top_logprobs, param="top_logprobs", settings=settings)
-    most = request.max_completion_tokens or request.max_tokens or max(1, room)
-    return _params(
+    params = _params(
         request,
         settings=settings,
-        max_tokens=most,
+        max_tokens=request.max_completion_tokens or request.max_tokens or room,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         prompt_logprobs=None,
     )
+    return fitted(params, room=room)
+
+
+def fitted(params: SamplingParams, *, room: int) -> SamplingParams:
+    """Return `params` with no more tokens than fit behind the prompt: a text ends there, by its length."""
+    if params.max_tokens <= room:
+        return params
+    return replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
 
 
 def _check_logprobs(count: int | None, *, param: str, settings: ServerSettings) -> None:

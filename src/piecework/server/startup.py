@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Final, final
 
+from piecework.engine.block_pool import DEFAULT_BLOCK_SIZE
 from piecework.engine.bundles import FoundBundle, WantedBundle, compile_process, compile_wanted, find, why_missing
 from piecework.engine.compile_process import CompileProcess, parse_step
 from piecework.errors import PieceworkError, WeightsError
@@ -196,7 +197,8 @@ class ModelStart:
         engine = AsyncEngine(make_engine(loaded, self._options, tokenizer=tokenizer, status=self._status))
         with self._mutex:
             self._engine = engine
-        service = EngineService(engine, tokenizer, max_positions=self._options.config.max_positions)
+        longest = min(self._options.config.max_positions, loaded.num_blocks * DEFAULT_BLOCK_SIZE)
+        service = EngineService(engine, tokenizer, max_positions=longest)
         self._status.serves(service, bundle=self._use(found.bundle, wanted=wanted, hit=hit))
         self._log.event(
             "ready",

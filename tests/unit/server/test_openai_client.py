@@ -84,6 +84,12 @@ class TestCompletions:
             offsets += chunk.choices[0].logprobs.text_offset
         assert (text, tokens, offsets) == (whole.text, whole.logprobs.tokens, whole.logprobs.text_offset)
 
+    def test_a_text_ends_where_the_model_does(self, client, service: FakeService):
+        room = service.max_positions - 3
+        answer = client.completions.create(model=MODEL, prompt="xyz", max_tokens=99_999, stop="red")
+        assert answer.choices[0].finish_reason in ("stop", "length")
+        assert service.seen[-1].params.max_tokens == room
+
     def test_echo_scores_a_text_without_adding_to_it(self, client):
         answer = client.completions.create(model=MODEL, prompt="Hi!", max_tokens=0, echo=True, logprobs=1)
         (choice,) = answer.choices
