@@ -13,6 +13,7 @@ from piecework.ops.layer import LayerName
 from piecework.ops.opaque import implementation
 from piecework.ops.resolve import decode
 from piecework.record import Record
+from piecework.runtime.states import zeros
 from piecework.runtime.structure import match, unflatten
 from piecework.store.plan import OpStep, PieceStep, Plan, PlanInput, size_expression
 
@@ -72,12 +73,10 @@ class LoadedModel:
             self._check_range(name, value)
         try:
             self._states = [
-                torch.zeros(
-                    [size_expression(str(d))(sizes) for d in s.shape], dtype=getattr(torch, s.dtype), device=s.device
-                )
+                zeros([size_expression(str(d))(sizes) for d in s.shape], dtype=getattr(torch, s.dtype), device=s.device)
                 for s in self.plan.states
             ]
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OSError) as error:
             raise CapacityError(
                 asked=f"allocate {len(self.plan.states)} states with {dict(sizes)}",
                 found=str(error).splitlines()[0],
