@@ -24,8 +24,9 @@ from piecework.graph.locations import KeepLines, note_lines
 from piecework.graph.recording import TraceAgain
 from piecework.graph.request import CaptureRequest, SizeInput, TensorInput
 from piecework.graph.sources import Unwatched, class_files, is_users, ran_files
+from piecework.graph.stacks import stamping
 from piecework.graph.structure import Structure, flatten
-from piecework.graph.templates import LookedAt, StackCounts, stamping
+from piecework.graph.templates import LookedAt, StackCounts
 from piecework.graph.tensors import NamedTensors
 from piecework.ops.layer import LayerName
 from piecework.ops.linear import KeepLinear

@@ -62,7 +62,7 @@ class CaptureRequest:
         sizes: the declared dynamic sizes. The first is the one that shape ranges are about.
         states: buffers (by qualified name) that opaque ops read and write between calls, such as KV caches, with their
             shapes; they are not weights.
-        opaque: operators ("namespace::name") at which the graph is cut.
+        opaque: operators ("namespace::name") at which the graph is cut, beside all that aren't torch's own.
         device: device type that the compiled model runs on.
     """
 

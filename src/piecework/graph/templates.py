@@ -10,7 +10,7 @@ Layers' names need not be the same. A LayerName is read through a token (tokens.
 on to opaque ops, every sibling is stamped with its own. Strings and integers take one trace more: the first sibling
 that differs in nothing else is traced with tokens in their place. If nothing looked at them, and its trace is equal
 node for node to the template's, which was traced without, the names are free in the template as well. So no block is
-ever stamped with names that were not found free by two traces.
+ever stamped with a string or an integer that two traces did not agree on.
 """
 
 from __future__ import annotations
@@ -53,51 +53,6 @@ class StackCounts:
     notes: list[str] = field(default_factory=list)
 
 
-@contextlib.contextmanager
-def stamping(
-    module: nn.Module, *, tensors: NamedTensors, fake_mode: Any, opaque: frozenset[str], looked_at: LookedAt
-) -> Iterator[tuple[StackCounts, frozenset[nn.Module]]]:
-    """Inside, calls of the blocks of `module`'s stacks are traced once per structure and stamped for the rest.
-
-    A stack is a ModuleList; its blocks are the elements that share their class with another one.
-
-    Args:
-        module: the model.
-        tensors: its tensors; they are put in place inside a block when it is traced.
-        fake_mode: of the trace.
-        opaque: operators at which the graph is cut, beside those that aren't torch's own.
-        looked_at: what earlier attempts have found out, added to.
-
-    Yields counts that are kept up to date, and the modules inside blocks. Raises TraceAgain.
-    """
-    counts = StackCounts()
-    stamper = _Stamper(counts=counts, tensors=tensors, fake_mode=fake_mode, opaque=opaque, looked_at=looked_at)
-    blocks = [b for stack in _stacks(module) for b in stack]
-    saved: list[tuple[nn.Module, type[nn.Module]]] = []
-    try:
-        heads = {id(b) for b in blocks}
-        for part in {id(m): m for b in blocks for m in b.modules()}.values():
-            saved.append((part, type(part)))
-            part.__class__ = stamper.observer.observed(type(part), is_block=id(part) in heads)
-        yield counts, frozenset(part for part, _ in saved)
-    finally:
-        for part, original in saved:
-            part.__class__ = original
-    if stamper.failed is not None:  # the module's code caught it
-        raise stamper.failed
-
-
-def _stacks(module: nn.Module) -> list[list[nn.Module]]:
-    stacks: list[list[nn.Module]] = []
-    for part in module.modules():
-        if isinstance(part, nn.ModuleList):
-            by_class: dict[type, list[nn.Module]] = {}
-            for element in part:
-                by_class.setdefault(type(element), []).append(element)
-            stacks.extend(found for found in by_class.values() if len(found) > 1)
-    return stacks
-
-
 @dataclass(frozen=True)
 class _Call:
     """A call of a block in a trace.
@@ -123,8 +78,20 @@ class _Call:
     profiler: Any
 
 
-class _Stamper:
-    """Runs the blocks' calls: stamps, or traces and makes templates."""
+class Stamper:
+    """Runs the calls of blocks: stamps, or traces and makes templates.
+
+    Args:
+        counts: kept up to date.
+        tensors: the model's tensors; they are put in place inside a block when it is traced.
+        fake_mode: of the trace.
+        opaque: operators at which the graph is cut, beside those that aren't torch's own.
+        looked_at: what earlier attempts have found out, added to.
+
+    Attributes:
+        observer: makes the blocks report to this stamper.
+        failed: why the capture must begin again, if it must.
+    """
 
     def __init__(
         self,
@@ -233,11 +200,11 @@ class _Stamper:
                 args, kwargs = self._with_tokens(call, recording)
                 out, template, problems = self._trace(call, recording, args, kwargs)
         except Exception as error:
-            raise self._again(call, matching, f"{type(error).__name__}: {error}") from error
+            raise self._again(call, matching, f"a {type(error).__name__} otherwise") from error
         if self.observer.changed_containers() or (problems == [_CHANGES] and args is not call.args):
             raise self._again(call, matching, "it changes a list or dict that holds a name")
-        if watch.looks:
-            for key in keys:
+        for key in keys if watch.looks else ():
+            if key in recording.unwrapped or not is_hidden(template.value_of(key)):
                 recording.looked_at.setdefault(key, watch.looks[0])
         if watch.exact_types:
             raise self._again(call, matching, "it asks for the exact type of something")
@@ -278,10 +245,9 @@ class _Stamper:
         if problems:
             self._counts.notes.append(f"{call.cls.__name__} is traced by itself: it {problems[0]}")
         else:
-            free = frozenset(k for k in template.free - keys if k not in template.recording.unwrapped)
-            names = {k for k in template.free & keys if is_hidden(template.value_of(k))}
-            names -= template.recording.unwrapped
-            self._templates.setdefault(call.cls, []).append(replace(template, free=free | names))
+            free = frozenset(k for k in template.free if k not in keys or is_hidden(template.value_of(k)))
+            free -= template.recording.unwrapped
+            self._templates.setdefault(call.cls, []).append(replace(template, free=free))
 
     def _again(self, call: _Call, matching: Matching, reason: str) -> TraceAgain:
         self.failed = TraceAgain(call.cls, frozenset(matching.differing), reason)

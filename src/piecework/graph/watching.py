@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dis
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import CodeType, FrameType, ModuleType
 from typing import Any, Final
 
@@ -29,6 +29,9 @@ _SAFE_MODULES: Final = frozenset(
 _SAFE_TEXT_METHODS: Final = frozenset(
     {"capitalize", "casefold", "encode", "format", "isdigit", "lower", "splitlines", "swapcase", "title", "upper"}
 )
+_LOOKING_TYPES: Final = frozenset({"array", "bytearray", "bytes", "complex", "Decimal", "Struct"})
+"""Types whose calls no profiler sees, and that look into a string which they are given."""
+
 _SAFE_OWNERS: Final[tuple[type, ...]] = (list, dict, tuple, set, frozenset, int, float, type(None), type({}.keys()))
 
 
@@ -81,14 +84,45 @@ class Watch:
 
     def _enter(self, frame: FrameType) -> None:
         code = frame.f_code
-        if code not in self._known and _is_watched(frame):
+        if code in self._known:
+            return
+        if is_tools(code.co_filename):
+            self._known.add(code)
+        elif _is_watched(frame):
             self._known.add(code)
             instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG")]
-            self.exact_types |= any(
-                i.opname in ("LOAD_GLOBAL", "LOAD_NAME") and i.argval == "type" for i in instructions
-            )
-            if any(i.opname == "CONTAINS_OP" and not _is_safe_in(instructions[:n]) for n, i in enumerate(instructions)):
-                self.looks.append(f"an `in` of {code.co_name}")
+            self.exact_types |= any(_loads_global(i, "type") for i in instructions)
+            self.looks += [f"{found} of {code.co_name}" for found in _looks_of(instructions)]
+
+
+def _looks_of(instructions: list[dis.Instruction]) -> Iterator[str]:
+    """Yield what is in some code that functions are not called for, and that may look into a string."""
+    for n, instruction in enumerate(instructions):
+        if instruction.opname == "CONTAINS_OP" and not _is_safe_in(instructions[:n]):
+            yield "an `in`"
+        if instruction.opname.startswith("LOAD_") and instruction.argval in _LOOKING_TYPES:
+            yield f"{instruction.argval}()"
+        if _loads_global(instruction, "int") and _num_arguments(instructions[n + 1 :]) != 1:
+            yield "int()"
+        if _loads_global(instruction, "torch") and instructions[n + 1].argval == "device":
+            yield "torch.device()"
+
+
+def _loads_global(instruction: dis.Instruction, name: str) -> bool:
+    return instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") and instruction.argval == name
+
+
+def _num_arguments(after: list[dis.Instruction]) -> int | None:
+    """Return with how many arguments a function is called that was loaded just before, None where that isn't plain."""
+    depth = 0
+    call = "PRECALL" if any(i.opname == "PRECALL" for i in after) else "CALL"  # Python 3.11 takes the arguments first
+    for instruction in after:
+        if instruction.opname == call and instruction.arg == depth:
+            return depth
+        if instruction.opcode in dis.hasjrel or instruction.opcode in dis.hasjabs or instruction.opname == "KW_NAMES":
+            return None
+        depth += dis.stack_effect(instruction.opcode, instruction.arg, jump=False)
+    return None
 
 
 def _is_watched(frame: FrameType) -> bool:

@@ -66,6 +66,7 @@ TEXT_USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "dumped": lambda b, x: by_text(x, json.dumps({"name": b.name})),
     "counted": lambda b, x: x * "layers.2 layers.3".count(b.name),
     "bytes": lambda b, x: x * (bytes(b.name, "utf8")[-1] % 3),
+    "number in another base": lambda b, x: x * 2 if int(b.name.replace("layers.", ""), 36) > 2 else x,
     "attribute": lambda b, x: x * getattr(Table, b.name.replace(".", "_")),
     "of a caught error": lambda b, x: caught(b, x),
     "in a comprehension": lambda b, x: x * sum(n in "layers.2 layers.3" for n in [b.name]),
@@ -214,6 +215,21 @@ def test_what_is_looked_at_is_said_with_its_place() -> None:
     (note,) = capture(request(module)).stacks.notes
     assert note.startswith("Block blocks are told apart by name: it is looked at in ")
     assert "test_looked_at_names.py:" in note
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda b, x: x * 2 if int(b.name, 16) > 9 else x,
+        lambda b, x: x * 2 if complex(b.name).real > 9 else x,
+        lambda b, x: x * 2 if bytes(b.name, "utf8") > b"9" else x,
+        lambda b, x: x * 2 if ord(b.name) > 57 else x,
+        lambda b, x: x * 2 if b.name in "0a" else x,
+    ],
+)
+def test_what_tells_one_block_apart_only(use: Callable[[Any, Tensor], Tensor]) -> None:
+    """The first two blocks do the same, so comparing their traces says nothing."""
+    compare(stack(use, name=["1", "2", "3", "a" if "complex" not in use.__code__.co_names else "10", "4"]))
 
 
 def test_one_name_that_is_looked_at_leaves_the_others_free() -> None:

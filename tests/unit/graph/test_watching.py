@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import decimal
+import math
 import operator
 import re
 import sys
@@ -40,6 +42,11 @@ def seen(function: Callable[[], object]) -> Watch:
         lambda: operator.contains(TEXT, WORD),
         lambda: eval("1"),
         lambda: ord(WORD[0]),
+        lambda: int(WORD[-1], 16),
+        lambda: int(WORD[-1], base=16),
+        lambda: bytes(WORD, "utf8"),
+        lambda: decimal.Decimal("1"),
+        lambda: torch.device("cpu"),
     ],
 )
 def test_what_could_look(function: Callable[[], object]) -> None:
@@ -61,6 +68,10 @@ def test_what_could_look(function: Callable[[], object]) -> None:
         lambda: torch.nn.functional.layer_norm(torch.ones(2, 2), (2,)),
         lambda: max([1, 2]),
         lambda: "abc".upper(),
+        lambda: int(math.sqrt(len([1, 2, 3]) + 1)),
+        lambda: int(1.5) + len(WORD) * int(2.5),
+        lambda: torch.ones(2).device,
+        lambda: torch.ones(2).type(torch.float32),
     ],
 )
 def test_what_is_harmless(function: Callable[[], object]) -> None:
