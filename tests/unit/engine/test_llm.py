@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import aclosing
 from pathlib import Path
@@ -39,6 +40,7 @@ class AlphabetModel:
     def __init__(self) -> None:
         self.sizes: dict[str, int] = {}
         self.closed = False
+        self.step_s = 0.0
 
     def make_states(self, sizes: Mapping[str, int]) -> None:
         self.sizes = dict(sizes)
@@ -47,6 +49,7 @@ class AlphabetModel:
         tokens, wanted = inputs["input_ids"], inputs["logits_indices"]
         assert isinstance(tokens, Tensor)
         assert len(tokens) <= 8
+        time.sleep(self.step_s)
         return [torch.nn.functional.one_hot((tokens[wanted] + 1) % VOCAB, VOCAB).float()]
 
     def close(self) -> None:
@@ -138,7 +141,8 @@ def test_parameters_for_each(llm: LLM) -> None:
         llm.generate(["a", "b"], each[:1])
 
 
-def test_a_stop_string_ends_a_text_and_frees_its_blocks(llm: LLM) -> None:
+def test_a_stop_string_ends_a_text_and_frees_its_blocks(llm: LLM, calls: dict[str, Any]) -> None:
+    calls["model"].step_s = 0.01  # so that whoever reads keeps up
     (found,) = llm.generate("a", SamplingParams(max_tokens=20, n=3, stop="ef"))
     for continuation in found.continuations:
         assert (continuation.text, continuation.stop) == ("bcd", "ef")
