@@ -10,13 +10,16 @@ empty token, is then given to `layer_attention` as `after`, which orders the two
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from torch import Tensor
 
-from piecework.ops.attention import attend, attention_native, write_kv
+from piecework.ops.attention import Attend, Attention, attend, attention_native, write_kv
 from piecework.ops.forward_context import Batch, layer_state, running_context
 from piecework.ops.layer import LayerNameType
 from piecework.ops.opaque_op import opaque_op
+
+LAYER_ATTENTION_OP: Final = "piecework::layer_attention"
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,44 @@ class AttentionState:
     kv_cache: Tensor
 
 
-@opaque_op("piecework::layer_attention")
+@dataclass(frozen=True)
+class LayerAttention:
+    """`piecework::layer_attention` over an implementation of `piecework::attention`, which it is called like.
+
+    Attributes:
+        attention: stores and attends.
+        attend: attends only.
+    """
+
+    attention: Attention
+    attend: Attend
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layer: LayerNameType,
+        scale: float,
+        sliding_window: int = 0,
+        softcap: float = 0.0,
+        after: Tensor | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """See `layer_attention`."""
+        cache = layer_state(layer, AttentionState).kv_cache
+        batch: Batch = running_context().batch
+        rows = (batch.block_tables, batch.seq_lens, batch.query_start, batch.num_decode_tokens)
+        scores = (scale, sliding_window, softcap, sinks)
+        if after is None:
+            return self.attention(query, key, value, cache, batch.slot_mapping, *rows, *scores)
+        return self.attend(query, cache, *rows, *scores)
+
+
+_PLAIN: Final = LayerAttention(attention_native, attend)
+
+
+@opaque_op(LAYER_ATTENTION_OP)
 def layer_attention(
     query: Tensor,
     key: Tensor,
@@ -40,6 +80,7 @@ def layer_attention(
     sliding_window: int = 0,
     softcap: float = 0.0,
     after: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Store key and value in the layer's cache, unless `after` says that they are, and attend over it.
 
@@ -52,18 +93,14 @@ def layer_attention(
         sliding_window: a token sees itself and this many minus one before it; 0 means all.
         softcap: scores become softcap * tanh(score / softcap); 0 means off.
         after: what `kv_write` gave for the same keys and values, or None.
+        sinks: [H], a further score for each head that takes part in the softmax and has no value; or None.
 
     Returns:
         [T, H, D], contiguous, dtype of the query.
 
     Raises OpError outside of a forward context, and where it has no attention layer of that name.
     """
-    cache = layer_state(layer, AttentionState).kv_cache
-    batch: Batch = running_context().batch
-    rows = (batch.block_tables, batch.seq_lens, batch.query_start, batch.num_decode_tokens)
-    if after is None:
-        return attention_native(query, key, value, cache, batch.slot_mapping, *rows, scale, sliding_window, softcap)
-    return attend(query, key, value, cache, *rows, scale, sliding_window, softcap)
+    return _PLAIN(query, key, value, layer, scale, sliding_window, softcap, after, sinks)
 
 
 @layer_attention.fake
@@ -76,6 +113,7 @@ def _layer_attention_fake(
     sliding_window: int = 0,
     softcap: float = 0.0,
     after: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     return query.new_empty(query.shape)
 

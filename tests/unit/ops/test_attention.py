@@ -4,95 +4,27 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor
 
-from piecework.ops.attention import attention_native, register
+from piecework.ops.attention import attend, attention_native, register, write_kv
+from tests.unit.ops.attention_cases import BATCHES, HEAD_DIM, TOLERANCES, Case, drawn_cases, make_case, reference
 
-BLOCK_SIZE = 4
-HEAD_DIM = 8
-
-
-@dataclass(frozen=True)
-class Case:
-    """A batch for the op and, per sequence, its whole history of keys and values."""
-
-    args: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]
-    histories: list[tuple[Tensor, Tensor]]
-
-
-def make_case(
-    sequences: list[tuple[int, int]], *, heads: int, kv_heads: int, dtype: torch.dtype = torch.float32
-) -> Case:
-    """Build a batch from (tokens already cached, new tokens) per sequence; decode sequences first."""
-    generator = torch.Generator().manual_seed(0)
-    width = max(-(-(old + new) // BLOCK_SIZE) for old, new in sequences) + 1
-    tables = (torch.randperm(len(sequences) * width, generator=generator) + 1).view(len(sequences), width)
-    cache = torch.full((2, len(sequences) * width + 1, BLOCK_SIZE, kv_heads, HEAD_DIM), 7.0, dtype=dtype)
-    queries, keys, values, slots, histories = [], [], [], [], []
-    for (old, new), table in zip(sequences, tables, strict=True):
-        positions = torch.arange(old + new)
-        slot = table[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-        key, value = torch.randn(2, old + new, kv_heads, HEAD_DIM, generator=generator).to(dtype)
-        flat = cache.view(2, -1, kv_heads, HEAD_DIM)
-        flat[0, slot[:old]], flat[1, slot[:old]] = key[:old], value[:old]
-        queries.append(torch.randn(new, heads, HEAD_DIM, generator=generator).to(dtype))
-        keys.append(key[old:])
-        values.append(value[old:])
-        slots.append(slot[old:])
-        histories.append((key, value))
-    num_new = torch.tensor([new for _, new in sequences])
-    query_start = torch.cat([torch.zeros(1, dtype=torch.int64), num_new.cumsum(0)])
-    seq_lens = torch.tensor([old + new for old, new in sequences])
-    num_decode = next((i for i, (_, new) in enumerate(sequences) if new != 1), len(sequences))
-    query = torch.cat(queries).transpose(0, 1).contiguous().transpose(0, 1)  # strides as a model's projections give
-    args = (query, torch.cat(keys), torch.cat(values), cache, torch.cat(slots), tables, seq_lens, query_start)
-    return Case(args=(*args, num_decode), histories=histories)
-
-
-def reference(case: Case, *, scale: float, window: int = 0, softcap: float = 0.0) -> Tensor:
-    """Attend token by token in float64."""
-    query, query_start = case.args[0], case.args[7].tolist()
-    rows = []
-    for index, (keys, values) in enumerate(case.histories):
-        groups = query.shape[1] // keys.shape[1]
-        keys = keys.double().repeat_interleave(groups, dim=1)
-        values = values.double().repeat_interleave(groups, dim=1)
-        new = query[query_start[index] : query_start[index + 1]].double()
-        for offset, row in enumerate(new):
-            end = keys.shape[0] - new.shape[0] + offset + 1
-            start = max(0, end - window) if window else 0
-            scores = torch.einsum("hd,lhd->hl", row, keys[start:end]) * scale
-            if softcap:
-                scores = torch.tanh(scores / softcap) * softcap
-            rows.append(torch.einsum("hl,lhd->hd", scores.softmax(-1), values[start:end]))
-    return torch.stack(rows)
-
-
-BATCHES = {
-    "one decode": [(5, 1)],
-    "one decode at a block's end": [(7, 1)],
-    "first token": [(0, 1)],
-    "decodes": [(5, 1), (0, 1), (11, 1)],
-    "prefill": [(0, 9)],
-    "prefills": [(0, 9), (0, 2)],
-    "chunk": [(6, 5)],
-    "mixed": [(3, 1), (12, 1), (0, 6), (4, 3)],
-    "one decode, one prefill": [(3, 1), (0, 6)],
-}
+NAN = float("nan")
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (3, 0.0), (0, 2.0), (4, 1.5), (100, 0.0)])
 def test_equals_the_dense_reference(batch: str, heads: int, kv_heads: int, window: int, softcap: float) -> None:
-    case = make_case(BATCHES[batch], heads=heads, kv_heads=kv_heads)
+    case = make_case(BATCHES[batch], heads=heads, kv_heads=kv_heads, stale=NAN, window=window)
     out = attention_native(*case.args, scale=0.3, sliding_window=window, softcap=softcap)
     assert out.is_contiguous()
-    expected = reference(case, scale=0.3, window=window, softcap=softcap)
+    expected = reference(case, scale=0.3, sliding_window=window, softcap=softcap)
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -102,6 +34,47 @@ def test_bfloat16_is_as_close_as_its_rounding(batch: str) -> None:
     out = attention_native(*case.args, scale=0.3)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.double(), reference(case, scale=0.3), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (4, 1.5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sinks_take_weight_and_give_no_value(batch: str, window: int, softcap: float, dtype: torch.dtype) -> None:
+    case = make_case(BATCHES[batch], heads=4, kv_heads=2, stale=NAN, window=window, dtype=dtype)
+    options = {"sliding_window": window, "softcap": softcap, "sinks": torch.tensor([-3.0, 0.0, 1.0, 40.0]).to(dtype)}
+    out = attention_native(*case.args, 0.3, **options)
+    tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(out.double(), reference(case, scale=0.3, **options), atol=tolerance, rtol=tolerance)
+
+
+@given(drawn_cases(dtypes=(torch.float32,)))
+@settings(max_examples=60, deadline=None)
+def test_equals_the_reference_whatever_the_batch(drawn: tuple[Case, dict[str, Any]]) -> None:
+    case, options = drawn
+    out = attention_native(*case.args, **options)
+    torch.testing.assert_close(out.double(), reference(case, **options), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_sequences_rows_are_the_same_alone(batch: str) -> None:
+    case = make_case(BATCHES[batch], heads=4, kv_heads=2, stale=NAN)
+    query, key, value, cache, slots, tables, lens, starts, num_decode = case.args
+    together = attention_native(*case.args, scale=0.3)
+    for index in range(len(lens)):
+        rows, one = slice(int(starts[index]), int(starts[index + 1])), slice(index, index + 1)
+        num_new = rows.stop - rows.start
+        alone = (tables[one], lens[one], torch.tensor([0, num_new]), num_new if index < num_decode else 0)
+        out = attention_native(query[rows], key[rows], value[rows], cache, slots[rows], *alone, scale=0.3)
+        torch.testing.assert_close(out, together[rows], atol=1e-6, rtol=1e-6)
+
+
+def test_writing_and_attending_apart_are_the_op() -> None:
+    case, twin = (make_case(BATCHES["mixed"], heads=4, kv_heads=2) for _ in range(2))
+    query, key, value, cache, slots, *rest = case.args
+    write_kv(key, value, cache, slots)
+    written = cache.clone()
+    assert torch.equal(attend(query, cache, *rest, 0.3), attention_native(*twin.args, 0.3))
+    assert torch.equal(cache, written)
 
 
 def test_writes_every_new_token_to_its_slot_and_nothing_else() -> None:

@@ -10,7 +10,7 @@ from piecework import LayerName, OpError, check_ops
 from piecework.ops.attention import attention_native
 from piecework.ops.forward_context import Batch, ForwardContext
 from piecework.ops.layer_attention import AttentionState, kv_write, layer_attention
-from tests.unit.ops.test_attention import BATCHES, Case, make_case
+from tests.unit.ops.attention_cases import BATCHES, Case, make_case
 
 LAYER = LayerName("model.layers.0.self_attn")
 

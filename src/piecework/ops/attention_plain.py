@@ -1,0 +1,163 @@
+"""Attention over a paged cache in plain torch: the meaning of `piecework::attention`, and what runs without a kernel.
+
+Only slots with tokens that a sequence can see are read: others may hold what another sequence left there, NaN included,
+which a weight of zero would not undo. Where a batch needs padding, a sequence's newest token stands in.
+
+Shape suffixes: T tokens, S sequences, H query heads, K key/value heads, G = H / K, D head dim, L keys of a sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+_UNEVEN = 4  # sequences shorter than the longest by this factor are attended apart, so that padding stays small
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What happens to scores; see `ops/attention.py`. `sinks` is [H] or None."""
+
+    scale: float
+    window: int
+    softcap: float
+    sinks: Tensor | None
+
+
+def decode(query: Tensor, kv_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, scores: Scores) -> Tensor:
+    """Attend one query token per sequence, over its whole cache: [S, H, D] -> [S, H, D]."""
+    num_seqs, num_heads, head_dim = query.shape
+    num_kv_heads = kv_cache.shape[3]
+    if query.is_cpu:
+        longest, shortest = int(seq_lens.max()), int(seq_lens.min())
+        if shortest * _UNEVEN < longest:
+            return _decode_apart(query, kv_cache, block_tables, seq_lens, scores, longest=longest)
+    else:  # asking would wait for the device
+        longest, shortest = block_tables.shape[1] * kv_cache.shape[2], 0
+    span = min(longest, scores.window) if scores.window else longest
+    mask = None
+    if shortest == longest:
+        keys, values = _gather_blocks(kv_cache, block_tables, longest - span, longest)
+    else:
+        # Aligned at their ends, so that a window is the same columns for all sequences.
+        positions = seq_lens.unsqueeze(1) + torch.arange(-span, 0, device=query.device)
+        if shortest < span:
+            mask = (positions >= 0).view(num_seqs, 1, 1, span)
+            positions = torch.where(positions < 0, seq_lens.unsqueeze(1) - 1, positions)
+        keys, values = _gather_tokens(kv_cache, block_tables, positions)
+    # The query heads that share a key/value head become the rows of one matrix.
+    grouped = query.reshape(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    if num_heads == num_kv_heads and query.is_cpu and query.dtype != torch.float32:
+        # One row per key/value head: torch's CPU kernel is 1.5 to 4 times slower in half precision than in float32.
+        grouped, keys, values = grouped.float(), keys.float(), values.float()
+    sinks = None if scores.sinks is None else scores.sinks.view(1, num_kv_heads, -1, 1)
+    out = _attend(grouped, keys, values, mask, scores, sinks=sinks, causal=False)
+    return out.to(query.dtype).reshape(query.shape)
+
+
+def _decode_apart(
+    query: Tensor, kv_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, scores: Scores, *, longest: int
+) -> Tensor:
+    """Attend short sequences and long ones in two calls."""
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    short = seq_lens * _UNEVEN < longest
+    for rows in (short.nonzero().squeeze(1), (~short).nonzero().squeeze(1)):
+        out[rows] = decode(query[rows], kv_cache, block_tables[rows], seq_lens[rows], scores)
+    return out
+
+
+def prefill(
+    query: Tensor, kv_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, query_start: Tensor, scores: Scores
+) -> Tensor:
+    """Attend the new tokens of sequences, [T, H, D] -> [T, H, D]; `query_start` begins with the first one's first.
+
+    Sequences with as many new and as many cached tokens are attended together.
+    """
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    starts, lengths = (query_start - query_start[0]).tolist(), seq_lens.tolist()
+    alike: dict[tuple[int, int], list[int]] = {}
+    for index, length in enumerate(lengths):
+        if starts[index] < starts[index + 1]:
+            alike.setdefault((starts[index + 1] - starts[index], length), []).append(index)
+    for (num_new, length), members in alike.items():
+        begin = max(0, length - num_new - scores.window + 1) if scores.window else 0
+        if len(members) == 1:
+            rows = slice(starts[members[0]], starts[members[0]] + num_new)
+            keys, values = _gather_blocks(kv_cache, block_tables[members[0]].unsqueeze(0), begin, length)
+            out[rows] = _prefill_alike(query[rows].unsqueeze(0), keys, values, scores).squeeze(0)
+        else:
+            first = torch.tensor([starts[i] for i in members], device=query.device)
+            tokens = first.unsqueeze(1) + torch.arange(num_new, device=query.device)
+            keys, values = _gather_blocks(kv_cache, block_tables[members], begin, length)
+            out[tokens] = _prefill_alike(query[tokens], keys, values, scores)
+    return out
+
+
+def _prefill_alike(query: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
+    """Attend the last T of L tokens of each sequence: query [S, T, H, D], keys/values [S, L, K, D] -> [S, T, H, D]."""
+    num_seqs, num_new, num_heads, head_dim = query.shape
+    _, length, num_kv_heads, _ = keys.shape
+    num_groups = num_heads // num_kv_heads
+    # S and K are the batch and G the heads, so that shared keys are a stride of zero and not a copy.
+    grouped = query.reshape(num_seqs, num_new, num_kv_heads, num_groups, head_dim).permute(0, 2, 3, 1, 4).flatten(0, 1)
+    keys, values = (t.transpose(1, 2).flatten(0, 1).unsqueeze(1).expand(-1, num_groups, -1, -1) for t in (keys, values))
+    causal = num_new == length and not (0 < scores.window < length or scores.softcap or scores.sinks is not None)
+    mask = None
+    if not causal:
+        distance = torch.arange(length - num_new, length, device=query.device).unsqueeze(1)
+        distance = distance - torch.arange(length, device=query.device)
+        mask = distance >= 0
+        if scores.window:
+            mask = mask & (distance < scores.window)
+    sinks = None
+    if scores.sinks is not None:
+        sinks = scores.sinks.view(1, num_kv_heads, num_groups, 1, 1).expand(num_seqs, -1, -1, -1, -1).flatten(0, 1)
+    out = _attend(grouped, keys, values, mask, scores, sinks=sinks, causal=causal)
+    return out.unflatten(0, (num_seqs, num_kv_heads)).permute(0, 3, 1, 2, 4).reshape(query.shape)
+
+
+def _gather_blocks(kv_cache: Tensor, block_tables: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    """Copy keys and values `begin` to `end` of all sequences out of their blocks: two tensors [S, L, K, D]."""
+    block_size = kv_cache.shape[2]
+    first = begin // block_size
+    blocks = block_tables[:, first : -(-end // block_size)]
+    taken = kv_cache.index_select(1, blocks.flatten()).unflatten(1, blocks.shape).flatten(2, 3)
+    keys, values = taken[:, :, begin - first * block_size : end - first * block_size].unbind(0)
+    return keys, values
+
+
+def _gather_tokens(kv_cache: Tensor, block_tables: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Copy keys and values at `positions` [S, L] out of their blocks: two tensors [S, L, K, D]."""
+    block_size = kv_cache.shape[2]
+    slots = block_tables.gather(1, positions // block_size) * block_size + positions % block_size
+    keys, values = kv_cache.flatten(1, 2).index_select(1, slots.flatten()).unflatten(1, positions.shape).unbind(0)
+    return keys, values
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scores: Scores,
+    *,
+    sinks: Tensor | None,
+    causal: bool,
+) -> Tensor:
+    """Attend, all [.., .., rows or L, D]; `sinks` broadcasts to [.., .., rows, 1]; `causal` stands for a mask."""
+    if not scores.softcap and sinks is None:
+        return scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal, scale=scores.scale)
+    # torch's fused kernels know neither cap nor sinks
+    logits = torch.matmul(query, keys.transpose(-1, -2)).float() * scores.scale
+    if scores.softcap:
+        logits = torch.tanh(logits / scores.softcap) * scores.softcap
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.float().expand(*logits.shape[:-1], 1)], dim=-1)
+    weights = torch.softmax(logits, dim=-1)[..., : keys.shape[-2]]
+    return torch.matmul(weights.to(query.dtype), values)
