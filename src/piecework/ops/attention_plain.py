@@ -117,7 +117,8 @@ def _prefill_alike(query: Tensor, keys: Tensor, values: Tensor, scores: Scores) 
     if scores.sinks is not None:
         sinks = scores.sinks.view(1, num_kv_heads, num_groups, 1, 1).expand(num_seqs, -1, -1, -1, -1).flatten(0, 1)
     out = _attend(grouped, keys, values, mask, scores, sinks=sinks, causal=causal)
-    return out.unflatten(0, (num_seqs, num_kv_heads)).permute(0, 3, 1, 2, 4).reshape(query.shape)
+    by_token: Tensor = out.unflatten(0, (num_seqs, num_kv_heads)).permute(0, 3, 1, 2, 4)
+    return by_token.reshape(query.shape)
 
 
 def _gather_blocks(kv_cache: Tensor, block_tables: Tensor, begin: int, end: int) -> tuple[Tensor, Tensor]:
