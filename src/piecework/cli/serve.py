@@ -104,7 +104,8 @@ def _answer(
 
     def drain() -> None:
         status.drains()
-        log.event("draining", seconds=status.uptime_s)
+        if not failed.is_set():
+            log.event("draining", seconds=status.uptime_s)
 
     log.event("listening", url=url_of(listening), model=settings.model, seconds=status.uptime_s)
     drain_s = settings.limits.drain_s

@@ -30,7 +30,7 @@ class HttpServer:
         listening: where; closed at the end.
         drain_s: seconds after which requests that still run at the end are cut off.
         log: gets uvicorn's warnings and errors.
-        on_drain: called, in a signal handler, when a signal begins the end.
+        on_drain: called, in the event loop, when the end begins.
         stop: begins the end when any thread sets it.
     """
 
@@ -88,10 +88,10 @@ class _UvicornServer(uvicorn.Server):
         """Return whether to end; asked ten times a second."""
         return await super().on_tick(counter) or self._stop.is_set()
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to end, at a signal."""
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let what runs finish."""
         self._on_drain()
-        super().handle_exit(sig, frame)
+        await super().shutdown(sockets)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from piecework.errors import PieceworkError, WeightsError
 from piecework.report.inspect import describe
 from piecework.server.log import EventLog
 from piecework.server.options import ModelOptions, WhileCompiling
-from piecework.server.status import BundleUse, ServerStatus
+from piecework.server.status import BundleUse, ServerStatus, State
 from piecework.store.bundle import open_bundle
 from piecework.store.facts import config_fact, require
 from piecework.store.stores import Store
@@ -85,11 +85,16 @@ class ModelStart:
             engine.close()
         self._thread.join(_STOP_S)  # it may be reading weights, which can't be interrupted
 
+    @property
+    def _ending(self) -> bool:
+        """Whether a failure is of no interest any more; Ctrl-C ends a compile together with the server."""
+        return self._stopped or self._status.state is State.DRAINING
+
     def _run(self) -> None:
         try:
             self._bring_up()
         except Exception as error:  # noqa: BLE001 - the thread's edge: whoever started it raises it
-            if self._stopped:
+            if self._ending:
                 return
             self.error = error
             self._status.fails(str(error))
@@ -219,7 +224,7 @@ class ModelStart:
             with self._status.phase("switch"):
                 self._engine.swap_runner(model)
         except PieceworkError as error:
-            if not self._stopped:
+            if not self._ending:
                 # what runs goes on running
                 self._log.event("compile_failed", error=type(error).__name__, asked=error.asked, found=error.found)
             return

@@ -58,7 +58,7 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert f"usage: piecework {name}" in text
-    assert "--json" in text or name == "serve"  # which answers in JSON, over HTTP
+    assert "--json" in text
     assert "--debug" in text
 
 
