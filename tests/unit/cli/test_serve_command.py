@@ -1,0 +1,137 @@
+"""`piecework serve`: from arguments to options, and what is told before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from piecework.cli.main import main, make_parser
+from piecework.cli.serve import _model_options, _settings, _size
+from piecework.server.options import WhileCompiling
+from tests.unit.models.tiny import write_config
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    return write_config(tmp_path / "tiny-llama", "llama")
+
+
+def _parse(*arguments: str) -> argparse.Namespace:
+    return make_parser(["serve"]).parse_args(["serve", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1", 1), ("500MB", 500_000_000), ("4GiB", 4 << 30), ("4G", 4 << 30), ("1.5 kB", 1500), ("2k", 2048)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert _size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "4GG", "much", "4 XB"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        _size(text)
+
+
+def test_defaults(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PIECEWORK_API_KEY", raising=False)
+    args = _parse(str(model_dir))
+    options, settings = _model_options(args), _settings(args)
+    assert (args.host, args.port) == ("127.0.0.1", 8000)
+    assert (options.dtype, options.device, options.max_tokens, options.max_seqs) == ("float32", "cpu", 2048, None)
+    assert options.while_compiling is WhileCompiling.WAIT
+    assert (options.kv_memory, options.memory_fraction, options.prefix_caching) == (None, None, True)
+    assert (settings.model_names, settings.api_key, settings.default_temperature) == (("tiny-llama",), None, 1.0)
+    assert settings.limits.concurrent_requests == 512
+
+
+def test_options_arrive(model_dir: Path) -> None:
+    args = _parse(
+        str(model_dir), "--served-model-name", "a", "--served-model-name", "b", "--api-key", "k", "--dtype", "bfloat16",
+        "--max-tokens", "64", "--max-seqs", "3", "--kv-memory", "1MiB", "--no-prefix-caching", "--while-compiling",
+        "eager", "--max-requests", "7", "--max-body", "1kB", "--max-prompt-tokens", "5", "--max-n", "2",
+        "--max-prompts", "4", "--max-logprobs", "6", "--retry-after", "9", "--drain", "0.5", "--default-temperature",
+        "0", "--random-weights", "11",
+    )  # fmt: skip
+    options, settings = _model_options(args), _settings(args)
+    assert (options.dtype, options.max_tokens, options.max_seqs, options.kv_memory) == ("bfloat16", 64, 3, 1 << 20)
+    assert (options.prefix_caching, options.while_compiling) == (False, WhileCompiling.EAGER)
+    assert options.random_weights == 11
+    assert (settings.model_names, settings.api_key, settings.default_temperature) == (("a", "b"), "k", 0.0)
+    limits = settings.limits
+    assert (limits.concurrent_requests, limits.body_bytes, limits.prompt_tokens, limits.n) == (7, 1000, 5, 2)
+    assert (limits.prompts, limits.logprobs, limits.retry_after_s, limits.drain_s) == (4, 6, 9, 0.5)
+
+
+def test_the_key_may_come_from_the_environment(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIECEWORK_API_KEY", "from-there")
+    assert _settings(_parse(str(model_dir))).api_key == "from-there"
+    assert _settings(_parse(str(model_dir), "--api-key", "from-here")).api_key == "from-here"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--port", "70000"],
+        ["--max-seqs", "0"],
+        ["--memory-fraction", "1.5"],
+        ["--kv-memory", "some"],
+        ["--kv-memory", "1G", "--memory-fraction", "0.5"],
+        ["--while-compiling", "sleep"],
+    ],
+)
+def test_wrong_usage(model_dir: Path, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["serve", str(model_dir), *options])
+    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        (["--api-key", ""], "an empty API key"),
+        (["--served-model-name", ""], "a model without a name"),
+        (["--drain", "-1"], "the limit drain_s -1.0"),
+    ],
+)
+def test_wrong_values(model_dir: Path, options: list[str], found: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(model_dir), *options]) == 1
+    assert found in capsys.readouterr().err
+
+
+def test_a_model_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(tmp_path / "nothing")]) == 1
+    assert "no directory" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", str(model_dir), "--port", str(port)]) == 1
+    error = capsys.readouterr().err
+    assert f"listen on 127.0.0.1, port {port}" in error
+    assert "in use" in error
+
+
+def test_an_installation_without_the_extra(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "piecework.server.app":
+            raise ModuleNotFoundError("No module named 'fastapi'", name="fastapi")
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setenv("PIECEWORK_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert main(["serve", str(model_dir), "--port", "0"]) == 1
+    error = capsys.readouterr().err
+    assert "no package fastapi" in error
+    assert "pip install 'piecework[serve]'" in error
