@@ -123,7 +123,7 @@ def test_the_version_is_said_in_one_place(project):
     assert re.fullmatch(r"\d+\.\d+\.\d+", VERSION)
 
 
-@pytest.mark.parametrize("page", ["how-a-compile-flows.md", "how-a-request-flows.md"])
+@pytest.mark.parametrize("page", ["how-a-compile-flows.md", "how-a-request-flows.md", "serving.md"])
 def test_the_docs_name_files_that_exist(page):
     named = re.findall(r"`((?:\w+/)+\w+\.py)`", (ROOT / "docs" / page).read_text())
     assert len(named) > 10
