@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, final
 
 from piecework.compiler.job import Job
-from piecework.compiler.pool import Outcome, WorkerPool
+from piecework.compiler.pool import Outcome, WorkerPool, end_group
 from piecework.compiler.toolchain import find_toolchain
 from piecework.foundation.target import Target
 
@@ -23,6 +25,13 @@ class Backend(ABC):
     @abstractmethod
     def compile(self, jobs: Mapping[str, Job], *, on_event: OnEvent) -> Outcome:
         """Compile jobs by name. Raises CompileError, StoreError."""
+
+    def build_kernel(self, source: Path, *, macros: tuple[str, ...]) -> Path | None:
+        """Build a C++ file of ours into a library, in any thread; None where the backend has no C++ compiler.
+
+        Raises CompileError, StoreError.
+        """
+        return None
 
     @abstractmethod
     def close(self) -> None:
@@ -46,14 +55,26 @@ class AotiBackend(Backend):
         toolchain = find_toolchain(root, compiler=compiler)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         jobs = cores + 2  # pieces are few and of unequal length: with one per core, the last one leaves the others idle
+        self._toolchain = toolchain
+        self._scratch = scratch
+        self._compilers: list[subprocess.Popen[str]] = []
         self._pool = WorkerPool(toolchain=toolchain, scratch=scratch, target=target, jobs=jobs, device=device)
 
     def compile(self, jobs: Mapping[str, Job], *, on_event: OnEvent) -> Outcome:
         """See `Backend.compile`."""
         return self._pool.run(jobs, on_event=on_event) if jobs else Outcome({}, {})
 
+    def build_kernel(self, source: Path, *, macros: tuple[str, ...]) -> Path | None:
+        """See `Backend.build_kernel`."""
+        directory = Path(tempfile.mkdtemp(dir=self._scratch, prefix="kernel-"))
+        library = directory / "kernel.so"
+        self._toolchain.compile_kernel(source, macros=macros, target=library, on_start=self._compilers.append)
+        return library
+
     def close(self) -> None:
         """See `Backend.close`."""
+        for compiler in self._compilers:
+            end_group(compiler)
         self._pool.close()
 
 

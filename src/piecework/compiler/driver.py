@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from piecework.compiler.artifacts import OnProgress, compile_artifacts
 from piecework.compiler.backends import Backend
 from piecework.compiler.explanations import explain_pieces
+from piecework.compiler.kernels import KernelBuilds, kernel_jobs
 from piecework.compiler.options import CompileOptions, packed_dtypes
 from piecework.compiler.planning import Deduplicated, deduplicate, make_plan
 from piecework.foundation.process import garbage_collection_off
@@ -74,7 +76,11 @@ def compile_request(
                 packer=packable_constants,
             )
     _note_capture(recorder, captured, steps=steps, pieces=pieces)
+    kernels = KernelBuilds(
+        kernel_jobs(steps, options=options, target=target, device=request.device), backend, store, target, recorder
+    )
     with recorder.phase("compile"):
+        kernels.start()
         artifacts = compile_artifacts(
             pieces.unique,
             declared=next(iter(request.sizes.values()), None),
@@ -85,18 +91,21 @@ def compile_request(
             recorder=recorder,
             on_progress=on_progress,
         )
+        built = kernels.finish()
     on_progress("sealing", len(pieces.unique), len(pieces.unique))
     with recorder.phase("plan"):
         ranges = [[ShapeRange(lo, hi, artifact.name) for (lo, hi), artifact in forms.items()] for forms in artifacts]
         plan = make_plan(captured, steps, pieces, artifacts=ranges, arguments=arguments)
+        plan = dataclasses.replace(plan, kernels={name: artifact.name for name, artifact in built.items()})
         explanation = explain_pieces(captured, steps, pieces, primary=primary)
         all_facts = (
             *environment_facts(target=target),
             *option_facts(options.facts()),
             *facts,
-            *source_facts(captured.sources),
+            *sorted({*source_facts(captured.sources), *kernels.facts()}),
         )
     files = {artifact.name: artifact.path for forms in artifacts for artifact in forms.values()}
+    files |= {artifact.name: artifact.path for artifact in built.values()}
     content = BundleContent(
         plan=plan.to_json(),
         artifacts=files,

@@ -73,7 +73,7 @@ class WorkerPool:
     def _note_prefix_compiler(self, process: subprocess.Popen[str]) -> None:
         self._prefix_compiler = process
         if self._closed:
-            _end_group(process)
+            end_group(process)
 
     def run(self, jobs: Mapping[str, Job], *, on_event: Callable[[Mapping[str, Any]], None]) -> Outcome:
         """Compile all `jobs` (name → job); their libraries lie in the scratch directory.
@@ -123,7 +123,7 @@ class WorkerPool:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)  # also where the worker is dead: its children may not be
         if self._prefix_compiler is not None:
-            _end_group(self._prefix_compiler)
+            end_group(self._prefix_compiler)
         self._process.wait()
         self._prefix_builder.join(timeout=10)
         for stream in (self._process.stdin, self._process.stdout, self._log):
@@ -132,7 +132,7 @@ class WorkerPool:
                     stream.close()
 
 
-def _end_group(process: subprocess.Popen[str]) -> None:
+def end_group(process: subprocess.Popen[str]) -> None:
     """End a process that leads a group of its own, with the group; one that has been waited for has ended already."""
     if process.poll() is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -77,6 +77,12 @@ _PREFIX = (
 """
 )
 
+KERNEL_FLAGS: tuple[str, ...] = (
+    *("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-s", "-fvisibility=hidden"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-strict-aliasing", "-Wl,-z,noexecstack"),
+)
+"""How our own kernels (providers/) are built."""
+
 _KEPT = ("-D", "-f", "-m", "-std=")
 _DROPPED = frozenset({"-fno-omit-frame-pointer", "-fPIC"})
 
@@ -159,6 +165,19 @@ class Toolchain:
         """Link object files into a shared library without symbols or unused sections."""
         options = ["-shared", "-fPIC", "-s", "-Wl,--gc-sections", "-Wl,-z,noexecstack"]
         self._run([*options, *map(str, objects), *libraries, "-o", str(target)], cwd=target.parent)
+
+    def compile_kernel(
+        self,
+        source: Path,
+        *,
+        macros: tuple[str, ...],
+        target: Path,
+        on_start: Callable[[subprocess.Popen[str]], None] | None = None,
+    ) -> None:
+        """Compile and link one of our own C++ files; `on_start` is as for `prefix`."""
+        defines = [f"-D{macro}" for macro in macros]
+        command = [*KERNEL_FLAGS, *defines, str(source), "-o", str(target)]
+        self._run(command, cwd=target.parent, on_start=on_start)
 
     def _place(self, flags: tuple[str, ...]) -> Path:
         return self.root / digest_json([self.compiler, self.version, flags, _PREFIX])[:24]

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from piecework.ops.attention_plain import Scores, decode, prefill
+from piecework.ops.attention_plain import Scores, attend_with
 
 ATTENTION_OP = "piecework::attention"
 
@@ -141,17 +141,7 @@ def attend(
 ) -> Tensor:
     """Do what `attention_native` does, over a cache that holds the new tokens already; nothing is written."""
     scores = Scores(scale, sliding_window, softcap, sinks)
-    num = num_decode_tokens
-    if num == query.shape[0]:
-        return decode(query, kv_cache, block_tables, seq_lens, scores).contiguous()
-    if num == 0:
-        return prefill(query, kv_cache, block_tables, seq_lens, query_start, scores)
-    return torch.cat(
-        [
-            decode(query[:num], kv_cache, block_tables[:num], seq_lens[:num], scores),
-            prefill(query[num:], kv_cache, block_tables[num:], seq_lens[num:], query_start[num:], scores),
-        ]
-    )
+    return attend_with(query, kv_cache, block_tables, seq_lens, query_start, num_decode_tokens, scores)
 
 
 def attention_fake(query: Tensor, *_args: object, **_kwargs: object) -> Tensor:

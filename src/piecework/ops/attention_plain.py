@@ -27,6 +27,29 @@ class Scores:
     sinks: Tensor | None
 
 
+def attend_with(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    num_decode_tokens: int,
+    scores: Scores,
+) -> Tensor:
+    """Attend the new tokens of a batch, [T, H, D] -> [T, H, D], contiguous; see `ops/attention.py`."""
+    num = num_decode_tokens
+    if num == query.shape[0]:
+        return decode(query, kv_cache, block_tables, seq_lens, scores).contiguous()
+    if num == 0:
+        return prefill(query, kv_cache, block_tables, seq_lens, query_start, scores)
+    return torch.cat(
+        [
+            decode(query[:num], kv_cache, block_tables[:num], seq_lens[:num], scores),
+            prefill(query[num:], kv_cache, block_tables[num:], seq_lens[num:], query_start[num:], scores),
+        ]
+    )
+
+
 def decode(query: Tensor, kv_cache: Tensor, block_tables: Tensor, seq_lens: Tensor, scores: Scores) -> Tensor:
     """Attend one query token per sequence, over its whole cache: [S, H, D] -> [S, H, D]."""
     num_seqs, num_heads, head_dim = query.shape

@@ -61,10 +61,21 @@ class LayerAttention:
         cache = layer_state(layer, AttentionState).kv_cache
         batch: Batch = running_context().batch
         rows = (batch.block_tables, batch.seq_lens, batch.query_start, batch.num_decode_tokens)
-        scores = (scale, sliding_window, softcap, sinks)
         if after is None:
-            return self.attention(query, key, value, cache, batch.slot_mapping, *rows, *scores)
-        return self.attend(query, cache, *rows, *scores)
+            slots = batch.slot_mapping
+            return self.attention(
+                query,
+                key,
+                value,
+                cache,
+                slots,
+                *rows,
+                scale,
+                sliding_window=sliding_window,
+                softcap=softcap,
+                sinks=sinks,
+            )
+        return self.attend(query, cache, *rows, scale, sliding_window=sliding_window, softcap=softcap, sinks=sinks)
 
 
 _PLAIN: Final = LayerAttention(attention_native, attend)

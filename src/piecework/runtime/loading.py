@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from piecework.errors import CorruptBundle
+from piecework.errors import BundleError, CorruptBundle
 from piecework.foundation import torch_private
 from piecework.foundation.environment import read_environment
 from piecework.foundation.process import garbage_collection_off
 from piecework.ops.program import constant_name
+from piecework.providers.kernels import open_kernel
 from piecework.record import Record
 from piecework.runtime.constants import TensorSource, as_source, make_constants, pack_constants
 from piecework.runtime.eager import EagerRunner, read_program
@@ -60,7 +61,9 @@ def load(bundle: str | Path | Bundle, *, weights: object, check_facts: bool = Tr
     begun = time.perf_counter()
     forms = [_bind(plan, low, high, made, constants) for (low, high), made in runners.items()]
     phases["bind"] = _lap(begun)
-    return LoadedModel(plan, forms=forms, constants=constants, record=Record(phases=phases), owned=opened)
+    kernels, notes = _open_kernels(opened, plan)
+    record = Record(phases=phases, notes=notes)
+    return LoadedModel(plan, forms=forms, constants=constants, record=record, kernels=kernels, owned=opened)
 
 
 def _open(path: Path) -> Bundle:
@@ -113,6 +116,20 @@ def _runner(path: Path, *, device: str) -> Any:
     if path.suffix == ".json":
         return EagerRunner(read_program(path))
     return torch_private.open_aoti_library(path, device=device)
+
+
+def _open_kernels(bundle: Bundle, plan: Plan) -> tuple[dict[str, Callable[..., Any]], tuple[str, ...]]:
+    """Return native implementations of opaque ops, and why there are none where a kernel can't be opened."""
+    kernels: dict[str, Callable[..., Any]] = {}
+    notes: list[str] = []
+    for name, artifact in plan.kernels.items():
+        try:
+            kernels.update(open_kernel(name, bundle.artifact_path(artifact)))
+        except CorruptBundle:
+            raise
+        except BundleError as error:
+            notes.append(f"no native kernel {name}, plain torch instead: {error.found}")
+    return kernels, tuple(notes)
 
 
 def _bind(plan: Plan, low: int, high: int, runners: Sequence[Any], constants: Sequence[torch.Tensor]) -> RangeForm:

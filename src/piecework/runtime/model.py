@@ -43,11 +43,13 @@ class LoadedModel:
         forms: Sequence[RangeForm],
         constants: Sequence[torch.Tensor],
         record: Record,
+        kernels: Mapping[str, Callable[..., Any]] | None = None,
         owned: object = None,
     ) -> None:
         self.plan = plan
         self.record = record
         self._constants = constants  # instances hold bare pointers to these
+        self._kernels = kernels or {}  # native implementations of opaque ops by "namespace::name"
         self._owned = owned
         self._layers: dict[str, LayerName] = {}
         self._states: list[torch.Tensor] | None = None if plan.states else []
@@ -168,7 +170,7 @@ class LoadedModel:
 
     def _op(self, step: OpStep) -> Callable[[list[Any], Mapping[str, int]], None]:
         assert self._states is not None
-        function = implementation(step.op)
+        function = self._kernels.get(step.op.partition(".")[0]) or implementation(step.op)
         fixed: list[Any] = []
         from_slots: list[tuple[int, int]] = []
         from_sizes: list[tuple[int, Callable[[Mapping[str, int]], int]]] = []

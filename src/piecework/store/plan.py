@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from piecework.errors import CorruptBundle
@@ -108,7 +108,8 @@ class Plan:
     """Everything a runtime needs besides artifacts and weights.
 
     Slots 0 … len(inputs) - 1 hold the arguments. `output_slots` are the flat results, `structure` how they make up the
-    module's result (graph/structure.py), `arguments` how a caller's arguments map to inputs.
+    module's result (graph/structure.py), `arguments` how a caller's arguments map to inputs. `kernels` are the native
+    kernels of opaque ops (providers/kernels.py): their name, and the artifact's file name.
     """
 
     sizes: Mapping[str, tuple[int, int]]
@@ -123,6 +124,7 @@ class Plan:
     output_slots: tuple[int, ...]
     structure: Any
     arguments: Any = None
+    kernels: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return compact JSON: runs of recipes and states that differ in a layer's number only are written once."""
@@ -141,6 +143,7 @@ class Plan:
             "output_slots": list(self.output_slots),
             "structure": self.structure,
             "arguments": self.arguments,
+            **({"kernels": dict(self.kernels)} if self.kernels else {}),
         }
 
     @staticmethod
@@ -173,6 +176,7 @@ def _plan(data: Mapping[str, Any]) -> Plan:
         output_slots=tuple(data["output_slots"]),
         structure=data["structure"],
         arguments=data["arguments"],
+        kernels={str(name): str(artifact) for name, artifact in dict(data.get("kernels", {})).items()},
     )
 
 

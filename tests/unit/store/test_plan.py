@@ -98,6 +98,7 @@ plans = st.builds(
     num_slots=st.integers(0, 10),
     output_slots=slots,
     structure=st.just({"tuple": [{"leaf": 0}]}),
+    kernels=st.dictionaries(st.sampled_from(["a", "b"]), st.sampled_from(["x.so", "y.so"])),
 )
 
 
@@ -106,7 +107,9 @@ def test_a_plan_comes_back_from_json_as_it_was(plan: Plan) -> None:
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
-@pytest.mark.parametrize("change", [{"steps": 3}, {"recipes": [{}]}, {"inputs": [{"no": 1}]}, {"sizes": {"a": [1]}}])
+@pytest.mark.parametrize(
+    "change", [{"steps": 3}, {"recipes": [{}]}, {"inputs": [{"no": 1}]}, {"sizes": {"a": [1]}}, {"kernels": 3}]
+)
 def test_what_is_no_plan_is_corrupt(change: dict[str, object]) -> None:
     good = plan_of(request(Encoder(2), ("rows",), dtype="int64")).to_json()
     with pytest.raises(CorruptBundle):

@@ -1,0 +1,1 @@
+"""Implementations of operators besides their meaning in plain torch: kernels built with a bundle, one folder each."""

@@ -1,0 +1,76 @@
+// Element types, and how their products are summed: as float32, or bfloat16 in pairs where the machine can do that.
+#pragma once
+
+#if defined(__AVX512F__) && defined(__AVX512BF16__)
+#define PIECEWORK_PAIRS
+#include <immintrin.h>
+#endif
+
+#include "vectors.h"
+
+namespace piecework {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+PIECEWORK_INLINE float to_float(float value) { return value; }
+
+PIECEWORK_INLINE float to_float(BFloat16 value) {
+  const uint32_t bits = (uint32_t)value.bits << 16;
+  float made;
+  std::memcpy(&made, &bits, 4);
+  return made;
+}
+
+PIECEWORK_INLINE void from_float(float value, float& to) { to = value; }
+
+PIECEWORK_INLINE void from_float(float value, BFloat16& to) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  to.bits = value != value ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+#if defined(__FLT16_MAX__)
+typedef _Float16 Half;
+PIECEWORK_INLINE float to_float(Half value) { return (float)value; }
+PIECEWORK_INLINE void from_float(float value, Half& to) { to = (Half)value; }
+#endif
+
+template <class T>
+PIECEWORK_INLINE void to_floats(const T* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
+}
+
+// Whether a word holds two T, whose products are summed without converting them.
+template <class T>
+constexpr bool kPaired = false;
+#if defined(PIECEWORK_PAIRS)
+template <>
+constexpr bool kPaired<BFloat16> = true;
+#endif
+
+// Whether the cache is read where it lies; else keys and values are converted to float32, a few at a time.
+template <class T>
+constexpr bool kInPlace = kPaired<T>;
+template <>
+constexpr bool kInPlace<float> = true;
+
+template <bool Paired>
+PIECEWORK_INLINE Floats multiply_add(Floats to, Words a, Words b) {
+#if defined(PIECEWORK_PAIRS)
+  if constexpr (Paired) return (Floats)_mm512_dpbf16_ps((__m512)to, (__m512bh)a, (__m512bh)b);
+#endif
+  return to + (Floats)a * (Floats)b;
+}
+
+// The two bfloat16 of every word, as float32.
+PIECEWORK_INLINE Floats low(Words pairs) { return (Floats)(pairs << 16); }
+PIECEWORK_INLINE Floats high(Words pairs) { return (Floats)(pairs & 0xffff0000u); }
+
+// Weights, from 0 to 1 or NaN, as pairs of bfloat16: rounded to nearest, ties up.
+PIECEWORK_INLINE Words pairs_of(Floats a, Floats b) {
+  return (((Words)a + 0x8000u) >> 16) | (((Words)b + 0x8000u) & 0xffff0000u);
+}
+
+}  // namespace piecework

@@ -1,0 +1,193 @@
+"""Call the built attention kernel. What it can't do, or was not built for, plain torch does.
+
+The library is opened with ctypes: one function that takes one struct. A call costs about 5 microseconds besides its
+work, and gives up the interpreter's lock meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from pathlib import Path
+from typing import Final, final
+
+import torch
+from torch import Tensor
+
+from piecework.errors import OpError
+from piecework.ops.attention import write_kv
+from piecework.ops.attention_plain import Scores, attend_with
+
+SOURCES: Final = Path(__file__).resolve().parent
+DTYPES: Final = ("float32", "bfloat16", "float16")  # in the order of their numbers in attention.cpp
+
+_ENTRY: Final = "piecework_attention_1"  # the number is that of the layout below
+_CALL: Final = struct.Struct("10P17q2d")  # `Call` in call.h
+_NUMBERS: Final = {getattr(torch, name): number for number, name in enumerate(DTYPES)}
+_DONE, _UNSUPPORTED = 0, 1
+_WRONG: Final = {
+    2: "a slot outside of the cache",
+    3: "sequence lengths that don't fit the new tokens or the block table",
+    4: "a block outside of the cache",
+    5: "no memory for partial results",
+}
+
+
+@final
+class CpuAttention:
+    """`piecework::attention` over a library built from `SOURCES`.
+
+    Args:
+        library: the shared library. Raises OSError where it can't be opened, AttributeError where it is of another
+            version.
+    """
+
+    def __init__(self, library: Path) -> None:
+        self._run = getattr(ctypes.CDLL(str(library)), _ENTRY)
+        self._run.argtypes = [ctypes.c_char_p]
+        self._run.restype = ctypes.c_int32
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+        block_tables: Tensor,
+        seq_lens: Tensor,
+        query_start: Tensor,
+        num_decode_tokens: int,
+        scale: float,
+        sliding_window: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Do what `attention_native` does. Raises OpError where slots, blocks or lengths don't fit the cache."""
+        rows = (block_tables, seq_lens, query_start)
+        scores = Scores(scale, sliding_window, softcap, sinks)
+        if _readable(query, key, value, kv_cache, slot_mapping):
+            out = self._call(query, key, value, kv_cache, slot_mapping, *rows, scores)
+            if out is not None:
+                return out
+        write_kv(key, value, kv_cache, slot_mapping)
+        return attend_with(query, kv_cache, *rows, num_decode_tokens, scores)
+
+    def attend(
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        block_tables: Tensor,
+        seq_lens: Tensor,
+        query_start: Tensor,
+        num_decode_tokens: int,
+        scale: float,
+        sliding_window: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """Do the same over a cache that holds the new tokens already. Raises OpError as above."""
+        rows = (block_tables, seq_lens, query_start)
+        scores = Scores(scale, sliding_window, softcap, sinks)
+        out = self._call(query, None, None, kv_cache, None, *rows, scores)
+        return attend_with(query, kv_cache, *rows, num_decode_tokens, scores) if out is None else out
+
+    def _call(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        kv_cache: Tensor,
+        slot_mapping: Tensor | None,
+        block_tables: Tensor,
+        seq_lens: Tensor,
+        query_start: Tensor,
+        scores: Scores,
+    ) -> Tensor | None:
+        """Return None, with nothing written, where the library can't do it."""
+        if not _attendable(query, kv_cache, block_tables, seq_lens, query_start, scores.sinks):
+            return None
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        _, num_blocks, block_size, num_kv_heads, _ = kv_cache.shape
+        call = _CALL.pack(
+            query.data_ptr(),
+            0 if key is None else key.data_ptr(),
+            0 if value is None else value.data_ptr(),
+            kv_cache.data_ptr(),
+            0 if slot_mapping is None else slot_mapping.data_ptr(),
+            block_tables.data_ptr(),
+            seq_lens.data_ptr(),
+            query_start.data_ptr(),
+            0 if scores.sinks is None else scores.sinks.data_ptr(),
+            out.data_ptr(),
+            *query.stride()[:2],
+            *(key.stride()[:2] if key is not None else (0, 0)),
+            *(value.stride()[:2] if value is not None else (0, 0)),
+            query.shape[0],
+            seq_lens.shape[0],
+            query.shape[1],
+            num_kv_heads,
+            query.shape[2],
+            num_blocks,
+            block_size,
+            block_tables.shape[1],
+            scores.window,
+            _NUMBERS[query.dtype],
+            torch.get_num_threads(),
+            scores.scale,
+            scores.softcap,
+        )
+        code = self._run(call)
+        if code == _DONE:
+            return out
+        if code == _UNSUPPORTED:
+            return None
+        raise OpError(
+            asked=f"attention of {query.shape[0]} tokens in {seq_lens.shape[0]} sequences over {num_blocks} blocks",
+            found=_WRONG.get(code, f"error {code}"),
+            try_="check slot_mapping, block_tables, seq_lens and query_start",
+        )
+
+
+def _readable(query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> bool:
+    """Whether the library can read the new keys and values."""
+    shape = (query.shape[0], *kv_cache.shape[3:])
+    return (
+        key.shape == value.shape == shape
+        and key.dtype == value.dtype == kv_cache.dtype
+        and key.stride(2) == value.stride(2) == 1
+        and slot_mapping.shape == shape[:1]
+        and slot_mapping.dtype is torch.int64
+        and slot_mapping.is_contiguous()
+    )
+
+
+def _attendable(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    sinks: Tensor | None,
+) -> bool:
+    """Whether the library can read the rest: dense tensors on the CPU whose shapes go together."""
+    num_seqs = seq_lens.shape[0]
+    return (
+        query.device.type == kv_cache.device.type == "cpu"
+        and query.dtype is kv_cache.dtype
+        and query.dtype in _NUMBERS
+        and query.stride(2) == 1
+        and query.shape[0] > 0
+        and query.shape[2] == kv_cache.shape[4]
+        and query.shape[1] % kv_cache.shape[3] == 0
+        and kv_cache.is_contiguous()
+        and block_tables.shape[0] == num_seqs
+        and query_start.shape[0] == num_seqs + 1
+        and block_tables.dtype is seq_lens.dtype is query_start.dtype is torch.int64
+        and block_tables.is_contiguous()
+        and seq_lens.is_contiguous()
+        and query_start.is_contiguous()
+        and (
+            sinks is None or (sinks.shape == query.shape[1:2] and sinks.dtype is query.dtype and sinks.is_contiguous())
+        )
+    )

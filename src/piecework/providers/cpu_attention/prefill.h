@@ -1,0 +1,315 @@
+// Several new tokens of one sequence and one key/value head, all keys. Query rows (a token and one of the heads that
+// share the key/value head) are the lanes of vectors, so that keys are broadcast from where they lie, the softmax needs
+// nothing across lanes, and only queries and results are transposed.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "call.h"
+#include "elements.h"
+
+namespace piecework {
+
+constexpr int kStep = 6;         // keys, or dimensions, in one go: kStep * kRowVectors sums stay in registers
+constexpr int kTileKeys = 96;    // keys whose scores are held at once; a multiple of kStep
+constexpr float kNone = -1e30f;  // less than any score, and yet finite: masked scores less it are -infinity
+
+// out[k][row] = sum of queries[d][row] * keys[k][d]
+template <bool Paired, int V, int N>
+PIECEWORK_INLINE void score(const uint32_t* queries, const uint32_t* const* keys, int64_t depth, float* out) {
+  Floats sum[N][V] = {};
+  for (int64_t d = 0; d < depth; ++d) {
+    Words q[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) q[v] = load<Words>(queries + (d * V + v) * kLanes);
+#pragma GCC unroll 6
+    for (int k = 0; k < N; ++k) {
+      const Words one = all(keys[k][d]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[k][v] = multiply_add<Paired>(sum[k][v], q[v], one);
+    }
+  }
+#pragma GCC unroll 6
+  for (int k = 0; k < N; ++k)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(sum[k][v], out + (k * V + v) * kLanes);
+}
+
+// out[d][row] = out[d][row] * decay[row] + sum of weights[k][row] * values[k][first + d]
+template <bool Paired, int V, int N>
+PIECEWORK_INLINE void weigh(const uint32_t* weights, const uint32_t* const* values, int64_t depth, int64_t first,
+                            const Floats* decay, float* out) {
+  Floats sum[N][V];
+#pragma GCC unroll 6
+  for (int d = 0; d < N; ++d)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sum[d][v] = load(out + (d * V + v) * kLanes) * decay[v];
+  for (int64_t k = 0; k < depth; ++k) {
+    Words w[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) w[v] = load<Words>(weights + (k * V + v) * kLanes);
+    const uint32_t* row = values[k] + first;
+#pragma GCC unroll 6
+    for (int d = 0; d < N; ++d) {
+      const Words one = all(row[d]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) sum[d][v] = multiply_add<Paired>(sum[d][v], w[v], one);
+    }
+  }
+#pragma GCC unroll 6
+  for (int d = 0; d < N; ++d)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(sum[d][v], out + (d * V + v) * kLanes);
+}
+
+// body<N>(at) for `count` in steps of kStep, and one for the rest.
+template <class F>
+PIECEWORK_INLINE void in_steps(int64_t count, const F& body) {
+  static_assert(kStep == 6, "a case for every rest");
+  int64_t at = 0;
+  for (; at + kStep <= count; at += kStep) body.template operator()<kStep>(at);
+  switch (count - at) {
+    case 1: return body.template operator()<1>(at);
+    case 2: return body.template operator()<2>(at);
+    case 3: return body.template operator()<3>(at);
+    case 4: return body.template operator()<4>(at);
+    case 5: return body.template operator()<5>(at);
+  }
+}
+
+template <bool Paired, int V>
+struct ScoreStep {
+  const uint32_t* queries;
+  const uint32_t* const* keys;
+  int64_t depth;
+  float* out;
+  template <int N>
+  void operator()(int64_t at) const { score<Paired, V, N>(queries, keys + at, depth, out + at * V * kLanes); }
+};
+
+template <bool Paired, int V>
+struct WeighStep {
+  const uint32_t* weights;
+  const uint32_t* const* values;
+  int64_t depth;
+  const Floats* decay;
+  float* out;
+  template <int N>
+  void operator()(int64_t at) const {
+    weigh<Paired, V, N>(weights, values, depth, at, decay, out + at * V * kLanes);
+  }
+};
+
+// Rows first … first + count - 1 of those of one sequence and key/value head, at most V * kLanes.
+template <class T, int V>
+struct Rows {
+  static constexpr bool kPair = kPaired<T>;
+  static constexpr int kRows = V * kLanes;
+
+  const Call& call;
+  const int64_t seq, kv_head, first, count;
+  const int64_t depth;  // words in a key
+
+  alignas(64) uint32_t queries[(kPair ? kMaxHeadDim / 2 : kMaxHeadDim) * kRows];
+  alignas(64) float scores[(kTileKeys + 1) * kRows];  // and then weights
+  alignas(64) float out[kMaxHeadDim * kRows];
+  alignas(64) float converted[kInPlace<T> ? 1 : 2 * kTileKeys * kMaxHeadDim];
+  alignas(64) uint32_t pairs[kPair ? kTileKeys / 2 * kMaxHeadDim : 1];
+  int64_t offsets[kTileKeys];
+  const uint32_t *keys[kTileKeys], *values[kTileKeys];
+  Ints positions[V];
+  Floats top[V], total[V], decay[V];  // largest score, sum of weights, and what becomes of earlier weights
+
+  Rows(const Call& call, int64_t seq, int64_t kv_head, int64_t first, int64_t count)
+      : call(call), seq(seq), kv_head(kv_head), first(first), count(count),
+        depth(kPair ? call.head_dim / 2 : call.head_dim) {}
+
+  void run() {
+    const int64_t begin = call.lens[seq] - call.num_new(seq);
+    const int64_t first_position = begin + first / call.groups();
+    const int64_t last_position = begin + (first + count - 1) / call.groups();
+    take_queries();
+    for (int v = 0; v < V; ++v) {
+      top[v] = all(kNone);
+      total[v] = Floats{};
+      for (int i = 0; i < kLanes; ++i)
+        positions[v][i] = begin + std::min(first + v * kLanes + i, first + count - 1) / call.groups();
+    }
+    std::fill_n(out, call.head_dim * kRows, 0.f);
+    for (int64_t key = call.first_key(first_position); key <= last_position; key += kTileKeys) {
+      const int64_t num = std::min<int64_t>(kTileKeys, last_position + 1 - key);
+      const bool masked = key + num - 1 > first_position || key < call.first_key(last_position);
+      take_keys(key, num);
+      in_steps(num, ScoreStep<kPair, V>{queries, keys, depth, scores});
+      soften(key, num, masked);
+      const int64_t words = take_values(num);
+      in_steps(call.head_dim, WeighStep<kPair, V>{(const uint32_t*)scores, values, words, decay, out});
+    }
+    give();
+  }
+
+  const T* query_row(int64_t row) const {
+    return (const T*)call.query + token_of(row) * call.query_token + head_of(row) * call.query_head;
+  }
+
+  int64_t token_of(int64_t row) const { return call.starts[seq] + row / call.groups(); }
+  int64_t head_of(int64_t row) const { return kv_head * call.groups() + row % call.groups(); }
+
+  void take_queries() {
+    alignas(64) float floats[kLanes][kInPlace<T> ? 1 : kMaxHeadDim];
+    for (int v = 0; v < V; ++v) {
+      const uint32_t* rows[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const T* row = query_row(std::min<int64_t>(first + v * kLanes + i, first + count - 1));
+        if constexpr (kInPlace<T>) {
+          rows[i] = (const uint32_t*)row;
+        } else {
+          to_floats(row, call.head_dim, floats[i]);
+          rows[i] = (const uint32_t*)floats[i];
+        }
+      }
+      for (int64_t d = 0; d < depth; d += kLanes) {
+        const int64_t num = std::min<int64_t>(kLanes, depth - d);
+        Words block[kLanes];
+        for (int i = 0; i < kLanes; ++i)
+          block[i] = num == kLanes ? load<Words>(rows[i] + d) : load_some<Words>(rows[i] + d, num);
+        transpose(block);
+        for (int64_t i = 0; i < num; ++i) store(block[i], queries + ((d + i) * V + v) * kLanes);
+      }
+    }
+  }
+
+  void take_keys(int64_t key, int64_t num) {
+    call.locate(seq, key, num, offsets);
+    const T* from = (const T*)call.cache + kv_head * call.head_dim;
+    for (int64_t i = 0; i < num; ++i) {
+      if constexpr (kInPlace<T>) {
+        keys[i] = (const uint32_t*)(from + offsets[i]);
+      } else {
+        float* row = converted + i * call.head_dim;
+        to_floats(from + offsets[i], call.head_dim, row);
+        keys[i] = (const uint32_t*)row;
+      }
+    }
+  }
+
+  // Returns how many words each dimension has: one per key, or per pair of keys.
+  int64_t take_values(int64_t num) {
+    const T* from = (const T*)call.cache + call.values() + kv_head * call.head_dim;
+    const int64_t dim = call.head_dim;
+    if constexpr (kPair) {
+      for (int64_t i = 0; i < num; i += 2) {
+        const uint16_t* a = (const uint16_t*)(from + offsets[i]);
+        const uint16_t* b = i + 1 < num ? (const uint16_t*)(from + offsets[i + 1]) : nullptr;
+        uint32_t* row = pairs + i / 2 * dim;
+        if (b != nullptr)
+          for (int64_t d = 0; d < dim; ++d) row[d] = (uint32_t)a[d] | (uint32_t)b[d] << 16;
+        else
+          for (int64_t d = 0; d < dim; ++d) row[d] = a[d];
+        values[i / 2] = row;
+      }
+      return (num + 1) / 2;
+    } else {
+      for (int64_t i = 0; i < num; ++i) {
+        if constexpr (kInPlace<T>) {
+          values[i] = (const uint32_t*)(from + offsets[i]);
+        } else {
+          float* row = converted + (kTileKeys + i) * dim;
+          to_floats(from + offsets[i], dim, row);
+          values[i] = (const uint32_t*)row;
+        }
+      }
+      return num;
+    }
+  }
+
+  // Makes weights of scores; pairs of keys, where they are paired, share a word.
+  void soften(int64_t key, int64_t num, bool masked) {
+    const Floats scale = all((float)call.scale);
+    const Ints window = Ints{} + (int32_t)(call.window ? call.window : INT32_MAX);
+    Floats most[V];
+    for (int v = 0; v < V; ++v) most[v] = top[v];
+    for (int64_t k = 0; k < num; ++k) {
+      for (int v = 0; v < V; ++v) {
+        float* at = scores + (k * V + v) * kLanes;
+        Floats s = load(at) * scale;
+        if (call.softcap != 0) s = hyperbolic_tangent(s * (float)(1 / call.softcap)) * (float)call.softcap;
+        if (masked) {
+          const Ints distance = positions[v] - (int32_t)(key + k);
+          s = (distance >= 0) & (distance < window) ? s : all(-INFINITY);
+        }
+        most[v] = larger(s, most[v]);
+        store(s, at);
+      }
+    }
+    for (int v = 0; v < V; ++v) {
+      decay[v] = exponential(top[v] - most[v]);
+      top[v] = most[v];
+      total[v] *= decay[v];
+    }
+    if constexpr (kPair) {
+      if (num % 2)
+        for (int v = 0; v < V; ++v) store(all(-INFINITY), scores + (num * V + v) * kLanes);
+      for (int64_t k = 0; k < num; k += 2) {
+        for (int v = 0; v < V; ++v) {
+          const Floats a = exponential(load(scores + (k * V + v) * kLanes) - most[v]);
+          const Floats b = exponential(load(scores + ((k + 1) * V + v) * kLanes) - most[v]);
+          total[v] += a + b;
+          store(pairs_of(a, b), scores + (k / 2 * V + v) * kLanes);
+        }
+      }
+    } else {
+      for (int64_t k = 0; k < num; ++k) {
+        for (int v = 0; v < V; ++v) {
+          float* at = scores + (k * V + v) * kLanes;
+          const Floats a = exponential(load(at) - most[v]);
+          total[v] += a;
+          store(a, at);
+        }
+      }
+    }
+  }
+
+  void give() {
+    const int64_t dim = call.head_dim;
+    for (int v = 0; v < V && v * kLanes < count; ++v) {
+      const int64_t row = first + v * kLanes, num_rows = std::min<int64_t>(kLanes, count - v * kLanes);
+      const Floats factor = factors(v);
+      for (int64_t d = 0; d < dim; d += kLanes) {
+        const int64_t num = std::min<int64_t>(kLanes, dim - d);
+        Words block[kLanes] = {};
+        for (int64_t i = 0; i < num; ++i) block[i] = (Words)(load(out + ((d + i) * V + v) * kLanes) * factor);
+        transpose(block);
+        for (int64_t i = 0; i < num_rows; ++i) {
+          T* to = (T*)call.out + (token_of(row + i) * call.num_heads + head_of(row + i)) * dim + d;
+          alignas(64) float floats[kLanes];
+          store(block[i], floats);
+          if (num == kLanes)
+            for (int j = 0; j < kLanes; ++j) from_float(floats[j], to[j]);
+          else
+            for (int64_t j = 0; j < num; ++j) from_float(floats[j], to[j]);
+        }
+      }
+    }
+  }
+
+  // What to multiply sums with: one over the weights' sum, to which the sink counts.
+  Floats factors(int v) const {
+    if (call.sinks == nullptr) return 1.f / total[v];
+    Floats sink;
+    for (int i = 0; i < kLanes; ++i) sink[i] = to_float(((const T*)call.sinks)[head_of(first + v * kLanes + i)]);
+    const Floats most = larger(sink, top[v]), factor = exponential(top[v] - most);
+    return factor / (total[v] * factor + exponential(sink - most));
+  }
+};
+
+constexpr int kTileRows = kRowVectors * kLanes;
+
+template <class T>
+void prefill(const Call& call, int64_t seq, int64_t kv_head, int64_t first, int64_t count) {
+  if (count <= kLanes) return Rows<T, 1>(call, seq, kv_head, first, count).run();
+  Rows<T, kRowVectors>(call, seq, kv_head, first, count).run();
+}
+
+}  // namespace piecework

@@ -1,0 +1,61 @@
+"""The native kernels: which operators each of them is for, what it is built from, and how a built one is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from piecework.errors import BundleError
+from piecework.ops.attention import ATTENTION_OP
+from piecework.ops.layer_attention import LAYER_ATTENTION_OP, LayerAttention
+from piecework.providers.cpu_attention import kernel as cpu_attention
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A native kernel.
+
+    Attributes:
+        name: which one; a bundle's plan says it.
+        operators: what it implements, as "namespace::name".
+        main: the C++ file to compile; what it includes lies beside it.
+        dtypes: element types that it can be built for, each with a macro: PIECEWORK_FLOAT32 …
+    """
+
+    name: str
+    operators: frozenset[str]
+    main: Path
+    dtypes: tuple[str, ...]
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """Return the files that it is built from, sorted."""
+        return tuple(sorted(p for p in self.main.parent.iterdir() if p.suffix in {".cpp", ".h"}))
+
+
+CPU_ATTENTION: Final = Kernel(
+    name="cpu_attention",
+    operators=frozenset({ATTENTION_OP, LAYER_ATTENTION_OP}),
+    main=cpu_attention.SOURCES / "attention.cpp",
+    dtypes=cpu_attention.DTYPES,
+)
+KERNELS: Final = (CPU_ATTENTION,)
+
+
+def open_kernel(name: str, library: Path) -> Mapping[str, Callable[..., Any]]:
+    """Open a built kernel; returns its implementations of operators by "namespace::name".
+
+    Raises BundleError where it can't be used here; then the operators' own implementations can.
+    """
+    try:
+        if name == CPU_ATTENTION.name:
+            attention = cpu_attention.CpuAttention(library)
+            return {ATTENTION_OP: attention, LAYER_ATTENTION_OP: LayerAttention(attention, attention.attend)}
+        found = "this piecework knows no kernel of that name"
+    except (OSError, AttributeError) as error:
+        found = str(error)
+    raise BundleError(
+        asked=f"open the kernel {name}", found=found, try_="compile the model again with this version of piecework"
+    )
