@@ -18,6 +18,7 @@ from typing import final
 from piecework.engine.engine import Engine, EngineStats, Runner, TokenOutput
 from piecework.engine.request import GenerationRequest, SequenceKey
 from piecework.errors import EngineError, PieceworkError
+from piecework.foundation.process import release_idle_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class AsyncEngine:
         self._stopping = False
         self._ended = False
         self._error: BaseException | None = None
+        release_idle_threads()  # the calling thread has loaded the model; from now on this one computes
         self._thread = threading.Thread(target=self._serve, name="piecework-engine", daemon=True)
         self._thread.start()
         # a daemon is cut off in the middle of a step when the process ends; this lets it finish the step first
