@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from piecework.engine.profile_options import DEFAULT_STEPS, ProfileOptions
 from piecework.errors import PieceworkError
 from piecework.foundation.environment import read_environment
 from piecework.foundation.process import keep_freed_memory, seconds_since_start
@@ -52,6 +53,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     log = parser.add_argument_group("logging, on stderr")
     log.add_argument("--log-requests", action="store_true", help="log every request")
     log.add_argument("--json", action="store_true", help="log JSON objects, one a line")
+    profile = parser.add_argument_group("profiling")
+    profile.add_argument(
+        "--profile", type=Path, metavar="DIR", help="write a torch profiler trace of the first forwards into DIR"
+    )
+    profile.add_argument(
+        "--profile-steps",
+        type=_positive,
+        default=DEFAULT_STEPS,
+        metavar="N",
+        help="forwards in the trace (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -140,6 +152,7 @@ def _model_options(args: argparse.Namespace) -> ModelOptions:
         while_compiling=WhileCompiling(args.while_compiling),
         bundle=args.bundle,
         random_weights=args.random_weights,
+        profile=None if args.profile is None else ProfileOptions(args.profile, steps=args.profile_steps),
     )
 
 

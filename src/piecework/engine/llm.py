@@ -13,10 +13,11 @@ from typing import Any, cast, final
 from piecework.engine.async_engine import AsyncEngine
 from piecework.engine.bundles import find_or_compile
 from piecework.engine.completion import Completion, CompletionText
-from piecework.engine.engine import EngineConfig, EngineStats, engine_for
+from piecework.engine.engine import EngineConfig, EngineStats, Runner, engine_for
 from piecework.engine.kv_memory import read_memory
 from piecework.engine.loading import CacheSize, num_blocks_for_cache, open_weights
 from piecework.engine.output import TextDelta
+from piecework.engine.profile_options import ProfileOptions
 from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
 from piecework.engine.tokenizer import Tokenizer, load_tokenizer
@@ -25,7 +26,7 @@ from piecework.foundation.environment import read_environment
 from piecework.foundation.process import keep_freed_memory
 from piecework.models.bundle_key import DEFAULT_MAX_TOKENS
 from piecework.models.config import read_config
-from piecework.runtime import load
+from piecework.runtime import LoadedModel, load
 from piecework.store.bundle import Bundle, open_bundle
 from piecework.store.directory_store import DirectoryStore
 from piecework.store.facts import config_fact, require
@@ -53,7 +54,8 @@ class LLM:
         prefix_caching: whether a prompt's beginning is taken from the KV cache where it is there.
         bundle: use this one instead of the store's.
         random_weights: a seed for random weights; the directory then needs no safetensors.
-        on_note: is told what happens to bundles, such as that one is being compiled.
+        profile: write a torch profiler trace of some forwards, with pieces and layers by name.
+        on_note: is told what happens to bundles, such as that one is being compiled, and where a trace was written.
 
     Raises UnsupportedModelError, BundleError, WeightsError, CompileError, CapacityError.
     """
@@ -71,6 +73,7 @@ class LLM:
         prefix_caching: bool = True,
         bundle: str | Path | None = None,
         random_weights: int | None = None,
+        profile: ProfileOptions | None = None,
         on_note: Callable[[str], None] = lambda _: None,
     ) -> None:
         keep_freed_memory()
@@ -102,7 +105,8 @@ class LLM:
             prefix_caching=prefix_caching,
         )
         model = load(opened, weights=open_weights(config.path, plan, random_seed=random_weights), check_facts=False)
-        engine = engine_for(model, engine_config, model_config=config, tokenizer=self._tokenizer)
+        runner = model if profile is None else _profiled(model, profile, on_note=on_note)
+        engine = engine_for(runner, engine_config, model_config=config, tokenizer=self._tokenizer)
         self._bundle = opened
         self._engine = AsyncEngine(engine)
         self._numbers = itertools.count()
@@ -189,6 +193,12 @@ class LLM:
         tokens = self._tokenizer.encode(prompt) if self._tokenizer and isinstance(prompt, str) else prompt
         made = tuple(cast("Sequence[int]", tokens))
         return GenerationRequest(f"llm-{next(self._numbers)}", made, params, time.monotonic())
+
+
+def _profiled(model: LoadedModel, options: ProfileOptions, *, on_note: Callable[[str], None]) -> Runner:
+    from piecework.engine.profiling import profiled  # noqa: PLC0415  only who profiles pays for it
+
+    return profiled(model, options, on_note=on_note)
 
 
 def _pair(

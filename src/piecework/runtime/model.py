@@ -56,6 +56,7 @@ class LoadedModel:
         self._forms = forms
         self._programs: list[tuple[int, int, list[Any]]] = []
         self._checks = _size_checks(plan)
+        self._labels: Sequence[str] | None = None
         self._device = next((i.device for i in plan.inputs if i.device not in ("", "cpu")), None)
         self._tensors = _tensor_checks(plan)
         if not plan.states:
@@ -131,6 +132,12 @@ class LoadedModel:
         self._constants = ()
         self._owned = None
 
+    def label_steps(self, labels: Sequence[str] | None) -> None:
+        """Name the plan's steps in torch profiler's traces, a label for each; None, as it begins, costs nothing."""
+        self._labels = labels
+        if self._states is not None:
+            self._prepare()
+
     def _run(self, values: list[Any]) -> list[torch.Tensor]:
         sizes = self._sizes(values)
         if self._device is not None:
@@ -160,13 +167,20 @@ class LoadedModel:
             (
                 form.min,
                 form.max,
-                [
-                    _piece_call(s, form.runs[s.instance]) if isinstance(s, PieceStep) else ops[i]
-                    for i, s in enumerate(self.plan.steps)
-                ],
+                self._labelled(
+                    [
+                        _piece_call(s, form.runs[s.instance]) if isinstance(s, PieceStep) else ops[i]
+                        for i, s in enumerate(self.plan.steps)
+                    ]
+                ),
             )
             for form in self._forms
         ]
+
+    def _labelled(self, calls: list[Any]) -> list[Any]:
+        if self._labels is None:
+            return calls
+        return [_labelled_call(call, label) for call, label in zip(calls, self._labels, strict=True)]
 
     def _op(self, step: OpStep) -> Callable[[list[Any], Mapping[str, int]], None]:
         assert self._states is not None
@@ -322,6 +336,14 @@ def _piece_call(step: PieceStep, run: Run) -> Callable[[list[Any], Mapping[str, 
             slots[slot] = value
 
     return call
+
+
+def _labelled_call(call: Callable[..., None], label: str) -> Callable[[list[Any], Mapping[str, int]], None]:
+    def labelled(slots: list[Any], sizes: Mapping[str, int]) -> None:
+        with torch.profiler.record_function(label):
+            call(slots, sizes)
+
+    return labelled
 
 
 def _size_checks(plan: Plan) -> list[tuple[int, int, int | str, PlanInput]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from piecework.engine.engine import Engine, EngineConfig, engine_for
+from piecework.engine.engine import Engine, EngineConfig, Runner, engine_for
 from piecework.engine.kv_memory import read_memory
 from piecework.engine.loading import CacheSize, num_blocks_for_cache, open_weights
 from piecework.engine.tokenizer import Tokenizer
@@ -44,8 +45,18 @@ def load_model(bundle: Bundle, options: ModelOptions, *, status: ServerStatus) -
     return Loaded(model, num_blocks)
 
 
-def make_engine(loaded: Loaded, options: ModelOptions, *, tokenizer: Tokenizer, status: ServerStatus) -> Engine:
-    """Return an engine for a loaded model; its KV cache is allocated here. Raises CapacityError."""
+def make_engine(
+    loaded: Loaded,
+    options: ModelOptions,
+    *,
+    tokenizer: Tokenizer,
+    status: ServerStatus,
+    on_note: Callable[[str], None] = lambda _: None,
+) -> Engine:
+    """Return an engine for a loaded model; its KV cache is allocated here. Raises CapacityError.
+
+    `on_note` is told where a profile was written.
+    """
     sizes = loaded.model.plan.sizes
     most_seqs = sizes["seqs"][1]
     engine_config = EngineConfig(
@@ -54,5 +65,10 @@ def make_engine(loaded: Loaded, options: ModelOptions, *, tokenizer: Tokenizer, 
         max_seqs=most_seqs if options.max_seqs is None else min(options.max_seqs, most_seqs),
         prefix_caching=options.prefix_caching,
     )
+    runner: Runner = loaded.model
+    if options.profile is not None:
+        from piecework.engine.profiling import profiled  # noqa: PLC0415  only who profiles pays for it
+
+        runner = profiled(loaded.model, options.profile, on_note=on_note)
     with status.phase("KV cache"):
-        return engine_for(loaded.model, engine_config, model_config=options.config, tokenizer=tokenizer)
+        return engine_for(runner, engine_config, model_config=options.config, tokenizer=tokenizer)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from piecework.engine.profile_options import ProfileOptions
 from piecework.models.config import ModelConfig
 
 
@@ -32,6 +33,7 @@ class ModelOptions:
         while_compiling: see WhileCompiling.
         bundle: use this one instead of the store's.
         random_weights: a seed; the directory then needs no safetensors.
+        profile: which forwards of the model that serves first are profiled; None for none.
     """
 
     config: ModelConfig
@@ -45,3 +47,4 @@ class ModelOptions:
     while_compiling: WhileCompiling = WhileCompiling.WAIT
     bundle: Path | None = None
     random_weights: int | None = None
+    profile: ProfileOptions | None = None

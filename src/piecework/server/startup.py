@@ -199,7 +199,9 @@ class ModelStart:
         from piecework.server.loading import load_model, make_engine  # noqa: PLC0415
 
         loaded = load_model(found.bundle, self._options, status=self._status)
-        engine = AsyncEngine(make_engine(loaded, self._options, tokenizer=tokenizer, status=self._status))
+        engine = AsyncEngine(
+            make_engine(loaded, self._options, tokenizer=tokenizer, status=self._status, on_note=self._note)
+        )
         with self._mutex:
             self._engine = engine
         longest = min(self._options.config.max_positions, loaded.num_blocks * DEFAULT_BLOCK_SIZE)

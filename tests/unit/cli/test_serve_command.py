@@ -12,6 +12,7 @@ import pytest
 
 from piecework.cli.main import main, make_parser
 from piecework.cli.serve import _model_options, _settings, _size
+from piecework.engine.profile_options import ProfileOptions
 from piecework.server.options import WhileCompiling
 from tests.unit.models.tiny import write_config
 
@@ -67,6 +68,14 @@ def test_options_arrive(model_dir: Path) -> None:
     limits = settings.limits
     assert (limits.concurrent_requests, limits.body_bytes, limits.prompt_tokens, limits.n) == (7, 1000, 5, 2)
     assert (limits.prompts, limits.logprobs, limits.retry_after_s, limits.drain_s) == (4, 6, 9, 0.5)
+
+
+def test_profiling(model_dir: Path) -> None:
+    assert _model_options(_parse(str(model_dir))).profile is None
+    options = _model_options(_parse(str(model_dir), "--profile", "there", "--profile-steps", "5"))
+    assert options.profile == ProfileOptions(Path("there"), steps=5)
+    with pytest.raises(SystemExit):
+        _parse(str(model_dir), "--profile", "there", "--profile-steps", "0")
 
 
 def test_the_key_may_come_from_the_environment(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import operator
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -204,3 +207,22 @@ def test_the_interface_that_wrappers_repeat_is_there() -> None:
 
 def test_settings_of_inductor_are_plain_values() -> None:
     assert "max_autotune" in torch_private.inductor_settings()
+
+
+def test_a_profiler_of_all_threads_may_be_stopped_by_another(tmp_path: Path) -> None:
+    profiler = torch_private.thread_wide_profiler()
+
+    def work() -> None:
+        profiler.start()
+        with torch.profiler.record_function("what the thread does"):
+            torch.ones(3).sum()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    with torch.profiler.record_function("what this one does"):
+        torch.ones(3).sum()
+    profiler.stop()
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    names = {event["name"] for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
+    assert {"what the thread does", "what this one does"} <= names

@@ -53,6 +53,7 @@ from piecework.foundation.torch_private.operators import (
     single_overload,
     storage_key,
 )
+from piecework.foundation.torch_private.profiling import thread_wide_profiler
 from piecework.foundation.torch_private.standalone import (
     ambient_mode,
     compile_standalone,
@@ -129,6 +130,7 @@ __all__ = [
     "stand_in",
     "stock_inductor",
     "storage_key",
+    "thread_wide_profiler",
     "trace",
     "trusted_instructions",
     "uses_custom_passes",
