@@ -14,10 +14,11 @@ from enum import Enum
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
 
 from piecework.ops.forward_context import layer_state
 from piecework.ops.layer import LayerNameType
+from piecework.ops.moe_experts import gated_mlp, moe_experts
 from piecework.ops.opaque_op import opaque_op
 
 
@@ -105,25 +106,9 @@ def _moe_forward_shared_fake(hidden: Tensor, router_logits: Tensor, layer: Layer
 
 
 def routed_experts(hidden: Tensor, router_logits: Tensor, weights: MoeWeights) -> Tensor:
-    """Send tokens [T, H] through the experts that `router_logits` [T, E] choose: [T, H].
-
-    Tokens are sorted by expert, so that each expert in use is one matrix product; how many tokens each has is asked of
-    the device once.
-    """
+    """Send tokens [T, H] through the experts that `router_logits` [T, E] choose: [T, H]."""
     factors, experts = choose_experts(router_logits, weights)
-    order = experts.flatten().argsort(stable=True)
-    counts = experts.flatten().bincount(minlength=weights.gate_up.shape[0]).tolist()
-    rows = hidden.index_select(0, order // weights.top_k)
-    results = torch.empty_like(rows)
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            part = slice(start, start + count)
-            results[part] = _mlp(rows[part], weights.gate_up[expert], weights.down[expert])
-            start += count
-    # back to the order of tokens, so that each token's sum has the same order whatever the batch
-    by_token = torch.empty_like(results).index_copy_(0, order, results).view(*experts.shape, hidden.shape[1])
-    return torch.bmm(factors.unsqueeze(1), by_token.float()).squeeze(1).to(hidden.dtype)
+    return moe_experts.function(hidden, experts, factors, weights.gate_up, weights.down)
 
 
 def choose_experts(router_logits: Tensor, weights: MoeWeights) -> tuple[Tensor, Tensor]:
@@ -138,10 +123,5 @@ def choose_experts(router_logits: Tensor, weights: MoeWeights) -> tuple[Tensor, 
 
 def shared_experts(hidden: Tensor, weights: SharedMoeWeights) -> Tensor:
     """Send tokens [T, H] through the shared experts, and their gate where there is one: [T, H]."""
-    result = _mlp(hidden, weights.gate_up, weights.down)
+    result = gated_mlp(hidden, weights.gate_up, weights.down)
     return result if weights.gate is None else torch.sigmoid(linear(hidden, weights.gate)) * result
-
-
-def _mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    gate, up = linear(x, gate_up).chunk(2, dim=-1)
-    return linear(silu(gate) * up, down)
