@@ -108,7 +108,8 @@ def _moe_forward_shared_fake(hidden: Tensor, router_logits: Tensor, layer: Layer
 def routed_experts(hidden: Tensor, router_logits: Tensor, weights: MoeWeights) -> Tensor:
     """Send tokens [T, H] through the experts that `router_logits` [T, E] choose: [T, H]."""
     factors, experts = choose_experts(router_logits, weights)
-    return moe_experts.function(hidden, experts, factors, weights.gate_up, weights.down)
+    result: Tensor = moe_experts.function(hidden, experts, factors, weights.gate_up, weights.down)
+    return result
 
 
 def choose_experts(router_logits: Tensor, weights: MoeWeights) -> tuple[Tensor, Tensor]:
