@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Final
 
 from piecework.bench.measurements import Key, Row
@@ -18,21 +19,41 @@ _OVER_IMPORT_S: Final = 0.7
 _STEP_TO_TORCH: Final = 1.0
 _BUNDLE_GROWTH: Final = 1.1
 _RSS_MB: Final = 60.0
+_VLLM: Final = "vllm"
+_THROUGHPUT_TO_VLLM: Final = 1.0
+_THROUGHPUT_AIM: Final = 1.2
+_ONE_REQUEST_TO_VLLM: Final = 1.2
+_FIRST_TOKEN_TO_VLLM: Final = 0.2
+
+
+class Bound(Enum):
+    """Which side of its limit a value shall be on."""
+
+    AT_MOST = "≤"
+    AT_LEAST = "≥"
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A goal for the row of `key`: `text` says what is held against `limit`, `value` is what it is."""
+    """A goal for the row of `key`: `text` says what is held against `limit`, `value` is what it is.
+
+    `aim` is a limit that would be better still.
+    """
 
     key: Key
     text: str
     value: float
     limit: float
+    bound: Bound = Bound.AT_MOST
+    aim: float | None = None
 
     @property
     def met(self) -> bool:
         """Whether the value is within the limit."""
-        return self.value <= self.limit
+        return self._reaches(self.limit)
+
+    def _reaches(self, limit: float) -> bool:
+        return self.value <= limit if self.bound is Bound.AT_MOST else self.value >= limit
 
     def to_json(self) -> dict[str, object]:
         """Return the goal as a JSON object."""
@@ -42,12 +63,17 @@ class Goal:
             "goal": self.text,
             **{name: value for name, value in where.items() if value is not None},
             "value": round(self.value, 4),
+            "bound": self.bound.name.lower(),
             "limit": self.limit,
             "met": self.met,
+            **({} if self.aim is None else {"aim": self.aim, "aim_met": self._reaches(self.aim)}),
         }
 
     def __str__(self) -> str:
-        return f"{self.text} = {self.value:.3g} (≤ {self.limit:g}: {'met' if self.met else 'MISSED'})"
+        text = f"{self.text} = {self.value:.3g} ({self.bound.value} {self.limit:g}: {'met' if self.met else 'MISSED'}"
+        if self.aim is not None:
+            text += f"; aim {self.aim:g}: {'met' if self._reaches(self.aim) else 'missed'}"
+        return text + ")"
 
 
 def check_goals(rows: Iterable[Row]) -> tuple[Goal, ...]:
@@ -56,6 +82,25 @@ def check_goals(rows: Iterable[Row]) -> tuple[Goal, ...]:
     ours = [key for key in known if key.system == _OURS]
     layers = sorted({key.layers for key in ours})
     return tuple(goal for key in ours for goal in _goals_of(key, known, layers))
+
+
+def check_throughput_goals(rows: Iterable[Row]) -> tuple[Goal, ...]:
+    """Return the goals of `bench throughput`, each a ratio to vLLM's figure of the same run."""
+    known = {row.key: row.value for row in rows}
+    made = []
+    for key, value in known.items():
+        peer = known.get(replace(key, system=_VLLM))
+        if key.system != _OURS or not peer:
+            continue
+        text, ratio = f"{key.metric} ÷ {_VLLM}'s", value / peer
+        match key.metric:
+            case "output_tok_s":
+                made.append(Goal(key, text, ratio, _THROUGHPUT_TO_VLLM, Bound.AT_LEAST, aim=_THROUGHPUT_AIM))
+            case "one_request_tok_s":
+                made.append(Goal(key, text, ratio, _ONE_REQUEST_TO_VLLM, Bound.AT_LEAST))
+            case "first_token_s":
+                made.append(Goal(key, text, ratio, _FIRST_TOKEN_TO_VLLM))
+    return tuple(made)
 
 
 def _goals_of(key: Key, known: Mapping[Key, float], layers: Sequence[int]) -> Iterator[Goal]:

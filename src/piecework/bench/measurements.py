@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-_UNITS: Final = {"_s": "s", "_ms": "ms", "_us": "µs", "_mb": "MiB"}
+_UNITS: Final = {"_tok_s": "tokens/s", "_s": "s", "_ms": "ms", "_us": "µs", "_mb": "MiB"}
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with what is being measured, how many processes are done, and how many there are (0 where nobody knows)."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,15 @@ class Row:
         row |= {"value": _rounded(self.value), "unit": key.unit, "n": self.n}
         row |= {"min": _rounded(self.min), "max": _rounded(self.max)}
         return row | ({"note": self.note} if self.note else {})
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The rows, what is remarkable about them, and the names of systems of which a cell failed."""
+
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+    failed: frozenset[str]
 
 
 def summarise(samples: Iterable[Sample]) -> tuple[Row, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from piecework.bench.launch import CellError, Launcher
-from piecework.bench.measurements import Row, Sample, summarise
+from piecework.bench.measurements import Measured, OnProgress, Sample, summarise
 from piecework.bench.synthetic import ModelShape, write_llama
 from piecework.bench.systems.base import Case, Phase, System
 from piecework.bench.systems.modules import Compiled, Eager
@@ -18,8 +18,6 @@ from piecework.bench.systems.vllm import Peers, Vllm
 
 SYSTEMS: Final = ("piecework", "torch_compile", "torch_regional", "eager", "vllm")
 _VLLM_DTYPE: Final = "bfloat16"
-
-OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -66,16 +64,7 @@ class Cell:
         return f"{self.phase.value}: {self.system.name}, {self.case}{batch}"
 
 
-@dataclass(frozen=True)
-class StartupResult:
-    """The rows, what is remarkable about them, and the names of systems of which a cell failed."""
-
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...]
-    failed: frozenset[str]
-
-
-def measure_startup(settings: StartupSettings, *, on_progress: OnProgress) -> StartupResult:
+def measure_startup(settings: StartupSettings, *, on_progress: OnProgress) -> Measured:
     """Measure everything; takes minutes to hours, and the machine to itself. Leaves nothing behind.
 
     Args:
@@ -141,7 +130,7 @@ def schedule(
                             yield Cell(system, phase, case, batch)
 
 
-def run_cells(cells: Sequence[Cell], *, on_progress: OnProgress) -> StartupResult:
+def run_cells(cells: Sequence[Cell], *, on_progress: OnProgress) -> Measured:
     """Run cells one after the other. A system that fails with a model is not tried with it again."""
     samples: list[Sample] = []
     notes: list[str] = []
@@ -155,7 +144,7 @@ def run_cells(cells: Sequence[Cell], *, on_progress: OnProgress) -> StartupResul
         except CellError as error:
             failed.add((cell.system.name, cell.case))
             notes.append(f"{cell} failed: {error.found}")
-    return StartupResult(summarise(samples), tuple(notes), frozenset(name for name, _ in failed))
+    return Measured(summarise(samples), tuple(notes), frozenset(name for name, _ in failed))
 
 
 def _write_models(root: Path, settings: StartupSettings) -> list[Case]:

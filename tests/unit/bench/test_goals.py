@@ -1,6 +1,6 @@
 import pytest
 
-from piecework.bench.goals import check_goals
+from piecework.bench.goals import check_goals, check_throughput_goals
 from piecework.bench.measurements import Key, Row
 
 
@@ -73,6 +73,7 @@ def test_goals_as_json() -> None:
         "layers": 80,
         "dtype": "bfloat16",
         "value": 12.3457,
+        "bound": "at_most",
         "limit": 60.0,
         "met": True,
     }
@@ -80,3 +81,42 @@ def test_goals_as_json() -> None:
 
 def test_no_goals_for_others() -> None:
     assert check_goals([row("vllm", 80, "load_ms", 1.0), row("eager", 80, "first_token_s", 9.0)]) == ()
+
+
+def test_throughput_is_held_against_vllm_in_the_same_run() -> None:
+    rows = [
+        row("piecework", 12, "output_tok_s", 110.0, batch=32),
+        row("vllm", 12, "output_tok_s", 100.0, batch=32),
+        row("piecework", 12, "total_tok_s", 330.0, batch=32),
+        row("vllm", 12, "total_tok_s", 300.0, batch=32),
+        row("piecework", 12, "one_request_tok_s", 119.0, batch=1),
+        row("vllm", 12, "one_request_tok_s", 100.0, batch=1),
+        row("piecework", 12, "first_token_s", 2.0),
+        row("vllm", 12, "first_token_s", 10.0),
+        row("piecework", 12, "cold_s", 99.0),
+        row("vllm", 12, "cold_s", 1.0),
+    ]
+    goals = check_throughput_goals(rows)
+    assert [str(goal) for goal in goals] == [
+        "output_tok_s ÷ vllm's = 1.1 (≥ 1: met; aim 1.2: missed)",
+        "one_request_tok_s ÷ vllm's = 1.19 (≥ 1.2: MISSED)",
+        "first_token_s ÷ vllm's = 0.2 (≤ 0.2: met)",
+    ]
+    assert goals[0].to_json() == {
+        "goal": "output_tok_s ÷ vllm's",
+        "layers": 12,
+        "dtype": "bfloat16",
+        "batch": 32,
+        "value": 1.1,
+        "bound": "at_least",
+        "limit": 1.0,
+        "met": True,
+        "aim": 1.2,
+        "aim_met": False,
+    }
+
+
+def test_throughput_without_vllm_has_no_goals() -> None:
+    assert check_throughput_goals([row("piecework", 12, "output_tok_s", 1.0, batch=32)]) == ()
+    other = row("vllm", 12, "output_tok_s", 1.0, batch=8)
+    assert check_throughput_goals([row("piecework", 12, "output_tok_s", 1.0, batch=32), other]) == ()

@@ -79,7 +79,7 @@ def test_a_failed_warm_up_is_a_note() -> None:
 
 def test_systems_of_the_settings(tmp_path: Path) -> None:
     launcher = Launcher(tmp_path)
-    peers = Peers(Path("python"), "1", Path("script"))
+    peers = Peers(Path("python"), "1", Path("script"), Path("root"))
     assert [system.name for system in make_systems(StartupSettings(peers=peers), launcher)] == list(SYSTEMS)
     assert [system.name for system in make_systems(StartupSettings(), launcher)] == list(SYSTEMS[:-1])
     chosen = StartupSettings(systems=("eager", "piecework"))
@@ -103,7 +103,7 @@ def test_systems_of_the_settings(tmp_path: Path) -> None:
     ],
 )
 def test_rounds(name: str, phase: Phase, rounds: int, tmp_path: Path) -> None:
-    settings = StartupSettings(systems=(name,), peers=Peers(Path("python"), "1", Path("script")))
+    settings = StartupSettings(systems=(name,), peers=Peers(Path("python"), "1", Path("script"), Path("root")))
     (system,) = make_systems(settings, Launcher(tmp_path))
     taken = [system.takes_part(phase, round_number=number, dtype="bfloat16") for number in range(4)]
     assert sum(taken) == rounds
@@ -111,7 +111,7 @@ def test_rounds(name: str, phase: Phase, rounds: int, tmp_path: Path) -> None:
 
 
 def test_vllm_is_measured_in_one_dtype(tmp_path: Path) -> None:
-    peers = Peers(Path("python"), "1", Path("script"))
+    peers = Peers(Path("python"), "1", Path("script"), Path("root"))
     for dtypes, expected in ((("float32", "bfloat16"), "bfloat16"), (("float32",), "float32")):
         (system,) = make_systems(StartupSettings(dtypes=dtypes, systems=("vllm",), peers=peers), Launcher(tmp_path))
         taking = [d for d in dtypes if system.takes_part(Phase.COLD, round_number=0, dtype=d)]

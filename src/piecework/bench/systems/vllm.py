@@ -25,24 +25,25 @@ _VERSION: Final = (
 
 @dataclass(frozen=True)
 class Peers:
-    """An installed vLLM: its Python, its version, and the script that measures it."""
+    """An installed vLLM: its Python, its version, the script that measures it, and where all of it lies."""
 
     python: Path
     version: str
     script: Path
+    root: Path
 
 
-def find_peers(root: Path, *, scripts: Path) -> Peers | str:
-    """Return the vLLM under `root` (`v/bin/python`), measured by the scripts of a folder, or why there is none."""
-    script, python = scripts / SCRIPT, root / "v" / "bin" / "python"
+def find_peers(root: Path, *, scripts: Path, name: str = SCRIPT) -> Peers | str:
+    """Return the vLLM under `root` (`v/bin/python`), measured by a script of a folder, or why there is none."""
+    script, python = scripts / name, root / "v" / "bin" / "python"
     if not script.is_file():
-        return f"no {SCRIPT} in {scripts.name or scripts}"
+        return f"no {name} in {scripts.name or scripts}"
     if not python.exists():
         return "not installed where PEERS_ROOT says; setup.sh beside the scripts installs it"
     done = subprocess.run([str(python), "-c", _VERSION], capture_output=True, text=True, check=False)
     if done.returncode:
         return "PEERS_ROOT has no vllm package; setup.sh beside the scripts installs it"
-    return Peers(python, done.stdout.strip(), script.resolve())
+    return Peers(python, done.stdout.strip(), script.resolve(), root)
 
 
 @final
@@ -58,7 +59,7 @@ class Vllm(System):
         """Import vLLM once."""
         caches = self._launcher.caches("warm-up-vllm", fresh=True)
         command = [str(self._peers.python), "-c", "from vllm import LLM"]
-        self._launcher.run(command, variables=_variables(caches), prints=False)
+        self._launcher.run(command, variables=vllm_variables(caches), prints=False)
 
     def measure(self, phase: Phase, case: Case, *, batch: int) -> list[Sample]:
         """Measure a phase. Raises CellError."""
@@ -66,7 +67,9 @@ class Vllm(System):
         caches = self._launcher.caches(f"vllm/{case.layers}-{case.dtype}", fresh=cold)
         command = [str(self._peers.python), str(self._peers.script), "--model", str(case.model)]
         command += ["--layers", str(case.layers), "--mode", "piecewise", "--aot", "1", "--dtype", case.dtype]
-        figures = self._launcher.run([*command, *(["--cold"] if cold else [])], variables=_variables(caches)).figures
+        figures = self._launcher.run(
+            [*command, *(["--cold"] if cold else [])], variables=vllm_variables(caches)
+        ).figures
         if cold:
             return self._cold(case, figures)
         return [
@@ -85,6 +88,6 @@ class Vllm(System):
         ]
 
 
-def _variables(caches: Caches) -> dict[str, str | None]:
-    """Let all that vLLM caches lie in `caches`, and its packages be its own."""
+def vllm_variables(caches: Caches) -> dict[str, str | None]:
+    """Return the variables that let all that vLLM caches lie in `caches`, and its packages be its own."""
     return {**caches.variables(), "PEERS_ROOT": str(caches.root), "PYTHONPATH": None}

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from piecework.bench.launch import Launcher
-from piecework.bench.measurements import Key, Row
-from piecework.bench.startup import StartupResult
+from piecework.bench.measurements import Key, Measured, Row
 from piecework.bench.systems.vllm import Peers, find_peers
-from piecework.cli import bench
+from piecework.cli import bench_options, bench_startup
 from piecework.cli.main import main
+from tests.unit.bench.stubs import write_stub
 
 STEPS = {"step_ms": 2.5, "step_min_ms": 2.0, "steps": 50}
 COMPILED = {
@@ -56,29 +56,9 @@ SMALL = [
 
 @pytest.fixture
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stand in for Python: note how it was called, then print what that cell would, or fail as told."""
+    """Stand in for the processes that are measured."""
     place = tmp_path / "stub"
-    place.mkdir()
-    (place / "tmp").mkdir()
-    python = place / "python"
-    python.write_text(
-        f"""#!{sys.executable} -S
-import json, os, sys
-from pathlib import Path
-place = Path({str(place)!r})
-words = sys.argv[1:]
-with open(place / "calls", "a") as file:
-    print(*words, file=file)
-name = Path(words[0]).name if words[0] != "-m" else words[2] if words[1] == "piecework" else words[1].rpartition(".")[2]
-if (place / (name + ".fail")).exists():
-    sys.exit("told to fail")
-if words[0] == "-c":
-    print("0.0.1" if "metadata" in words[1] else "{{}}")
-else:
-    print(json.dumps({ANSWERS!r}[name]))
-"""
-    )
-    python.chmod(0o755)
+    python = write_stub(place, ANSWERS)
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setattr("tempfile.tempdir", str(place / "tmp"))
     return place
@@ -178,7 +158,7 @@ def test_the_table(stub: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_row_without_dtype_has_empty_cells() -> None:
-    text = bench.table((Row(Key("vllm", 4, "pieces"), 5.0, n=1, min=5.0, max=5.0),), ())
+    text = bench_options.table((Row(Key("vllm", 4, "pieces"), 5.0, n=1, min=5.0, max=5.0),), ())
     assert text.splitlines()[-1].split() == ["vllm", "4", "pieces", "5", "1", "5", "5"]
 
 
@@ -196,7 +176,7 @@ def test_a_row_without_dtype_has_empty_cells() -> None:
     ],
 )
 def test_wrong_usage(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "measure_startup", lambda *args, **kwargs: pytest.fail("it was measured"))
+    monkeypatch.setattr(bench_startup, "measure_startup", lambda *args, **kwargs: pytest.fail("it was measured"))
     with pytest.raises(SystemExit) as caught:
         main(["bench", "startup", *options])
     assert caught.value.code == 2
@@ -216,11 +196,11 @@ def test_a_shape_that_no_model_has(capsys: pytest.CaptureFixture[str]) -> None:
 def test_options_become_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seen = []
 
-    def measure(settings: Any, *, on_progress: Any) -> StartupResult:
+    def measure(settings: Any, *, on_progress: Any) -> Measured:
         seen.append(settings)
-        return StartupResult((), (), frozenset())
+        return Measured((), (), frozenset())
 
-    monkeypatch.setattr(bench, "measure_startup", measure)
+    monkeypatch.setattr(bench_startup, "measure_startup", measure)
     options = ["--layers", "80,4,4", "--repeats", "2", "--peer-repeats", "5", "--systems", "eager", "--debug"]
     assert main(["bench", "startup", *options]) == 0
     assert seen[0].layers == (4, 80)
