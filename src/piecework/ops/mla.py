@@ -1,0 +1,345 @@
+"""Operators of multi-head latent attention: `mla_write`, `mla_decode`, `mla_prefill`, and `mla_attention`, all in one.
+
+The first three are what `latent_attention` (ops/mla_core.py) is traced with, so that projections, matrix products and
+slices between them stay visible. `mla_attention` is the same description, run within one operator. What they mean is
+written in plain torch, in `ops/mla_plain.py`; on the CPU a bundle may have kernels for them (providers/cpu_mla).
+
+The cache [blocks, B, L + R] holds, per token, the normed latent and the rotated key. Reading is ordered after writing
+by data: `mla_write` returns what it stored, and the others take it.
+
+Shape suffixes as in `ops/mla_core.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from torch import Tensor
+
+from piecework.errors import OpError
+from piecework.ops import mla_plain
+from piecework.ops.mla_core import LatentCores, Regime, latent_attention
+from piecework.ops.opaque_op import opaque_op
+from piecework.ops.rows import rows
+
+MLA_WRITE_OP: Final = "piecework::mla_write"
+MLA_DECODE_OP: Final = "piecework::mla_decode"
+MLA_PREFILL_OP: Final = "piecework::mla_prefill"
+MLA_ATTENTION_OP: Final = "piecework::mla_attention"
+
+
+@opaque_op(MLA_WRITE_OP, mutates=("latent_cache",))
+def mla_write(
+    compressed: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    latent_cache: Tensor,
+    slot_mapping: Tensor,
+) -> Tensor:
+    """Norm the new tokens' latents, rotate their keys, and store both in the cache.
+
+    Args:
+        compressed: [T, L + R], float32 | bfloat16 | float16; the last R are pairs (2i, 2i + 1) to rotate.
+        norm_weight: [L], of the RMS norm, which is computed in float32, rounded, and then multiplied with this.
+        eps: of the norm.
+        cos: [T, R / 2], of each token's angles, with a model's attention scaling; float32 or the dtype of `compressed`.
+        sin: [T, R / 2].
+        latent_cache: [blocks, B, L + R], dtype of `compressed`.
+        slot_mapping: [T] int64, block * B + offset of each new token.
+
+    Returns:
+        [T, L + R], contiguous: what was stored. Rotated pairs are halves there: all firsts, then all seconds.
+    """
+    return mla_plain.write(compressed, norm_weight, eps, cos, sin, latent_cache, slot_mapping)
+
+
+@mla_write.fake
+def _mla_write_fake(
+    compressed: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    latent_cache: Tensor,
+    slot_mapping: Tensor,
+) -> Tensor:
+    width, rank = compressed.shape[1], norm_weight.shape[0]
+    _same("compressed and latent_cache", width, latent_cache.shape[2], asked="mla_write")
+    _same("norm_weight and 2 * cos, against compressed", rank + 2 * cos.shape[1], width, asked="mla_write")
+    return compressed.new_empty(compressed.shape)
+
+
+@opaque_op(MLA_DECODE_OP)
+def mla_decode(
+    q_latent: Tensor,
+    q_pe: Tensor,
+    entry: Tensor | None,
+    latent_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+) -> Tensor:
+    """Attend one new token of each of the first D sequences over its cached latents, which all heads share.
+
+    score = (q_latent · latent + q_pe · key) * scale; the result is the weighted sum of latents.
+
+    Args:
+        q_latent: [D, H, L], float32 | bfloat16 | float16, any strides; D may be 0.
+        q_pe: [D or more, H, R], rotated as `mla_write` leaves keys; the first D rows are used.
+        entry: what `mla_write` returned, which says that the cache holds the new tokens; or None.
+        latent_cache: [blocks, B, L + R], dtype of the queries. Slots without a visible token may hold anything.
+        block_tables: [D or more, W] int64.
+        seq_lens: [D or more] int64, tokens in the cache, at least 1.
+        scale: factor of the scores before the softmax.
+
+    Returns:
+        [D, H, L], contiguous, dtype of the queries.
+    """
+    return mla_plain.decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale)
+
+
+@mla_decode.fake
+def _mla_decode_fake(
+    q_latent: Tensor,
+    q_pe: Tensor,
+    entry: Tensor | None,
+    latent_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+) -> Tensor:
+    _same("heads of q_latent and q_pe", q_latent.shape[1], q_pe.shape[1], asked="mla_decode")
+    width = q_latent.shape[2] + q_pe.shape[2]
+    _same("q_latent with q_pe, against latent_cache", width, latent_cache.shape[2], asked="mla_decode")
+    return q_latent.new_empty(q_latent.shape)
+
+
+@opaque_op(MLA_PREFILL_OP)
+def mla_prefill(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    kv: Tensor,
+    entry: Tensor,
+    kv_b_weight: Tensor,
+    latent_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    num_decode_tokens: int,
+    scale: float,
+    decode_out: Tensor | None = None,
+) -> Tensor:
+    """Attend prompts' new tokens over keys and values of their own; rows of decode tokens are copied in.
+
+    New tokens see each other causally. What a sequence has cached before them is expanded a few tokens at a time, and
+    attention over each chunk is merged by log-sum-exp.
+
+    Args:
+        q_nope: [T, H, N], float32 | bfloat16 | float16, any strides; row D is the first prompt's first.
+        q_pe: [T, H, R], rotated as `mla_write` leaves keys.
+        kv: [P, H * (N + V)], the prompts' new latents expanded by `kv_b_weight`.
+        entry: [T, L + R], what `mla_write` returned.
+        kv_b_weight: [H * (N + V), L].
+        latent_cache: [blocks, B, L + R]. Slots without a visible token may hold anything.
+        block_tables: [S, W] int64.
+        seq_lens: [S] int64, tokens in the cache after this step.
+        query_start: [S + 1] int64, prefix sums of the new tokens per sequence.
+        num_decode_tokens: D; prompts are sequences D … S - 1.
+        scale: factor of the scores before the softmax.
+        decode_out: [D, H * V], becomes the first D rows; None where D is 0.
+
+    Returns:
+        [T, H * V], contiguous, dtype of the queries.
+    """
+    return mla_plain.prefill(
+        q_nope,
+        q_pe,
+        kv,
+        entry,
+        kv_b_weight,
+        latent_cache,
+        block_tables,
+        seq_lens,
+        query_start,
+        num_decode_tokens,
+        scale,
+        decode_out,
+    )
+
+
+@mla_prefill.fake
+def _mla_prefill_fake(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    kv: Tensor,
+    entry: Tensor,
+    kv_b_weight: Tensor,
+    latent_cache: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    num_decode_tokens: int,
+    scale: float,
+    decode_out: Tensor | None = None,
+) -> Tensor:
+    num_tokens, num_heads, nope = q_nope.shape
+    _same("heads of q_nope and q_pe", num_heads, q_pe.shape[1], asked="mla_prefill")
+    _same("kv and the rows of kv_b_weight", kv.shape[1], kv_b_weight.shape[0], asked="mla_prefill")
+    width = kv_b_weight.shape[1] + q_pe.shape[2]
+    _same("latents with q_pe, against latent_cache", width, latent_cache.shape[2], asked="mla_prefill")
+    return q_nope.new_empty(num_tokens, kv_b_weight.shape[0] - num_heads * nope)
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """`piecework::mla_attention` over functions that `latent_attention` is made of, which it is called like."""
+
+    cores: LatentCores
+
+    def __call__(
+        self,
+        q_nope: Tensor,
+        q_pe: Tensor,
+        compressed: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        latent_cache: Tensor,
+        slot_mapping: Tensor,
+        block_tables: Tensor,
+        seq_lens: Tensor,
+        query_start: Tensor,
+        num_decode_tokens: int,
+        scale: float,
+        kv_b_weight: Tensor,
+        w_uk: Tensor,
+        w_uv: Tensor,
+    ) -> Tensor:
+        """See `mla_attention`."""
+        num_prefill_tokens = q_nope.shape[0] - num_decode_tokens
+        regime = Regime.MIXED
+        if num_prefill_tokens == 0:
+            regime = Regime.DECODE
+        elif num_decode_tokens == 0:
+            regime = Regime.PREFILL
+        return latent_attention(
+            regime,
+            self.cores,
+            q_nope=q_nope,
+            q_pe=q_pe,
+            compressed=compressed,
+            norm_weight=norm_weight,
+            eps=eps,
+            cos=cos,
+            sin=sin,
+            latent_cache=latent_cache,
+            slot_mapping=slot_mapping,
+            block_tables=block_tables,
+            seq_lens=seq_lens,
+            query_start=query_start,
+            num_decode_tokens=num_decode_tokens,
+            num_prefill_tokens=num_prefill_tokens,
+            scale=scale,
+            kv_b_weight=kv_b_weight,
+            w_uk=w_uk,
+            w_uv=w_uv,
+        )
+
+
+def row_view(x: Tensor, begin: int, count: int) -> Tensor:
+    """Return rows begin … begin + count - 1 of x as a view, which only operators' results may not be."""
+    return x.narrow(0, begin, count)
+
+
+TRACED: Final = LatentCores(mla_write, mla_decode, mla_prefill, rows)
+"""Operators, which a trace keeps apart."""
+
+PLAIN: Final = LatentCores(mla_plain.write, mla_plain.decode, mla_plain.prefill, row_view)
+"""What they mean, for use within one operator."""
+
+_PLAIN_ATTENTION: Final = LatentAttention(PLAIN)
+
+
+@opaque_op(MLA_ATTENTION_OP, mutates=("latent_cache",))
+def mla_attention(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    compressed: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    latent_cache: Tensor,
+    slot_mapping: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    num_decode_tokens: int,
+    scale: float,
+    kv_b_weight: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+) -> Tensor:
+    """Do all of `latent_attention` (see its arguments) in one operator; which regime it is, the batch says.
+
+    Returns:
+        [T, H * V], contiguous, dtype of the queries.
+    """
+    return _PLAIN_ATTENTION(
+        q_nope,
+        q_pe,
+        compressed,
+        norm_weight,
+        eps,
+        cos,
+        sin,
+        latent_cache,
+        slot_mapping,
+        block_tables,
+        seq_lens,
+        query_start,
+        num_decode_tokens,
+        scale,
+        kv_b_weight,
+        w_uk,
+        w_uv,
+    )
+
+
+@mla_attention.fake
+def _mla_attention_fake(
+    q_nope: Tensor,
+    q_pe: Tensor,
+    compressed: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    latent_cache: Tensor,
+    slot_mapping: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    num_decode_tokens: int,
+    scale: float,
+    kv_b_weight: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+) -> Tensor:
+    num_tokens, num_heads, nope = q_nope.shape
+    rank, value = w_uv.shape[1:]
+    _same(
+        "kv_b_weight, against w_uk with w_uv", kv_b_weight.shape[0], num_heads * (nope + value), asked="mla_attention"
+    )
+    _same("compressed, against w_uv and q_pe", compressed.shape[1], rank + q_pe.shape[2], asked="mla_attention")
+    return q_nope.new_empty(num_tokens, num_heads * value)
+
+
+def _same(what: str, found: int, wanted: int, *, asked: str) -> None:
+    """Raise OpError where two sizes, which a trace knows, differ."""
+    if found != wanted:
+        raise OpError(asked=f"trace {asked}", found=f"{what}: sizes {found} and {wanted}", try_="tensors of one layer")

@@ -1,0 +1,174 @@
+"""The one description of multi-head latent attention between its projections (DeepSeek-V2, arXiv:2405.04434).
+
+The cache holds one normed latent and one rotated key per token. New tokens of prompts are attended over keys and values
+expanded from latents. Decode tokens are attended over the latents themselves: the key projection is absorbed into the
+query, and the value projection comes after. What the steps are is written here and nowhere else; with which functions
+they are done is the caller's: operators that a trace keeps apart, or plain and native functions within one operator.
+
+Shape suffixes: T new tokens, D of them decode and first, P prefill; S sequences, H heads, N dimensions of a head
+without rotation, R with, V of a value, L of a latent; B block size, W blocks per row of the block table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+class Regime(StrEnum):
+    """What kind of tokens a forward has."""
+
+    DECODE = "decode"
+    PREFILL = "prefill"
+    MIXED = "mixed"
+
+
+class Write(Protocol):
+    """Norm, rotate and store the new tokens' latents; see `mla_write`."""
+
+    def __call__(
+        self,
+        compressed: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        latent_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        """Return what was stored, [T, L + R]."""
+
+
+class Decode(Protocol):
+    """Attend one token per sequence over latents; see `mla_decode`."""
+
+    def __call__(
+        self,
+        q_latent: Tensor,
+        q_pe: Tensor,
+        entry: Tensor | None,
+        latent_cache: Tensor,
+        block_tables: Tensor,
+        seq_lens: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Return [D, H, L]."""
+
+
+class Prefill(Protocol):
+    """Attend prompts' new tokens over expanded keys and values; see `mla_prefill`."""
+
+    def __call__(
+        self,
+        q_nope: Tensor,
+        q_pe: Tensor,
+        kv: Tensor,
+        entry: Tensor,
+        kv_b_weight: Tensor,
+        latent_cache: Tensor,
+        block_tables: Tensor,
+        seq_lens: Tensor,
+        query_start: Tensor,
+        num_decode_tokens: int,
+        scale: float,
+        decode_out: Tensor | None = None,
+    ) -> Tensor:
+        """Return [T, H * V]."""
+
+
+class Rows(Protocol):
+    """Take rows begin … begin + count - 1."""
+
+    def __call__(self, x: Tensor, begin: int, count: int) -> Tensor:
+        """Return [count, ...]."""
+
+
+@dataclass(frozen=True)
+class LatentCores:
+    """The functions that `latent_attention` is made of besides matrix products."""
+
+    write: Write
+    decode: Decode
+    prefill: Prefill
+    rows: Rows
+
+
+def latent_attention(
+    regime: Regime | str,
+    cores: LatentCores,
+    *,
+    q_nope: Tensor,
+    q_pe: Tensor,
+    compressed: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    latent_cache: Tensor,
+    slot_mapping: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    query_start: Tensor,
+    num_decode_tokens: int,
+    num_prefill_tokens: int,
+    scale: float,
+    kv_b_weight: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+) -> Tensor:
+    """Store the new tokens' latents, then attend causally, each sequence over its own cached tokens.
+
+    Args:
+        regime: `decode` where all tokens are decode tokens, `prefill` where none is; `mixed` is right for any batch.
+        cores: see there.
+        q_nope: [T, H, N], any strides; tokens grouped by sequence, decode sequences first.
+        q_pe: [T, H, R], rotated, halves apart (see `mla_write`).
+        compressed: [T, L + R], latents before their norm and keys before their rotation.
+        norm_weight: [L].
+        eps: of the norm.
+        cos: [T, R / 2], and `sin`: of each token's position, attention scaling included.
+        sin: see `cos`.
+        latent_cache: [blocks, B, L + R], written in place.
+        slot_mapping: [T] int64, block * B + offset of each new token.
+        block_tables: [S, W] int64; row s lists the blocks of sequence s, padded with any valid block.
+        seq_lens: [S] int64, tokens in the cache after this step, at least 1.
+        query_start: [S + 1] int64, prefix sums of the new tokens per sequence.
+        num_decode_tokens: D, which is also the number of leading sequences with one new token each.
+        num_prefill_tokens: P = T - D.
+        scale: factor of the scores before the softmax.
+        kv_b_weight: [H * (N + V), L], which expands latents to each head's key and value.
+        w_uk: [H, N, L], the keys' part of it.
+        w_uv: [H, L, V], the values' part of it.
+
+    Returns:
+        [T, H * V], contiguous, dtype of the queries.
+    """
+    rank = w_uk.shape[2]
+    entry = cores.write(compressed, norm_weight, eps, cos, sin, latent_cache, slot_mapping)
+    if regime == Regime.DECODE:
+        q_latent = absorb_query(q_nope, w_uk)
+        return expand_value(cores.decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale), w_uv)
+    prompts = (kv_b_weight, latent_cache, block_tables, seq_lens, query_start)
+    if regime == Regime.PREFILL:
+        kv = linear(entry[:, :rank], kv_b_weight)
+        return cores.prefill(q_nope, q_pe, kv, entry, *prompts, 0, scale, None)
+    q_latent = absorb_query(cores.rows(q_nope, 0, num_decode_tokens), w_uk)
+    latents = cores.decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale)
+    new = cores.rows(entry, num_decode_tokens, num_prefill_tokens)
+    kv = linear(new[:, :rank], kv_b_weight)
+    return cores.prefill(q_nope, q_pe, kv, entry, *prompts, num_decode_tokens, scale, expand_value(latents, w_uv))
+
+
+def absorb_query(q_nope: Tensor, w_uk: Tensor) -> Tensor:
+    """Bring queries [D, H, N] into the latents' space by w_uk [H, N, L]: [D, H, L], each head's rows together."""
+    return torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
+
+
+def expand_value(latents: Tensor, w_uv: Tensor) -> Tensor:
+    """Bring attended latents [D, H, L] into the values' space by w_uv [H, L, V]: [D, H * V], contiguous."""
+    return torch.bmm(latents.transpose(0, 1), w_uv).transpose(0, 1).flatten(1)
