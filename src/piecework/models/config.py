@@ -9,8 +9,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from piecework.errors import UnsupportedModelError
+from piecework.models.latent_config import (
+    LATENT_MODEL_TYPES,
+    ExpertRouting,
+    LatentSizes,
+    expert_routing,
+    latent_sizes,
+)
 
-SUPPORTED_MODEL_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED_MODEL_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3", *LATENT_MODEL_TYPES)
 DTYPES: Final = ("float32", "bfloat16", "float16")
 
 
@@ -28,6 +35,8 @@ class ModelConfig:
         dtype: the weights' type as the checkpoint's author gives it, one of DTYPES.
         eos_token_ids: tokens that end a generation.
         tie_word_embeddings: whether the output projection is the embedding.
+        latent: sizes of its latent attention, or None where keys and values are cached as they are.
+        experts: how tokens choose among experts, or None where all layers are dense.
     """
 
     path: Path
@@ -44,6 +53,8 @@ class ModelConfig:
     dtype: str
     eos_token_ids: tuple[int, ...]
     tie_word_embeddings: bool
+    latent: LatentSizes | None = None
+    experts: ExpertRouting | None = None
 
 
 def read_config(model_dir: Path) -> ModelConfig:
@@ -111,6 +122,7 @@ def _supported(raw: Mapping[str, Any], *, asked: str) -> tuple[str, str]:
 def _model_config(model_dir: Path, raw: Mapping[str, Any], model_type: str, architecture: str) -> ModelConfig:
     num_heads = int(raw["num_attention_heads"])
     hidden_size = int(raw["hidden_size"])
+    latent = model_type in LATENT_MODEL_TYPES
     return ModelConfig(
         path=model_dir,
         raw=raw,
@@ -126,6 +138,8 @@ def _model_config(model_dir: Path, raw: Mapping[str, Any], model_type: str, arch
         dtype=_dtype(raw),
         eos_token_ids=_eos_token_ids(model_dir, raw),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        latent=latent_sizes(raw) if latent else None,
+        experts=expert_routing(raw, model_type) if latent else None,
     )
 
 

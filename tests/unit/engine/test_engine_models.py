@@ -14,7 +14,7 @@ from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
 from piecework.models.config import read_config
 from tests.unit.engine.paged_model import Collected, run_all
-from tests.unit.models.tiny import FAMILIES, EagerModel, eager_pair
+from tests.unit.models.tiny import FAMILIES, LATENT_FAMILIES, EagerModel, eager_pair
 
 VOCAB = 131
 NUM_TOKENS = 64
@@ -62,7 +62,7 @@ def mixed_prompts(count: int) -> list[list[int]]:
     return prompts
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *LATENT_FAMILIES])
 def test_alone_and_in_a_mixed_batch_with_preemptions(tmp_path: Path, family: str) -> None:
     count = 40
     reference, model = eager_pair(tmp_path, family, max_tokens=24)

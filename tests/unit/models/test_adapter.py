@@ -6,44 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from piecework.errors import UnsupportedModelError
 from piecework.models.adapter import build_causal_lm
-from tests.unit.models.tiny import FAMILIES, EagerModel, eager_pair, reference_model, write_config
+from tests.unit.models.batches import Part, error, expected, run
+from tests.unit.models.tiny import FAMILIES, LATENT_FAMILIES, EagerModel, eager_pair, reference_model, write_config
 
 
-def forward(model: EagerModel, sequences: list[tuple[Tensor, int, list[int]]]) -> Tensor:
-    """Run a batch of (tokens so far, number of new ones, blocks), decode sequences first; logits of the new tokens."""
-    inputs: dict[str, list[Tensor]] = {"ids": [], "positions": [], "slots": []}
-    width = max(len(blocks) for _, _, blocks in sequences)
-    for tokens, num_new, blocks in sequences:
-        positions = torch.arange(len(tokens) - num_new, len(tokens))
-        inputs["ids"].append(tokens[positions])
-        inputs["positions"].append(positions)
-        inputs["slots"].append(torch.tensor(blocks)[positions // 16] * 16 + positions % 16)
-    num_new_tokens = [num_new for _, num_new, _ in sequences]
-    (logits,) = model.run(
-        {
-            "input_ids": torch.cat(inputs["ids"]),
-            "positions": torch.cat(inputs["positions"]),
-            "slot_mapping": torch.cat(inputs["slots"]),
-            "block_tables": torch.tensor([blocks + [0] * (width - len(blocks)) for _, _, blocks in sequences]),
-            "seq_lens": torch.tensor([len(tokens) for tokens, _, _ in sequences]),
-            "query_start": torch.tensor([0, *num_new_tokens]).cumsum(0),
-            "logits_indices": torch.arange(sum(num_new_tokens)),
-            "num_decode_tokens": next((i for i, n in enumerate(num_new_tokens) if n != 1), len(sequences)),
-        }
-    )
-    return logits
-
-
-def expected(reference: nn.Module, sequences: list[tuple[Tensor, int, list[int]]]) -> Tensor:
-    with torch.inference_mode():
-        return torch.cat([reference(tokens.unsqueeze(0)).logits[0, -num_new:] for tokens, num_new, _ in sequences])
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *LATENT_FAMILIES])
 def test_logits_equal_transformers_for_prefill_chunks_decode_and_a_mix(tmp_path: Path, family: str) -> None:
     reference, model = eager_pair(tmp_path, family)
     model.make_states({"blocks": 9})
@@ -51,19 +21,17 @@ def test_logits_equal_transformers_for_prefill_chunks_decode_and_a_mix(tmp_path:
     a, b = (torch.randint(3, 131, (40,), generator=generator) for _ in range(2))
     a_blocks, b_blocks = [7, 2, 5], [1, 8, 3]
     steps = [
-        [(a[:18], 18, a_blocks)],
-        [(a[:19], 1, a_blocks), (b[:20], 20, b_blocks)],
-        [(a[:20], 1, a_blocks), (b[:33], 13, b_blocks)],
-        [(a[:21], 1, a_blocks), (b[:34], 1, b_blocks)],
-        [(b[:35], 1, b_blocks)],
+        [Part(a[:18], 18, a_blocks)],
+        [Part(a[:19], 1, a_blocks), Part(b[:20], 20, b_blocks)],
+        [Part(a[:20], 1, a_blocks), Part(b[:33], 13, b_blocks)],
+        [Part(a[:21], 1, a_blocks), Part(b[:34], 1, b_blocks)],
+        [Part(b[:35], 1, b_blocks)],
     ]
     for step in steps:
-        wanted = expected(reference, step)
-        error = (forward(model, step) - wanted).abs().max() / wanted.abs().max()
-        assert error <= 1e-5
+        assert error(run(model, step), expected(reference, step)) <= 1e-5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *LATENT_FAMILIES])
 def test_bfloat16_is_as_close_to_float32_as_transformers_bfloat16(tmp_path: Path, family: str) -> None:
     model_dir = write_config(tmp_path, family)
     exact = reference_model(model_dir)
@@ -72,9 +40,9 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_bfloat16(tmp_path: Path
     model = EagerModel(request, rounded.state_dict())
     model.make_states({"blocks": 4})
     tokens = torch.arange(3, 43)
-    step = [(tokens, 40, [1, 3, 2])]
+    step = [Part(tokens, 40, [1, 3, 2])]
     wanted = expected(exact, step)
-    ours = (forward(model, step).float() - wanted).abs().mean()
+    ours = (run(model, step).float() - wanted).abs().mean()
     theirs = (expected(rounded, step).float() - wanted).abs().mean()
     assert ours <= 1.25 * theirs
 
@@ -131,9 +99,8 @@ def test_data_dependent_rope_is_refused(tmp_path: Path, rope: str) -> None:
 def test_static_rope_types_equal_transformers(tmp_path: Path, scaling: dict[str, object]) -> None:
     reference, model = eager_pair(tmp_path, "llama", rope_scaling=scaling)
     model.make_states({"blocks": 4})
-    step = [(torch.arange(3, 43), 40, [1, 3, 2])]
-    wanted = expected(reference, step)
-    assert (forward(model, step) - wanted).abs().max() / wanted.abs().max() <= 1e-5
+    step = [Part(torch.arange(3, 43), 40, [1, 3, 2])]
+    assert error(run(model, step), expected(reference, step)) <= 1e-5
 
 
 def test_an_architecture_that_is_not_what_transformers_builds_is_refused(tmp_path: Path) -> None:

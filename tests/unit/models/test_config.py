@@ -12,7 +12,7 @@ import pytest
 
 from piecework.errors import UnsupportedModelError
 from piecework.models.config import SUPPORTED_MODEL_TYPES, read_config
-from tests.unit.models.tiny import FAMILIES, config_dict, write_config
+from tests.unit.models.tiny import FAMILIES, LATENT_FAMILIES, config_dict, write_config
 
 
 def test_reads_the_sizes(tmp_path: Path) -> None:
@@ -35,7 +35,8 @@ def test_stop_tokens_come_from_the_generation_config(tmp_path: Path, value: Any,
 
 
 def test_every_tried_family_is_supported_and_no_other() -> None:
-    assert set(FAMILIES) == set(SUPPORTED_MODEL_TYPES)
+    latent = {config["model_type"] for config in LATENT_FAMILIES.values()}
+    assert {*FAMILIES, *latent} == set(SUPPORTED_MODEL_TYPES)
 
 
 @pytest.mark.parametrize(

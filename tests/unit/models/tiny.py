@@ -12,7 +12,8 @@ import transformers
 from torch import Tensor, nn
 
 from piecework.graph.request import CaptureRequest
-from piecework.models.adapter import build_causal_lm
+from piecework.models.adapter import build_causal_lm, call_causal_lm
+from piecework.ops.mla_core import Regime
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"]},
@@ -20,6 +21,70 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 32},
 }
+
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+}
+_YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 16.0,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.8,
+    "original_max_position_embeddings": 32,
+}
+_V2: dict[str, Any] = {**_LATENT, "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"]}
+_V3: dict[str, Any] = {**_LATENT, "model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"]}
+
+LATENT_FAMILIES: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {
+        **_V2,
+        "q_lora_rank": None,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "topk_method": "greedy",
+        "rope_parameters": _YARN,
+    },
+    "deepseek_v2_groups": {
+        **_V2,
+        "q_lora_rank": 24,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 16.0,
+    },
+    "deepseek_v3": {
+        **_V3,
+        "q_lora_rank": 24,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_nextn_predict_layers": 1,
+        "rope_parameters": _YARN,
+    },
+    "deepseek_v3_halves": {
+        **_V3,
+        "q_lora_rank": None,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": False,
+        "rope_interleave": False,
+        "attention_bias": True,
+    },
+}
+"""Models with latent attention, in every form that their configs have."""
 
 
 def config_dict(family: str, **changes: Any) -> dict[str, Any]:
@@ -37,7 +102,7 @@ def config_dict(family: str, **changes: Any) -> dict[str, Any]:
         "eos_token_id": 2,
         "bos_token_id": 1,
         "pad_token_id": 0,
-        **FAMILIES[family],
+        **{**FAMILIES, **LATENT_FAMILIES}[family],
         **changes,
     }
 
@@ -54,9 +119,9 @@ def reference_model(model_dir: Path, *, seed: int = 0, dtype: torch.dtype = torc
     torch.manual_seed(seed)
     config = transformers.AutoConfig.from_pretrained(model_dir)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
-    for name, parameter in model.named_parameters():
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.2)
+            nn.init.normal_(tensor, std=0.2)
     return model.eval().requires_grad_(False)
 
 
@@ -81,12 +146,32 @@ class EagerModel:
         assert list(inputs) == [given.name for given in self.request.inputs]
         self.num_runs += 1
         with torch.inference_mode():
-            return [self.request.call(self.request.module, inputs)]
+            return [self._call(inputs)]
+
+    def _call(self, inputs: Mapping[str, Tensor | int]) -> Any:
+        return self.request.call(self.request.module, inputs)
 
 
-def eager_pair(directory: Path, family: str, *, max_tokens: int = 64, **changes: Any) -> tuple[nn.Module, EagerModel]:
+class RegimeModel(EagerModel):
+    """The same, which runs every batch in the regime that it is of."""
+
+    def _call(self, inputs: Mapping[str, Any]) -> Any:
+        return call_causal_lm(self.request.module, inputs, regime=regime_of(inputs))
+
+
+def regime_of(inputs: Mapping[str, Any]) -> Regime:
+    num_tokens, num_decode = len(inputs["input_ids"]), inputs["num_decode_tokens"]
+    if num_decode == num_tokens:
+        return Regime.DECODE
+    return Regime.MIXED if num_decode else Regime.PREFILL
+
+
+def eager_pair(
+    directory: Path, family: str, *, max_tokens: int = 64, mla: str = "exposed", **changes: Any
+) -> tuple[nn.Module, EagerModel]:
     """Return transformers' model and the adapter's, with the same weights."""
     model_dir = write_config(directory, family, **changes)
     reference = reference_model(model_dir)
-    model = EagerModel(build_causal_lm(model_dir, max_tokens=max_tokens), reference.state_dict())
+    kind = RegimeModel if family in LATENT_FAMILIES else EagerModel
+    model = kind(build_causal_lm(model_dir, max_tokens=max_tokens, mla=mla), reference.state_dict())
     return reference, model

@@ -1,0 +1,26 @@
+"""What a family's adapter makes: a module on piecework's ops, and what belongs to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from piecework.graph.request import TensorInput
+from piecework.ops.weight_source import Sources
+
+
+@dataclass(frozen=True)
+class AdaptedModel:
+    """A causal language model whose caches are states.
+
+    Attributes:
+        module: parameters on the meta device; takes transformers' arguments and a `ForwardBatch` named `batch`.
+        states: its caches, by qualified name.
+        sources: how those parameters are made that a checkpoint has in another form.
+    """
+
+    module: nn.Module
+    states: Mapping[str, TensorInput]
+    sources: Sources = field(default_factory=dict)

@@ -1,0 +1,231 @@
+"""`MultiHeadLatentAttention`: a layer whose cache holds one latent vector and one rotary key per token.
+
+DeepSeek-V2 (arXiv:2405.04434), section 2.1. It is a module of its own, for any model and any engine that keeps a paged
+cache: models/deepseek.py puts transformers' models on it. Parameters are named as transformers names them.
+
+Shape suffixes: T new tokens, S sequences, X hidden size, H heads, N dimensions of a head without position, R rotary
+ones, V of a value, L of a latent, B block size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from piecework.models.batch import BLOCK_SIZE, ForwardBatch
+from piecework.models.latent_config import DEFAULT_MLA, MLA_MODES, LatentSizes
+from piecework.ops.mla import TRACED, mla_attention
+from piecework.ops.mla_core import latent_attention
+from piecework.ops.weight_source import HeadRows, Sources, Take
+
+LATENT_CACHE: Final = "latent_cache"
+
+
+@dataclass(frozen=True)
+class LatentOptions:
+    """What a layer is besides its sizes.
+
+    Attributes:
+        scale: factor of the scores before the softmax.
+        eps: of the norms of compressed queries and of latents.
+        bias: whether the projections from the hidden state, and to it, have a bias.
+        interleaved: whether the rotary dimensions come as pairs (2i, 2i + 1), or as halves (i, i + R / 2).
+        mla: "exposed" shows a compiler every step of the layer between its projections, "opaque" hides all of them in
+            one operator. Both do the same steps.
+    """
+
+    scale: float
+    eps: float = 1e-6
+    bias: bool = False
+    interleaved: bool = True
+    mla: str = DEFAULT_MLA
+
+    def __post_init__(self) -> None:
+        if self.mla not in MLA_MODES:
+            raise ValueError(f"mla={self.mla!r} is none of {', '.join(MLA_MODES)}")
+
+
+@final
+class MultiHeadLatentAttention(nn.Module):
+    """Multi-head latent attention over a paged cache.
+
+    Prompts' new tokens are attended over keys and values expanded from latents. Decode tokens are attended over the
+    latents themselves, by `w_uk` [H, N, L] and `w_uv` [H, L, V]: parts of `kv_b_proj`, laid out for that. They are
+    filled from it whenever a state dict is loaded, and by `absorb`.
+
+    Args:
+        hidden_size: X.
+        num_heads: H.
+        sizes: of latents, keys, values and compressed queries.
+        options: the rest.
+
+    Attributes:
+        latent_cache: [blocks, B, L + R], written in place; on the meta device until `allocate_cache`, or until whoever
+            keeps caches puts one there.
+    """
+
+    w_uk: Tensor
+    w_uv: Tensor
+    latent_cache: Tensor
+
+    def __init__(self, hidden_size: int, num_heads: int, *, sizes: LatentSizes, options: LatentOptions) -> None:
+        super().__init__()
+        self.num_heads, self.sizes, self.options = num_heads, sizes, options
+        query = num_heads * (sizes.nope_dim + sizes.rope_dim)
+        if sizes.query_rank is None:
+            self.q_proj = nn.Linear(hidden_size, query, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden_size, sizes.query_rank, bias=options.bias)
+            self.q_a_layernorm = LatentNorm(sizes.query_rank, eps=options.eps)
+            self.q_b_proj = nn.Linear(sizes.query_rank, query, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden_size, sizes.entry, bias=options.bias)
+        self.kv_a_layernorm = LatentNorm(sizes.kv_rank, eps=options.eps)
+        self.kv_b_proj = nn.Linear(sizes.kv_rank, num_heads * (sizes.nope_dim + sizes.value_dim), bias=False)
+        self.o_proj = nn.Linear(num_heads * sizes.value_dim, hidden_size, bias=options.bias)
+        # made from kv_b_proj, so they are in no state dict
+        self.register_buffer("w_uk", None, persistent=False)
+        self.register_buffer("w_uv", None, persistent=False)
+        self.absorb()
+        self.register_load_state_dict_post_hook(_absorb)  # type: ignore[no-untyped-call]
+        cache = torch.empty(1, BLOCK_SIZE, sizes.entry, dtype=self.kv_b_proj.weight.dtype, device="meta")
+        self.register_buffer(LATENT_CACHE, cache, persistent=False)
+
+    def absorb(self) -> None:
+        """Fill `w_uk` and `w_uv` from `kv_b_proj`, after that was changed. Values are moved, not computed with."""
+        sizes = self.sizes
+        weight = self.kv_b_proj.weight.detach().unflatten(0, (self.num_heads, sizes.nope_dim + sizes.value_dim))
+        self.w_uk = weight[:, : sizes.nope_dim].contiguous()
+        self.w_uv = weight[:, sizes.nope_dim :].transpose(1, 2).contiguous()
+
+    def allocate_cache(self, num_blocks: int, *, block_size: int = BLOCK_SIZE) -> None:
+        """Give the layer an empty cache [num_blocks, block_size, L + R], where and of what type its weights are."""
+        weight = self.kv_b_proj.weight
+        self.latent_cache = torch.zeros(
+            num_blocks, block_size, self.sizes.entry, dtype=weight.dtype, device=weight.device
+        )
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch) -> Tensor:
+        """Store the new tokens' latents in the cache, and attend causally, each sequence over its own tokens.
+
+        Args:
+            hidden: [T, X].
+            cos: [T, R / 2], of each token's angles, with the model's attention scaling; float32 or dtype of `hidden`.
+            sin: [T, R / 2].
+            batch: which tokens are whose, and where they go.
+
+        Returns:
+            [T, X].
+        """
+        sizes, options = self.sizes, self.options
+        query = self._query(hidden).unflatten(-1, (self.num_heads, sizes.nope_dim + sizes.rope_dim))
+        q_nope, q_pe = query.split([sizes.nope_dim, sizes.rope_dim], dim=-1)
+        compressed = self.kv_a_proj_with_mqa(hidden)
+        if not options.interleaved:
+            compressed = torch.cat([compressed[:, : sizes.kv_rank], paired(compressed[:, sizes.kv_rank :])], dim=-1)
+        norm = self.kv_a_layernorm
+        given = {
+            "q_nope": q_nope,
+            "q_pe": rotated(q_pe, cos, sin, interleaved=options.interleaved),
+            "compressed": compressed,
+            "norm_weight": norm.weight,
+            "eps": norm.eps,
+            "cos": cos,
+            "sin": sin,
+            "latent_cache": self.latent_cache,
+            "slot_mapping": batch.slot_mapping,
+            "block_tables": batch.block_tables,
+            "seq_lens": batch.seq_lens,
+            "query_start": batch.query_start,
+            "num_decode_tokens": batch.num_decode_tokens,
+            "scale": options.scale,
+            "kv_b_weight": self.kv_b_proj.weight,
+            "w_uk": self.w_uk,
+            "w_uv": self.w_uv,
+        }
+        if options.mla == "opaque":
+            attended = mla_attention(**given)
+        else:
+            attended = latent_attention(
+                batch.regime, TRACED, num_prefill_tokens=batch.num_prefill_tokens, **cast("Any", given)
+            )
+        out: Tensor = self.o_proj(attended)
+        return out
+
+    def _query(self, hidden: Tensor) -> Tensor:
+        query: Tensor
+        if self.sizes.query_rank is None:
+            query = self.q_proj(hidden)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
+        return query
+
+
+@final
+class LatentNorm(nn.Module):
+    """RMS norm in float32, rounded before it is multiplied with the weight; over the last axis, of `size`."""
+
+    def __init__(self, size: int, *, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x [..., size] normed, in its own type."""
+        wide = x.float()
+        normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * normed
+
+
+@final
+class LatentRotary(nn.Module):
+    """The angles of positions.
+
+    Args:
+        frequencies: [R / 2], of each pair of dimensions.
+        scaling: what cosines and sines are multiplied with (yarn's attention factor).
+    """
+
+    inv_freq: Tensor
+
+    def __init__(self, frequencies: Tensor, *, scaling: float) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", frequencies.float(), persistent=False)
+        self.scaling = scaling
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines, float32 [T, R / 2] both, of positions [T]."""
+        angles = positions.unsqueeze(-1).float() * self.inv_freq
+        return angles.cos() * self.scaling, angles.sin() * self.scaling
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+    """Rotate x [T, H, R] by angles given as [T, R / 2], in float32: all pairs' firsts, then all seconds, x's type."""
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+    first, second, cos, sin = first.float(), second.float(), cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def paired(x: Tensor) -> Tensor:
+    """Bring the halves (i, i + R / 2) of x [T, R] together as pairs (2i, 2i + 1)."""
+    pairs: Tensor = x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    return pairs
+
+
+def latent_sources(layer: MultiHeadLatentAttention, *, name: str) -> Sources:
+    """Say how `w_uk` and `w_uv` of a layer of that qualified name are made of a checkpoint's tensors."""
+    sizes, heads = layer.sizes, layer.num_heads
+    end = sizes.nope_dim + sizes.value_dim
+    whole = Take(f"{name}.kv_b_proj.weight", (heads * end, sizes.kv_rank))
+    return {
+        f"{name}.w_uk": HeadRows(whole, heads, 0, sizes.nope_dim),
+        f"{name}.w_uv": HeadRows(whole, heads, sizes.nope_dim, end, transpose=True),
+    }
+
+
+def _absorb(layer: nn.Module, _keys: object) -> None:
+    """Keep absorbed weights in step with those that were loaded."""
+    assert isinstance(layer, MultiHeadLatentAttention)
+    layer.absorb()

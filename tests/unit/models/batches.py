@@ -1,0 +1,60 @@
+"""Batches for models over a paged cache, and what transformers says about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tests.unit.models.tiny import EagerModel
+
+BLOCK = 16
+
+
+@dataclass(frozen=True)
+class Part:
+    """A sequence's tokens so far, how many of them are new, and its blocks."""
+
+    tokens: Tensor
+    num_new: int
+    blocks: list[int]
+
+
+def inputs_of(parts: list[Part]) -> dict[str, Tensor | int]:
+    """Return the inputs of a forward; sequences with one new token that come first decode."""
+    ids, positions, slots = [], [], []
+    width = max(len(part.blocks) for part in parts)
+    for part in parts:
+        where = torch.arange(len(part.tokens) - part.num_new, len(part.tokens))
+        ids.append(part.tokens[where])
+        positions.append(where)
+        slots.append(torch.tensor(part.blocks)[where // BLOCK] * BLOCK + where % BLOCK)
+    news = [part.num_new for part in parts]
+    return {
+        "input_ids": torch.cat(ids),
+        "positions": torch.cat(positions),
+        "slot_mapping": torch.cat(slots),
+        "block_tables": torch.tensor([part.blocks + [0] * (width - len(part.blocks)) for part in parts]),
+        "seq_lens": torch.tensor([len(part.tokens) for part in parts]),
+        "query_start": torch.tensor([0, *news]).cumsum(0),
+        "logits_indices": torch.arange(sum(news)),
+        "num_decode_tokens": next((i for i, num_new in enumerate(news) if num_new != 1), len(parts)),
+    }
+
+
+def run(model: EagerModel, parts: list[Part]) -> Tensor:
+    """Return the logits of all new tokens."""
+    (logits,) = model.run(inputs_of(parts))
+    return logits
+
+
+def expected(reference: nn.Module, parts: list[Part]) -> Tensor:
+    """Return what transformers computes for them."""
+    with torch.inference_mode():
+        return torch.cat([reference(part.tokens.unsqueeze(0)).logits[0, -part.num_new :] for part in parts])
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    """Return the largest difference, by the largest of `wanted`."""
+    return float((found - wanted).abs().max() / wanted.abs().max())
