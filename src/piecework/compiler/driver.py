@@ -11,14 +11,13 @@ from piecework.compiler.artifacts import OnProgress, compile_artifacts
 from piecework.compiler.backends import Backend
 from piecework.compiler.explanations import explain_pieces
 from piecework.compiler.kernels import KernelBuilds, kernel_jobs
-from piecework.compiler.options import CompileOptions, packed_dtypes
+from piecework.compiler.options import CompileOptions, merges_linear, packed_dtypes
 from piecework.compiler.planning import Deduplicated, deduplicate, make_plan
 from piecework.foundation.process import garbage_collection_off
 from piecework.foundation.target import Target
 from piecework.graph.capture import CapturedGraph, capture
 from piecework.graph.request import CaptureRequest
 from piecework.graph.split import Piece, split
-from piecework.passes.pack_linear import packable_constants
 from piecework.record import Recorder
 from piecework.store.facts import Fact, environment_facts, option_facts, source_facts
 from piecework.store.plan import Plan, ShapeRange
@@ -72,8 +71,8 @@ def compile_request(
             pieces = deduplicate(
                 steps,
                 primary=primary,
+                merge=merges_linear(options),
                 pack_dtypes=packed_dtypes(options, target=target, device=request.device),
-                packer=packable_constants,
             )
     _note_capture(recorder, captured, steps=steps, pieces=pieces)
     kernels = KernelBuilds(
@@ -133,6 +132,9 @@ def _note_capture(
     recorder.count("unique_pieces", by=len(pieces.unique))
     for note in captured.stacks.notes:
         recorder.note(note)
+    for index, unique in enumerate(pieces.unique):
+        for note in unique.lowered.notes:
+            recorder.note(f"piece {index}: {note}")
 
 
 def _literals(captured: CapturedGraph) -> bytes | None:

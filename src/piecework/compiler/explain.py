@@ -181,12 +181,11 @@ def captured_subject(
     from piecework.compiler.planning import deduplicate, make_plan  # noqa: PLC0415
     from piecework.graph.capture import capture  # noqa: PLC0415
     from piecework.graph.split import split  # noqa: PLC0415
-    from piecework.passes.pack_linear import packable_constants  # noqa: PLC0415
 
     captured = capture(request)
     steps = split(captured)
     primary = primary_symbol(captured)
-    pieces = deduplicate(steps, primary=primary, pack_dtypes=frozenset(), packer=packable_constants)
+    pieces = deduplicate(steps, primary=primary, merge=False, pack_dtypes=frozenset())
     return Subject(
         name=name,
         origin=CAPTURED,

@@ -26,12 +26,14 @@ class CompileOptions:
         ranges: ranges of the primary size (tokens) that get artifacts of their own, ascending and without gaps; empty
             for one artifact over the whole declared range.
         pack_linear: whether linear weights are bound packed for oneDNN; None decides by the target.
+        merge_linear: whether linear layers that read the same tensor become one; None: yes, for native libraries.
         device: device type that a model directory is compiled for; a module's is that of its example arguments.
     """
 
     backend: BackendName = BackendName.AOTI
     ranges: tuple[tuple[int, int], ...] = ()
     pack_linear: bool | None = None
+    merge_linear: bool | None = None
     device: str = "cpu"
 
     def facts(self) -> Mapping[str, JsonScalar]:
@@ -40,8 +42,14 @@ class CompileOptions:
             "backend": self.backend.value,
             "ranges": ",".join(f"{lo}:{hi}" for lo, hi in self.ranges),
             "pack_linear": self.pack_linear,
+            "merge_linear": self.merge_linear,
             "device": self.device,
         }
+
+
+def merges_linear(options: CompileOptions) -> bool:
+    """Return whether linear layers are merged."""
+    return options.backend is BackendName.AOTI if options.merge_linear is None else options.merge_linear
 
 
 def parse_ranges(text: str) -> tuple[tuple[int, int], ...]:

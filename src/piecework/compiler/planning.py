@@ -17,7 +17,9 @@ from piecework.graph.request import TensorInput
 from piecework.graph.split import OpaqueCall, Piece, Step
 from piecework.ops.layer import LayerName
 from piecework.ops.program import Program, encode_float
-from piecework.passes.pack_linear import PACKING
+from piecework.ops.weight_source import Concat, Source, Take, label
+from piecework.passes.merge_linear import Merged, merge_linear, unmerged
+from piecework.passes.pack_linear import PACKING, packable_constants
 from piecework.store.plan import (
     Instance,
     OpStep,
@@ -37,16 +39,23 @@ class Unique:
     """A structurally different piece.
 
     Attributes:
-        program: the piece.
+        captured: the piece as it was captured.
+        lowered: the piece after passes, which is what a backend compiles.
         primary: the program's symbol for the primary size, or None where the piece doesn't have it.
-        pack: constants that are bound packed.
+        pack: constants of the lowered program that are bound packed.
         uses: how many pieces are equal to it.
     """
 
-    program: Program
+    captured: Program
+    lowered: Merged
     primary: str | None
     pack: frozenset[int]
     uses: int
+
+    @property
+    def program(self) -> Program:
+        """The program that a backend compiles."""
+        return self.lowered.program
 
 
 @dataclass(frozen=True)
@@ -57,19 +66,21 @@ class Deduplicated:
     index_of: Mapping[int, int]
 
 
-def deduplicate(steps: Sequence[Step], *, primary: str, pack_dtypes: frozenset[str], packer: Any) -> Deduplicated:
-    """Group pieces by fingerprint; `packer(program, dtypes=…)` says which constants of a unique piece are packed.
+def deduplicate(steps: Sequence[Step], *, primary: str, merge: bool, pack_dtypes: frozenset[str]) -> Deduplicated:
+    """Group pieces by fingerprint, and lower each unique one.
 
     Args:
         steps: from `graph.split`.
         primary: the graph's symbol for the primary size, "" where no ranges of it are told apart. Pieces that have it
             in another place are different: an artifact for a part of its range must not serve another size.
-        pack_dtypes: dtypes of weights that are packed.
-        packer: see passes/pack_linear.py.
+        merge: whether linear layers are merged (passes/merge_linear.py).
+        pack_dtypes: dtypes of weights that are packed (passes/pack_linear.py).
     """
     order: dict[tuple[str, str | None], int] = {}
     programs: list[Piece] = []
+    opaque = {step.node for step in steps if isinstance(step, OpaqueCall)}
     uses: list[int] = []
+    strict: list[set[int]] = []
     index_of: dict[int, int] = {}
     for number, step in enumerate(steps):
         if not isinstance(step, Piece):
@@ -79,13 +90,16 @@ def deduplicate(steps: Sequence[Step], *, primary: str, pack_dtypes: frozenset[s
             order[structure] = len(programs)
             programs.append(step)
             uses.append(0)
+            strict.append(set())
         index_of[number] = order[structure]
         uses[order[structure]] += 1
-    unique = tuple(
-        Unique(p.program, p.symbols.get(primary), packer(p.program, dtypes=pack_dtypes), n)
-        for p, n in zip(programs, uses, strict=True)
-    )
-    return Deduplicated(unique, index_of)
+        strict[order[structure]].update(i for i, node in enumerate(step.outputs) if not opaque.issuperset(node.users))
+    unique = []
+    for piece, count, positions in zip(programs, uses, strict, strict=True):
+        lowered = merge_linear(piece.program, strict_outputs=frozenset(positions)) if merge else unmerged(piece.program)
+        pack = packable_constants(lowered.program, dtypes=pack_dtypes)
+        unique.append(Unique(piece.program, lowered, piece.symbols.get(primary), pack, count))
+    return Deduplicated(tuple(unique), index_of)
 
 
 def make_plan(
@@ -98,6 +112,23 @@ def make_plan(
 ) -> Plan:
     """Return the plan; `artifacts[i]` are the compiled forms of unique piece i."""
     return _Planner(captured, steps, pieces).plan(artifacts, arguments=arguments)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A constant that a step needs: of which parameters it is made, and how it is packed."""
+
+    names: tuple[str, ...]
+    pack: str
+
+    def family(self) -> tuple[str, str, int, int]:
+        """Return what sorts a kind's constants of successive layers next to each other."""
+        parts = self.names[0].split(".")
+        number = next((i for i, p in enumerate(parts) if p.isdigit()), None)
+        if number is None:
+            return self.names[0], self.pack, len(self.names), 0
+        pattern = ".".join([*parts[:number], "#", *parts[number + 1 :]])
+        return pattern, self.pack, len(self.names), int(parts[number])
 
 
 class _Planner:
@@ -115,7 +146,7 @@ class _Planner:
         self._free: list[int] = []
         self._num_slots = len(self._arguments)
         self._ending = self._last_uses()
-        self._recipes: dict[tuple[str, str], int] = {}
+        self._recipes: dict[_Wanted, int] = {}
         self._recipe_list: list[Recipe] = []
 
     def plan(self, artifacts: Sequence[Sequence[ShapeRange]], *, arguments: Any) -> Plan:
@@ -151,48 +182,53 @@ class _Planner:
 
     def _order_recipes(self) -> dict[int, list[int]]:
         """Number the recipes so that one kind's in successive layers are neighbours: the plan writes them once."""
-        needs: list[tuple[int, str, str]] = []
+        needs: list[tuple[int, _Wanted]] = []
         for number, step in enumerate(self._steps):
             if isinstance(step, Piece):
-                packed = self._pieces.unique[self._pieces.index_of[number]].pack
-                needs += [(number, name, PACKING if i in packed else "") for i, name in enumerate(step.constants)]
+                unique = self._pieces.unique[self._pieces.index_of[number]]
+                for i, made_of in enumerate(unique.lowered.constants):
+                    names = tuple(step.constants[old] for old in made_of)
+                    needs.append((number, _Wanted(names, PACKING if i in unique.pack else "")))
             else:
-                needs += [(number, self._weights[n], "") for n in _nodes_in(step.node) if n in self._weights]
-
-        def family(item: tuple[str, str]) -> tuple[str, str, int]:
-            name, pack = item
-            parts = name.split(".")
-            number = next((i for i, p in enumerate(parts) if p.isdigit()), None)
-            if number is None:
-                return name, pack, 0
-            return ".".join([*parts[:number], "#", *parts[number + 1 :]]), pack, int(parts[number])
-
-        for name, pack in sorted({(name, pack) for _, name, pack in needs}, key=family):
-            self._recipes[name, pack] = len(self._recipe_list)
-            value = self._weight_nodes[name].meta["val"]
-            self._recipe_list.append(
-                Recipe(
-                    name=name,
-                    shape=tuple(int(d) for d in value.shape),
-                    dtype=str(value.dtype).removeprefix("torch."),
-                    literal=name in self._captured.literals,
-                    pack=pack,
-                )
-            )
+                weights = [self._weights[n] for n in _nodes_in(step.node) if n in self._weights]
+                needs += [(number, _Wanted((name,), "")) for name in weights]
+        for item in sorted({item for _, item in needs}, key=_Wanted.family):
+            self._recipes[item] = len(self._recipe_list)
+            self._recipe_list.append(self._recipe(item))
         wanted: dict[int, list[int]] = {}
-        for number, name, pack in needs:
-            wanted.setdefault(number, []).append(self._recipes[name, pack])
+        for number, item in needs:
+            wanted.setdefault(number, []).append(self._recipes[item])
         return {n: wanted.get(n, []) for n in range(len(self._steps))}
 
+    def _recipe(self, wanted: _Wanted) -> Recipe:
+        value = self._weight_nodes[wanted.names[0]].meta["val"]
+        dtype = str(value.dtype).removeprefix("torch.")
+        sources = tuple(self._source(name) for name in wanted.names)
+        source = sources[0] if len(sources) == 1 else Concat(sources)
+        literal = wanted.names[0] in self._captured.literals
+        if isinstance(source, Take):
+            return Recipe(source.name, source.shape, dtype, literal, wanted.pack)
+        return Recipe(label(source), source.shape, dtype, pack=wanted.pack, source=source)
+
+    def _source(self, name: str) -> Source:
+        shape = tuple(int(d) for d in self._weight_nodes[name].meta["val"].shape)
+        source = self._captured.request.sources.get(name, Take(name, shape))
+        if source.shape != shape:
+            raise InternalError(f"{name} of shape {shape} has a source of shape {source.shape}")
+        return source
+
     def _unique(self, index: int, ranges: Sequence[ShapeRange]) -> UniquePiece:
-        program = self._pieces.unique[index].program
+        unique = self._pieces.unique[index]
+        program = unique.captured
         specs = (*program.inputs, *program.constants)
+        made_of = unique.lowered.constants
         return UniquePiece(
             fingerprint=program.fingerprint(),
             ranges=tuple(ranges),
             num_ops=len(program.calls),
             num_constants=len(program.constants),
             device=specs[0].device if specs else "cpu",
+            merged=made_of if any(len(constants) > 1 for constants in made_of) else (),
         )
 
     def _op_step(self, number: int, step: OpaqueCall) -> OpStep:
@@ -217,7 +253,7 @@ class _Planner:
             if value in self._states:
                 return {"state": self._state_order.index(self._states[value])}
             if value in self._weights:
-                return {"recipe": self._recipes[self._weights[value], ""]}
+                return {"recipe": self._recipes[_Wanted((self._weights[value],), "")]}
             size = value.meta.get("val")
             if isinstance(size, torch.SymInt):
                 return {"size": self._named_sizes(str(size.node.expr))}

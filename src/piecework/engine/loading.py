@@ -47,5 +47,10 @@ def open_weights(model_dir: Path, plan: Plan, *, random_seed: int | None = None)
     """Return a model directory's weights, or random ones of the plan's shapes; raises WeightsError."""
     if random_seed is None:
         return open_checkpoint(model_dir)
-    specs = {r.name: TensorMeta(r.shape, getattr(torch, r.dtype)) for r in plan.recipes if not r.literal}
+    specs = {
+        take.name: TensorMeta(take.shape, getattr(torch, recipe.dtype))
+        for recipe in plan.recipes
+        if not recipe.literal
+        for take in recipe.takes
+    }
     return random_checkpoint(specs, seed=random_seed)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from piecework.ops.weight_source import Sources
+
 
 @dataclass(frozen=True)
 class Dim:
@@ -64,6 +66,7 @@ class CaptureRequest:
             shapes; they are not weights.
         opaque: operators ("namespace::name") at which the graph is cut, beside all that aren't torch's own.
         device: device type that the compiled model runs on.
+        sources: how parameters are made from checkpoint tensors; one that is not here is taken under its own name.
     """
 
     module: nn.Module
@@ -73,3 +76,4 @@ class CaptureRequest:
     states: Mapping[str, TensorInput] = field(default_factory=dict)
     opaque: frozenset[str] = frozenset()
     device: str = "cpu"
+    sources: Sources = field(default_factory=dict)

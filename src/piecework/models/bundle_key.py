@@ -11,7 +11,13 @@ from piecework.models.config import ModelConfig
 from piecework.store.facts import Fact, config_fact, environment_facts, option_facts
 
 DEFAULT_MAX_TOKENS = 2048
-DEFAULT_OPTIONS: Mapping[str, JsonScalar] = {"backend": "aoti", "ranges": "", "pack_linear": None, "device": "cpu"}
+DEFAULT_OPTIONS: Mapping[str, JsonScalar] = {
+    "backend": "aoti",
+    "ranges": "",
+    "pack_linear": None,
+    "merge_linear": None,
+    "device": "cpu",
+}
 
 
 def expected_facts(

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from piecework.ops.weight_source import Concat, HeadRows, Stack
 from piecework.record import Record
 from piecework.store import Bundle, Fact
 from piecework.store.format import FORMAT, PLAN
@@ -173,8 +174,16 @@ def _piece(bundle: Bundle, *, piece: UniquePiece, num_uses: int) -> PieceReport:
 
 
 def _recipe_kind(recipe: Recipe) -> str:
-    """Name what the recipe does, such as "take float32" or "take bfloat16, pack mkldnn_linear"."""
-    source = "literal" if recipe.literal else "take"
+    """Name what the recipe does, such as "take float32" or "concat 3 bfloat16, pack mkldnn_linear"."""
+    match recipe.source:
+        case Concat(parts):
+            source = f"concat {len(parts)}"
+        case Stack(_, count):
+            source = f"stack {count}"
+        case HeadRows():
+            source = "rows of heads"
+        case _:
+            source = "literal" if recipe.literal else "take"
     return f"{source} {recipe.dtype}" + (f", pack {recipe.pack}" if recipe.pack else "")
 
 

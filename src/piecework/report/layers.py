@@ -71,7 +71,7 @@ def step_names(plan: Plan, step: int) -> tuple[str, ...]:
     """Return the names of weights, states and layers that a step binds, in the order of first use."""
     found = plan.steps[step]
     if isinstance(found, PieceStep):
-        names = [plan.recipes[index].name for index in plan.instances[found.instance].constants]
+        names = [made.name for made in plan.captured_constants(plan.instances[found.instance])]
     else:
         names = [n for value in op_arguments(found).values() for n in _bound_names(plan, value)]
     return tuple(dict.fromkeys(names))

@@ -197,7 +197,7 @@ def _next_layer(subject: Subject, stack: Stack, layer: Layer, *, step: int, call
     if subject.explanation is None or call is None or len(stack.holders[step]) < 2:
         return None
     program = subject.explanation.listings[subject.piece(step)].program
-    names = [subject.plan.recipes[index].name for index in subject.instance(step).constants]
+    names = [made.name for made in subject.plan.captured_constants(subject.instance(step))]
     if call > len(program.calls):
         return None
     found = layer_of_call(program, call - 1, layers=[layer_of_name(name, stack.name) for name in names])

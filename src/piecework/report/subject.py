@@ -117,7 +117,7 @@ class Subject:
         if self.explanation is None:
             return Difference(_by_counts(self.plan, mine, theirs))
         listings = [
-            replace(self.explanation.listings[i.piece], names=[self.plan.recipes[c].name for c in i.constants])
+            replace(self.explanation.listings[i.piece], names=[c.name for c in self.plan.captured_constants(i)])
             for i in (mine, theirs)
         ]
         return find_difference(listings[0], listings[1]) or Difference("nothing that their programs show")
@@ -136,7 +136,7 @@ def _by_counts(plan: Plan, mine: Instance, theirs: Instance) -> str:
         found.append(f"different number of operators: {p.num_ops} against {q.num_ops}")
     if p.num_constants != q.num_constants:
         found.append(f"different number of constants: {p.num_constants} against {q.num_constants}")
-    pairs = ((plan.recipes[x], plan.recipes[y]) for x, y in zip(mine.constants, theirs.constants, strict=False))
+    pairs = zip(plan.captured_constants(mine), plan.captured_constants(theirs), strict=False)
     differing = next((text for text in (_by_recipe(x, y) for x, y in pairs) if text), "")
     if differing and p.num_constants == q.num_constants:
         found.append(differing)

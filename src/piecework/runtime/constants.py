@@ -13,6 +13,7 @@ from torch import nn
 
 from piecework.errors import WeightsError
 from piecework.foundation import torch_private
+from piecework.ops.weight_source import Concat, HeadRows, Source, Stack, Take, numbered
 from piecework.store.plan import Recipe
 
 
@@ -89,7 +90,11 @@ def make_constants(
 
     Raises WeightsError where a tensor is missing or has another shape.
     """
-    return [_take(r, source=source, literals=literals, device=device) for r in recipes]
+    made = [None if r.source else _take(r, source=source, literals=literals, device=device) for r in recipes]
+    composed = [i for i, r in enumerate(recipes) if r.source]
+    with ThreadPoolExecutor(max_workers=min(8, torch.get_num_threads())) as pool:
+        found = pool.map(lambda i: _compose(recipes[i], source=source, device=device), composed)
+        return [next(found) if tensor is None else tensor for tensor in made]
 
 
 def pack_constants(recipes: Sequence[Recipe], constants: list[torch.Tensor]) -> None:
@@ -108,17 +113,50 @@ def _pack(weight: torch.Tensor) -> torch.Tensor:
 
 def _take(recipe: Recipe, *, source: TensorSource, literals: Mapping[str, torch.Tensor], device: str) -> torch.Tensor:
     tensor: Any = literals[recipe.name] if recipe.literal else source.get(recipe.name)
-    if tuple(tensor.shape) != recipe.shape:
+    _check(tensor, name=recipe.name, shape=recipe.shape)
+    made: torch.Tensor = tensor.detach().to(device=device, dtype=getattr(torch, recipe.dtype))
+    return made.contiguous()
+
+
+def _check(tensor: torch.Tensor, *, name: str, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
         raise WeightsError(
-            asked=f"bind the weight {recipe.name} of shape {list(recipe.shape)}",
+            asked=f"bind the weight {name} of shape {list(shape)}",
             found=f"a tensor of shape {list(tensor.shape)}",
             try_="pass the weights of the model that was compiled",
         )
     if tensor.is_meta:
         raise WeightsError(
-            asked=f"bind the weight {recipe.name}",
+            asked=f"bind the weight {name}",
             found="a tensor on the meta device, which has no values",
             try_="pass real weights",
         )
-    made: torch.Tensor = tensor.detach().to(device=device, dtype=getattr(torch, recipe.dtype))
-    return made.contiguous()
+
+
+def _compose(recipe: Recipe, *, source: TensorSource, device: str) -> torch.Tensor:
+    """Make a constant of several tensors, or of a part of one, in one new tensor."""
+    assert recipe.source is not None
+    made = torch.empty(recipe.shape, dtype=getattr(torch, recipe.dtype), device=device)
+    _fill(made, recipe.source, source)
+    return made
+
+
+def _fill(target: torch.Tensor, what: Source, source: TensorSource) -> None:
+    match what:
+        case Take(name, shape):
+            tensor = source.get(name)
+            _check(tensor, name=name, shape=shape)
+            target.copy_(tensor.detach())
+        case Concat(parts):
+            begin = 0
+            for part in parts:
+                _fill(target[begin : begin + part.shape[0]], part, source)
+                begin += part.shape[0]
+        case Stack(of, count):
+            for number in range(count):
+                _fill(target[number], numbered(of, number), source)
+        case HeadRows(of, heads, begin, end, transpose):
+            whole = torch.empty(of.shape, dtype=target.dtype, device=target.device)
+            _fill(whole, of, source)
+            rows = whole.view(heads, -1, of.shape[1])[:, begin:end]
+            target.copy_(rows.transpose(1, 2) if transpose else rows)

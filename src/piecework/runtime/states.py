@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Sequence
 from math import prod
@@ -24,7 +25,10 @@ def zeros(shape: Sequence[int], *, dtype: torch.dtype, device: str) -> torch.Ten
     if torch.device(device).type != "cpu" or num_bytes < _LEAST_MAPPED_BYTES:
         return torch.zeros(*shape, dtype=dtype, device=device)
     try:
-        memory = mmap.mmap(-1, num_bytes)
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OverflowError as error:
         raise OSError(f"{num_bytes} bytes are more than can be addressed") from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # a cache is read in all places, which is many pages of 4 KiB
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(*shape)

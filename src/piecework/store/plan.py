@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from piecework.errors import CorruptBundle
+from piecework.ops.weight_source import Concat, Source, Take, label, renamed, source_from_json, source_to_json, takes
 
 Dim = int | str
 
@@ -40,13 +42,22 @@ class State:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one constant is made: take tensor `name` from the checkpoint (or the bundle's literals), cast, pack."""
+    """How one constant is made: take tensor `name` from the checkpoint (or the bundle's literals), cast, pack.
+
+    With a `source` it is made of several tensors, or of a part of one, and `name` only names it.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     literal: bool = False
     pack: str = ""
+    source: Source | None = None
+
+    @property
+    def takes(self) -> tuple[Take, ...]:
+        """The tensors that it is made of."""
+        return (Take(self.name, self.shape),) if self.source is None else tuple(takes(self.source))
 
 
 @dataclass(frozen=True)
@@ -60,13 +71,17 @@ class ShapeRange:
 
 @dataclass(frozen=True)
 class UniquePiece:
-    """A structurally different piece: fingerprint, artifacts by range of the primary size, numbers for people."""
+    """A structurally different piece: fingerprint, artifacts by range of the primary size, numbers for people.
+
+    `merged` says for each constant which of the captured piece's constants it is made of; () where they are the same.
+    """
 
     fingerprint: str
     ranges: tuple[ShapeRange, ...]
     num_ops: int
     num_constants: int
     device: str = "cpu"
+    merged: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,6 +141,21 @@ class Plan:
     arguments: Any = None
     kernels: Mapping[str, str] = field(default_factory=dict)
 
+    def captured_constants(self, instance: Instance) -> tuple[Recipe, ...]:
+        """Return the constants of an instance's piece as it was captured: those that were merged are apart again."""
+        bound = [self.recipes[index] for index in instance.constants]
+        merged = self.pieces[instance.piece].merged
+        if not merged:
+            return tuple(bound)
+        apart: dict[int, Recipe] = {}
+        for recipe, constants in zip(bound, merged, strict=True):
+            if len(constants) == 1:
+                apart[constants[0]] = recipe
+            elif isinstance(recipe.source, Concat):
+                for constant, part in zip(constants, recipe.source.parts, strict=True):
+                    apart[constant] = dataclasses.replace(recipe, name=label(part), shape=part.shape, source=part)
+        return tuple(apart[index] for index in sorted(apart))
+
     def to_json(self) -> dict[str, Any]:
         """Return compact JSON: runs of recipes and states that differ in a layer's number only are written once."""
         ops = sorted({s.op for s in self.steps if isinstance(s, OpStep)})
@@ -134,8 +164,8 @@ class Plan:
             "primary": self.primary,
             "inputs": [_without_defaults(asdict(i)) for i in self.inputs],
             "states": _compact([_without_defaults(asdict(s)) for s in self.states]),
-            "recipes": _compact([_without_defaults(asdict(r)) for r in self.recipes]),
-            "pieces": [asdict(p) for p in self.pieces],
+            "recipes": _compact([_recipe_to_json(r) for r in self.recipes]),
+            "pieces": [_without_defaults(asdict(p)) for p in self.pieces],
             "instances": [[i.piece, list(i.constants)] for i in self.instances],
             "ops": ops,
             "steps": [_step_to_json(s, ops) for s in self.steps],
@@ -166,10 +196,8 @@ def _plan(data: Mapping[str, Any]) -> Plan:
         primary=data["primary"],
         inputs=tuple(_plan_input(i) for i in data["inputs"]),
         states=tuple(State(**{**s, "shape": tuple(s["shape"])}) for s in _expand(data["states"])),
-        recipes=tuple(Recipe(**{**r, "shape": tuple(r["shape"])}) for r in _expand(data["recipes"])),
-        pieces=tuple(
-            UniquePiece(**{**p, "ranges": tuple(ShapeRange(**r) for r in p["ranges"])}) for p in data["pieces"]
-        ),
+        recipes=tuple(_recipe_from_json(r) for r in _expand(data["recipes"])),
+        pieces=tuple(_piece_from_json(p) for p in data["pieces"]),
         instances=tuple(Instance(int(piece), tuple(constants)) for piece, constants in data["instances"]),
         steps=tuple(_step_from_json(s, data["ops"]) for s in data["steps"]),
         num_slots=int(data["num_slots"]),
@@ -178,6 +206,29 @@ def _plan(data: Mapping[str, Any]) -> Plan:
         arguments=data["arguments"],
         kernels={str(name): str(artifact) for name, artifact in dict(data.get("kernels", {})).items()},
     )
+
+
+def _recipe_to_json(recipe: Recipe) -> dict[str, Any]:
+    fields = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}
+    if recipe.source is not None:
+        fields["source"] = source_to_json(recipe.source)
+    return _without_defaults(fields)
+
+
+def _recipe_from_json(data: Mapping[str, Any]) -> Recipe:
+    made = Recipe(**{**data, "shape": tuple(data["shape"]), "source": None})
+    if "source" not in data:
+        return made
+    source = source_from_json(data["source"])
+    if source.shape != made.shape:
+        raise ValueError(f"a recipe of shape {made.shape} from a source of shape {source.shape}")
+    return dataclasses.replace(made, source=source)
+
+
+def _piece_from_json(data: Mapping[str, Any]) -> UniquePiece:
+    ranges = tuple(ShapeRange(**r) for r in data.get("ranges", ()))
+    merged = tuple(tuple(int(i) for i in constants) for constants in data.get("merged", ()))
+    return UniquePiece(**{**data, "ranges": ranges, "merged": merged})
 
 
 def _plan_input(data: Mapping[str, Any]) -> PlanInput:
@@ -200,7 +251,11 @@ def _step_from_json(data: Sequence[Any], ops: Sequence[str]) -> Step:
 
 
 def _without_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items() if v not in (None, "", False)}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items() if not _is_default(k, v)}
+
+
+def _is_default(name: str, value: Any) -> bool:
+    return value is None or value is False or value == "" or (name == "merged" and value == ())
 
 
 _NUMBER = re.compile(r"\.(0|[1-9]\d*)\.")
@@ -214,8 +269,11 @@ def _compact(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         if match is None or "#" in item["name"]:
             out.append(item)
             continue
-        number = int(match.group(1))
-        pattern = {**item, "name": item["name"][: match.start(1)] + "#" + item["name"][match.end(1) :]}
+        number, numbered = int(match.group(1)), match.group(0)
+        pattern = _renamed(item, old=numbered, new=".#.")
+        if _renamed(pattern, old=".#.", new=numbered) != item:
+            out.append(item)
+            continue
         if out and "run" in out[-1]:
             start, end = out[-1]["run"]
             if number == end and {**out[-1], "run": None} == {**pattern, "run": None}:
@@ -235,8 +293,17 @@ def _expand(items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         start, end = item["run"]
         if not 0 <= end - start <= 1_000_000:
             raise ValueError(f"a run of {end - start} items")
-        out.extend({**rest, "name": item["name"].replace("#", str(i), 1)} for i in range(start, end))
+        out.extend(_renamed(rest, old="#", new=str(i)) for i in range(start, end))
     return out
+
+
+def _renamed(item: Mapping[str, Any], *, old: str, new: str) -> dict[str, Any]:
+    """Return an item with the first `old` in its name, and in those of the tensors that it is made of, replaced."""
+    made = {**item, "name": item["name"].replace(old, new, 1)}
+    if "source" in item:
+        source = renamed(source_from_json(item["source"]), lambda name: name.replace(old, new, 1))
+        made["source"] = source_to_json(source)
+    return made
 
 
 Size = Callable[[Mapping[str, int]], int]

@@ -19,7 +19,7 @@ from piecework.graph.capture import capture
 from piecework.graph.request import CaptureRequest
 from piecework.graph.split import Piece, split
 from piecework.models.adapter import build_causal_lm
-from piecework.passes.pack_linear import packable_constants
+from piecework.ops.weight_source import Concat, Take
 from piecework.store.plan import (
     Instance,
     OpStep,
@@ -46,6 +46,12 @@ recipes = st.builds(
     literal=st.booleans(),
     pack=st.sampled_from(["", "mkldnn_linear"]),
 )
+composed = st.builds(
+    lambda a, b, n: Recipe(f"{a} + {b}", (2 * n, 3), "float32", source=Concat((Take(a, (n, 3)), Take(b, (n, 3))))),
+    names,
+    names,
+    st.integers(0, 5),
+)
 arguments = st.one_of(
     st.builds(lambda i: {"slot": i}, st.integers(0, 9)),
     st.builds(lambda v: {"const": v}, st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=3))),
@@ -68,7 +74,7 @@ plans = st.builds(
     states=st.lists(
         st.builds(State, name=names, shape=shapes, dtype=st.just("float32"), device=st.just("cpu")), max_size=4
     ).map(tuple),
-    recipes=st.lists(recipes, max_size=8).map(tuple),
+    recipes=st.lists(st.one_of(recipes, composed), max_size=8).map(tuple),
     pieces=st.lists(
         st.builds(
             UniquePiece,
@@ -78,6 +84,7 @@ plans = st.builds(
             ),
             num_ops=st.integers(0, 5),
             num_constants=st.integers(0, 5),
+            merged=st.sampled_from([(), ((0, 1), (2,))]),
         ),
         max_size=2,
     ).map(tuple),
@@ -130,7 +137,7 @@ def plan_of(wanted: CaptureRequest) -> Plan:
     captured = capture(wanted)
     steps = split(captured)
     dtypes = packed_dtypes(CompileOptions(), target=read_target(), device="cpu")
-    pieces = deduplicate(steps, primary="", pack_dtypes=dtypes, packer=packable_constants)
+    pieces = deduplicate(steps, primary="", merge=False, pack_dtypes=dtypes)
     return make_plan(captured, steps, pieces, artifacts=[[] for _ in pieces.unique])
 
 
@@ -177,7 +184,7 @@ def assert_slots_hold_what_is_read(wanted: CaptureRequest) -> None:
     """Run the plan with the graph's nodes as values: every step must find its own operands in its slots."""
     captured = capture(wanted)
     steps = split(captured)
-    pieces = deduplicate(steps, primary="", pack_dtypes=frozenset(), packer=packable_constants)
+    pieces = deduplicate(steps, primary="", merge=False, pack_dtypes=frozenset())
     plan = make_plan(captured, steps, pieces, artifacts=[[] for _ in pieces.unique])
     slots: list[object] = [None] * plan.num_slots
     for number, given_input in enumerate(i for i in captured.inputs if i.kind.value == "argument"):

@@ -1,0 +1,160 @@
+"""How a parameter is made from checkpoint tensors, as data; `runtime/constants.py` does it, once, at load.
+
+Only what moves values is here: nothing computes with them, so every dtype keeps its bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Take:
+    """A checkpoint tensor by its name and shape. In a `Stack`, "*" in the name is the number of the copy."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Its parts along the first axis; they agree in the others."""
+
+    parts: tuple[Source, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        first = self.parts[0].shape
+        return (sum(part.shape[0] for part in self.parts), *first[1:])
+
+
+@dataclass(frozen=True)
+class Stack:
+    """`count` of the same, along a new first axis; "*" in the names of each is 0 to count - 1."""
+
+    of: Source
+    count: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        return (self.count, *self.of.shape)
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """Some rows of every head: [heads * n, m] is seen as [heads, n, m], and rows `begin` to `end` of n are taken.
+
+    With `transpose` the result is [heads, m, end - begin], else [heads, end - begin, m]; it is contiguous.
+    """
+
+    of: Source
+    heads: int
+    begin: int
+    end: int
+    transpose: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        rows, width = self.end - self.begin, self.of.shape[1]
+        return (self.heads, width, rows) if self.transpose else (self.heads, rows, width)
+
+
+Source = Take | Concat | Stack | HeadRows
+
+
+def takes(source: Source) -> Iterator[Take]:
+    """Yield the checkpoint tensors of a source, in order."""
+    match source:
+        case Take():
+            yield source
+        case Concat(parts):
+            for part in parts:
+                yield from takes(part)
+        case Stack(of, count):
+            for number in range(count):
+                yield from takes(numbered(of, number))
+        case HeadRows(of):
+            yield from takes(of)
+
+
+def numbered(source: Source, number: int) -> Source:
+    """Return a stack's copy of that number."""
+    return renamed(source, lambda name: name.replace("*", str(number)))
+
+
+def renamed(source: Source, change: Callable[[str], str]) -> Source:
+    """Return the source with every tensor's name changed."""
+    match source:
+        case Take(name):
+            return replace(source, name=change(name))
+        case Concat(parts):
+            return Concat(tuple(renamed(part, change) for part in parts))
+        case Stack(of) | HeadRows(of):
+            return replace(source, of=renamed(of, change))
+
+
+def source_to_json(source: Source) -> list[Any]:
+    """Return the source as nested lists."""
+    match source:
+        case Take(name, shape):
+            return ["take", name, list(shape)]
+        case Concat(parts):
+            return ["concat", *map(source_to_json, parts)]
+        case Stack(of, count):
+            return ["stack", source_to_json(of), count]
+        case HeadRows(of, heads, begin, end, transpose):
+            return ["heads", source_to_json(of), heads, begin, end, transpose]
+
+
+def source_from_json(data: Any) -> Source:
+    """Read what `source_to_json` wrote. Raises ValueError, TypeError or IndexError where it is something else."""
+    kind, *rest = data
+    made: Source
+    if kind == "take":
+        name, shape = rest
+        made = Take(str(name), tuple(int(size) for size in shape))
+    elif kind == "concat" and rest:
+        made = Concat(tuple(source_from_json(part) for part in rest))
+    elif kind == "stack":
+        of, count = rest
+        made = Stack(source_from_json(of), int(count))
+    elif kind == "heads":
+        of, heads, begin, end, transpose = rest
+        made = HeadRows(source_from_json(of), int(heads), int(begin), int(end), transpose is True)
+    else:
+        raise ValueError(f"a weight's source of kind {kind!r}")
+    if not all(size >= 0 for size in made.shape):
+        raise ValueError(f"a weight's source of shape {made.shape}")
+    return made
+
+
+def label(source: Source) -> str:
+    """Name a source for people, such as "layers.0.q_proj.weight + k_proj.weight"."""
+    match source:
+        case Take(name):
+            return name
+        case Concat(parts):
+            first, *rest = [label(part) for part in parts]
+            return " + ".join([first, *(_shortened(name, beside=first) for name in rest)])
+        case Stack(of, count):
+            return f"{label(of)}[0:{count}]"
+        case HeadRows(of, heads, begin, end):
+            return f"{label(of)}[{heads} heads, {begin}:{end}]"
+
+
+def _shortened(name: str, *, beside: str) -> str:
+    """Leave out the dotted parts that both names begin with."""
+    parts, others = name.split("."), beside.split(".")
+    same = 0
+    while same < min(len(parts), len(others)) - 1 and parts[same] == others[same]:
+        same += 1
+    return ".".join(parts[same:])
+
+
+Sources = Mapping[str, Source]
+"""Parameter name → how it is made."""
