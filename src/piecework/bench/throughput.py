@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
+from piecework.bench.contention import NOTEWORTHY, read_cpu_times, share_of_others
 from piecework.bench.launch import CellError, Launcher
 from piecework.bench.measurements import Measured, OnProgress, Sample, summarise
 from piecework.bench.random_models import RandomModel
@@ -94,11 +95,15 @@ def take_turns(systems: Sequence[ThroughputSystem], *, repeats: int, on_progress
             return
         text = f"{what}: {system.name}"
         on_progress(text, done - 1, total)
+        before = read_cpu_times()
         try:
             samples.extend(measure())
         except CellError as error:
             failed.add(system.name)
             notes.append(f"{text} failed: {error.found}")
+        others = share_of_others(before, read_cpu_times())
+        if others >= NOTEWORTHY:
+            notes.append(f"{text}: other processes took {others:.0%} of the machine meanwhile, so don't trust it")
 
     for system in systems:
         take(system, "preparing", system.prepare)

@@ -15,7 +15,7 @@ class ProfileOptions:
 
     Args:
         directory: where the trace goes, as trace-1.json or the next free number; made where it isn't there.
-        steps: how many forwards; the file has some 100 KB of each.
+        steps: how many forwards; of each the file has about 30 KB, with the eager backend some 200.
         skip: how many forwards before them are left out.
     """
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from piecework.bench import throughput
 from piecework.bench.measurements import Measured
 from piecework.bench.random_models import RANDOM_MODELS
 from piecework.bench.systems.throughput import SCRIPT
@@ -26,6 +27,14 @@ ANSWERS = {
     "vllm_compile.py": {"marks": {"first_token": 12.5}},
 }
 TINY = ["bench", "throughput", "--random-llama", "tiny", "--requests", "4", "--input", "16", "--output", "8"]
+
+
+@pytest.fixture(autouse=True)
+def others(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Stand in for what else the machine does: the share that other processes take."""
+    share = [0.0]
+    monkeypatch.setattr(throughput, "share_of_others", lambda before, after: share[0])
+    return share
 
 
 @pytest.fixture
@@ -154,6 +163,16 @@ def test_what_fails_is_told_and_not_tried_again(
     assert report["goals"] == []
     other = "vllm" if code else "piecework"
     assert {"output_tok_s", "first_token_s"} <= {r["metric"] for r in report["rows"] if r["system"] == other}
+
+
+def test_a_machine_that_is_busy_with_something_else_is_noted(
+    stub: Path, others: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    others[0] = 0.25
+    assert main([*TINY, "--repeats", "1", "--systems", "piecework", "--json"]) == 0
+    notes = json.loads(capsys.readouterr().out)["notes"]
+    assert notes[1] == "throughput: piecework: other processes took 25% of the machine meanwhile, so don't trust it"
+    assert len(notes) == 3
 
 
 def test_a_profile_is_taken_apart_from_the_figures(
