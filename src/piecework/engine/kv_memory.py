@@ -18,6 +18,8 @@ import torch
 from piecework.engine.block_pool import num_blocks_for
 from piecework.errors import CapacityError
 from piecework.models.config import ModelConfig
+from piecework.models.latent_config import LatentSizes
+from piecework.ops.mla_plain import CONTEXT_CHUNK
 from piecework.store.plan import Plan, size_expression
 
 DEFAULT_FRACTION: Final = {"cpu": 0.5, "cuda": 0.9}
@@ -107,15 +109,40 @@ def memory_needs(plan: Plan, config: ModelConfig) -> MemoryNeeds:
 def activation_bytes(config: ModelConfig, *, itemsize: int, max_tokens: int, max_seqs: int) -> int:
     """Return an upper estimate of what one forward holds at a time.
 
-    Per token: the residual stream and the normed one, q, k, v and attention's output, and gate, up and their product in
-    the MLP, each in the activations' type and once more in float32, as kernels convert. Per sequence: a row of logits,
-    the same way.
+    Per token: the residual stream and the normed one, what attention and the MLP or the experts hold, each in the
+    activations' type and once more in float32, as kernels convert. Per sequence: a row of logits, the same way.
     """
-    intermediate = int(config.raw.get("intermediate_size") or 4 * config.hidden_size)
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    per_token = 2 * config.hidden_size + 2 * queries + 2 * keys + 3 * intermediate
+    per_token = 2 * config.hidden_size + _attention_numbers(config) + _mlp_numbers(config)
     rows = min(max_tokens, max_seqs)
-    return (max_tokens * per_token + rows * config.vocab_size) * (itemsize + 4)
+    numbers = max_tokens * per_token + rows * config.vocab_size
+    if config.latent is not None:
+        # the queries and results of decode, which are latents; a chunk of context, gathered and expanded
+        numbers += rows * 2 * config.num_heads * config.latent.kv_rank
+        numbers += CONTEXT_CHUNK * (config.latent.entry + 2 * _expanded(config, config.latent))
+    return numbers * (itemsize + 4)
+
+
+def _attention_numbers(config: ModelConfig) -> int:
+    """Return how many numbers per token attention holds: q, k, v and its result."""
+    latent = config.latent
+    if latent is None:
+        return 2 * config.num_heads * config.head_dim + 2 * config.num_kv_heads * config.head_dim
+    query = config.num_heads * (latent.nope_dim + 2 * latent.rope_dim)  # and the rotated part of it
+    return query + 2 * latent.entry + _expanded(config, latent) + config.num_heads * latent.value_dim
+
+
+def _expanded(config: ModelConfig, latent: LatentSizes) -> int:
+    return config.num_heads * (latent.nope_dim + latent.value_dim)
+
+
+def _mlp_numbers(config: ModelConfig) -> int:
+    """Return how many numbers per token an MLP holds (gate, up and their product), or a layer of experts."""
+    dense = 3 * int(config.raw.get("intermediate_size") or 4 * config.hidden_size)
+    experts = config.experts
+    if experts is None:
+        return dense
+    chosen = experts.top_k * (2 * config.hidden_size + 3 * experts.intermediate)
+    return max(dense, chosen + 3 * experts.shared)
 
 
 def _itemsize(dtype: str) -> int:

@@ -149,9 +149,10 @@ def latent_attention(
         [T, H * V], contiguous, dtype of the queries.
     """
     rank = w_uk.shape[2]
+    if regime == Regime.DECODE:
+        q_latent = absorb_query(q_nope, w_uk)  # before anything opaque, so that it is in one piece with projections
     entry = cores.write(compressed, norm_weight, eps, cos, sin, latent_cache, slot_mapping)
     if regime == Regime.DECODE:
-        q_latent = absorb_query(q_nope, w_uk)
         return expand_value(cores.decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale), w_uv)
     prompts = (kv_b_weight, latent_cache, block_tables, seq_lens, query_start)
     if regime == Regime.PREFILL:

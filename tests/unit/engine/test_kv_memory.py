@@ -21,7 +21,9 @@ from piecework.engine.kv_memory import (
     read_memory,
 )
 from piecework.errors import CapacityError
+from piecework.models.adapter import build_causal_lm
 from piecework.models.config import read_config
+from piecework.ops.mla_plain import CONTEXT_CHUNK
 from piecework.store.plan import Recipe, State
 from tests.unit.models.tiny import write_config
 
@@ -92,3 +94,21 @@ def test_where_nobody_knows_how_much_is_free_it_is_said_so(tmp_path: Path, monke
     monkeypatch.setattr(kv_memory, "_MEMINFO", tmp_path / "none")
     with pytest.raises(CapacityError, match="give the KV cache's bytes"):
         read_memory("cpu")
+
+
+def test_latents_are_what_a_token_of_a_latent_model_takes(tmp_path: Path) -> None:
+    config = read_config(write_config(tmp_path, "deepseek_v3"))
+    request = build_causal_lm(tmp_path, dtype="bfloat16", max_tokens=256)
+    plan: Any = SimpleNamespace(
+        recipes=[],
+        states=[State(name, given.shape, given.dtype, "cpu") for name, given in request.states.items()],
+        sizes={"tokens": (1, 256), "seqs": (1, 8)},
+    )
+    needs = memory_needs(plan, config)
+    latents, rotary, layers = 32, 8, 3
+    assert needs.block == 16 * (latents + rotary) * 2 * layers
+    heads, expanded = 4, 4 * (16 + 12)
+    attention = heads * (16 + 2 * 8) + 2 * (32 + 8) + expanded + heads * 12
+    experts = 3 * (2 * 64 + 3 * 24) + 3 * 24
+    numbers = 256 * (2 * 64 + attention + experts) + 8 * (131 + 2 * heads * 32) + CONTEXT_CHUNK * (40 + 2 * expanded)
+    assert needs.activations == numbers * 6
