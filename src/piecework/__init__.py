@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from piecework.engine.llm import LLM
     from piecework.engine.sampling_params import SamplingParams, StructuredOutput
     from piecework.graph.request import Dim
+    from piecework.models.batch import ForwardBatch
+    from piecework.models.latent_attention import LatentOptions, MultiHeadLatentAttention
+    from piecework.models.latent_config import LatentSizes
     from piecework.ops.forward_context import Batch, ForwardContext, running_context
     from piecework.ops.layer import LayerName, LayerNameType, encode, resolve
     from piecework.ops.opaque_op import check_ops, opaque_op
@@ -65,6 +68,10 @@ _LAZY = {
     "Continuation": "piecework.engine.completion",
     "SamplingParams": "piecework.engine.sampling_params",
     "StructuredOutput": "piecework.engine.sampling_params",
+    "ForwardBatch": "piecework.models.batch",
+    "LatentOptions": "piecework.models.latent_attention",
+    "LatentSizes": "piecework.models.latent_config",
+    "MultiHeadLatentAttention": "piecework.models.latent_attention",
 }
 
 
@@ -91,10 +98,14 @@ __all__ = [
     "CorruptBundle",
     "Dim",
     "EngineError",
+    "ForwardBatch",
     "ForwardContext",
+    "LatentOptions",
+    "LatentSizes",
     "LayerName",
     "LayerNameType",
     "LoadedModel",
+    "MultiHeadLatentAttention",
     "OpError",
     "PieceworkError",
     "Recorder",
