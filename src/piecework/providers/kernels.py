@@ -20,7 +20,7 @@ class Kernel:
     Attributes:
         name: which one; a bundle's plan says it.
         operators: what it implements, as "namespace::name".
-        main: the C++ file to compile; what it includes lies beside it.
+        main: the C++ file to compile; what it includes lies beside it, or in `cpu_common`.
         dtypes: element types that it can be built for, each with a macro: PIECEWORK_FLOAT32 …
     """
 
@@ -32,7 +32,8 @@ class Kernel:
     @property
     def sources(self) -> tuple[Path, ...]:
         """Return the files that it is built from, sorted."""
-        return tuple(sorted(p for p in self.main.parent.iterdir() if p.suffix in {".cpp", ".h"}))
+        folders = (self.main.parent, self.main.parents[1] / "cpu_common")
+        return tuple(sorted(p for f in folders for p in f.iterdir() if p.suffix in {".cpp", ".h"}))
 
 
 CPU_ATTENTION: Final = Kernel(

@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../cpu_common/dots.h"
+#include "../cpu_common/tiles.h"
 #include "call.h"
-#include "elements.h"
-#include "prefill.h"
 
 namespace piecework {
 
@@ -15,8 +15,6 @@ constexpr int kChunk = 16;  // keys in one go, of all heads; more would be fetch
 constexpr int kHeads = 8;   // query heads in one go, of those that share a key/value head
 constexpr int kQueryWords = kMaxHeadDim;
 static_assert(kChunk % kLanes == 0, "scores are whole vectors");
-
-PIECEWORK_INLINE void fetch(const void* at) { __builtin_prefetch(at, 0, 2); }
 
 // What is known after some of the keys: per head the largest score, the sum of weights, the weighted sum of values.
 // Where types are paired, that holds even dimensions and odd ones in turns, kLanes of each.
@@ -31,36 +29,6 @@ struct Partial {
   }
   static int64_t size(const Call& call) { return (call.num_heads * (padded(call) + 2) + 15) / 16 * 16; }
 };
-
-// Scores of N queries with kLanes / N keys; query n's go to out + n * kChunk.
-template <bool Paired, int N>
-PIECEWORK_INLINE void score_keys(const uint32_t* queries, const uint32_t* const* keys, const uint32_t* const* ahead,
-                                 int64_t words, float* out) {
-  constexpr int kKeys = kLanes / N;
-  Floats sum[kLanes] = {};
-  int64_t w = 0;
-  for (; w + kLanes <= words; w += kLanes) {
-    Words q[N];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) q[n] = load<Words>(queries + n * kQueryWords + w);
-#pragma GCC unroll 16
-    for (int k = 0; k < kKeys; ++k) {
-      const Words key = load<Words>(keys[k] + w);
-      fetch(ahead[k] + w);
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) sum[n * kKeys + k] = multiply_add<Paired>(sum[n * kKeys + k], q[n], key);
-    }
-  }
-  if (w < words) {
-    for (int k = 0; k < kKeys; ++k) {
-      const Words key = load_some<Words>(keys[k] + w, words - w);
-      for (int n = 0; n < N; ++n)
-        sum[n * kKeys + k] = multiply_add<Paired>(sum[n * kKeys + k], load<Words>(queries + n * kQueryWords + w), key);
-    }
-  }
-  const Floats made = sums(sum);
-  for (int n = 0; n < N; ++n) std::memcpy(out + n * kChunk, (const float*)&made + n * kKeys, kKeys * sizeof(float));
-}
 
 // sums = sums * decay + weights of values, of N heads and V vectors of words from `at` on.
 template <bool Paired, int N, int V>
@@ -209,7 +177,8 @@ struct Decode {
   template <int N>
   PIECEWORK_INLINE void score_some(int64_t h, int64_t key) {
     for (int64_t k = key; k < key + kLanes; k += kLanes / N)
-      score_keys<kPair, N>(queries + h * kQueryWords, keys + k, next_keys + k, words, scores + h * kChunk + k);
+      score_keys<kPair, N>(queries + h * kQueryWords, kQueryWords, keys + k, next_keys + k, words,
+                           scores + h * kChunk + k, kChunk);
   }
 
   template <int N, int V>

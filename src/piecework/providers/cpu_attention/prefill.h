@@ -6,100 +6,10 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../cpu_common/tiles.h"
 #include "call.h"
-#include "elements.h"
 
 namespace piecework {
-
-constexpr int kStep = 6;         // keys, or dimensions, in one go: kStep * kRowVectors sums stay in registers
-constexpr int kTileKeys = 96;    // keys whose scores are held at once; a multiple of kStep
-constexpr float kNone = -1e30f;  // less than any score, and yet finite: masked scores less it are -infinity
-
-// out[k][row] = sum of queries[d][row] * keys[k][d]
-template <bool Paired, int V, int N>
-PIECEWORK_INLINE void score(const uint32_t* queries, const uint32_t* const* keys, int64_t depth, float* out) {
-  Floats sum[N][V] = {};
-  for (int64_t d = 0; d < depth; ++d) {
-    Words q[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) q[v] = load<Words>(queries + (d * V + v) * kLanes);
-#pragma GCC unroll 6
-    for (int k = 0; k < N; ++k) {
-      const Words one = all(keys[k][d]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[k][v] = multiply_add<Paired>(sum[k][v], q[v], one);
-    }
-  }
-#pragma GCC unroll 6
-  for (int k = 0; k < N; ++k)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(sum[k][v], out + (k * V + v) * kLanes);
-}
-
-// out[d][row] = out[d][row] * decay[row] + sum of weights[k][row] * values[k][first + d]
-template <bool Paired, int V, int N>
-PIECEWORK_INLINE void weigh(const uint32_t* weights, const uint32_t* const* values, int64_t depth, int64_t first,
-                            const Floats* decay, float* out) {
-  Floats sum[N][V];
-#pragma GCC unroll 6
-  for (int d = 0; d < N; ++d)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) sum[d][v] = load(out + (d * V + v) * kLanes) * decay[v];
-  for (int64_t k = 0; k < depth; ++k) {
-    Words w[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) w[v] = load<Words>(weights + (k * V + v) * kLanes);
-    const uint32_t* row = values[k] + first;
-#pragma GCC unroll 6
-    for (int d = 0; d < N; ++d) {
-      const Words one = all(row[d]);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) sum[d][v] = multiply_add<Paired>(sum[d][v], w[v], one);
-    }
-  }
-#pragma GCC unroll 6
-  for (int d = 0; d < N; ++d)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) store(sum[d][v], out + (d * V + v) * kLanes);
-}
-
-// body<N>(at) for `count` in steps of kStep, and one for the rest.
-template <class F>
-PIECEWORK_INLINE void in_steps(int64_t count, const F& body) {
-  static_assert(kStep == 6, "a case for every rest");
-  int64_t at = 0;
-  for (; at + kStep <= count; at += kStep) body.template operator()<kStep>(at);
-  switch (count - at) {
-    case 1: return body.template operator()<1>(at);
-    case 2: return body.template operator()<2>(at);
-    case 3: return body.template operator()<3>(at);
-    case 4: return body.template operator()<4>(at);
-    case 5: return body.template operator()<5>(at);
-  }
-}
-
-template <bool Paired, int V>
-struct ScoreStep {
-  const uint32_t* queries;
-  const uint32_t* const* keys;
-  int64_t depth;
-  float* out;
-  template <int N>
-  void operator()(int64_t at) const { score<Paired, V, N>(queries, keys + at, depth, out + at * V * kLanes); }
-};
-
-template <bool Paired, int V>
-struct WeighStep {
-  const uint32_t* weights;
-  const uint32_t* const* values;
-  int64_t depth;
-  const Floats* decay;
-  float* out;
-  template <int N>
-  void operator()(int64_t at) const {
-    weigh<Paired, V, N>(weights, values, depth, at, decay, out + at * V * kLanes);
-  }
-};
 
 // Rows first … first + count - 1 of those of one sequence and key/value head, at most V * kLanes.
 template <class T, int V>
@@ -169,14 +79,7 @@ struct Rows {
           rows[i] = (const uint32_t*)floats[i];
         }
       }
-      for (int64_t d = 0; d < depth; d += kLanes) {
-        const int64_t num = std::min<int64_t>(kLanes, depth - d);
-        Words block[kLanes];
-        for (int i = 0; i < kLanes; ++i)
-          block[i] = num == kLanes ? load<Words>(rows[i] + d) : load_some<Words>(rows[i] + d, num);
-        transpose(block);
-        for (int64_t i = 0; i < num; ++i) store(block[i], queries + ((d + i) * V + v) * kLanes);
-      }
+      take_rows<V>(rows, depth, queries + v * kLanes);
     }
   }
 

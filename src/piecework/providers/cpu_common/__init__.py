@@ -1,0 +1,1 @@
+"""C++ headers that kernels share: vectors, element types, and products of tiles."""
