@@ -12,6 +12,8 @@ from typing import Any
 from piecework.bench.goals import Goal
 from piecework.bench.machine import commit, machine, versions
 from piecework.bench.measurements import Measured, OnProgress, Row
+from piecework.bench.plots.figure import Figure
+from piecework.bench.plots.write import writer_for
 from piecework.bench.systems.vllm import Peers, find_peers
 from piecework.cli import console
 from piecework.foundation.environment import peers_root
@@ -31,6 +33,22 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     """Add `--json` and `--out`."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write that object to FILE")
+
+
+def add_plot_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--plot`."""
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="also draw the figures: FILE.html, or FILE.png (needs matplotlib)"
+    )
+
+
+def plot_writer(args: argparse.Namespace) -> Callable[[Figure], None]:
+    """Return what writes a figure to `--plot`, or does nothing where that isn't given. Raises PieceworkError."""
+    path: Path | None = args.plot
+    if path is None:
+        return lambda figure: None
+    write_figure = writer_for(path)
+    return lambda figure: write_figure(figure, path)
 
 
 def add_peers_option(parser: argparse.ArgumentParser, *, script: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from piecework.bench.machine import commit, machine, versions
+from piecework.bench.plots.serving import serving_figure
 from piecework.bench.serving.figures import ServeFigures, figures_of
 from piecework.bench.serving.workload import DEFAULT_MEANS, Lengths
 from piecework.cli import bench_options, console
@@ -38,6 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_target(parser.add_argument_group("the server"))
     _add_load(parser.add_argument_group("the load"))
     bench_options.add_output_options(parser)
+    bench_options.add_plot_option(parser)
     return parser
 
 
@@ -46,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
 
     Raises PieceworkError where the server doesn't answer the first request, OSError where a file can't be written.
     """
-    bench_options.check_directory(args, "out")
+    bench_options.check_directory(args, "out", "plot")
+    plot = bench_options.plot_writer(args)
     measure_server, settings = _import_client(), _settings(args)
     about: dict[str, Any] = {"machine": machine(), "versions": versions(), "commit": commit()}
     with console.progress() as progress:
@@ -55,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
         )
     figures = figures_of(result.outcomes)
     _report(args, settings, result, figures=figures, about=about)
+    subtitle = f"{result.model}, {settings.lengths.value} lengths, rate {settings.rate:g}"
+    plot(serving_figure(figures, result.outcomes, subtitle=subtitle, about=about))
     return 0 if figures.completed else 1
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from piecework.bench.goals import check_throughput_goals
+from piecework.bench.plots.throughput import throughput_figure
 from piecework.bench.random_models import LLAMA, RANDOM_MODELS, RandomModel
 from piecework.bench.systems.throughput import SCRIPT
 from piecework.bench.systems.vllm import Peers
@@ -51,6 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     bench_options.add_peers_option(parser, script=SCRIPT)
     bench_options.add_output_options(parser)
+    bench_options.add_plot_option(parser)
     parser.add_argument(
         "--profile", type=Path, metavar="DIR", help="also write a torch profiler trace of piecework's forwards"
     )
@@ -63,14 +65,17 @@ def run(args: argparse.Namespace) -> int:
 
     Raises UnsupportedModelError for a directory that is no model, and OSError where a file can't be written.
     """
-    bench_options.check_directory(args, "out")
+    bench_options.check_directory(args, "out", "plot")
+    plot = bench_options.plot_writer(args)
     notes: list[str] = []
     settings = _settings(args, bench_options.peers(args, notes, script=SCRIPT))
     result, about = bench_options.measured(
         lambda on_progress: measure_throughput(settings, on_progress=on_progress), peers=settings.peers, notes=notes
     )
     goals = check_throughput_goals(result.rows)
-    bench_options.report(args, result, goals=goals, about=about, settings=_shown(settings))
+    shown = _shown(settings)
+    bench_options.report(args, result, goals=goals, about=about, settings=shown)
+    plot(throughput_figure(result, goals, settings=shown, about=about))
     return 1 if "piecework" in result.failed else 0
 
 

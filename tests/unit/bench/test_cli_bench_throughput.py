@@ -1,5 +1,6 @@
 """`piecework bench throughput` with stand-ins for the processes that it runs."""
 
+import html
 import json
 import sys
 from pathlib import Path
@@ -175,6 +176,20 @@ def test_a_machine_that_is_busy_with_something_else_is_noted(
     assert len(notes) == 3
 
 
+def test_a_plot(stub: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plot.html"
+    assert main([*TINY, "--repeats", "1", "--peers", str(stub), "--plot", str(path)]) == 0
+    assert "output_tok_s ÷ vllm's = 1.25" in html.unescape(path.read_text())
+
+
+def test_a_plot_that_cant_be_is_told_before_anything_is_measured(
+    stub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*TINY, "--plot", str(tmp_path / "plot.pdf"), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["error"] == "RequestError"
+    assert not (stub / "calls").exists()
+
+
 def test_a_profile_is_taken_apart_from_the_figures(
     stub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -217,6 +232,7 @@ def test_a_directory_that_is_no_model(stub: Path, tmp_path: Path, capsys: pytest
         ["--dtype", "float64"],
         ["--repeats", "0"],
         ["--out", "no/such/directory/file"],
+        ["--plot", "no/such/directory/file.html"],
     ],
 )
 def test_wrong_usage(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

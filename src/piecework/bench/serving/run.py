@@ -15,7 +15,7 @@ from piecework.errors import PieceworkError
 
 _PROBE_WORDS: Final = 64
 _PROBE_TOKENS: Final = 4
-_SHOWN_PARTS: Final = 20  # how often progress is shown
+_SHOWN_PARTS: Final = 10  # how often progress is shown
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,13 @@ def test_json_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert 0 <= report[f"median_{name}_ms"] <= report[f"p99_{name}_ms"]
 
 
+def test_a_plot(tmp_path: Path) -> None:
+    path = tmp_path / "plot.html"
+    with stub_server(good_answer) as stub:
+        assert main(["bench", "serve", stub.url, *SMALL, "--plot", str(path)]) == 0
+    assert "stub-model, fixed lengths, rate inf: 8 requests;" in path.read_text()
+
+
 def test_an_infinite_rate_is_json_as_well(capsys: pytest.CaptureFixture[str]) -> None:
     with stub_server(good_answer) as stub:
         assert main(["bench", "serve", stub.url, *SMALL, "--json"]) == 0
@@ -103,6 +110,7 @@ def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
         ["--lengths", "other"],
         ["--input", "2000", "--output", "100"],
         ["--out", "no/such/directory/file"],
+        ["--plot", "no/such/directory/file.html"],
     ],
 )
 def test_wrong_usage(options: list[str]) -> None:
