@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from piecework.cli import console
 from piecework.foundation.process import seconds_since_start
 from piecework.models.bundle_key import DEFAULT_MAX_TOKENS
+from piecework.models.latent_config import DEFAULT_MLA, MLA_MODES
 
 if TYPE_CHECKING:
     from piecework.compiler.model import CompiledModel
@@ -45,8 +46,16 @@ def add_compile_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="what the bundle runs on (default: cpu)"
     )
+    add_mla_option(parser)
     parser.add_argument("--backend", choices=("aoti", "eager"), default="aoti", help="aoti: native code; eager: run "
                         "the pieces operator by operator (default: aoti)")  # fmt: skip
+
+
+def add_mla_option(parser: argparse._ActionsContainer) -> None:
+    """Add the option that says how latent attention is compiled."""
+    parser.add_argument("--mla", choices=MLA_MODES, default=DEFAULT_MLA, help="for models with latent attention: "
+                        "exposed has a layer's steps compiled, opaque hides them in one operator "
+                        "(default: %(default)s)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
             out=args.out,
             recorder=recorder,
             on_progress=lambda text, done, total: progress.update(text, done=done, total=total),
+            mla=args.mla,
         )
     figures = _figures(compiled, recorder=recorder)
     if args.json:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from piecework.cli import console
+from piecework.cli.compile import add_mla_option
 from piecework.engine.block_pool import DEFAULT_BLOCK_SIZE
 from piecework.foundation.process import keep_freed_memory, peak_rss_bytes, seconds_since_start
 from piecework.models.bundle_key import DEFAULT_MAX_TOKENS
@@ -70,6 +71,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="most tokens in one forward pass (default: %(default)s)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
+    add_mla_option(parser)
     parser.add_argument("--bundle", type=Path, metavar="BUNDLE", help="use this bundle instead of the store's")
     parser.add_argument("--json", action="store_true", help="print text, tokens and timings as one JSON object")
 
@@ -148,6 +150,7 @@ def _bundle(args: argparse.Namespace, config: ModelConfig) -> tuple[Bundle, floa
         device=args.device,
         store=DirectoryStore(root),
         on_note=console.status,
+        mla=args.mla,
     )
     return found.bundle, found.verify_s
 

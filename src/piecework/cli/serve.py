@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from piecework.cli.compile import add_mla_option
 from piecework.engine.profile_options import DEFAULT_STEPS, ProfileOptions
 from piecework.errors import PieceworkError
 from piecework.foundation.environment import read_environment
@@ -152,6 +153,7 @@ def _model_options(args: argparse.Namespace) -> ModelOptions:
         while_compiling=WhileCompiling(args.while_compiling),
         bundle=args.bundle,
         random_weights=args.random_weights,
+        mla=args.mla,
         profile=None if args.profile is None else ProfileOptions(args.profile, steps=args.profile_steps),
     )
 
@@ -196,6 +198,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         "--dtype", choices=("float32", "bfloat16"), help="type of weights and activations (default: the config's)"
     )
     group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
+    add_mla_option(group)
     group.add_argument(
         "--max-tokens",
         type=_positive,

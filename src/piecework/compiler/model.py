@@ -6,17 +6,22 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from piecework.compiler.backends import AotiBackend, Backend, EagerBackend
 from piecework.compiler.options import BackendName, CompileOptions
 from piecework.foundation.target import Target, read_target
 from piecework.models.bundle_key import bundle_key, expected_facts
 from piecework.models.config import ModelConfig
+from piecework.models.latent_config import DEFAULT_MLA
+from piecework.ops.weight_source import Take, resolved, takes
 from piecework.record import Recorder
 from piecework.store.bundle import Bundle, write_bundle
 from piecework.store.lookup import find_bundle
 from piecework.store.stores import Store
+
+if TYPE_CHECKING:
+    from piecework.graph.request import CaptureRequest
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -42,6 +47,7 @@ def compile_model(
     out: Path | None,
     recorder: Recorder,
     on_progress: OnProgress,
+    mla: str = DEFAULT_MLA,
 ) -> CompiledModel:
     """Return the bundle of a model, compiled unless the store has a valid one.
 
@@ -56,11 +62,12 @@ def compile_model(
         compiler: the C++ compiler's command, or None to search for one.
         out: where to write the bundle; None for the store.
         recorder, on_progress: see `compiler.driver.compile_request`.
+        mla: "exposed" or "opaque", for models with latent attention; see `models/latent_attention.py`.
 
     Raises UnsupportedModelError, WeightsError, CaptureError, ShapeContractError, CompileError, StoreError.
     """
     target = read_target()
-    expected = expected_facts(config, dtype=dtype, max_tokens=max_tokens, options=options.facts())
+    expected = expected_facts(config, dtype=dtype, max_tokens=max_tokens, options=options.facts(), mla=mla)
     key = bundle_key(expected, target=target)
     with contextlib.ExitStack() as stack:
         if out is None:
@@ -84,9 +91,9 @@ def compile_model(
             from piecework.compiler.driver import compile_request  # noqa: PLC0415
             from piecework.models.adapter import build_causal_lm  # noqa: PLC0415
         with recorder.phase("build"):
-            request = build_causal_lm(config.path, dtype=dtype, max_tokens=max_tokens, device=options.device)
+            request = build_causal_lm(config.path, dtype=dtype, max_tokens=max_tokens, device=options.device, mla=mla)
             if check_weights:
-                _check_weights(config, request.module)
+                _check_weights(config, request)
         sealed = compile_request(
             request,
             options=options,
@@ -101,6 +108,7 @@ def compile_model(
                 "layers": config.num_layers,
                 "dtype": dtype,
                 "max_tokens": max_tokens,
+                **({} if config.latent is None else {"mla": mla}),
             },
         )
         with recorder.phase("seal"):
@@ -138,8 +146,12 @@ def started_backend(
         backend.close()
 
 
-def _check_weights(config: ModelConfig, module: Any) -> None:
+def _check_weights(config: ModelConfig, request: CaptureRequest) -> None:
     """Raise WeightsError where the checkpoint does not hold what the module needs. Reads headers only."""
     from piecework.models.checkpoint import open_checkpoint  # noqa: PLC0415  torch comes after the backend has started
 
-    open_checkpoint(config.path).check({n: tuple(p.shape) for n, p in module.named_parameters()})
+    checkpoint = open_checkpoint(config.path)
+    names = frozenset(checkpoint.names())
+    sources = {n: request.sources.get(n, Take(n, tuple(p.shape))) for n, p in request.module.named_parameters()}
+    needed = (take for source in sources.values() for take in takes(resolved(source, names)))
+    checkpoint.check({take.name: take.shape for take in needed})

@@ -11,6 +11,7 @@ from piecework.errors import BundleError
 from piecework.foundation.target import read_target
 from piecework.models.bundle_key import DEFAULT_OPTIONS, bundle_key, expected_facts
 from piecework.models.config import ModelConfig
+from piecework.models.latent_config import DEFAULT_MLA
 from piecework.store.bundle import Bundle, open_bundle
 from piecework.store.facts import Difference, Fact, check
 from piecework.store.lookup import find_bundle
@@ -27,6 +28,7 @@ class WantedBundle:
         max_tokens: most tokens in one forward pass.
         device: device type to run on, "cpu" or "cuda".
         backend: "aoti" for native code, "eager" for one that is compiled quickly and runs operator by operator.
+        mla: "exposed" or "opaque", for models with latent attention.
     """
 
     config: ModelConfig
@@ -34,12 +36,13 @@ class WantedBundle:
     max_tokens: int
     device: str = "cpu"
     backend: str = "aoti"
+    mla: str = DEFAULT_MLA
 
     @property
     def expected(self) -> tuple[Fact, ...]:
         """The facts that the bundle must have."""
         options = {**DEFAULT_OPTIONS, "device": self.device, "backend": self.backend}
-        return expected_facts(self.config, dtype=self.dtype, max_tokens=self.max_tokens, options=options)
+        return expected_facts(self.config, dtype=self.dtype, max_tokens=self.max_tokens, options=options, mla=self.mla)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,14 @@ class FoundBundle:
 
 
 def find_or_compile(
-    config: ModelConfig, *, dtype: str, max_tokens: int, device: str, store: Store, on_note: Callable[[str], None]
+    config: ModelConfig,
+    *,
+    dtype: str,
+    max_tokens: int,
+    device: str,
+    store: Store,
+    on_note: Callable[[str], None],
+    mla: str = DEFAULT_MLA,
 ) -> FoundBundle:
     """Return the model's bundle from the store, or compile it there.
 
@@ -69,10 +79,11 @@ def find_or_compile(
         device: device type to run on, "cpu" or "cuda".
         store: the local store, which the compile's process uses as well.
         on_note: is told why a bundle was not used, and that one is being compiled.
+        mla: "exposed" or "opaque", for models with latent attention.
 
     Raises what the compile fails with, as CompileError where it says no more.
     """
-    wanted = WantedBundle(config, dtype, max_tokens, device)
+    wanted = WantedBundle(config, dtype, max_tokens, device, mla=mla)
     found = find(wanted, store=store, on_note=on_note)
     if found is not None:
         return found
@@ -118,6 +129,7 @@ def compile_process(wanted: WantedBundle) -> CompileProcess:
         max_tokens=wanted.max_tokens,
         device=wanted.device,
         backend=wanted.backend,
+        mla=wanted.mla,
     )
 
 

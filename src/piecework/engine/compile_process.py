@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final, final
 
 from piecework.errors import CompileError, PieceworkError
+from piecework.models.latent_config import DEFAULT_MLA
 
 _STEP: Final = re.compile(r"\[(\d+)/(\d+)\] (.*)")
 _STOP_S: Final = 10.0
@@ -44,11 +45,15 @@ class CompileProcess:
         max_tokens: most tokens in one forward pass.
         device: device type to run on.
         backend: "aoti" or "eager".
+        mla: "exposed" or "opaque", for models with latent attention.
     """
 
-    def __init__(self, model_dir: Path, *, dtype: str, max_tokens: int, device: str, backend: str) -> None:
+    def __init__(
+        self, model_dir: Path, *, dtype: str, max_tokens: int, device: str, backend: str, mla: str = DEFAULT_MLA
+    ) -> None:
         self._command = [sys.executable, "-m", "piecework", "compile", str(model_dir), "--weights", "none", "--json"]
         self._command += ["--dtype", dtype, "--max-tokens", str(max_tokens), "--device", device, "--backend", backend]
+        self._command += ["--mla", mla]
         self._mutex = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._stopped = False

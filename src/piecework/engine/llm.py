@@ -26,6 +26,7 @@ from piecework.foundation.environment import read_environment
 from piecework.foundation.process import keep_freed_memory
 from piecework.models.bundle_key import DEFAULT_MAX_TOKENS
 from piecework.models.config import read_config
+from piecework.models.latent_config import DEFAULT_MLA
 from piecework.runtime import LoadedModel, load
 from piecework.store.bundle import Bundle, open_bundle
 from piecework.store.directory_store import DirectoryStore
@@ -54,6 +55,7 @@ class LLM:
         prefix_caching: whether a prompt's beginning is taken from the KV cache where it is there.
         bundle: use this one instead of the store's.
         random_weights: a seed for random weights; the directory then needs no safetensors.
+        mla: for models with latent attention: "exposed" has the steps of a layer compiled, "opaque" is one operator.
         profile: write a torch profiler trace of some forwards, with pieces and layers by name.
         on_note: is told what happens to bundles, such as that one is being compiled, and where a trace was written.
 
@@ -73,6 +75,7 @@ class LLM:
         prefix_caching: bool = True,
         bundle: str | Path | None = None,
         random_weights: int | None = None,
+        mla: str = DEFAULT_MLA,
         profile: ProfileOptions | None = None,
         on_note: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -93,6 +96,7 @@ class LLM:
                 device=device,
                 store=store,
                 on_note=on_note,
+                mla=mla,
             ).bundle
         size = CacheSize(num_bytes=kv_cache_memory, fraction=memory_fraction)
         plan = Plan.from_json(opened.plan())

@@ -8,6 +8,7 @@ from piecework.foundation.digests import JsonScalar, digest_json
 from piecework.foundation.target import Target
 from piecework.foundation.version import VERSION
 from piecework.models.config import ModelConfig
+from piecework.models.latent_config import DEFAULT_MLA
 from piecework.store.facts import Fact, config_fact, environment_facts, option_facts
 
 DEFAULT_MAX_TOKENS = 2048
@@ -21,7 +22,12 @@ DEFAULT_OPTIONS: Mapping[str, JsonScalar] = {
 
 
 def expected_facts(
-    config: ModelConfig, *, dtype: str, max_tokens: int, options: Mapping[str, JsonScalar] = DEFAULT_OPTIONS
+    config: ModelConfig,
+    *,
+    dtype: str,
+    max_tokens: int,
+    options: Mapping[str, JsonScalar] = DEFAULT_OPTIONS,
+    mla: str = DEFAULT_MLA,
 ) -> tuple[Fact, ...]:
     """Return what a caller who wants this model compiled this way expects of a bundle.
 
@@ -30,8 +36,11 @@ def expected_facts(
         dtype: type of weights and activations, such as "bfloat16".
         max_tokens: most tokens in one forward pass.
         options: `CompileOptions.facts()`.
+        mla: "exposed" or "opaque"; it makes no difference to a model without latent attention.
     """
     asked = {"dtype": dtype, "max_tokens": max_tokens, **options}
+    if config.latent is not None:
+        asked["mla"] = mla
     return (config_fact(config.raw), *option_facts(asked))
 
 

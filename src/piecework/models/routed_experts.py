@@ -113,6 +113,6 @@ def expert_sources(experts: Experts, *, name: str) -> Sources:
     up = Take(f"{name}.*.up_proj.weight", (size, hidden_size))
     down = Take(f"{name}.*.down_proj.weight", (hidden_size, size))
     return {
-        f"{name}.gate_up_proj": Stack(Concat((gate, up)), num_experts),
-        f"{name}.down_proj": Stack(down, num_experts),
+        f"{name}.gate_up_proj": Stack(Concat((gate, up)), num_experts, whole=f"{name}.gate_up_proj"),
+        f"{name}.down_proj": Stack(down, num_experts, whole=f"{name}.down_proj"),
     }

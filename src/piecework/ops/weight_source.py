@@ -5,7 +5,7 @@ Only what moves values is here: nothing computes with them, so every dtype keeps
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,10 +33,14 @@ class Concat:
 
 @dataclass(frozen=True)
 class Stack:
-    """`count` of the same, along a new first axis; "*" in the names of each is 0 to count - 1."""
+    """`count` of the same, along a new first axis; "*" in the names of each is 0 to count - 1.
+
+    Some checkpoints may have all of it as one tensor, `whole`.
+    """
 
     of: Source
     count: int
+    whole: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -94,8 +98,23 @@ def renamed(source: Source, change: Callable[[str], str]) -> Source:
             return replace(source, name=change(name))
         case Concat(parts):
             return Concat(tuple(renamed(part, change) for part in parts))
-        case Stack(of) | HeadRows(of):
+        case Stack(of, _, whole):
+            return replace(source, of=renamed(of, change), whole=change(whole) if whole else "")
+        case HeadRows(of):
             return replace(source, of=renamed(of, change))
+
+
+def resolved(source: Source, names: Container[str]) -> Source:
+    """Return the source for a checkpoint with tensors of these names: stacks that are there as a whole are taken."""
+    match source:
+        case Take():
+            return source
+        case Concat(parts):
+            return Concat(tuple(resolved(part, names) for part in parts))
+        case Stack(_, _, whole) if whole and whole in names:
+            return Take(whole, source.shape)
+        case Stack(of) | HeadRows(of):
+            return replace(source, of=resolved(of, names))
 
 
 def source_to_json(source: Source) -> list[Any]:
@@ -105,8 +124,8 @@ def source_to_json(source: Source) -> list[Any]:
             return ["take", name, list(shape)]
         case Concat(parts):
             return ["concat", *map(source_to_json, parts)]
-        case Stack(of, count):
-            return ["stack", source_to_json(of), count]
+        case Stack(of, count, whole):
+            return ["stack", source_to_json(of), count, *([whole] if whole else [])]
         case HeadRows(of, heads, begin, end, transpose):
             return ["heads", source_to_json(of), heads, begin, end, transpose]
 
@@ -121,8 +140,8 @@ def source_from_json(data: Any) -> Source:
     elif kind == "concat" and rest:
         made = Concat(tuple(source_from_json(part) for part in rest))
     elif kind == "stack":
-        of, count = rest
-        made = Stack(source_from_json(of), int(count))
+        of, count, *whole = rest
+        made = Stack(source_from_json(of), int(count), *(str(name) for name in whole))
     elif kind == "heads":
         of, heads, begin, end, transpose = rest
         made = HeadRows(source_from_json(of), int(heads), int(begin), int(end), transpose is True)

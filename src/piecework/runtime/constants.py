@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from piecework.errors import WeightsError
 from piecework.foundation import torch_private
-from piecework.ops.weight_source import Concat, HeadRows, Source, Stack, Take, numbered
+from piecework.ops.weight_source import Concat, HeadRows, Source, Stack, Take, numbered, resolved
 from piecework.store.plan import Recipe
 
 
@@ -92,8 +92,9 @@ def make_constants(
     """
     made = [None if r.source else _take(r, source=source, literals=literals, device=device) for r in recipes]
     composed = [i for i, r in enumerate(recipes) if r.source]
+    names = frozenset(source.names()) if composed else frozenset()
     with ThreadPoolExecutor(max_workers=min(8, torch.get_num_threads())) as pool:
-        found = pool.map(lambda i: _compose(recipes[i], source=source, device=device), composed)
+        found = pool.map(lambda i: _compose(recipes[i], source=source, names=names, device=device), composed)
         return [next(found) if tensor is None else tensor for tensor in made]
 
 
@@ -112,8 +113,13 @@ def _pack(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _take(recipe: Recipe, *, source: TensorSource, literals: Mapping[str, torch.Tensor], device: str) -> torch.Tensor:
-    tensor: Any = literals[recipe.name] if recipe.literal else source.get(recipe.name)
-    _check(tensor, name=recipe.name, shape=recipe.shape)
+    tensor = literals[recipe.name] if recipe.literal else source.get(recipe.name)
+    return _whole(tensor, recipe, name=recipe.name, device=device)
+
+
+def _whole(tensor: torch.Tensor, recipe: Recipe, *, name: str, device: str) -> torch.Tensor:
+    """Return a checkpoint's tensor as it is wanted, itself where it is so already."""
+    _check(tensor, name=name, shape=recipe.shape)
     made: torch.Tensor = tensor.detach().to(device=device, dtype=getattr(torch, recipe.dtype))
     return made.contiguous()
 
@@ -133,11 +139,14 @@ def _check(tensor: torch.Tensor, *, name: str, shape: tuple[int, ...]) -> None:
         )
 
 
-def _compose(recipe: Recipe, *, source: TensorSource, device: str) -> torch.Tensor:
-    """Make a constant of several tensors, or of a part of one, in one new tensor."""
+def _compose(recipe: Recipe, *, source: TensorSource, names: frozenset[str], device: str) -> torch.Tensor:
+    """Make a constant of several tensors, or of a part of one, in one new tensor, where it isn't there as a whole."""
     assert recipe.source is not None
+    what = resolved(recipe.source, names)
+    if isinstance(what, Take):
+        return _whole(source.get(what.name), recipe, name=what.name, device=device)
     made = torch.empty(recipe.shape, dtype=getattr(torch, recipe.dtype), device=device)
-    _fill(made, recipe.source, source)
+    _fill(made, what, source)
     return made
 
 

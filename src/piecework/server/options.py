@@ -8,6 +8,7 @@ from pathlib import Path
 
 from piecework.engine.profile_options import ProfileOptions
 from piecework.models.config import ModelConfig
+from piecework.models.latent_config import DEFAULT_MLA
 
 
 class WhileCompiling(Enum):
@@ -33,6 +34,7 @@ class ModelOptions:
         while_compiling: see WhileCompiling.
         bundle: use this one instead of the store's.
         random_weights: a seed; the directory then needs no safetensors.
+        mla: "exposed" or "opaque", for models with latent attention.
         profile: which forwards of the model that serves first are profiled; None for none.
     """
 
@@ -47,4 +49,5 @@ class ModelOptions:
     while_compiling: WhileCompiling = WhileCompiling.WAIT
     bundle: Path | None = None
     random_weights: int | None = None
+    mla: str = DEFAULT_MLA
     profile: ProfileOptions | None = None

@@ -134,7 +134,7 @@ class ModelStart:
 
     def _wanted(self, backend: str) -> WantedBundle:
         options = self._options
-        return WantedBundle(options.config, options.dtype, options.max_tokens, options.device, backend)
+        return WantedBundle(options.config, options.dtype, options.max_tokens, options.device, backend, mla=options.mla)
 
     def _load_tokenizer(self) -> Tokenizer:
         with self._status.phase("tokenizer"):

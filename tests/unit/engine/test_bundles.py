@@ -57,6 +57,16 @@ def test_an_eager_bundle_is_another_one(store, wanted):
     assert "option backend: bundle aoti, here eager" in why_missing(eager, store=store)
 
 
+def test_the_ways_of_latent_attention_are_bundles_of_their_own(store, wanted, tmp_path):
+    config = read_config(write_config(tmp_path / "latent", "deepseek_v3"))
+    exposed, opaque = (WantedBundle(config, "float32", 64, mla=mla) for mla in ("exposed", "opaque"))
+    _put(store, exposed)
+    assert find(exposed, store=store, on_note=pytest.fail) is not None
+    assert find(opaque, store=store, on_note=pytest.fail) is None
+    assert "option mla: bundle exposed, here opaque" in why_missing(opaque, store=store)
+    assert WantedBundle(wanted.config, "float32", 64, mla="opaque").expected == wanted.expected
+
+
 def test_an_empty_store_has_nothing_of_the_model(store, wanted):
     assert why_missing(wanted, store=store) == "no bundle of this model in the store"
 
@@ -99,7 +109,7 @@ def test_a_compile_says_what_it_does_and_where_the_bundle_is(tmp_path, monkeypat
     found = compile_wanted(compile_process(wanted), on_line=lines.append)
     assert (found.bundle.path, found.compiled) == (place, True)
     assert lines[0].startswith("-m piecework compile ")
-    assert lines[0].endswith("--dtype float32 --max-tokens 64 --device cpu --backend aoti")
+    assert lines[0].endswith("--dtype float32 --max-tokens 64 --device cpu --backend aoti --mla exposed")
     assert lines[1:] == ["[1/2] now"]
 
 

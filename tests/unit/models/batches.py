@@ -31,6 +31,7 @@ def inputs_of(parts: list[Part]) -> dict[str, Tensor | int]:
         positions.append(where)
         slots.append(torch.tensor(part.blocks)[where // BLOCK] * BLOCK + where % BLOCK)
     news = [part.num_new for part in parts]
+    num_decode = next((i for i, num_new in enumerate(news) if num_new != 1), len(parts))
     return {
         "input_ids": torch.cat(ids),
         "positions": torch.cat(positions),
@@ -39,7 +40,8 @@ def inputs_of(parts: list[Part]) -> dict[str, Tensor | int]:
         "seq_lens": torch.tensor([len(part.tokens) for part in parts]),
         "query_start": torch.tensor([0, *news]).cumsum(0),
         "logits_indices": torch.arange(sum(news)),
-        "num_decode_tokens": next((i for i, num_new in enumerate(news) if num_new != 1), len(parts)),
+        "num_decode_tokens": num_decode,
+        "num_prefill_tokens": sum(news) - num_decode,
     }
 
 

@@ -12,8 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from piecework.graph.request import CaptureRequest
-from piecework.models.adapter import build_causal_lm, call_causal_lm
-from piecework.ops.mla_core import Regime
+from piecework.models.adapter import build_causal_lm
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"]},
@@ -142,28 +141,16 @@ class EagerModel:
             filled = torch.full(shape, 1e4, dtype=getattr(torch, state.dtype))
             setattr(self.request.module.get_submodule(owner), attribute, filled)
 
-    def run(self, inputs: Mapping[str, Tensor | int]) -> list[Tensor]:
-        assert list(inputs) == [given.name for given in self.request.inputs]
+    def run(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        given = {wanted.name: inputs[wanted.name] for wanted in self.request.inputs}
+        sizes = {"tokens": len(inputs["input_ids"]), "decode_tokens": inputs["num_decode_tokens"]}
+        call = self.request.call
+        for variant in reversed(self.request.variants):
+            if all(sizes[size] == sizes.get(str(other), other) for size, other in variant.equal):
+                call = variant.call
         self.num_runs += 1
         with torch.inference_mode():
-            return [self._call(inputs)]
-
-    def _call(self, inputs: Mapping[str, Tensor | int]) -> Any:
-        return self.request.call(self.request.module, inputs)
-
-
-class RegimeModel(EagerModel):
-    """The same, which runs every batch in the regime that it is of."""
-
-    def _call(self, inputs: Mapping[str, Any]) -> Any:
-        return call_causal_lm(self.request.module, inputs, regime=regime_of(inputs))
-
-
-def regime_of(inputs: Mapping[str, Any]) -> Regime:
-    num_tokens, num_decode = len(inputs["input_ids"]), inputs["num_decode_tokens"]
-    if num_decode == num_tokens:
-        return Regime.DECODE
-    return Regime.MIXED if num_decode else Regime.PREFILL
+            return [call(self.request.module, given)]
 
 
 def eager_pair(
@@ -172,6 +159,5 @@ def eager_pair(
     """Return transformers' model and the adapter's, with the same weights."""
     model_dir = write_config(directory, family, **changes)
     reference = reference_model(model_dir)
-    kind = RegimeModel if family in LATENT_FAMILIES else EagerModel
-    model = kind(build_causal_lm(model_dir, max_tokens=max_tokens, mla=mla), reference.state_dict())
+    model = EagerModel(build_causal_lm(model_dir, max_tokens=max_tokens, mla=mla), reference.state_dict())
     return reference, model

@@ -15,6 +15,8 @@ from piecework.ops.weight_source import (
     Stack,
     Take,
     label,
+    renamed,
+    resolved,
     source_from_json,
     source_to_json,
     takes,
@@ -60,6 +62,24 @@ def test_loading_makes_it(source: Source, expected: torch.Tensor, name: str, dty
 
 def test_a_stacks_tensors_are_numbered() -> None:
     assert [take.name for take in takes(Stack(EXPERT, 2))] == ["e.0.gate", "e.0.up", "e.1.gate", "e.1.up"]
+
+
+def test_a_stack_is_taken_where_the_checkpoint_has_it_as_a_whole() -> None:
+    stack = Stack(EXPERT, 3, whole="e.all")
+    recipe = Recipe(label(stack), stack.shape, "float32", source=stack)
+    assert source_from_json(json.loads(json.dumps(source_to_json(stack)))) == stack
+    apart = torch.stack([torch.cat([EXPERTS[f"e.{n}.gate"], EXPERTS[f"e.{n}.up"]]) for n in range(3)])
+    (made,) = make_constants([recipe], source=as_source(TENSORS), literals={}, device="cpu")
+    assert torch.equal(made, apart)
+    whole = torch.randn(3, 4, 3)
+    (made,) = make_constants([recipe], source=as_source({"e.all": whole}), literals={}, device="cpu")
+    assert made.data_ptr() == whole.data_ptr()
+    with pytest.raises(WeightsError, match=r"e\.all"):
+        make_constants([recipe], source=as_source({"e.all": whole[:2]}), literals={}, device="cpu")
+    with pytest.raises(WeightsError, match=r"e\.0\.gate"):
+        make_constants([recipe], source=as_source({"e.other": whole}), literals={}, device="cpu")
+    inside = Concat((renamed(stack, lambda name: "x." + name), stack))
+    assert [take.name for take in takes(resolved(inside, {"x.e.all", "e"}))][:2] == ["x.e.all", "e.0.gate"]
 
 
 def test_a_tensor_of_another_shape_is_refused() -> None:
