@@ -22,7 +22,7 @@ def test_from_nothing_to_figures_and_a_profile(tmp_path: Path, capsys: pytest.Ca
     assert rows["total_tok_s"]["value"] == pytest.approx(rows["output_tok_s"]["value"] * 14 / 5, rel=0.05)
     assert all(row["value"] > 0 for row in report["rows"])
     (path,) = profile.iterdir()
-    assert report["notes"] == [f"profile of 5 forwards: {path}"]
+    assert report["notes"][-1] == f"profile of 5 forwards: {path}"  # others tell how busy the machine was
     names = {event["name"] for event in json.loads(path.read_text())["traceEvents"]}
     assert {"piecework::attention model.layers 0", "piecework::attention model.layers 1"} <= names
     assert any(name.startswith("piece 1 [") and name.endswith("model.layers 0-1") for name in names)
