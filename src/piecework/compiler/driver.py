@@ -12,11 +12,11 @@ from piecework.compiler.backends import Backend
 from piecework.compiler.explanations import explain_pieces
 from piecework.compiler.kernels import KernelBuilds, kernel_jobs
 from piecework.compiler.options import CompileOptions, merges_linear, packed_dtypes
-from piecework.compiler.planning import Deduplicated, deduplicate, make_plan
+from piecework.compiler.planning import Deduplicated, Path, deduplicate, make_plan
 from piecework.foundation.process import garbage_collection_off
 from piecework.foundation.target import Target
 from piecework.graph.capture import CapturedGraph, capture
-from piecework.graph.request import CaptureRequest
+from piecework.graph.request import CaptureRequest, Variant
 from piecework.graph.split import Piece, split
 from piecework.record import Recorder
 from piecework.store.facts import Fact, environment_facts, option_facts, source_facts
@@ -64,17 +64,16 @@ def compile_request(
     on_progress("capturing", 0, 0)
     with garbage_collection_off():
         with recorder.phase("capture"):
-            captured = capture(request)
+            captures = capture_variants(request)
         with recorder.phase("split"):
-            steps = split(captured)
-            primary = primary_symbol(captured)
+            paths = [Path(captured, split(captured), variant) for captured, variant in captures]
             pieces = deduplicate(
-                steps,
-                primary=primary,
+                paths,
                 merge=merges_linear(options),
                 pack_dtypes=packed_dtypes(options, target=target, device=request.device),
             )
-    _note_capture(recorder, captured, steps=steps, pieces=pieces)
+    _note_capture(recorder, paths, pieces)
+    steps = [step for path in paths for step in path.steps]
     kernels = KernelBuilds(
         kernel_jobs(steps, options=options, target=target, device=request.device), backend, store, target, recorder
     )
@@ -94,14 +93,14 @@ def compile_request(
     on_progress("sealing", len(pieces.unique), len(pieces.unique))
     with recorder.phase("plan"):
         ranges = [[ShapeRange(lo, hi, artifact.name) for (lo, hi), artifact in forms.items()] for forms in artifacts]
-        plan = make_plan(captured, steps, pieces, artifacts=ranges, arguments=arguments)
+        plan = make_plan(paths, pieces, artifacts=ranges, arguments=arguments)
         plan = dataclasses.replace(plan, kernels={name: artifact.name for name, artifact in built.items()})
-        explanation = explain_pieces(captured, steps, pieces, primary=primary)
+        explanation = explain_pieces(paths, pieces)
         all_facts = (
             *environment_facts(target=target),
             *option_facts(options.facts()),
             *facts,
-            *sorted({*source_facts(captured.sources), *kernels.facts()}),
+            *sorted({*source_facts(set().union(*(path.captured.sources for path in paths))), *kernels.facts()}),
         )
     files = {artifact.name: artifact.path for forms in artifacts for artifact in forms.values()}
     files |= {artifact.name: artifact.path for artifact in built.values()}
@@ -110,37 +109,38 @@ def compile_request(
         artifacts=files,
         facts=tuple(all_facts),
         record=recorder.finish(),
-        constants=_literals(captured),
+        constants=_literals(paths),
         identity=identity or {},
         explanation=explanation.to_json(),
     )
     return Sealed(content, plan)
 
 
-def primary_symbol(captured: CapturedGraph) -> str:
-    """Return the graph's symbol for the first declared size, or "" where there is none."""
-    first = next(iter(captured.request.sizes), None)
-    return next((symbol for symbol, name in captured.size_names.items() if name == first), "")
+def capture_variants(request: CaptureRequest) -> list[tuple[CapturedGraph, Variant | None]]:
+    """Capture a request's variants, each like a request of its own, and then the rest, with None."""
+    rest = dataclasses.replace(request, variants=())
+    variants = [(capture(dataclasses.replace(rest, call=variant.call)), variant) for variant in request.variants]
+    return [*variants, (capture(rest), None)]
 
 
-def _note_capture(
-    recorder: Recorder, captured: CapturedGraph, *, steps: Sequence[object], pieces: Deduplicated
-) -> None:
-    recorder.count("blocks_traced", by=captured.stacks.traced)
-    recorder.count("blocks_stamped", by=captured.stacks.stamped)
-    recorder.count("pieces", by=sum(isinstance(s, Piece) for s in steps))
+def _note_capture(recorder: Recorder, paths: Sequence[Path], pieces: Deduplicated) -> None:
+    for path in paths:
+        recorder.count("blocks_traced", by=path.captured.stacks.traced)
+        recorder.count("blocks_stamped", by=path.captured.stacks.stamped)
+        recorder.count("pieces", by=sum(isinstance(s, Piece) for s in path.steps))
     recorder.count("unique_pieces", by=len(pieces.unique))
-    for note in captured.stacks.notes:
+    for note in dict.fromkeys(note for path in paths for note in path.captured.stacks.notes):
         recorder.note(note)
     for index, unique in enumerate(pieces.unique):
         for note in unique.lowered.notes:
             recorder.note(f"piece {index}: {note}")
 
 
-def _literals(captured: CapturedGraph) -> bytes | None:
-    if not captured.literals:
+def _literals(paths: Sequence[Path]) -> bytes | None:
+    literals = {name: tensor for path in paths for name, tensor in path.captured.literals.items()}
+    if not literals:
         return None
     from safetensors.torch import save  # noqa: PLC0415  only models with computed buffers need it
 
-    made: bytes = save({n: t.contiguous() for n, t in captured.literals.items()})
+    made: bytes = save({n: t.contiguous() for n, t in literals.items()})
     return made

@@ -176,22 +176,20 @@ def captured_subject(
 ) -> Subject:
     """Capture, split and dedupe; return what is to be explained. Raises CaptureError, ShapeContractError."""
     # a bundle is explained without a compiler
-    from piecework.compiler.driver import primary_symbol  # noqa: PLC0415
+    from piecework.compiler.driver import capture_variants  # noqa: PLC0415
     from piecework.compiler.explanations import explain_pieces  # noqa: PLC0415
-    from piecework.compiler.planning import deduplicate, make_plan  # noqa: PLC0415
-    from piecework.graph.capture import capture  # noqa: PLC0415
+    from piecework.compiler.planning import Path, deduplicate, make_plan  # noqa: PLC0415
     from piecework.graph.split import split  # noqa: PLC0415
 
-    captured = capture(request)
-    steps = split(captured)
-    primary = primary_symbol(captured)
-    pieces = deduplicate(steps, primary=primary, merge=False, pack_dtypes=frozenset())
+    paths = [Path(captured, split(captured), variant) for captured, variant in capture_variants(request)]
+    pieces = deduplicate(paths, merge=False, pack_dtypes=frozenset())
+    known = dict.fromkeys(note for path in paths for note in path.captured.stacks.notes)
     return Subject(
         name=name,
         origin=CAPTURED,
-        plan=make_plan(captured, steps, pieces, artifacts=[()] * len(pieces.unique), arguments=arguments),
-        explanation=explain_pieces(captured, steps, pieces, primary=primary),
-        notes=(*notes, *captured.stacks.notes),
+        plan=make_plan(paths, pieces, artifacts=[()] * len(pieces.unique), arguments=arguments),
+        explanation=explain_pieces(paths, pieces),
+        notes=(*notes, *known),
     )
 
 

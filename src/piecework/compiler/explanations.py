@@ -10,44 +10,39 @@ from typing import Any
 
 import torch
 
-from piecework.compiler.planning import Deduplicated
+from piecework.compiler.planning import Deduplicated, Path
 from piecework.foundation.torch_private import operator_arguments, operator_of
-from piecework.graph.capture import CapturedGraph
 from piecework.graph.encode import target_name
 from piecework.graph.locations import locations_of
-from piecework.graph.split import OpaqueCall, Piece, Step
+from piecework.graph.split import OpaqueCall, Piece
 from piecework.report.listing import Listing
 from piecework.report.subject import Explanation
 
 
-def explain_pieces(
-    captured: CapturedGraph, steps: Sequence[Step], pieces: Deduplicated, *, primary: str
-) -> Explanation:
-    """Return the explanation of a captured graph's unique pieces and opaque ops.
+def explain_pieces(paths: Sequence[Path], pieces: Deduplicated) -> Explanation:
+    """Return the explanation of a model's unique pieces and opaque ops.
 
     Args:
-        captured: the graph.
-        steps: it in steps.
-        pieces: the steps' unique pieces.
-        primary: as for `deduplicate`.
+        paths: its forwards.
+        pieces: their unique pieces.
     """
-    first: dict[int, Piece] = {}
-    for number, index in pieces.index_of.items():
-        step = steps[number]
+    first: dict[int, tuple[Piece, Path]] = {}
+    for (number, step_number), index in pieces.index_of.items():
+        step = paths[number].steps[step_number]
         if index not in first and isinstance(step, Piece):
-            first[index] = step
+            first[index] = step, paths[number]
     listings = [
         Listing(
             program=piece.program,
             locations=tuple(locations_of(piece.origins)),
-            sizes={new: captured.size_names[old] for old, new in piece.symbols.items()},
+            sizes={new: path.captured.size_names[old] for old, new in piece.symbols.items()},
             arguments=_argument_names(node.target for node in piece.origins),
-            primary=piece.symbols.get(primary, ""),
+            primary=piece.symbols.get(path.primary, ""),
         )
-        for piece in (first[index] for index in range(len(pieces.unique)))
+        for piece, path in (first[index] for index in range(len(pieces.unique)))
     ]
     ops: dict[Any, list[torch.fx.Node]] = {}
-    for step in steps:
+    for step in (step for path in paths for step in path.steps):
         if isinstance(step, OpaqueCall):
             ops.setdefault(step.node.target, []).append(step.node)
     names = {target: _op_name(target) for target in ops}

@@ -13,7 +13,7 @@ from piecework.errors import CaptureError, InternalError
 from piecework.foundation.torch_private import operator_of
 from piecework.graph.capture import CapturedGraph, InputKind
 from piecework.graph.encode import encode_torch_type
-from piecework.graph.request import TensorInput
+from piecework.graph.request import CaptureRequest, TensorInput, Variant
 from piecework.graph.split import OpaqueCall, Piece, Step
 from piecework.ops.layer import LayerName
 from piecework.ops.program import Program, encode_float
@@ -26,6 +26,7 @@ from piecework.store.plan import (
     PieceStep,
     Plan,
     PlanInput,
+    PlanVariant,
     Recipe,
     ShapeRange,
     State,
@@ -59,59 +60,106 @@ class Unique:
 
 
 @dataclass(frozen=True)
+class Path:
+    """A forward in steps: the one of a variant, or (`variant` None) the one for all other batches."""
+
+    captured: CapturedGraph
+    steps: Sequence[Step]
+    variant: Variant | None = None
+
+    @property
+    def primary(self) -> str:
+        """The graph's symbol for the first declared size, or "" where there is none."""
+        first = next(iter(self.captured.request.sizes), None)
+        return next((symbol for symbol, name in self.captured.size_names.items() if name == first), "")
+
+
+@dataclass(frozen=True)
 class Deduplicated:
-    """The unique pieces of a model, and which of them each piece is (in step order)."""
+    """The unique pieces of a model, and which of them each piece is: `index_of[path, step]`."""
 
     unique: tuple[Unique, ...]
-    index_of: Mapping[int, int]
+    index_of: Mapping[tuple[int, int], int]
 
 
-def deduplicate(steps: Sequence[Step], *, primary: str, merge: bool, pack_dtypes: frozenset[str]) -> Deduplicated:
+def deduplicate(paths: Sequence[Path], *, merge: bool, pack_dtypes: frozenset[str]) -> Deduplicated:
     """Group pieces by fingerprint, and lower each unique one.
 
+    Pieces that have the primary size in another place are different: an artifact for a part of its range must not serve
+    another size.
+
     Args:
-        steps: from `graph.split`.
-        primary: the graph's symbol for the primary size, "" where no ranges of it are told apart. Pieces that have it
-            in another place are different: an artifact for a part of its range must not serve another size.
+        paths: a model's forwards; they share pieces.
         merge: whether linear layers are merged (passes/merge_linear.py).
         pack_dtypes: dtypes of weights that are packed (passes/pack_linear.py).
     """
     order: dict[tuple[str, str | None], int] = {}
-    programs: list[Piece] = []
-    opaque = {step.node for step in steps if isinstance(step, OpaqueCall)}
+    first: list[tuple[Piece, str | None]] = []
     uses: list[int] = []
     strict: list[set[int]] = []
-    index_of: dict[int, int] = {}
-    for number, step in enumerate(steps):
-        if not isinstance(step, Piece):
-            continue
-        structure = step.program.fingerprint(), step.symbols.get(primary)
-        if structure not in order:
-            order[structure] = len(programs)
-            programs.append(step)
-            uses.append(0)
-            strict.append(set())
-        index_of[number] = order[structure]
-        uses[order[structure]] += 1
-        strict[order[structure]].update(i for i, node in enumerate(step.outputs) if not opaque.issuperset(node.users))
+    index_of: dict[tuple[int, int], int] = {}
+    for path_number, path in enumerate(paths):
+        opaque = {step.node for step in path.steps if isinstance(step, OpaqueCall)}
+        for number, step in enumerate(path.steps):
+            if not isinstance(step, Piece):
+                continue
+            primary = step.symbols.get(path.primary)
+            structure = step.program.fingerprint(), primary
+            if structure not in order:
+                order[structure] = len(first)
+                first.append((step, primary))
+                uses.append(0)
+                strict.append(set())
+            index = index_of[path_number, number] = order[structure]
+            uses[index] += 1
+            strict[index].update(i for i, node in enumerate(step.outputs) if not opaque.issuperset(node.users))
     unique = []
-    for piece, count, positions in zip(programs, uses, strict, strict=True):
+    for (piece, primary), count, positions in zip(first, uses, strict, strict=True):
         lowered = merge_linear(piece.program, strict_outputs=frozenset(positions)) if merge else unmerged(piece.program)
         pack = packable_constants(lowered.program, dtypes=pack_dtypes)
-        unique.append(Unique(piece.program, lowered, piece.symbols.get(primary), pack, count))
+        unique.append(Unique(piece.program, lowered, primary, pack, count))
     return Deduplicated(tuple(unique), index_of)
 
 
 def make_plan(
-    captured: CapturedGraph,
-    steps: Sequence[Step],
+    paths: Sequence[Path],
     pieces: Deduplicated,
     *,
     artifacts: Sequence[Sequence[ShapeRange]],
     arguments: Any = None,
 ) -> Plan:
-    """Return the plan; `artifacts[i]` are the compiled forms of unique piece i."""
-    return _Planner(captured, steps, pieces).plan(artifacts, arguments=arguments)
+    """Return the plan of a model's forwards, of which the last is no variant.
+
+    Args:
+        paths: the forwards.
+        pieces: their unique pieces.
+        artifacts: `artifacts[i]` are the compiled forms of unique piece i.
+        arguments: see Plan.
+    """
+    constants = _Constants(paths, pieces)
+    instances: list[Instance] = []
+    planned = [
+        _Planner(path, number, pieces, constants=constants, instances=instances).steps()
+        for number, path in enumerate(paths)
+    ]
+    captured = paths[-1].captured
+    request = captured.request
+    *variants, rest = planned
+    return Plan(
+        sizes={n: (d.min, d.max) for n, d in request.sizes.items()},
+        primary=next(iter(request.sizes), ""),
+        inputs=tuple(_plan_input(captured, i.name) for i in captured.inputs if i.kind is InputKind.ARGUMENT),
+        states=tuple(_state(request, name) for name in constants.states),
+        recipes=tuple(constants.recipes),
+        pieces=tuple(_unique_piece(piece, ranges) for piece, ranges in zip(pieces.unique, artifacts, strict=True)),
+        instances=tuple(instances),
+        steps=rest.steps,
+        num_slots=rest.num_slots,
+        output_slots=rest.output_slots,
+        structure=captured.structure,
+        arguments=arguments,
+        variants=tuple(variants),
+    )
 
 
 @dataclass(frozen=True)
@@ -131,105 +179,143 @@ class _Wanted:
         return pattern, self.pack, len(self.names), int(parts[number])
 
 
-class _Planner:
-    def __init__(self, captured: CapturedGraph, steps: Sequence[Step], pieces: Deduplicated) -> None:
-        self._captured = captured
-        self._steps = steps
+class _Constants:
+    """The constants and states that the steps of all forwards need.
+
+    Attributes:
+        recipes: the constants, numbered so that one kind's in successive layers are neighbours: the plan writes them
+            once.
+        states: the states' names, in the order in which they are declared.
+    """
+
+    def __init__(self, paths: Sequence[Path], pieces: Deduplicated) -> None:
+        self._paths = paths
         self._pieces = pieces
-        request = captured.request
-        self._arguments = [i for i in captured.inputs if i.kind is InputKind.ARGUMENT]
-        self._weights = {i.node: i.name for i in captured.inputs if i.kind is InputKind.WEIGHT}
-        self._weight_nodes = {i.name: i.node for i in captured.inputs if i.kind is InputKind.WEIGHT}
-        self._states = {i.node: i.name for i in captured.inputs if i.kind is InputKind.STATE}
-        self._state_order = [n for n in request.states if n in set(self._states.values())]
-        self._slots: dict[torch.fx.Node, int] = {i.node: n for n, i in enumerate(self._arguments)}
-        self._free: list[int] = []
-        self._num_slots = len(self._arguments)
-        self._ending = self._last_uses()
-        self._recipes: dict[_Wanted, int] = {}
-        self._recipe_list: list[Recipe] = []
+        self._needs: dict[tuple[int, int], list[_Wanted]] = {}
+        for path_number, path in enumerate(paths):
+            weights = {i.node: i.name for i in path.captured.inputs if i.kind is InputKind.WEIGHT}
+            for number, step in enumerate(path.steps):
+                self._needs[path_number, number] = (
+                    self._of_piece(step, self._pieces.unique[self._pieces.index_of[path_number, number]])
+                    if isinstance(step, Piece)
+                    else [_Wanted((weights[n],), "") for n in _nodes_in(step.node) if n in weights]
+                )
+        nodes = [(i, path) for path in paths for i in path.captured.inputs]
+        self._weights = {i.name: (i.node, path) for i, path in nodes if i.kind is InputKind.WEIGHT}
+        used = {i.name for i, _ in nodes if i.kind is InputKind.STATE}
+        self.states = [name for name in paths[-1].captured.request.states if name in used]
+        wanted = sorted({item for items in self._needs.values() for item in items}, key=_Wanted.family)
+        self._numbers = {item: number for number, item in enumerate(wanted)}
+        self.recipes = [self._recipe(item) for item in wanted]
 
-    def plan(self, artifacts: Sequence[Sequence[ShapeRange]], *, arguments: Any) -> Plan:
-        request = self._captured.request
-        wanted = self._order_recipes()
-        instances: list[Instance] = []
-        out: list[PieceStep | OpStep] = []
-        for number, step in enumerate(self._steps):
-            if isinstance(step, Piece):
-                unique = self._pieces.index_of[number]
-                instances.append(Instance(unique, tuple(wanted[number])))
-                inputs = tuple(self._slot(n) for n in step.inputs)
-                self._release(number)
-                outputs = tuple(self._define(n) for n in step.outputs)
-                out.append(PieceStep(len(instances) - 1, inputs, outputs))
-            else:
-                out.append(self._op_step(number, step))
-        results = self._results()
-        return Plan(
-            sizes={n: (d.min, d.max) for n, d in request.sizes.items()},
-            primary=next(iter(request.sizes), ""),
-            inputs=tuple(self._plan_input(i.name) for i in self._arguments),
-            states=tuple(self._state(n) for n in self._state_order),
-            recipes=tuple(self._recipe_list),
-            pieces=tuple(self._unique(i, artifacts[i]) for i in range(len(self._pieces.unique))),
-            instances=tuple(instances),
-            steps=tuple(out),
-            num_slots=self._num_slots,
-            output_slots=results,
-            structure=self._captured.structure,
-            arguments=arguments,
-        )
+    def of_step(self, path: int, number: int) -> tuple[int, ...]:
+        """Return the recipes that a step needs."""
+        return tuple(self._numbers[item] for item in self._needs[path, number])
 
-    def _order_recipes(self) -> dict[int, list[int]]:
-        """Number the recipes so that one kind's in successive layers are neighbours: the plan writes them once."""
-        needs: list[tuple[int, _Wanted]] = []
-        for number, step in enumerate(self._steps):
-            if isinstance(step, Piece):
-                unique = self._pieces.unique[self._pieces.index_of[number]]
-                for i, made_of in enumerate(unique.lowered.constants):
-                    names = tuple(step.constants[old] for old in made_of)
-                    needs.append((number, _Wanted(names, PACKING if i in unique.pack else "")))
-            else:
-                weights = [self._weights[n] for n in _nodes_in(step.node) if n in self._weights]
-                needs += [(number, _Wanted((name,), "")) for name in weights]
-        for item in sorted({item for _, item in needs}, key=_Wanted.family):
-            self._recipes[item] = len(self._recipe_list)
-            self._recipe_list.append(self._recipe(item))
-        wanted: dict[int, list[int]] = {}
-        for number, item in needs:
-            wanted.setdefault(number, []).append(self._recipes[item])
-        return {n: wanted.get(n, []) for n in range(len(self._steps))}
+    def of_parameter(self, name: str) -> int:
+        """Return the recipe of a parameter that an opaque op takes."""
+        return self._numbers[_Wanted((name,), "")]
+
+    @staticmethod
+    def _of_piece(piece: Piece, unique: Unique) -> list[_Wanted]:
+        return [
+            _Wanted(tuple(piece.constants[old] for old in made_of), PACKING if i in unique.pack else "")
+            for i, made_of in enumerate(unique.lowered.constants)
+        ]
 
     def _recipe(self, wanted: _Wanted) -> Recipe:
-        value = self._weight_nodes[wanted.names[0]].meta["val"]
-        dtype = str(value.dtype).removeprefix("torch.")
+        node, path = self._weights[wanted.names[0]]
+        dtype = str(node.meta["val"].dtype).removeprefix("torch.")
         sources = tuple(self._source(name) for name in wanted.names)
         source = sources[0] if len(sources) == 1 else Concat(sources)
-        literal = wanted.names[0] in self._captured.literals
         if isinstance(source, Take):
+            literal = wanted.names[0] in path.captured.literals
             return Recipe(source.name, source.shape, dtype, literal, wanted.pack)
         return Recipe(label(source), source.shape, dtype, pack=wanted.pack, source=source)
 
     def _source(self, name: str) -> Source:
-        shape = tuple(int(d) for d in self._weight_nodes[name].meta["val"].shape)
-        source = self._captured.request.sources.get(name, Take(name, shape))
+        node, path = self._weights[name]
+        shape = tuple(int(d) for d in node.meta["val"].shape)
+        source = path.captured.request.sources.get(name, Take(name, shape))
         if source.shape != shape:
             raise InternalError(f"{name} of shape {shape} has a source of shape {source.shape}")
         return source
 
-    def _unique(self, index: int, ranges: Sequence[ShapeRange]) -> UniquePiece:
-        unique = self._pieces.unique[index]
-        program = unique.captured
-        specs = (*program.inputs, *program.constants)
-        made_of = unique.lowered.constants
-        return UniquePiece(
-            fingerprint=program.fingerprint(),
-            ranges=tuple(ranges),
-            num_ops=len(program.calls),
-            num_constants=len(program.constants),
-            device=specs[0].device if specs else "cpu",
-            merged=made_of if any(len(constants) > 1 for constants in made_of) else (),
-        )
+
+def _unique_piece(unique: Unique, ranges: Sequence[ShapeRange]) -> UniquePiece:
+    program = unique.captured
+    specs = (*program.inputs, *program.constants)
+    made_of = unique.lowered.constants
+    return UniquePiece(
+        fingerprint=program.fingerprint(),
+        ranges=tuple(ranges),
+        num_ops=len(program.calls),
+        num_constants=len(program.constants),
+        device=specs[0].device if specs else "cpu",
+        merged=made_of if any(len(constants) > 1 for constants in made_of) else (),
+    )
+
+
+def _plan_input(captured: CapturedGraph, name: str) -> PlanInput:
+    given = next(i for i in captured.request.inputs if i.name == name)
+    if isinstance(given, TensorInput):
+        fake = next(i.node.meta["val"] for i in captured.inputs if i.name == name)
+        stride = given.stride if given.stride is not None and not fake.is_contiguous() else None
+        return PlanInput(name=name, shape=given.shape, dtype=given.dtype, device=given.device, stride=stride)
+    return PlanInput(name=name, size=given.size)
+
+
+def _state(request: CaptureRequest, name: str) -> State:
+    given = request.states[name]
+    return State(name=name, shape=given.shape, dtype=given.dtype, device=request.device)
+
+
+class _Planner:
+    """Puts one forward's values into slots."""
+
+    def __init__(
+        self, path: Path, number: int, pieces: Deduplicated, *, constants: _Constants, instances: list[Instance]
+    ) -> None:
+        self._path = path
+        self._number = number
+        self._captured = path.captured
+        self._pieces = pieces
+        self._constants = constants
+        self._instances = instances
+        self._known = {instance: n for n, instance in enumerate(instances)}
+        inputs = path.captured.inputs
+        self._arguments = [i for i in inputs if i.kind is InputKind.ARGUMENT]
+        self._weights = {i.node: i.name for i in inputs if i.kind is InputKind.WEIGHT}
+        self._states = {i.node: i.name for i in inputs if i.kind is InputKind.STATE}
+        self._slots: dict[torch.fx.Node, int] = {i.node: n for n, i in enumerate(self._arguments)}
+        self._free: list[int] = []
+        self._num_slots = len(self._arguments)
+        self._ending = self._last_uses()
+
+    def steps(self) -> PlanVariant:
+        """Return the steps; they add their instances to the common list."""
+        out: list[PieceStep | OpStep] = []
+        for number, step in enumerate(self._path.steps):
+            if isinstance(step, Piece):
+                unique = self._pieces.index_of[self._number, number]
+                instance = self._instance(Instance(unique, self._constants.of_step(self._number, number)))
+                inputs = tuple(self._slot(n) for n in step.inputs)
+                self._release(number)
+                outputs = tuple(self._define(n) for n in step.outputs)
+                out.append(PieceStep(instance, inputs, outputs))
+            else:
+                out.append(self._op_step(number, step))
+        results = self._results()
+        variant = self._path.variant
+        name, equal = (variant.name, variant.equal) if variant is not None else ("", ())
+        return PlanVariant(name, equal, tuple(out), self._num_slots, results)
+
+    def _instance(self, instance: Instance) -> int:
+        """Return the number of an instance; forwards share those that are the same."""
+        if instance not in self._known:
+            self._known[instance] = len(self._instances)
+            self._instances.append(instance)
+        return self._known[instance]
 
     def _op_step(self, number: int, step: OpaqueCall) -> OpStep:
         operator = operator_of(step.node.target)
@@ -251,9 +337,9 @@ class _Planner:
     def _op_argument(self, value: Any) -> Any:
         if isinstance(value, torch.fx.Node):
             if value in self._states:
-                return {"state": self._state_order.index(self._states[value])}
+                return {"state": self._constants.states.index(self._states[value])}
             if value in self._weights:
-                return {"recipe": self._recipes[_Wanted((self._weights[value],), "")]}
+                return {"recipe": self._constants.of_parameter(self._weights[value])}
             size = value.meta.get("val")
             if isinstance(size, torch.SymInt):
                 return {"size": self._named_sizes(str(size.node.expr))}
@@ -315,12 +401,12 @@ class _Planner:
     def _last_uses(self) -> dict[int, list[torch.fx.Node]]:
         """Return, for each step, the values that are used for the last time there."""
         last: dict[torch.fx.Node, int] = {}
-        for number, step in enumerate(self._steps):
+        for number, step in enumerate(self._path.steps):
             used = step.inputs if isinstance(step, Piece) else _nodes_in(step.node)
             for node in used:
                 last[node] = number
         for node in self._output_nodes():
-            last[node] = len(self._steps)
+            last[node] = len(self._path.steps)
         ending: dict[int, list[torch.fx.Node]] = {}
         for node, number in last.items():
             ending.setdefault(number, []).append(node)
@@ -341,18 +427,6 @@ class _Planner:
                     try_="read that tensor from the module instead",
                 )
         return tuple(self._slot(n) for n in self._output_nodes())
-
-    def _plan_input(self, name: str) -> PlanInput:
-        given = next(i for i in self._captured.request.inputs if i.name == name)
-        if isinstance(given, TensorInput):
-            fake = next(i.node.meta["val"] for i in self._arguments if i.name == name)
-            stride = given.stride if given.stride is not None and not fake.is_contiguous() else None
-            return PlanInput(name=name, shape=given.shape, dtype=given.dtype, device=given.device, stride=stride)
-        return PlanInput(name=name, size=given.size)
-
-    def _state(self, name: str) -> State:
-        given = self._captured.request.states[name]
-        return State(name=name, shape=given.shape, dtype=given.dtype, device=self._captured.request.device)
 
 
 def _nodes_in(node: torch.fx.Node) -> list[torch.fx.Node]:

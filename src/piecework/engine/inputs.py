@@ -103,6 +103,7 @@ class InputBuilder:
             "query_start": torch.from_numpy(query_start),
             "logits_indices": torch.tensor(last or [len(token_ids) - 1]),
             "num_decode_tokens": batch.num_decode,
+            "num_prefill_tokens": len(token_ids) - batch.num_decode,
         }
         return ForwardInputs(tensors, tuple(sampled), tuple(chunk for chunk, _ in scored))
 

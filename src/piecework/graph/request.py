@@ -53,6 +53,21 @@ class SizeInput:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """A forward of its own for one kind of batch, over the same weights, states and inputs.
+
+    Args:
+        name: of the kind, such as "decode".
+        equal: what is so in these batches: pairs of a declared size and another one, or a number, that it is equal to.
+        call: runs the module on them; what it computes is what `CaptureRequest.call` would.
+    """
+
+    name: str
+    equal: tuple[tuple[str, str | int], ...]
+    call: Callable[[nn.Module, Mapping[str, Any]], Any]
+
+
+@dataclass(frozen=True)
 class CaptureRequest:
     """Everything capture needs.
 
@@ -66,6 +81,7 @@ class CaptureRequest:
             shapes; they are not weights.
         opaque: operators ("namespace::name") at which the graph is cut, beside all that aren't torch's own.
         device: device type that the compiled model runs on.
+        variants: forwards for some kinds of batches, first come first; `call` is for all the others.
         sources: how parameters are made from checkpoint tensors; one that is not here is taken under its own name.
     """
 
@@ -76,4 +92,5 @@ class CaptureRequest:
     states: Mapping[str, TensorInput] = field(default_factory=dict)
     opaque: frozenset[str] = frozenset()
     device: str = "cpu"
+    variants: tuple[Variant, ...] = ()
     sources: Sources = field(default_factory=dict)

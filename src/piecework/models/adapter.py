@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
 from piecework.errors import UnsupportedModelError
-from piecework.graph.request import CaptureRequest, Dim, SizeInput, TensorInput
+from piecework.graph.request import CaptureRequest, Dim, SizeInput, TensorInput, Variant
 from piecework.models.adapted import AdaptedModel
 from piecework.models.batch import BLOCK_SIZE, ForwardBatch
 from piecework.models.config import DTYPES, ModelConfig, read_config
@@ -65,31 +65,39 @@ def build_causal_lm(
                 try_=f"one of {', '.join(known)}",
             )
     model = _adapt(config, dtype=dtype, mla=mla)
+    regimes = config.latent is not None and mla == "exposed"
+    sizes = _sizes(config, max_tokens=max_tokens)
+    inputs: list[TensorInput | SizeInput] = [
+        *(TensorInput(name, shape, "int64", device) for name, shape in _INPUTS.items()),
+        SizeInput("num_decode_tokens", "decode_tokens"),
+    ]
+    if regimes:
+        inputs.append(SizeInput("num_prefill_tokens", "prefill_tokens"))
+        sizes["prefill_tokens"] = Dim(0, max_tokens)
     return CaptureRequest(
         module=model.module,
         call=partial(call_causal_lm, regime=Regime.MIXED),
-        inputs=(
-            *(TensorInput(name, shape, "int64", device) for name, shape in _INPUTS.items()),
-            SizeInput("num_decode_tokens", "decode_tokens"),
-        ),
-        sizes=_sizes(config, max_tokens=max_tokens),
+        inputs=tuple(inputs),
+        sizes=sizes,
         states=model.states,
         opaque=frozenset({ATTENTION_OP}),
         device=device,
+        variants=_VARIANTS if regimes else (),
         sources=model.sources,
     )
 
 
 def call_causal_lm(module: nn.Module, inputs: Mapping[str, Any], *, regime: Regime) -> Tensor:
     """Run transformers' forward on the named inputs of a batch; returns the logits [logits, vocab]."""
-    num_decode = inputs["num_decode_tokens"]
+    num_tokens = inputs["input_ids"].shape[0]
+    num_decode = {Regime.DECODE: num_tokens, Regime.PREFILL: 0}.get(regime, inputs["num_decode_tokens"])
     batch = ForwardBatch(
         slot_mapping=inputs["slot_mapping"],
         block_tables=inputs["block_tables"],
         seq_lens=inputs["seq_lens"],
         query_start=inputs["query_start"],
         num_decode_tokens=num_decode,
-        num_prefill_tokens=inputs["input_ids"].shape[0] - num_decode,
+        num_prefill_tokens=inputs.get("num_prefill_tokens", num_tokens - num_decode),
         regime=regime,
     )
     output = module(
@@ -101,6 +109,13 @@ def call_causal_lm(module: nn.Module, inputs: Mapping[str, Any], *, regime: Regi
     )
     logits: Tensor = output.logits
     return logits.squeeze(0)
+
+
+# Whether tokens decode is known of the batch, so each kind has its own graph, without rows that are cut out of it.
+_VARIANTS: Final = (
+    Variant("decode", (("decode_tokens", "tokens"),), partial(call_causal_lm, regime=Regime.DECODE)),
+    Variant("prefill", (("decode_tokens", 0),), partial(call_causal_lm, regime=Regime.PREFILL)),
+)
 
 
 def _sizes(config: ModelConfig, *, max_tokens: int) -> dict[str, Dim]:

@@ -26,6 +26,11 @@ def rows(x: Tensor, begin: int, count: int) -> Tensor:
     return torch.empty_strided(view.shape, view.stride(), dtype=x.dtype, device=x.device).copy_(view)
 
 
+def rows_view(x: Tensor, begin: int, count: int) -> Tensor:
+    """Return the same rows without copying them."""
+    return x.narrow(0, begin, count)
+
+
 @rows.fake
 def _rows_fake(x: Tensor, begin: int, count: int) -> Tensor:
     return torch.empty_strided((count, *x.shape[1:]), x.stride(), dtype=x.dtype, device=x.device)

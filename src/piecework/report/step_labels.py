@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from piecework.report.layers import Stack, find_stacks, spell_numbers, step_names
 from piecework.store.plan import OpStep, Plan
 
@@ -11,8 +13,13 @@ _FINGERPRINT_DIGITS = 8
 def step_labels(plan: Plan) -> tuple[str, ...]:
     """Return a label per step: "piece 1 [3fa8b2c1] model.layers 3-4", "piecework::attention model.layers.3.self_attn".
 
-    Pieces are numbered as `piecework inspect` lists them.
+    The steps are `plan.all_steps`. Pieces are numbered as `piecework inspect` lists them.
     """
+    paths = [replace(plan, variants=(), steps=variant.steps) for variant in plan.variants]
+    return tuple(label for path in (*paths, plan) for label in _labels(path))
+
+
+def _labels(plan: Plan) -> tuple[str, ...]:
     stacks = find_stacks(plan)
     return tuple(" ".join([_what(plan, step), *_where(plan, step, stacks)]) for step in range(len(plan.steps)))
 

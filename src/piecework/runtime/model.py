@@ -15,9 +15,10 @@ from piecework.ops.resolve import decode
 from piecework.record import Record
 from piecework.runtime.states import zeros
 from piecework.runtime.structure import match, unflatten
-from piecework.store.plan import OpStep, PieceStep, Plan, PlanInput, size_expression
+from piecework.store.plan import OpStep, PieceStep, Plan, PlanInput, PlanVariant, Step, size_expression
 
 Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
+StepCall = Callable[[list[Any], Mapping[str, int]], None]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class LoadedModel:
         self._layers: dict[str, LayerName] = {}
         self._states: list[torch.Tensor] | None = None if plan.states else []
         self._forms = forms
-        self._programs: list[tuple[int, int, list[Any]]] = []
+        self._rest = PlanVariant("", (), plan.steps, plan.num_slots, plan.output_slots)
+        self._programs: dict[str, list[tuple[int, int, list[StepCall]]]] = {}
         self._checks = _size_checks(plan)
         self._labels: Sequence[str] | None = None
         self._device = next((i.device for i in plan.inputs if i.device not in ("", "cpu")), None)
@@ -126,14 +128,14 @@ class LoadedModel:
 
     def close(self) -> None:
         """Let go of weights, states and libraries; the model can't be called afterwards."""
-        self._programs = []
+        self._programs = {}
         self._forms = ()
         self._states = None
         self._constants = ()
         self._owned = None
 
     def label_steps(self, labels: Sequence[str] | None) -> None:
-        """Name the plan's steps in torch profiler's traces, a label for each; None, as it begins, costs nothing."""
+        """Name the steps in torch profiler's traces, a label for each of `plan.all_steps`; None, at first: no names."""
         self._labels = labels
         if self._states is not None:
             self._prepare()
@@ -143,13 +145,23 @@ class LoadedModel:
         if self._device is not None:
             values = [v.to(self._device) if isinstance(v, torch.Tensor) else v for v in values]
         self._arrange(values)
-        slots: list[Any] = values + [None] * (self.plan.num_slots - len(values))
-        for step in self._program(sizes.get(self.plan.primary, 0)):
+        path = self._path(sizes)
+        slots: list[Any] = values + [None] * (path.num_slots - len(values))
+        for step in self._program(path, sizes.get(self.plan.primary, 0)):
             step(slots, sizes)
-        return [slots[i] for i in self.plan.output_slots]
+        return [slots[i] for i in path.output_slots]
 
-    def _program(self, primary: int) -> list[Any]:
-        for low, high, steps in self._programs:
+    def _path(self, sizes: Mapping[str, int]) -> PlanVariant:
+        for variant in self.plan.variants:
+            for size, other in variant.equal:
+                if sizes[size] != (other if isinstance(other, int) else sizes[other]):
+                    break
+            else:
+                return variant
+        return self._rest
+
+    def _program(self, path: PlanVariant, primary: int) -> list[Any]:
+        for low, high, steps in self._programs.get(path.name, ()):
             if low <= primary <= high:
                 return steps
         if self._states is None:
@@ -162,25 +174,15 @@ class LoadedModel:
 
     def _prepare(self) -> None:
         assert self._states is not None
-        ops = {i: self._op(s) for i, s in enumerate(self.plan.steps) if isinstance(s, OpStep)}
-        self._programs = [
-            (
-                form.min,
-                form.max,
-                self._labelled(
-                    [
-                        _piece_call(s, form.runs[s.instance]) if isinstance(s, PieceStep) else ops[i]
-                        for i, s in enumerate(self.plan.steps)
-                    ]
-                ),
-            )
-            for form in self._forms
-        ]
-
-    def _labelled(self, calls: list[Any]) -> list[Any]:
-        if self._labels is None:
-            return calls
-        return [_labelled_call(call, label) for call, label in zip(calls, self._labels, strict=True)]
+        self._programs = {}
+        begin = 0
+        for path in (*self.plan.variants, self._rest):
+            labels = None if self._labels is None else self._labels[begin : begin + len(path.steps)]
+            begin += len(path.steps)
+            ops = {i: self._op(s) for i, s in enumerate(path.steps) if isinstance(s, OpStep)}
+            self._programs[path.name] = [
+                (form.min, form.max, _labelled(_calls(path.steps, form, ops), labels)) for form in self._forms
+            ]
 
     def _op(self, step: OpStep) -> Callable[[list[Any], Mapping[str, int]], None]:
         assert self._states is not None
@@ -310,6 +312,16 @@ class LoadedModel:
                 found=f"the bundle was compiled for {low} to {high}",
                 try_="split the input, or compile for a larger range",
             )
+
+
+def _calls(steps: Sequence[Step], form: RangeForm, ops: Mapping[int, StepCall]) -> list[StepCall]:
+    return [_piece_call(s, form.runs[s.instance]) if isinstance(s, PieceStep) else ops[i] for i, s in enumerate(steps)]
+
+
+def _labelled(calls: list[StepCall], labels: Sequence[str] | None) -> list[StepCall]:
+    if labels is None:
+        return calls
+    return [_labelled_call(call, label) for call, label in zip(calls, labels, strict=True)]
 
 
 def _varies(argument: Mapping[str, Any]) -> bool:

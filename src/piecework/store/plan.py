@@ -119,12 +119,24 @@ Step = PieceStep | OpStep
 
 
 @dataclass(frozen=True)
+class PlanVariant:
+    """The forward of batches in which each pair of sizes (or a size and a number) in `equal` is equal."""
+
+    name: str
+    equal: tuple[tuple[str, str | int], ...]
+    steps: tuple[Step, ...]
+    num_slots: int
+    output_slots: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything a runtime needs besides artifacts and weights.
 
     Slots 0 … len(inputs) - 1 hold the arguments. `output_slots` are the flat results, `structure` how they make up the
     module's result (graph/structure.py), `arguments` how a caller's arguments map to inputs. `kernels` are the native
-    kernels of opaque ops (providers/kernels.py): their name, and the artifact's file name.
+    kernels of opaque ops (providers/kernels.py): their name, and the artifact's file name. `variants` are forwards for
+    some kinds of batches, the first that fits; `steps` are for all the others.
     """
 
     sizes: Mapping[str, tuple[int, int]]
@@ -140,6 +152,12 @@ class Plan:
     structure: Any
     arguments: Any = None
     kernels: Mapping[str, str] = field(default_factory=dict)
+    variants: tuple[PlanVariant, ...] = ()
+
+    @property
+    def all_steps(self) -> tuple[Step, ...]:
+        """The steps of all variants, and then those of the rest."""
+        return tuple(step for variant in self.variants for step in variant.steps) + self.steps
 
     def captured_constants(self, instance: Instance) -> tuple[Recipe, ...]:
         """Return the constants of an instance's piece as it was captured: those that were merged are apart again."""
@@ -158,7 +176,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Return compact JSON: runs of recipes and states that differ in a layer's number only are written once."""
-        ops = sorted({s.op for s in self.steps if isinstance(s, OpStep)})
+        ops = sorted({s.op for s in self.all_steps if isinstance(s, OpStep)})
         return {
             "sizes": {n: list(r) for n, r in self.sizes.items()},
             "primary": self.primary,
@@ -174,6 +192,7 @@ class Plan:
             "structure": self.structure,
             "arguments": self.arguments,
             **({"kernels": dict(self.kernels)} if self.kernels else {}),
+            **({"variants": [_variant_to_json(v, ops) for v in self.variants]} if self.variants else {}),
         }
 
     @staticmethod
@@ -205,6 +224,7 @@ def _plan(data: Mapping[str, Any]) -> Plan:
         structure=data["structure"],
         arguments=data["arguments"],
         kernels={str(name): str(artifact) for name, artifact in dict(data.get("kernels", {})).items()},
+        variants=tuple(_variant_from_json(v, data["ops"]) for v in data.get("variants", ())),
     )
 
 
@@ -229,6 +249,26 @@ def _piece_from_json(data: Mapping[str, Any]) -> UniquePiece:
     ranges = tuple(ShapeRange(**r) for r in data.get("ranges", ()))
     merged = tuple(tuple(int(i) for i in constants) for constants in data.get("merged", ()))
     return UniquePiece(**{**data, "ranges": ranges, "merged": merged})
+
+
+def _variant_to_json(variant: PlanVariant, ops: Sequence[str]) -> dict[str, Any]:
+    return {
+        "name": variant.name,
+        "equal": [list(pair) for pair in variant.equal],
+        "steps": [_step_to_json(s, ops) for s in variant.steps],
+        "num_slots": variant.num_slots,
+        "output_slots": list(variant.output_slots),
+    }
+
+
+def _variant_from_json(data: Mapping[str, Any], ops: Sequence[str]) -> PlanVariant:
+    return PlanVariant(
+        name=str(data["name"]),
+        equal=tuple((str(size), other if isinstance(other, int) else str(other)) for size, other in data["equal"]),
+        steps=tuple(_step_from_json(s, ops) for s in data["steps"]),
+        num_slots=int(data["num_slots"]),
+        output_slots=tuple(data["output_slots"]),
+    )
 
 
 def _plan_input(data: Mapping[str, Any]) -> PlanInput:

@@ -46,6 +46,7 @@ def test_a_mixed_batch() -> None:
         "query_start": [0, 1, 3],
         "logits_indices": [0],
         "num_decode_tokens": 1,
+        "num_prefill_tokens": 2,
     }
     assert forward.sampled == (decoding,)
     assert not forward.scored

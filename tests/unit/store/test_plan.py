@@ -12,6 +12,7 @@ from tests.unit.graph.graphs import NAMED, TWO, Encoder, NamedBlock, Stack, requ
 from tests.unit.models.tiny import write_config
 
 from piecework.compiler.options import CompileOptions, packed_dtypes
+from piecework.compiler.planning import Path as Path_
 from piecework.compiler.planning import deduplicate, make_plan
 from piecework.errors import CorruptBundle
 from piecework.foundation.target import read_target
@@ -137,8 +138,8 @@ def plan_of(wanted: CaptureRequest) -> Plan:
     captured = capture(wanted)
     steps = split(captured)
     dtypes = packed_dtypes(CompileOptions(), target=read_target(), device="cpu")
-    pieces = deduplicate(steps, primary="", merge=False, pack_dtypes=dtypes)
-    return make_plan(captured, steps, pieces, artifacts=[[] for _ in pieces.unique])
+    pieces = deduplicate([Path_(captured, steps)], merge=False, pack_dtypes=dtypes)
+    return make_plan([Path_(captured, steps)], pieces, artifacts=[[] for _ in pieces.unique])
 
 
 def test_eighty_layers_are_written_as_compactly_as_four(tmp_path: Path) -> None:
@@ -184,8 +185,8 @@ def assert_slots_hold_what_is_read(wanted: CaptureRequest) -> None:
     """Run the plan with the graph's nodes as values: every step must find its own operands in its slots."""
     captured = capture(wanted)
     steps = split(captured)
-    pieces = deduplicate(steps, primary="", merge=False, pack_dtypes=frozenset())
-    plan = make_plan(captured, steps, pieces, artifacts=[[] for _ in pieces.unique])
+    pieces = deduplicate([Path_(captured, steps)], merge=False, pack_dtypes=frozenset())
+    plan = make_plan([Path_(captured, steps)], pieces, artifacts=[[] for _ in pieces.unique])
     slots: list[object] = [None] * plan.num_slots
     for number, given_input in enumerate(i for i in captured.inputs if i.kind.value == "argument"):
         slots[number] = given_input.node

@@ -57,6 +57,7 @@ def decode_inputs(batch: int) -> dict[str, Tensor | int]:
         "query_start": torch.arange(batch + 1),
         "logits_indices": torch.arange(batch),
         "num_decode_tokens": batch,
+        "num_prefill_tokens": 0,
     }
 
 
@@ -77,6 +78,7 @@ def prefill_inputs(tokens: int) -> dict[str, Tensor | int]:
         "query_start": torch.tensor([0, tokens]),
         "logits_indices": torch.tensor([tokens - 1]),
         "num_decode_tokens": 0,
+        "num_prefill_tokens": tokens,
     }
 
 
