@@ -55,7 +55,7 @@ def compile_aoti(
     original = codecache.CppBuilder
     codecache.CppBuilder = Builder
     try:
-        with torch.no_grad(), size_oblivious(), _general_strides():
+        with torch.no_grad(), size_oblivious(), _general_strides(), _general_stride_order():
             result: Any = compile_fx_aot(
                 module, list(example_inputs), config_patches={**options, "aot_inductor.output_path": str(output)}
             )
@@ -86,6 +86,65 @@ def _general_strides() -> Iterator[None]:
         yield
     finally:
         fake_impls._compute_stride = original
+
+
+@contextlib.contextmanager
+def _general_stride_order() -> Iterator[None]:
+    """Let Inductor order strides for every size at once, not for sizes from 2.
+
+    torch 2.11-2.13: `ir.get_fill_order` compares strides such as 32 * n and 32, of a transposed result, and would guard
+    on the answer. Where one is a multiple of the other it is the larger one; that they are equal for n = 1 doesn't
+    matter, because then the order doesn't either.
+    """
+    import torch._inductor.ir as inductor_ir
+
+    ir: Any = inductor_ir
+    plain, symbolic = ir.argsort, ir.argsort_sym
+
+    def argsort(seq: Sequence[Any], *, reverse: bool = False) -> list[int]:
+        order = stride_order(seq)
+        return (order[::-1] if reverse else order) if order is not None else plain(seq, reverse=reverse)
+
+    def argsort_sym(shape_env: Any, seq: Sequence[Any], *, reverse: bool = False) -> list[int]:
+        order = stride_order(seq)
+        return (order[::-1] if reverse else order) if order is not None else symbolic(shape_env, seq, reverse=reverse)
+
+    ir.argsort, ir.argsort_sym = argsort, argsort_sym
+    try:
+        yield
+    finally:
+        ir.argsort, ir.argsort_sym = plain, symbolic
+
+
+def stride_order(strides: Sequence[Any]) -> list[int] | None:
+    """Return the axes from the smallest stride to the largest, of equal ones the last axis first.
+
+    None where that isn't the same for all sizes from 2.
+    """
+    import functools
+
+    import sympy
+
+    exprs = [sympy.sympify(s.node.expr if isinstance(s, torch.SymInt) else s) for s in strides]
+    undecided = False
+
+    def compare(i: int, j: int) -> int:
+        nonlocal undecided
+        a, b = exprs[i], exprs[j]
+        if a == b:
+            return j - i
+        if a.is_Integer and b.is_Integer:
+            return 1 if a > b else -1
+        if a.is_zero or b.is_zero:
+            return -1 if a.is_zero else 1
+        numerator, denominator = sympy.cancel(a / b).as_numer_denom()
+        if denominator == 1:
+            return 1
+        undecided = undecided or numerator != 1
+        return -1
+
+    order = sorted(range(len(exprs)), key=functools.cmp_to_key(compare))
+    return None if undecided else order
 
 
 def warm_up_inductor() -> None:
