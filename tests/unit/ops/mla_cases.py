@@ -117,7 +117,7 @@ def make_mla_case(
         "seq_lens": torch.tensor([old + new for old, new in sequences]),
         "query_start": torch.cat([torch.zeros(1, dtype=torch.int64), num_new.cumsum(0)]),
         "num_decode_tokens": sum(new == 1 for _, new in sequences),
-        "scale": 0.3,
+        "scale": (nope + rope) ** -0.5,
         "kv_b_weight": kv_b,
         "w_uk": w_uk.contiguous(),
         "w_uv": w_uv.transpose(1, 2).contiguous(),

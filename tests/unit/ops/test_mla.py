@@ -212,5 +212,4 @@ def test_regimes_are_spelled_as_in_plans() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_true_sizes(sizes: Sizes, dtype: torch.dtype) -> None:
     case = make_mla_case([(40, 1), (3, 1), (0, 20), (20, 9)], sizes=sizes, dtype=dtype, block_size=16)
-    case.named["scale"] = (sizes.nope + sizes.rope) ** -0.5
     check(case, mla_attention(**case.named))

@@ -105,12 +105,8 @@ struct Rows {
       for (int64_t i = 0; i < num; i += 2) {
         const uint16_t* a = (const uint16_t*)(from + offsets[i]);
         const uint16_t* b = i + 1 < num ? (const uint16_t*)(from + offsets[i + 1]) : nullptr;
-        uint32_t* row = pairs + i / 2 * dim;
-        if (b != nullptr)
-          for (int64_t d = 0; d < dim; ++d) row[d] = (uint32_t)a[d] | (uint32_t)b[d] << 16;
-        else
-          for (int64_t d = 0; d < dim; ++d) row[d] = a[d];
-        values[i / 2] = row;
+        pair_rows(a, b, dim, pairs + i / 2 * dim);
+        values[i / 2] = pairs + i / 2 * dim;
       }
       return (num + 1) / 2;
     } else {
@@ -146,32 +142,7 @@ struct Rows {
         store(s, at);
       }
     }
-    for (int v = 0; v < V; ++v) {
-      decay[v] = exponential(top[v] - most[v]);
-      top[v] = most[v];
-      total[v] *= decay[v];
-    }
-    if constexpr (kPair) {
-      if (num % 2)
-        for (int v = 0; v < V; ++v) store(all(-INFINITY), scores + (num * V + v) * kLanes);
-      for (int64_t k = 0; k < num; k += 2) {
-        for (int v = 0; v < V; ++v) {
-          const Floats a = exponential(load(scores + (k * V + v) * kLanes) - most[v]);
-          const Floats b = exponential(load(scores + ((k + 1) * V + v) * kLanes) - most[v]);
-          total[v] += a + b;
-          store(pairs_of(a, b), scores + (k / 2 * V + v) * kLanes);
-        }
-      }
-    } else {
-      for (int64_t k = 0; k < num; ++k) {
-        for (int v = 0; v < V; ++v) {
-          float* at = scores + (k * V + v) * kLanes;
-          const Floats a = exponential(load(at) - most[v]);
-          total[v] += a;
-          store(a, at);
-        }
-      }
-    }
+    make_weights<kPair, V>(scores, num, most, top, total, decay);
   }
 
   void give() {
@@ -179,21 +150,10 @@ struct Rows {
     for (int v = 0; v < V && v * kLanes < count; ++v) {
       const int64_t row = first + v * kLanes, num_rows = std::min<int64_t>(kLanes, count - v * kLanes);
       const Floats factor = factors(v);
-      for (int64_t d = 0; d < dim; d += kLanes) {
-        const int64_t num = std::min<int64_t>(kLanes, dim - d);
-        Words block[kLanes] = {};
-        for (int64_t i = 0; i < num; ++i) block[i] = (Words)(load(out + ((d + i) * V + v) * kLanes) * factor);
-        transpose(block);
-        for (int64_t i = 0; i < num_rows; ++i) {
-          T* to = (T*)call.out + (token_of(row + i) * call.num_heads + head_of(row + i)) * dim + d;
-          alignas(64) float floats[kLanes];
-          store(block[i], floats);
-          if (num == kLanes)
-            for (int j = 0; j < kLanes; ++j) from_float(floats[j], to[j]);
-          else
-            for (int64_t j = 0; j < num; ++j) from_float(floats[j], to[j]);
-        }
-      }
+      T* rows[kLanes];
+      for (int64_t i = 0; i < num_rows; ++i)
+        rows[i] = (T*)call.out + (token_of(row + i) * call.num_heads + head_of(row + i)) * dim;
+      give_rows<V>(out + v * kLanes, dim, factor, rows, num_rows);
     }
   }
 

@@ -71,6 +71,66 @@ PIECEWORK_INLINE void take_rows(const uint32_t* const* rows, int64_t depth, uint
   }
 }
 
+// Turns the results of kLanes rows about again: rows[i][d] is what out[d * V] holds of row i, times its factor.
+template <int V, class T>
+PIECEWORK_INLINE void give_rows(const float* out, int64_t dim, Floats factor, T* const* rows, int64_t num_rows) {
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const int64_t num = dim - d < kLanes ? dim - d : kLanes;
+    Words block[kLanes] = {};
+    for (int64_t i = 0; i < num; ++i) block[i] = (Words)(load(out + (d + i) * V * kLanes) * factor);
+    transpose(block);
+    for (int64_t i = 0; i < num_rows; ++i) {
+      alignas(64) float floats[kLanes];
+      store(block[i], floats);
+      if (num == kLanes)
+        for (int j = 0; j < kLanes; ++j) from_float(floats[j], rows[i][d + j]);
+      else
+        for (int64_t j = 0; j < num; ++j) from_float(floats[j], rows[i][d + j]);
+    }
+  }
+}
+
+// Makes weights of the scores of `num` keys, of which none is more than `most`; where keys are paired, two share a word.
+// What earlier weights become is `decay`; there is room for the scores of one key more.
+template <bool Paired, int V>
+PIECEWORK_INLINE void make_weights(float* scores, int64_t num, const Floats* most, Floats* top, Floats* total,
+                                   Floats* decay) {
+  for (int v = 0; v < V; ++v) {
+    decay[v] = exponential(top[v] - most[v]);
+    top[v] = most[v];
+    total[v] *= decay[v];
+  }
+  if constexpr (Paired) {
+    if (num % 2)
+      for (int v = 0; v < V; ++v) store(all(-__builtin_inff()), scores + (num * V + v) * kLanes);
+    for (int64_t k = 0; k < num; k += 2) {
+      for (int v = 0; v < V; ++v) {
+        const Floats a = exponential(load(scores + (k * V + v) * kLanes) - most[v]);
+        const Floats b = exponential(load(scores + ((k + 1) * V + v) * kLanes) - most[v]);
+        total[v] += a + b;
+        store(pairs_of(a, b), scores + (k / 2 * V + v) * kLanes);
+      }
+    }
+  } else {
+    for (int64_t k = 0; k < num; ++k) {
+      for (int v = 0; v < V; ++v) {
+        float* at = scores + (k * V + v) * kLanes;
+        const Floats a = exponential(load(at) - most[v]);
+        total[v] += a;
+        store(a, at);
+      }
+    }
+  }
+}
+
+// Words of which each holds element d of a and of b; b may be null.
+inline void pair_rows(const uint16_t* a, const uint16_t* b, int64_t dim, uint32_t* to) {
+  if (b != nullptr)
+    for (int64_t d = 0; d < dim; ++d) to[d] = (uint32_t)a[d] | (uint32_t)b[d] << 16;
+  else
+    for (int64_t d = 0; d < dim; ++d) to[d] = a[d];
+}
+
 // body<N>(at) for `count` in steps of kStep, and one for the rest.
 template <class F>
 PIECEWORK_INLINE void in_steps(int64_t count, const F& body) {

@@ -1,0 +1,257 @@
+// One new token of one sequence, all heads, some of its cached entries, which are keys and, but for their last part,
+// values of all heads. The cache is read once, a few entries at a time, while the next few are fetched.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "../cpu_common/dots.h"
+#include "../cpu_common/tiles.h"
+#include "calls.h"
+
+namespace piecework {
+
+constexpr int kChunk = 32;  // entries in one go
+static_assert(kChunk % kLanes == 0, "scores are whole vectors");
+
+PIECEWORK_INLINE int64_t in_vectors(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+// What is known after some of the entries: per head the largest score, the sum of weights, the weighted sum of latents.
+// Where types are paired, that holds even dimensions and odd ones in turns, kLanes of each.
+struct Partial {
+  float *top, *total, *sums;  // [H], [H], [H, padded(call)]
+
+  Partial(const DecodeCall& call, float* at)
+      : top(at + call.num_heads * padded(call)), total(top + call.num_heads), sums(at) {}
+
+  static int64_t padded(const DecodeCall& call) {
+    return (call.rank + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
+  }
+  static int64_t size(const DecodeCall& call) { return (call.num_heads * (padded(call) + 2) + 15) / 16 * 16; }
+};
+
+// sums = sums * decay + weights of values, of N heads and V vectors of words from `at` on.
+// Paired, weights and values are of two entries each, and `num` counts pairs.
+template <bool Paired, int N, int V>
+PIECEWORK_INLINE void weigh_latents(const uint32_t* weights, int64_t weights_stride, const uint32_t* const* values,
+                                    int64_t num, int64_t at, int64_t some, const float* decay, float* sums,
+                                    int64_t padded) {
+  constexpr int kParts = Paired ? 2 : 1;
+  Floats made[N][V][kParts];
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v)
+#pragma GCC unroll 2
+      for (int p = 0; p < kParts; ++p) made[n][v][p] = load(sums + n * padded + (kParts * v + p) * kLanes) * decay[n];
+  for (int64_t k = 0; k < num; ++k) {
+    Words words[V][kParts];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      if constexpr (Paired) {
+        const uint32_t *first = values[2 * k] + at + v * kLanes, *second = values[2 * k + 1] + at + v * kLanes;
+        const Words a = some ? load_some<Words>(first, some) : load<Words>(first);
+        const Words b = some ? load_some<Words>(second, some) : load<Words>(second);
+        words[v][0] = (a & 0xffffu) | (b << 16);
+        words[v][1] = (a >> 16) | (b & 0xffff0000u);
+      } else {
+        const uint32_t* first = values[k] + at + v * kLanes;
+        words[v][0] = some ? load_some<Words>(first, some) : load<Words>(first);
+      }
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const Words weight = all(weights[n * weights_stride + k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v)
+#pragma GCC unroll 2
+        for (int p = 0; p < kParts; ++p) made[n][v][p] = multiply_add<Paired>(made[n][v][p], weight, words[v][p]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v)
+#pragma GCC unroll 2
+      for (int p = 0; p < kParts; ++p) store(made[n][v][p], sums + n * padded + (kParts * v + p) * kLanes);
+}
+
+template <class T>
+struct Decode {
+  static constexpr bool kPair = kPaired<T>;
+  static constexpr int kParts = kPair ? 2 : 1;
+
+  const DecodeCall& call;
+  const int64_t seq, width, padded;
+  const int64_t words, value_words;  // in an entry, and in its latent
+  const int64_t query_stride;
+  const Partial into;
+  // Memory that the caller gives, of `room` words.
+  uint32_t* queries;  // [H, query_stride]
+  float* scores;      // [H, kChunk]; then weights, or pairs of them
+  float* decay;       // [H]
+  float* converted;   // [kChunk, width], where entries aren't read in place
+
+  const uint32_t *entries[kChunk], *next[kChunk];
+
+  static int64_t room(const DecodeCall& call) {
+    const int64_t width = call.rank + call.rope;
+    return in_vectors(call.num_heads * (in_vectors(width) + kChunk + 1)) + (kInPlace<T> ? 0 : kChunk * width);
+  }
+
+  Decode(const DecodeCall& call, int64_t seq, Partial into, float* memory)
+      : call(call), seq(seq), width(call.rank + call.rope), padded(Partial::padded(call)),
+        words(kPair ? width / 2 : width), value_words(kPair ? call.rank / 2 : call.rank),
+        query_stride(in_vectors(words)), into(into), queries((uint32_t*)memory),
+        scores(memory + call.num_heads * query_stride), decay(scores + call.num_heads * kChunk),
+        converted(memory + in_vectors(call.num_heads * (in_vectors(width) + kChunk + 1))) {}
+
+  void run(int64_t begin, int64_t end) {
+    std::fill_n(into.top, call.num_heads, kNone);
+    std::fill_n(into.total, call.num_heads, 0.f);
+    std::fill_n(into.sums, call.num_heads * padded, 0.f);
+    take_queries();
+    int64_t slots[kChunk];
+    const T* cache = (const T*)call.paged.cache;
+    const auto find = [&](int64_t first, int64_t num) {
+      call.paged.locate(seq, first, num, slots);
+      for (int64_t i = 0; i < num; ++i) next[i] = (const uint32_t*)(cache + slots[i] * width);
+    };
+    find(begin, std::min<int64_t>(kChunk, end - begin));
+    for (int64_t at = begin; at < end; at += kChunk) {
+      const int64_t num = std::min<int64_t>(kChunk, end - at), num_next = std::min<int64_t>(kChunk, end - at - num);
+      for (int64_t i = 0; i < num; ++i) entries[i] = take(next[i], i);
+      for (int64_t i = num; i < kChunk; ++i) entries[i] = entries[num - 1];  // their scores are not used
+      find(at + num, num_next);
+      for (int64_t i = num_next; i < kChunk; ++i) next[i] = entries[num - 1];
+      score(num);
+      for (int64_t h = 0; h < call.num_heads; ++h) soften(h, num);
+      weigh(num);
+    }
+  }
+
+  void take_queries() {
+    const T *latent = (const T*)call.q_latent + seq * call.latent_token, *pe = (const T*)call.q_pe + seq * call.pe_token;
+    for (int64_t h = 0; h < call.num_heads; ++h, latent += call.latent_head, pe += call.pe_head) {
+      uint32_t* to = queries + h * query_stride;
+      if constexpr (kInPlace<T>) {
+        std::memcpy(to, latent, call.rank * sizeof(T));
+        std::memcpy((T*)to + call.rank, pe, call.rope * sizeof(T));
+      } else {
+        to_floats(latent, call.rank, (float*)to);
+        to_floats(pe, call.rope, (float*)to + call.rank);
+      }
+      std::fill(to + words, to + query_stride, 0);
+    }
+  }
+
+  PIECEWORK_INLINE const uint32_t* take(const uint32_t* entry, int64_t i) {
+    if constexpr (kInPlace<T>) return entry;
+    float* to = converted + i * width;
+    to_floats((const T*)entry, width, to);
+    return (const uint32_t*)to;
+  }
+
+  void score(int64_t num) {
+    int64_t h = 0;
+    if (call.num_heads >= 4) score_some<4, true>(h, num), h += 4;
+    for (; h + 4 <= call.num_heads; h += 4) score_some<4, false>(h, num);
+    if (h + 2 <= call.num_heads) h ? score_some<2, false>(h, num) : score_some<2, true>(h, num), h += 2;
+    if (h < call.num_heads) h ? score_some<1, false>(h, num) : score_some<1, true>(h, num);
+  }
+
+  // The first heads fetch the entries that come next.
+  template <int N, bool Fetch>
+  PIECEWORK_INLINE void score_some(int64_t h, int64_t num) {
+    for (int64_t k = 0; k < num; k += kLanes / N)
+      score_keys<kPair, N, Fetch>(queries + h * query_stride, query_stride, entries + k, next + k, words,
+                                  scores + h * kChunk + k, kChunk);
+  }
+
+  // Makes weights of a head's scores; pairs of entries, where they are paired, share a word.
+  void soften(int64_t h, int64_t num) {
+    float* at = scores + h * kChunk;
+    Floats most = all(into.top[h]), made[kChunk / kLanes], added = {};
+    for (int i = 0; i < kChunk / kLanes; ++i) made[i] = load(at + i * kLanes) * (float)call.scale;
+    if (num < kChunk) {
+      std::memcpy(at, made, sizeof made);
+      std::fill(at + num, at + kChunk, -INFINITY);
+      std::memcpy(made, at, sizeof made);
+    }
+    for (int i = 0; i < kChunk / kLanes; ++i) most = larger(made[i], most);
+    const float top = largest(most);
+    decay[h] = into.top[h] == top ? 1.f : exponential(all(into.top[h] - top))[0];
+    into.top[h] = top;
+    for (int i = 0; i < kChunk / kLanes; ++i) {
+      made[i] = exponential(made[i] - top);
+      added += made[i];
+      if constexpr (kPair)
+        store_halves(made[i], (uint16_t*)at + i * kLanes);
+      else
+        store(made[i], at + i * kLanes);
+    }
+    into.total[h] = into.total[h] * decay[h] + sum(added);
+  }
+
+  // As bfloat16, rounded to nearest, ties up.
+  PIECEWORK_INLINE static void store_halves(Floats weights, uint16_t* to) {
+    typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+    store(__builtin_convertvector(((Words)weights + 0x8000u) >> 16, Halves), to);
+  }
+
+  void weigh(int64_t num) {
+    for (int64_t h = 0; h < call.num_heads;) {
+      const int64_t left = call.num_heads - h;
+      if (left == 4 || left > 6)
+        weigh_some<4, 4>(h, num), h += 4;
+      else if (left > 4 || left == 3)
+        weigh_some<3, 4>(h, num), h += 3;
+      else if (left == 2)
+        weigh_some<2, 8>(h, num), h += 2;
+      else
+        weigh_some<1, 8>(h, num), h += 1;
+    }
+  }
+
+  template <int N, int V>
+  PIECEWORK_INLINE void weigh_some(int64_t h, int64_t num) {
+    constexpr int kVectors = V / kParts;
+    const uint32_t* weights = (const uint32_t*)(scores + h * kChunk);
+    const int64_t steps = (num + kParts - 1) / kParts;
+    float* sums = into.sums + h * padded;
+    int64_t w = 0;
+    for (; w + kVectors * kLanes <= value_words; w += kVectors * kLanes)
+      weigh_latents<kPair, N, kVectors>(weights, kChunk, entries, steps, w, 0, decay + h, sums + kParts * w, padded);
+    for (; w < value_words; w += kLanes)
+      weigh_latents<kPair, N, 1>(weights, kChunk, entries, steps, w, value_words - w < kLanes ? value_words - w : 0,
+                                 decay + h, sums + kParts * w, padded);
+  }
+};
+
+// Brings the parts of one head together, and writes the head's row.
+template <class T>
+void finish(const DecodeCall& call, int64_t seq, int64_t head, float* parts, int64_t num_parts) {
+  const int64_t padded = Partial::padded(call), size = Partial::size(call);
+  float top = kNone, total = 0;
+  for (int64_t i = 0; i < num_parts; ++i) top = std::max(top, Partial(call, parts + i * size).top[head]);
+  alignas(64) float out[kMaxWidth + 2 * kLanes] = {};
+  for (int64_t i = 0; i < num_parts; ++i) {
+    const Partial part(call, parts + i * size);
+    const float factor = std::exp(part.top[head] - top);
+    total += part.total[head] * factor;
+    for (int64_t d = 0; d < padded; ++d) out[d] += part.sums[head * padded + d] * factor;
+  }
+  T* to = (T*)call.out + (seq * call.num_heads + head) * call.rank;
+  const float factor = 1 / total;
+  if constexpr (kPaired<T>) {
+    for (int64_t d = 0; d < call.rank; d += 2) {
+      const float* at = out + d / (2 * kLanes) * (2 * kLanes) + d % (2 * kLanes) / 2;
+      from_float(at[0] * factor, to[d]);
+      from_float(at[kLanes] * factor, to[d + 1]);
+    }
+  } else {
+    for (int64_t d = 0; d < call.rank; ++d) from_float(out[d] * factor, to[d]);
+  }
+}
+
+}  // namespace piecework

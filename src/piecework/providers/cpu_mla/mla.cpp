@@ -1,0 +1,236 @@
+// Multi-head latent attention's cores on the CPU. What they mean is written in piecework/ops/mla.py; what they are
+// called with, in calls.h.
+#include <algorithm>
+#include <cstdlib>
+#include <vector>
+
+#include <omp.h>
+
+#include "decode.h"
+#include "prefill.h"
+#include "write.h"
+
+namespace piecework {
+
+enum Result : int32_t { kDone = 0, kUnsupported = 1, kBadSlot = 2, kBadLength = 3, kBadBlock = 4, kNoMemory = 5 };
+
+// Memory that a thread keeps from call to call, because fresh memory costs more than what is done with it.
+class Kept {
+ public:
+  ~Kept() { std::free(at_); }
+  float* of(int64_t count) {
+    if (count > count_) {
+      std::free(at_);
+      at_ = (float*)std::aligned_alloc(64, (count * sizeof(float) + 4095) / 4096 * 4096);
+      count_ = at_ == nullptr ? 0 : count;
+    }
+    return at_;
+  }
+
+ private:
+  float* at_ = nullptr;
+  int64_t count_ = 0;
+};
+
+Result check(const Paged& paged, int64_t seq, int64_t len) {
+  if (len < 1 || len > paged.table_width * paged.block_size) return kBadLength;
+  const int64_t* table = paged.tables + seq * paged.table_width;
+  for (int64_t b = 0; b * paged.block_size < len; ++b)
+    if (table[b] < 0 || table[b] >= paged.num_blocks) return kBadBlock;
+  return kDone;
+}
+
+bool fits(int64_t rank, int64_t rope) { return rank > 0 && rope > 0 && rope % 2 == 0 && rank + rope <= kMaxWidth; }
+
+template <class T, class Angle>
+void write_all(const WriteCall& call) {
+  const bool alone = call.num_tokens * (call.rank + call.rope) < 1 << 15;
+#pragma omp parallel for schedule(static) num_threads(call.num_threads) if (!alone && call.num_threads > 1)
+  for (int64_t t = 0; t < call.num_tokens; ++t) write<T, Angle>(call, t);
+}
+
+template <class T>
+Result run(const WriteCall& call) {
+  for (int64_t t = 0; t < call.num_tokens; ++t)
+    if (call.slots[t] < 0 || call.slots[t] >= call.paged.num_blocks * call.paged.block_size) return kBadSlot;
+  if (call.plain_angles)
+    write_all<T, float>(call);
+  else
+    write_all<T, T>(call);
+  return kDone;
+}
+
+struct Part {
+  int64_t seq, begin, count;
+  int64_t part;  // where the partial result goes; -1 where there is only one
+};
+
+struct Split {
+  int64_t seq, part, num_parts;
+};
+
+// Long sequences in parts, so that there are a few parts for every thread; the longest first. Returns their number.
+int64_t plan(const DecodeCall& call, std::vector<Part>& work, std::vector<Split>& splits) {
+  constexpr int64_t kLeast = 64;
+  int64_t num_keys = 0, num_parts = 0;
+  for (int64_t s = 0; s < call.num_seqs; ++s) num_keys += call.lens[s];
+  const int64_t share = num_keys / (4 * call.num_threads) / kLeast * kLeast + kLeast;
+  const int64_t most = call.num_threads > 1 ? share : num_keys;
+  for (int64_t s = 0; s < call.num_seqs; ++s) {
+    const int64_t num = call.lens[s], parts = (num + most - 1) / most;
+    if (parts > 1) splits.push_back({s, num_parts, parts});
+    for (int64_t p = 0; p < parts; ++p)
+      work.push_back({s, p * most, std::min(most, num - p * most), parts > 1 ? num_parts++ : -1});
+  }
+  std::stable_sort(work.begin(), work.end(), [](const Part& a, const Part& b) { return a.count > b.count; });
+  return num_parts;
+}
+
+template <class T>
+Result run(const DecodeCall& call) {
+  if (kPaired<T> && call.rank % 2) return kUnsupported;
+  for (int64_t s = 0; s < call.num_seqs; ++s) {
+    const Result checked = check(call.paged, s, call.lens[s]);
+    if (checked != kDone) return checked;
+  }
+  std::vector<Part> work;
+  std::vector<Split> splits;
+  const int64_t num_parts = plan(call, work, splits), size = Partial::size(call);
+  // All threads or one: OpenMP's runtimes end and start threads when their number changes.
+  const bool alone = call.num_threads < 2 || work.size() < 2;
+  static thread_local Kept kept;
+  const int64_t own = size + (Decode<T>::room(call) + 15) / 16 * 16;  // of each thread
+  float* parts = kept.of(num_parts * size + (alone ? 1 : call.num_threads) * own);
+  if (parts == nullptr) return kNoMemory;
+#pragma omp parallel num_threads(call.num_threads) if (!alone)
+  {
+    float* mine = parts + num_parts * size + omp_get_thread_num() * own;
+#pragma omp for schedule(dynamic, 1)
+    for (size_t i = 0; i < work.size(); ++i) {
+      const Part& w = work[i];
+      float* at = w.part >= 0 ? parts + w.part * size : mine;
+      Decode<T>(call, w.seq, Partial(call, at), mine + size).run(w.begin, w.begin + w.count);
+      if (w.part < 0)
+        for (int64_t h = 0; h < call.num_heads; ++h) finish<T>(call, w.seq, h, at, 1);
+    }
+    for (const Split& split : splits) {
+#pragma omp for schedule(static) nowait
+      for (int64_t h = 0; h < call.num_heads; ++h)
+        finish<T>(call, split.seq, h, parts + split.part * size, split.num_parts);
+    }
+  }
+  return kDone;
+}
+
+Result run(const GatherCall& call) {
+  for (int64_t i = 0; i < call.num_slices; ++i) {
+    const Slice& s = call.slices[i];
+    if (s.seq < 0 || s.seq >= call.num_seqs || s.begin < 0 || s.count < 1) return kBadLength;
+    const Result checked = check(call.paged, s.seq, s.begin + s.count);
+    if (checked != kDone) return checked;
+  }
+  const int64_t latent = call.rank * call.item_size, key = call.rope * call.item_size;
+  char *latents = (char*)call.latents, *keys = (char*)call.keys;
+  for (int64_t i = 0; i < call.num_slices; ++i) {
+    const Slice& s = call.slices[i];
+    const bool alone = call.num_threads < 2 || s.count * latent < 1 << 18;
+#pragma omp parallel for schedule(static) num_threads(call.num_threads) if (!alone)
+    for (int64_t t = 0; t < s.count; ++t) {
+      int64_t slot;
+      call.paged.locate(s.seq, s.begin + t, 1, &slot);
+      const char* from = (const char*)call.paged.cache + slot * (latent + key);
+      std::memcpy(latents + t * latent, from, latent);
+      std::memcpy(keys + t * key, from + latent, key);
+    }
+    latents += s.count * latent;
+    keys += s.count * key;
+  }
+  return kDone;
+}
+
+Result check(const PrefillCall& call) {
+  if (call.starts[0] != 0 || call.starts[call.num_seqs] != call.num_tokens) return kBadLength;
+  for (int64_t s = 0; s < call.num_seqs; ++s)
+    if (call.num_new(s) < 0) return kBadLength;
+  for (int64_t i = 0; i < call.num_prompts; ++i) {
+    const Prompt& p = call.prompts[i];
+    if (p.seq < 0 || p.seq >= call.num_seqs || call.starts[p.seq] < call.num_decoded) return kBadLength;
+    if (p.begin < 0 || p.count < 0 || p.begin + p.count > call.num_context) return kBadLength;
+  }
+  return kDone;
+}
+
+struct Tile {
+  int64_t prompt, head, first, count, cost;
+};
+
+template <class T>
+Result run(const PrefillCall& call) {
+  if (kPaired<T> && (call.nope % 2 || call.rope % 2)) return kUnsupported;
+  const Result checked = check(call);
+  if (checked != kDone) return checked;
+  std::vector<Tile> work;
+  for (int64_t i = 0; i < call.num_prompts; ++i) {
+    const Prompt& p = call.prompts[i];
+    const int64_t num_new = call.num_new(p.seq);
+    for (int64_t first = 0; first < num_new; first += kTileRows) {
+      const int64_t count = std::min<int64_t>(kTileRows, num_new - first);
+      const int64_t cost = count * (p.count + (p.paused ? 0 : first + count));
+      for (int64_t h = 0; h < call.num_heads; ++h) work.push_back({i, h, first, count, cost});
+    }
+  }
+  std::stable_sort(work.begin(), work.end(), [](const Tile& a, const Tile& b) { return a.cost > b.cost; });
+  const int64_t row = call.num_heads * call.value;
+#pragma omp parallel num_threads(call.num_threads) if (call.num_threads > 1 && work.size() > 1)
+  {
+    if (call.decoded != nullptr) {
+#pragma omp for schedule(static) nowait
+      for (int64_t t = 0; t < call.num_decoded; ++t)
+        std::memcpy((T*)call.out + t * row, (const T*)call.decoded + t * call.decoded_token, row * sizeof(T));
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (size_t i = 0; i < work.size(); ++i) {
+      const Tile& w = work[i];
+      prefill<T>(call, call.prompts[w.prompt], w.head, w.first, w.count);
+    }
+  }
+  return kDone;
+}
+
+// Types that this library was not built for are not supported.
+template <class Call>
+Result of_type(const Call& call) {
+  switch (call.dtype) {
+#if defined(PIECEWORK_FLOAT32)
+    case 0: return run<float>(call);
+#endif
+#if defined(PIECEWORK_BFLOAT16)
+    case 1: return run<BFloat16>(call);
+#endif
+#if defined(PIECEWORK_FLOAT16) && defined(__FLT16_MAX__)
+    case 2: return run<Half>(call);
+#endif
+    default: return kUnsupported;
+  }
+}
+
+}  // namespace piecework
+
+// Names tell the layout of what is given.
+#define PIECEWORK_ENTRY extern "C" __attribute__((visibility("default"))) int32_t
+
+PIECEWORK_ENTRY piecework_mla_write_1(const piecework::WriteCall* call) {
+  return piecework::fits(call->rank, call->rope) ? piecework::of_type(*call) : piecework::kUnsupported;
+}
+
+PIECEWORK_ENTRY piecework_mla_decode_1(const piecework::DecodeCall* call) {
+  return piecework::fits(call->rank, call->rope) ? piecework::of_type(*call) : piecework::kUnsupported;
+}
+
+PIECEWORK_ENTRY piecework_mla_gather_1(const piecework::GatherCall* call) { return piecework::run(*call); }
+
+PIECEWORK_ENTRY piecework_mla_prefill_1(const piecework::PrefillCall* call) {
+  using namespace piecework;
+  if (call->nope + call->rope > kMaxHeadDim || call->value > kMaxHeadDim) return kUnsupported;
+  return of_type(*call);
+}

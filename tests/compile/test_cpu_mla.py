@@ -1,0 +1,259 @@
+"""The native kernels of multi-head latent attention against the dense reference, for this machine and lesser ones."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+from piecework.compiler.toolchain import KERNEL_FLAGS, find_toolchain
+from piecework.errors import OpError
+from piecework.foundation.target import read_target
+from piecework.ops import mla_plain
+from piecework.ops.mla import MLA_ATTENTION_OP, PLAIN, LatentAttention, row_view
+from piecework.ops.mla_core import LatentCores, latent_attention
+from piecework.providers.cpu_mla import kernel
+from piecework.providers.cpu_mla.kernel import CpuMla
+from piecework.providers.kernels import CPU_MLA, open_kernel
+from tests.unit.ops.mla_cases import (
+    BATCHES,
+    TOLERANCES,
+    MlaCase,
+    Sizes,
+    drawn_mla_cases,
+    make_mla_case,
+    reference,
+    reference_cache,
+)
+
+MACROS = tuple(f"PIECEWORK_{d.upper()}" for d in CPU_MLA.dtypes)
+LESSER = ("x86-64-v4", "x86-64-v3", "x86-64") if platform.machine() == "x86_64" else ()
+_NEEDS = {"x86-64-v4": "avx512", "x86-64-v3": "avx2"}
+LITE = Sizes(heads=16, nope=128, rope=64, value=128, rank=512)
+
+
+@pytest.fixture(scope="module", params=["native", *(pytest.param(m, marks=pytest.mark.slow) for m in LESSER)])
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("kernel")
+    toolchain = find_toolchain(directory, compiler=None)
+    library = directory / "kernel.so"
+    if request.param == "native":
+        toolchain.compile_kernel(CPU_MLA.main, macros=MACROS, target=library)
+        return library
+    if not read_target().isa.startswith(_NEEDS.get(request.param, "")) and request.param != "x86-64":
+        pytest.skip(f"this CPU is no {request.param}")
+    flags = [f if f != "-march=native" else f"-march={request.param}" for f in KERNEL_FLAGS]
+    defines = [f"-D{m}" for m in MACROS]
+    command = [toolchain.compiler, "-fPIC", *flags, *defines, str(CPU_MLA.main), "-o", str(library)]
+    subprocess.run(command, check=True)
+    return library
+
+
+@pytest.fixture(scope="module")
+def mla(library: Path) -> CpuMla:
+    return CpuMla(library)
+
+
+@pytest.fixture(autouse=True)
+def no_plain_torch(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Fail where a call that a kernel should do is left to plain torch."""
+
+    def refuse(*_args: object) -> None:
+        pytest.fail("plain torch was called")
+
+    if "falls_back" not in request.node.name:
+        for name in ("write", "decode", "prefill"):
+            monkeypatch.setattr(mla_plain, name, refuse)
+
+
+def cores_of(mla: CpuMla) -> LatentCores:
+    return LatentCores(mla.write, mla.decode, mla.prefill, row_view)
+
+
+def run(mla: CpuMla, case: MlaCase, regime: str | None = None) -> Tensor:
+    num = case.num_prefill_tokens
+    return latent_attention(regime or case.regime, cores_of(mla), num_prefill_tokens=num, **case.named)
+
+
+def check(mla: CpuMla, case: MlaCase, regime: str | None = None, *, times: float = 1.0) -> Tensor:
+    out = run(mla, case, regime)
+    tolerance = TOLERANCES[out.dtype] * times
+    assert out.is_contiguous()
+    torch.testing.assert_close(out.double(), reference(case), atol=tolerance, rtol=tolerance)
+    cache = case.named["latent_cache"].double()
+    torch.testing.assert_close(cache, reference_cache(case), atol=tolerance, rtol=tolerance, equal_nan=True)
+    return out
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("heads", [1, 3, 6, 16])
+def test_equals_the_reference(mla: CpuMla, batch: str, heads: int, dtype: torch.dtype) -> None:
+    check(mla, make_mla_case(BATCHES[batch], sizes=Sizes(heads=heads), dtype=dtype))
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_mixed_forward_is_right_for_every_batch(mla: CpuMla, batch: str) -> None:
+    check(mla, make_mla_case(BATCHES[batch]), "mixed")
+
+
+@pytest.mark.parametrize("batch", [[(40, 1), (3, 1), (0, 20), (20, 9)], [(700, 1), (64, 1)], [(130, 70)]])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_true_sizes(mla: CpuMla, batch: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    case = make_mla_case(batch, sizes=LITE, dtype=dtype, block_size=16)
+    check(mla, case)
+
+
+@given(case=drawn_mla_cases())
+@settings(max_examples=40, deadline=None)
+def test_equals_the_reference_whatever_the_batch(mla: CpuMla, case: MlaCase) -> None:
+    check(mla, case)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64, 10_000])
+@pytest.mark.parametrize("batch", [b for b in BATCHES if BATCHES[b][-1][1] > 1])
+def test_context_in_rounds_of_any_size(mla: CpuMla, batch: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "_LEAST_CHUNK", chunk)
+    monkeypatch.setattr(kernel, "_EXPANDED_BYTES", 1)
+    check(mla, make_mla_case(BATCHES[batch], sizes=Sizes(heads=2), large=4.0))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_work_is_split_among_threads(mla: CpuMla, threads: int, dtype: torch.dtype) -> None:
+    sizes = Sizes(heads=6, nope=16, rope=8, value=12, rank=40)
+    case = make_mla_case([(2000, 1), (3, 1), (999, 1), (300, 90), (0, 200)], sizes=sizes, block_size=16, dtype=dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check(mla, case)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_large_scores_neither_overflow_nor_vanish(mla: CpuMla, sign: float) -> None:
+    case = make_mla_case([(900, 1), (0, 70), (80, 20)], large=100.0, block_size=16)
+    case.named["scale"] = sign
+    check(mla, case, times=20)  # scores of a thousand have that many fewer digits
+
+
+def test_one_sequences_nan_stays_its_own(mla: CpuMla) -> None:
+    case = make_mla_case([(20, 1), (20, 1), (0, 9), (5, 9)])
+    case.named["compressed"][1] = float("nan")
+    case.named["compressed"][2 + 4] = float("nan")
+    out = run(mla, case)
+    assert [bool(o.isnan().any()) for o in out.split([1, 1, 9, 9])] == [False, True, True, False]
+
+
+def test_writes_every_new_token_to_its_slot_and_nothing_else(mla: CpuMla) -> None:
+    case = make_mla_case(BATCHES["mixed"], stale=7.0)
+    before = case.named["latent_cache"].clone()
+    run(mla, case)
+    changed = (case.named["latent_cache"] != before).any(-1).flatten().nonzero().squeeze(1)
+    assert sorted(changed.tolist()) == sorted(case.named["slot_mapping"].tolist())
+
+
+WRITES = ("compressed", "norm_weight", "eps", "cos", "sin", "latent_cache", "slot_mapping")
+WRONG: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "a slot outside of the cache": ("slot_mapping", lambda t: t + 1000),
+    "a slot outside of the cache: negative": ("slot_mapping", lambda t: t - 1000),
+    "a block outside of the cache": ("block_tables", lambda t: t + 1000),
+    "a block outside of the cache: negative": ("block_tables", lambda t: -t),
+    "sequence lengths": ("seq_lens", lambda t: t * 100),
+    "sequence lengths: none": ("seq_lens", lambda t: t * 0),
+    "sequence lengths: starts": ("query_start", lambda t: t.flip(0)),
+}
+
+
+@pytest.mark.parametrize(
+    ("found", "regime"),
+    [(f, r) for f in WRONG for r in ("decode", "prefill") if (WRONG[f][0], r) != ("query_start", "decode")],
+)
+def test_numbers_that_lead_outside_are_refused(mla: CpuMla, found: str, regime: str) -> None:
+    name, change = WRONG[found]
+    case = make_mla_case([(5, 1), (9, 1)] if regime == "decode" else [(5, 6), (9, 3)])
+    case.named[name] = change(case.named[name])
+    with pytest.raises(OpError, match=found.partition(":")[0]):
+        run(mla, case)
+
+
+FALLBACKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "queries whose last dimension is not dense": lambda n: {
+        "q_nope": torch.stack([n["q_nope"]] * 2, dim=-1)[..., 0],
+        "q_pe": torch.stack([n["q_pe"]] * 2, dim=-1)[..., 0],
+    },
+    "block tables that are not dense": lambda n: {"block_tables": torch.stack([n["block_tables"]] * 2, dim=-1)[..., 0]},
+    "block tables of another type": lambda n: {"block_tables": n["block_tables"].int()},
+    "angles of another type": lambda n: {"cos": n["cos"].double(), "sin": n["sin"].double()},
+    "latents that are not dense": lambda n: {"compressed": torch.stack([n["compressed"]] * 2, dim=-1)[..., 0]},
+}
+
+
+@pytest.mark.parametrize("what", FALLBACKS)
+def test_falls_back_to_plain_torch(mla: CpuMla, what: str) -> None:
+    case = make_mla_case(BATCHES["mixed"])
+    case.named.update(FALLBACKS[what](case.named))
+    check(mla, case)
+
+
+@pytest.mark.parametrize("sizes", [Sizes(rank=1100), Sizes(nope=300), Sizes(nope=7, value=5, rank=9), Sizes(value=300)])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_falls_back_for_sizes_that_it_lacks(mla: CpuMla, sizes: Sizes, dtype: torch.dtype) -> None:
+    case = make_mla_case(BATCHES["mixed"], sizes=sizes, dtype=dtype)
+    check(mla, case)
+
+
+def test_angles_of_the_model_s_type(mla: CpuMla) -> None:
+    case = make_mla_case(BATCHES["mixed"], dtype=torch.bfloat16)
+    named = {**case.named, "cos": case.named["cos"].bfloat16(), "sin": case.named["sin"].bfloat16()}
+    expected = {**named, "cos": named["cos"].float(), "sin": named["sin"].float()}
+    assert torch.equal(mla.write(*(named[n] for n in WRITES)), mla.write(*(expected[n] for n in WRITES)))
+
+
+def test_threads_of_python_may_call_it_at_once(mla: CpuMla) -> None:
+    cases = [make_mla_case(BATCHES["uneven"], seed=seed) for seed in range(4)]
+    failures: list[Exception] = []
+
+    def many(case: MlaCase) -> None:
+        try:
+            for _ in range(10):
+                check(mla, case)
+        except (AssertionError, OpError) as error:  # for the main thread
+            failures.append(error)
+
+    threads = [threading.Thread(target=many, args=(case,)) for case in cases]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.parametrize("batch", ["decodes", "mixed", "prefills"])
+def test_the_one_operator_uses_the_same_kernels(library: Path, mla: CpuMla, batch: str) -> None:
+    case, twin = (make_mla_case(BATCHES[batch]) for _ in range(2))
+    attention = open_kernel(CPU_MLA.name, library)[MLA_ATTENTION_OP]
+    assert isinstance(attention, LatentAttention)
+    out = attention(**case.named)
+    torch.testing.assert_close(out, run(mla, twin), rtol=1e-5, atol=1e-6)
+    assert torch.equal(case.named["latent_cache"].nan_to_num(), twin.named["latent_cache"].nan_to_num())
+
+
+def test_a_library_without_the_type_falls_back(tmp_path: Path) -> None:
+    library = tmp_path / "kernel.so"
+    find_toolchain(tmp_path, compiler=None).compile_kernel(CPU_MLA.main, macros=("PIECEWORK_BFLOAT16",), target=library)
+    case, twin = (make_mla_case(BATCHES["mixed"]) for _ in range(2))
+    assert torch.equal(run(CpuMla(library), case), run_plain(twin))
+
+
+def run_plain(case: MlaCase) -> Tensor:
+    return latent_attention(case.regime, PLAIN, num_prefill_tokens=case.num_prefill_tokens, **case.named)

@@ -1,0 +1,70 @@
+"""What calls the kernels of multi-head latent attention, without a library; nothing is compiled here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from piecework.errors import BundleError
+from piecework.ops.mla import PLAIN, row_view
+from piecework.ops.mla_core import LatentCores, latent_attention
+from piecework.providers.cpu_mla import kernel
+from piecework.providers.cpu_mla.kernel import CpuMla
+from piecework.providers.kernels import CPU_MLA, open_kernel
+from tests.unit.ops.mla_cases import BATCHES, make_mla_case
+
+
+def test_a_library_of_another_version() -> None:
+    library = next((Path(torch.__file__).parent / "lib").glob("libc10.*"))
+    with pytest.raises(BundleError, match="piecework_mla_write"):
+        open_kernel(CPU_MLA.name, library)
+
+
+def test_every_operator_has_an_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    monkeypatch.setattr(CpuMla, "__init__", lambda self, library: opened.append(library))
+    made = open_kernel(CPU_MLA.name, Path("kernel.so"))
+    assert opened == [Path("kernel.so")]
+    assert set(made) == CPU_MLA.operators
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_what_a_library_does_not_support_plain_torch_does(batch: str) -> None:
+    idle = CpuMla.__new__(CpuMla)
+    idle._write = idle._decode = idle._prefill = lambda call: 1
+    idle._gather = lambda call: 0  # of bytes, whatever their type
+    case, twin = (make_mla_case(BATCHES[batch]) for _ in range(2))
+    cores = LatentCores(idle.write, idle.decode, idle.prefill, row_view)
+    out = latent_attention(case.regime, cores, num_prefill_tokens=case.num_prefill_tokens, **case.named)
+    expected = latent_attention(case.regime, PLAIN, num_prefill_tokens=case.num_prefill_tokens, **twin.named)
+    torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(case.named["latent_cache"].nan_to_num(), twin.named["latent_cache"].nan_to_num())
+
+
+@given(
+    contexts=st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 300)), max_size=6),
+    most=st.sampled_from([1, 100, 256, 700, 5000]),
+)
+def test_rounds_hold_all_context_once_and_in_order(contexts: list[tuple[int, int]], most: int) -> None:
+    context = {seq: old for seq, (old, _) in enumerate(contexts)}
+    new = [num for _, num in contexts]
+    rounds = kernel._rounds(context, new, most=most)
+    assert all(sum(piece.count for piece in pieces) <= most for pieces in rounds)
+    states: set[int] = set()
+    for seq, old in context.items():
+        mine = [piece for pieces in rounds for piece in pieces if piece.seq == seq]
+        assert len({id(pieces) for pieces in rounds if any(p.seq == seq for p in pieces)}) == len(mine)
+        assert [p.begin for p in mine] == [sum(p.count for p in mine[:i]) for i in range(len(mine))]
+        assert sum(p.count for p in mine) == old
+        assert [p.resumed for p in mine] == [i > 0 for i in range(len(mine))]
+        assert [p.paused for p in mine] == [i < len(mine) - 1 for i in range(len(mine))]
+        assert len({p.state for p in mine}) == 1
+        if len(mine) > 1:
+            rows = set(range(mine[0].state, mine[0].state + new[seq]))
+            assert mine[0].state % 64 == 0
+            assert not rows & states
+            states |= rows
