@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-
-from tests.unit.models.tiny import EagerModel
 
 BLOCK = 16
 
@@ -45,7 +45,27 @@ def inputs_of(parts: list[Part]) -> dict[str, Tensor | int]:
     }
 
 
-def run(model: EagerModel, parts: list[Part]) -> Tensor:
+def every_regime() -> list[list[Part]]:
+    """Return steps over 12 blocks: a token alone, a mix, chunks with what was cached before, decode only, a mix."""
+    a, b, c = (torch.randint(3, 131, (50,), generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    ours, theirs, third = [7, 2, 5, 11], [1, 8, 3], [4, 9, 6, 10]
+    return [
+        [Part(a[:1], 1, ours)],
+        [Part(a[:2], 1, ours), Part(b[:17], 17, theirs), Part(c[:5], 5, third)],
+        [Part(b[:30], 13, theirs), Part(c[:33], 28, third)],
+        [Part(a[:3], 1, ours), Part(b[:31], 1, theirs), Part(c[:34], 1, third)],
+        [Part(a[:4], 1, ours), Part(c[:50], 16, third), Part(b[:40], 9, theirs)],
+    ]
+
+
+class Model(Protocol):
+    """A loaded model or an eager one."""
+
+    def run(self, inputs: Mapping[str, Tensor | int]) -> list[Tensor]:
+        """Run a forward."""
+
+
+def run(model: Model, parts: list[Part]) -> Tensor:
     """Return the logits of all new tokens."""
     (logits,) = model.run(inputs_of(parts))
     return logits

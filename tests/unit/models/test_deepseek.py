@@ -17,7 +17,7 @@ from piecework.models.latent_config import MLA_MODES
 from piecework.ops.mla_core import Regime
 from piecework.runtime.constants import make_constants
 from piecework.store.plan import Recipe
-from tests.unit.models.batches import Part, error, expected, inputs_of, run
+from tests.unit.models.batches import Part, error, every_regime, expected, inputs_of, run
 from tests.unit.models.tiny import LATENT_FAMILIES, eager_pair, reference_model, write_config
 
 VOCAB = 131
@@ -32,16 +32,7 @@ def tokens(count: int, seed: int = 0) -> torch.Tensor:
 def test_every_regime_in_both_modes(tmp_path: Path, family: str, mla: str) -> None:
     reference, model = eager_pair(tmp_path, family, mla=mla)
     model.make_states({"blocks": 12})
-    a, b, c = (tokens(50, seed) for seed in range(3))
-    ours, theirs, third = [7, 2, 5, 11], [1, 8, 3], [4, 9, 6, 10]
-    steps = [
-        [Part(a[:1], 1, ours)],  # one token, as a decode step over itself
-        [Part(a[:2], 1, ours), Part(b[:17], 17, theirs), Part(c[:5], 5, third)],
-        [Part(b[:30], 13, theirs), Part(c[:33], 28, third)],  # chunks, with what was cached before
-        [Part(a[:3], 1, ours), Part(b[:31], 1, theirs), Part(c[:34], 1, third)],
-        [Part(a[:4], 1, ours), Part(c[:50], 16, third), Part(b[:40], 9, theirs)],
-    ]
-    for step in steps:
+    for step in every_regime():
         assert error(run(model, step), expected(reference, step)) <= 1e-5
 
 

@@ -1,0 +1,234 @@
+"""DeepSeek-V2 and -V3 from checkpoint to tokens: bundles of both modes, in every regime, against transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from piecework.compiler.model import CompiledModel, compile_model
+from piecework.compiler.options import BackendName, CompileOptions
+from piecework.engine.llm import LLM
+from piecework.engine.sampling_params import SamplingParams
+from piecework.errors import WeightsError
+from piecework.models.config import read_config
+from piecework.models.latent_config import MLA_MODES
+from piecework.record import Recorder
+from piecework.runtime import LoadedModel, load
+from piecework.store.directory_store import DirectoryStore
+from piecework.store.plan import OpStep, PlanVariant
+from tests.unit.engine.test_engine_models import NUM_TOKENS, assert_greedy, mixed_prompts, transformers_tokens
+from tests.unit.models.batches import Part, error, every_regime, expected, run
+from tests.unit.models.tiny import LATENT_FAMILIES, reference_model, write_config
+
+Compile = Callable[..., CompiledModel]
+PARAMS = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
+BLOCK_BYTES = 3 * 16 * (32 + 8) * 4
+PIECES = {"exposed": 12, "opaque": 5}
+
+
+@pytest.fixture(scope="session")
+def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, nn.Module]]:
+    """A directory with its weights, as transformers saves them, and the model in it, by family."""
+    made: dict[str, tuple[Path, nn.Module]] = {}
+
+    def get(family: str) -> tuple[Path, nn.Module]:
+        if family not in made:
+            model_dir = write_config(tmp_path_factory.mktemp(family), family, eos_token_id=None)
+            reference: Any = reference_model(model_dir)
+            config = (model_dir / "config.json").read_text()
+            reference.save_pretrained(model_dir)
+            (model_dir / "config.json").write_text(config)
+            made[family] = model_dir, reference
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def compile_family(home: Path, references: Callable[[str], tuple[Path, nn.Module]]) -> Compile:
+    def make(
+        family: str | Path,
+        *,
+        mla: str = "exposed",
+        backend: BackendName = BackendName.EAGER,
+        merge_linear: bool | None = None,
+        max_tokens: int = 64,
+    ) -> CompiledModel:
+        return compile_model(
+            read_config(references(family)[0] if isinstance(family, str) else family),
+            dtype="float32",
+            max_tokens=max_tokens,
+            options=CompileOptions(backend=backend, merge_linear=merge_linear),
+            check_weights=True,
+            store=DirectoryStore(home),
+            toolchain_root=home / "toolchain",
+            compiler=None,
+            out=None,
+            recorder=Recorder(),
+            on_progress=lambda text, done, total: None,
+            mla=mla,
+        )
+
+    return make
+
+
+def caches_and_logits(model: LoadedModel, steps: list[list[Part]]) -> list[Tensor]:
+    """Return, for each step, the logits and the caches of all layers after it."""
+    model.make_states({"blocks": 12})
+    found = []
+    for step in steps:
+        found += [run(model, step), torch.stack(list(model.states.values()))]
+    return found
+
+
+@pytest.mark.parametrize("mla", MLA_MODES)
+@pytest.mark.parametrize("family", LATENT_FAMILIES)
+def test_every_regime_equals_transformers(family: str, mla: str, compile_family: Compile, references: Any) -> None:
+    model_dir, reference = references(family)
+    compiled = compile_family(family, mla=mla)
+    assert compiled.bundle.record().counts["unique_pieces"] == PIECES[mla]
+    model = load(compiled.bundle, weights=model_dir / "model.safetensors")
+    model.make_states({"blocks": 12})
+    for step in every_regime():
+        assert error(run(model, step), expected(reference, step)) <= 1e-5
+
+
+@pytest.mark.parametrize(("family", "mla"), [*((f, "exposed") for f in LATENT_FAMILIES), ("deepseek_v3", "opaque")])
+def test_64_tokens_with_preemptions_and_prefix_hits(
+    family: str, mla: str, compile_family: Compile, references: Any
+) -> None:
+    model_dir, reference = references(family)
+    bundle = compile_family(family, mla=mla).bundle.path
+    prompts = mixed_prompts(24)
+    with LLM(model_dir, bundle=bundle, kv_cache_memory=30 * BLOCK_BYTES, max_seqs=12) as llm:
+        found = llm.generate(prompts, PARAMS)
+        stats = llm.stats()
+    for prompt, completion in zip(prompts, found, strict=True):
+        assert_greedy(reference, prompt, list(completion.tokens))
+    assert stats.preemptions > 0
+    assert stats.prefix_hit_tokens > 0
+    assert list(found[3].tokens) == transformers_tokens(reference, prompts[3])
+
+
+@pytest.mark.parametrize("mla", MLA_MODES)
+def test_prompts_of_1_to_300_tokens_in_chunks(mla: str, compile_family: Compile, references: Any) -> None:
+    model_dir, reference = references("deepseek_v2_groups")
+    model = load(
+        compile_family("deepseek_v2_groups", mla=mla, max_tokens=300).bundle, weights=model_dir / "model.safetensors"
+    )
+    model.make_states({"blocks": 40})
+    prompt = torch.randint(3, 131, (300,), generator=torch.Generator().manual_seed(5))
+    wanted = expected(reference, [Part(prompt, 300, [])])
+    for count in (1, 2, 17, 300):
+        assert error(run(model, [Part(prompt[:count], count, list(range(1, 20)))]), wanted[:count]) <= 1e-5
+    ends = [1, 2, 19, 20, 147, 148, 300]
+    for begin, end in zip([0, *ends], ends, strict=False):
+        part = Part(prompt[:end], end - begin, list(range(39, 20, -1)))
+        assert error(run(model, [part]), wanted[begin:end]) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_the_mixed_forward_is_right_for_every_batch(
+    family: str, compile_family: Compile, references: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no decode tokens, or no prefill tokens, where a batch has none."""
+    model = load(compile_family(family).bundle, weights=references(family)[0] / "model.safetensors")
+    assert [variant.name for variant in model.plan.variants] == ["decode", "prefill"]
+    by_regime = caches_and_logits(model, every_regime())
+
+    def mixed(self: LoadedModel, _sizes: object) -> PlanVariant:
+        return self._rest
+
+    monkeypatch.setattr(LoadedModel, "_path", mixed)
+    for found, wanted in zip(caches_and_logits(model, every_regime()), by_regime, strict=True):
+        assert error(found, wanted) <= 1e-6
+
+
+def test_a_batch_of_one_kind_takes_one_path(compile_family: Compile, references: Any) -> None:
+    model = load(compile_family("deepseek_v3").bundle, weights=references("deepseek_v3")[0] / "model.safetensors")
+    plan = model.plan
+    steps = {v.name: [s.op for s in v.steps if isinstance(s, OpStep)] for v in plan.variants}
+    steps["mixed"] = [s.op for s in plan.steps if isinstance(s, OpStep)]
+    layer = {
+        "decode": ["mla_write", "mla_decode"],
+        "prefill": ["mla_write", "mla_prefill"],
+        "mixed": ["mla_write", "rows", "mla_decode", "rows", "mla_prefill"],
+    }
+    for name, ops in layer.items():
+        wanted = [*ops, *ops, "moe_experts", *ops, "moe_experts"]
+        assert steps[name] == [f"piecework::{op}.default" for op in wanted]
+
+
+@pytest.mark.parametrize("mla", MLA_MODES)
+def test_caches_hold_the_same_after_every_pass(mla: str, compile_family: Compile, references: Any) -> None:
+    weights = references("deepseek_v3")[0] / "model.safetensors"
+    plain, merged = (
+        load(compile_family("deepseek_v3", mla=mla, merge_linear=merge).bundle, weights=weights)
+        for merge in (False, True)
+    )
+    steps = every_regime()
+    for found, wanted in zip(caches_and_logits(merged, steps), caches_and_logits(plain, steps), strict=True):
+        assert error(found, wanted) <= 1e-6
+        assert wanted.any()
+
+
+@pytest.mark.parametrize("layers", [6, 14])
+def test_pieces_do_not_grow_with_depth(layers: int, compile_family: Compile, tmp_path: Path) -> None:
+    model_dir = write_config(tmp_path, "deepseek_v3", num_hidden_layers=layers, first_k_dense_replace=3)
+    tensors: Any = reference_model(model_dir)
+    tensors.save_pretrained(model_dir)
+    counts = compile_family(model_dir).bundle.record().counts
+    assert counts["unique_pieces"] == PIECES["exposed"]
+
+
+def test_stacked_experts_and_layers_of_token_prediction(
+    compile_family: Compile, references: Any, tmp_path: Path
+) -> None:
+    model_dir, reference = references("deepseek_v3")
+    single = load_file(model_dir / "model.safetensors")
+    assert sum("experts.7.gate_proj" in name for name in single) == 2
+    stacked = {name: tensor.contiguous() for name, tensor in reference.state_dict().items()}
+    assert not any("experts.7" in name for name in stacked)
+    stacked |= {f"model.layers.3.{name}": torch.ones(3) for name in ("eh_proj.weight", "self_attn.kv_b_proj.weight")}
+    other = tmp_path / "stacked"
+    other.mkdir()
+    (other / "config.json").write_text((model_dir / "config.json").read_text())
+    save_file(stacked, other / "model.safetensors")
+    bundle = compile_family(other).bundle  # which looks for all tensors
+    step = [Part(torch.arange(3, 33), 30, [1, 2])]
+    found = []
+    for place in (model_dir, other):
+        model = load(bundle, weights=place / "model.safetensors")
+        model.make_states({"blocks": 3})
+        found.append(run(model, step))
+    assert torch.equal(*found)
+
+
+def test_a_checkpoint_without_an_expert_is_refused(compile_family: Compile, references: Any, tmp_path: Path) -> None:
+    model_dir, _ = references("deepseek_v3")
+    tensors = load_file(model_dir / "model.safetensors")
+    del tensors["model.layers.2.mlp.experts.5.up_proj.weight"]
+    (tmp_path / "config.json").write_text((model_dir / "config.json").read_text())
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"experts\.5\.up_proj"):
+        compile_family(tmp_path, max_tokens=65)  # which no other test has compiled
+
+
+@pytest.mark.parametrize(("family", "mla"), [("deepseek_v3", "exposed"), ("deepseek_v2", "opaque")])
+def test_native_code_equals_transformers(family: str, mla: str, compile_family: Compile, references: Any) -> None:
+    model_dir, reference = references(family)
+    bundle = compile_family(family, mla=mla, backend=BackendName.AOTI).bundle
+    model = load(bundle, weights=model_dir / "model.safetensors")
+    model.make_states({"blocks": 12})
+    for step in every_regime():
+        assert error(run(model, step), expected(reference, step)) <= 1e-4
+    prompts = mixed_prompts(12)
+    with LLM(model_dir, bundle=bundle.path, kv_cache_memory=60 * BLOCK_BYTES) as llm:
+        for prompt, completion in zip(prompts, llm.generate(prompts, PARAMS), strict=True):
+            assert_greedy(reference, prompt, list(completion.tokens))
