@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from piecework.ops.weight_source import Concat, HeadRows, Stack
@@ -11,7 +11,7 @@ from piecework.record import Record
 from piecework.store import Bundle, Fact
 from piecework.store.format import FORMAT, PLAN
 from piecework.store.manifest import corrupt
-from piecework.store.plan import OpStep, PieceStep, Plan, Recipe, State, UniquePiece
+from piecework.store.plan import OpStep, PieceStep, Plan, PlanVariant, Recipe, State, UniquePiece
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,19 @@ class PieceReport:
 
 
 @dataclass(frozen=True)
+class ForwardReport:
+    """The forward of one kind of batch: how many steps run a piece, and how many call an opaque op.
+
+    `when` says which batches, such as "decode_tokens = tokens"; "" is all that no other forward is for.
+    """
+
+    name: str
+    when: str
+    num_pieces: int
+    num_ops: int
+
+
+@dataclass(frozen=True)
 class BundleReport:
     """What is in a bundle.
 
@@ -57,7 +70,8 @@ class BundleReport:
         verified: whether every file's digest was checked.
         size_bytes: of all its files, uncompressed.
         identity: what it's of.
-        num_pieces: how many of the plan's steps run a piece.
+        num_pieces: how many of the plan's steps run a piece, those of all forwards.
+        forwards: the kinds of batches that have a forward of their own, and the rest.
         unique_pieces: the pieces that are structurally different.
         opaque_ops: how many steps call which opaque op.
         sizes: the dynamic sizes with their least and greatest values.
@@ -77,6 +91,7 @@ class BundleReport:
     size_bytes: int
     identity: Mapping[str, object]
     num_pieces: int
+    forwards: tuple[ForwardReport, ...]
     unique_pieces: tuple[PieceReport, ...]
     opaque_ops: Mapping[str, int]
     sizes: Mapping[str, tuple[int, int]]
@@ -102,6 +117,7 @@ class BundleReport:
         sections = [
             self._head(),
             _section("dynamic sizes", [f"{name}: {low} to {high}" for name, (low, high) in self.sizes.items()]),
+            _section("forwards", [_forward_line(f) for f in self.forwards] if len(self.forwards) > 1 else []),
             _section(
                 "unique pieces",
                 [line for piece in self.unique_pieces for line in _piece_lines(piece, primary=self.primary)],
@@ -132,7 +148,7 @@ def describe(bundle: Bundle, *, verified: bool) -> BundleReport:
     plan = Plan.from_json(bundle.plan())
     if not all(0 <= instance.piece < len(plan.pieces) for instance in plan.instances):
         raise corrupt(PLAN, bundle=str(bundle.path), found="has instances of pieces that it doesn't have")
-    piece_steps = [step for step in plan.steps if isinstance(step, PieceStep)]
+    piece_steps = [step for step in plan.all_steps if isinstance(step, PieceStep)]
     if not all(0 <= step.instance < len(plan.instances) for step in piece_steps):
         raise corrupt(PLAN, bundle=str(bundle.path), found="has steps of instances that it doesn't have")
     uses = Counter(plan.instances[step.instance].piece for step in piece_steps)
@@ -146,8 +162,9 @@ def describe(bundle: Bundle, *, verified: bool) -> BundleReport:
         size_bytes=bundle.size_bytes,
         identity=bundle.identity,
         num_pieces=uses.total(),
+        forwards=tuple(_forwards(plan)),
         unique_pieces=tuple(pieces),
-        opaque_ops=_counted(step.op for step in plan.steps if isinstance(step, OpStep)),
+        opaque_ops=_counted(step.op for step in plan.all_steps if isinstance(step, OpStep)),
         sizes=plan.sizes,
         primary=plan.primary,
         inputs=tuple(item.name for item in plan.inputs),
@@ -156,6 +173,18 @@ def describe(bundle: Bundle, *, verified: bool) -> BundleReport:
         facts=bundle.facts,
         record=bundle.record(),
     )
+
+
+def _forwards(plan: Plan) -> Iterator[ForwardReport]:
+    for variant in (*plan.variants, PlanVariant("", (), plan.steps, plan.num_slots, plan.output_slots)):
+        num_pieces = sum(isinstance(step, PieceStep) for step in variant.steps)
+        when = " and ".join(f"{size} = {other}" for size, other in variant.equal)
+        yield ForwardReport(variant.name, when, num_pieces, len(variant.steps) - num_pieces)
+
+
+def _forward_line(forward: ForwardReport) -> str:
+    when = forward.when or "all others"
+    return f"{forward.name or 'rest':<8} {when}: {forward.num_pieces} pieces, {forward.num_ops} opaque ops"
 
 
 def _piece(bundle: Bundle, *, piece: UniquePiece, num_uses: int) -> PieceReport:

@@ -27,6 +27,7 @@ from piecework.store.plan import (
     PieceStep,
     Plan,
     PlanInput,
+    PlanVariant,
     Recipe,
     ShapeRange,
     State,
@@ -60,6 +61,19 @@ arguments = st.one_of(
     st.just({"size": "tokens + 1"}),
 )
 slots = st.lists(st.integers(0, 9), max_size=3).map(tuple)
+steps = st.lists(
+    st.one_of(
+        st.builds(PieceStep, instance=st.integers(0, 9), inputs=slots, outputs=slots),
+        st.builds(
+            OpStep,
+            op=st.sampled_from(["a::b.default", "c::d.x"]),
+            args=st.lists(arguments, max_size=3).map(tuple),
+            kwargs=st.dictionaries(st.sampled_from(["k", "l"]), arguments),
+            outputs=slots,
+        ),
+    ),
+    max_size=5,
+).map(tuple)
 plans = st.builds(
     Plan,
     sizes=st.just({"tokens": (1, 64), "blocks": (0, 9)}),
@@ -90,23 +104,22 @@ plans = st.builds(
         max_size=2,
     ).map(tuple),
     instances=st.lists(st.builds(Instance, piece=st.integers(0, 3), constants=slots), max_size=3).map(tuple),
-    steps=st.lists(
-        st.one_of(
-            st.builds(PieceStep, instance=st.integers(0, 9), inputs=slots, outputs=slots),
-            st.builds(
-                OpStep,
-                op=st.sampled_from(["a::b.default", "c::d.x"]),
-                args=st.lists(arguments, max_size=3).map(tuple),
-                kwargs=st.dictionaries(st.sampled_from(["k", "l"]), arguments),
-                outputs=slots,
-            ),
-        ),
-        max_size=5,
-    ).map(tuple),
+    steps=steps,
     num_slots=st.integers(0, 10),
     output_slots=slots,
     structure=st.just({"tuple": [{"leaf": 0}]}),
     kernels=st.dictionaries(st.sampled_from(["a", "b"]), st.sampled_from(["x.so", "y.so"])),
+    variants=st.lists(
+        st.builds(
+            PlanVariant,
+            name=st.sampled_from(["decode", "prefill"]),
+            equal=st.sampled_from([(("tokens", 0),), (("tokens", "blocks"), ("blocks", 1))]),
+            steps=steps,
+            num_slots=st.integers(0, 10),
+            output_slots=slots,
+        ),
+        max_size=2,
+    ).map(tuple),
 )
 
 
