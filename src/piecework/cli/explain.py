@@ -50,6 +50,7 @@ def _report(args: argparse.Namespace) -> ExplainReport:
         dtype=args.dtype,
         max_tokens=args.max_tokens,
         options=CompileOptions(backend=BackendName(args.backend), ranges=args.ranges, device=args.device),
+        mla=args.mla,
         layers=args.layers,
     )
 
