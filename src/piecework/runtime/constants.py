@@ -152,10 +152,8 @@ def _compose(recipe: Recipe, *, source: TensorSource, names: frozenset[str], dev
 
 def _fill(target: torch.Tensor, what: Source, source: TensorSource) -> None:
     match what:
-        case Take(name, shape):
-            tensor = source.get(name)
-            _check(tensor, name=name, shape=shape)
-            target.copy_(tensor.detach())
+        case Take():
+            target.copy_(_taken(what, source))
         case Concat(parts):
             begin = 0
             for part in parts:
@@ -165,7 +163,16 @@ def _fill(target: torch.Tensor, what: Source, source: TensorSource) -> None:
             for number in range(count):
                 _fill(target[number], numbered(of, number), source)
         case HeadRows(of, heads, begin, end, transpose):
-            whole = torch.empty(of.shape, dtype=target.dtype, device=target.device)
-            _fill(whole, of, source)
-            rows = whole.view(heads, -1, of.shape[1])[:, begin:end]
+            if isinstance(of, Take):
+                whole = _taken(of, source)
+            else:
+                whole = torch.empty(of.shape, dtype=target.dtype, device=target.device)
+                _fill(whole, of, source)
+            rows = whole.unflatten(0, (heads, -1))[:, begin:end]
             target.copy_(rows.transpose(1, 2) if transpose else rows)
+
+
+def _taken(take: Take, source: TensorSource) -> torch.Tensor:
+    tensor = source.get(take.name)
+    _check(tensor, name=take.name, shape=take.shape)
+    return tensor.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from piecework.models.latent_config import MLA_MODES
 from piecework.ops.mla_core import Regime
 from piecework.runtime.constants import make_constants
 from piecework.store.plan import Recipe
+from tests.unit.graph.graphs import assert_stamped_equals_traced
 from tests.unit.models.batches import Part, error, every_regime, expected, inputs_of, run
 from tests.unit.models.tiny import LATENT_FAMILIES, eager_pair, reference_model, write_config
 
@@ -77,6 +79,27 @@ def test_the_modes_agree(tmp_path: Path, family: str) -> None:
     for step in steps:
         exposed, opaque = (run(model, step) for model in pairs)
         assert error(exposed, opaque) <= 1e-5
+
+
+@pytest.mark.parametrize("mla", MLA_MODES)
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_stamped_graphs_equal_traced_ones(tmp_path: Path, family: str, mla: str) -> None:
+    model_dir = write_config(tmp_path, family, num_hidden_layers=6, first_k_dense_replace=2)
+    request = build_causal_lm(model_dir, max_tokens=64, mla=mla)
+    forwards = [request.call, *(variant.call for variant in request.variants)]
+    assert len(forwards) == {"exposed": 3, "opaque": 1}[mla]
+    for call in forwards:
+        assert_stamped_equals_traced(replace(request, call=call, variants=()), traced=2, stamped=4)
+
+
+def test_a_large_model_takes_no_memory(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256}
+    heads = {"num_attention_heads": 128, "num_key_value_heads": 128, "kv_lora_rank": 512, "v_head_dim": 128}
+    changes = {**sizes, **heads, "num_hidden_layers": 61, "vocab_size": 129280}
+    module = build_causal_lm(write_config(tmp_path, "deepseek_v3", **changes), dtype="bfloat16", max_tokens=64).module
+    tensors = [*module.parameters(), *module.buffers()]
+    assert sum(t.numel() for t in module.parameters()) > 6e11
+    assert sum(t.nbytes for t in tensors if not t.is_meta) < 1000
 
 
 def test_the_cache_holds_one_entry_per_token_and_layer(tmp_path: Path) -> None:
