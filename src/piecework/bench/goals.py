@@ -24,6 +24,13 @@ _THROUGHPUT_TO_VLLM: Final = 1.0
 _THROUGHPUT_AIM: Final = 1.2
 _ONE_REQUEST_TO_VLLM: Final = 1.2
 _FIRST_TOKEN_TO_VLLM: Final = 0.2
+_EXPOSED: Final = "exposed"
+_OPAQUE: Final = "opaque"
+_EXPOSED_TO_OPAQUE: Final = 1.0
+_DECODE_TO_OPAQUE: Final = 1.05
+_TTFT_TO_OPAQUE: Final = 1.0
+_RATES: Final = ("tok_s", "output_throughput", "output_tok_s")
+_FIRST_TOKENS: Final = ("mean_ttft_ms", "median_ttft_ms")
 
 
 class Bound(Enum):
@@ -58,10 +65,10 @@ class Goal:
     def to_json(self) -> dict[str, object]:
         """Return the goal as a JSON object."""
         key = self.key
-        where = {"layers": key.layers, "dtype": key.dtype, "batch": key.batch}
         return {
             "goal": self.text,
-            **{name: value for name, value in where.items() if value is not None},
+            "layers": key.layers,
+            **key.details(),
             "value": round(self.value, 4),
             "bound": self.bound.name.lower(),
             "limit": self.limit,
@@ -100,6 +107,27 @@ def check_throughput_goals(rows: Iterable[Row]) -> tuple[Goal, ...]:
                 made.append(Goal(key, text, ratio, _ONE_REQUEST_TO_VLLM, Bound.AT_LEAST))
             case "first_token_s":
                 made.append(Goal(key, text, ratio, _FIRST_TOKEN_TO_VLLM))
+    return tuple(made)
+
+
+def check_mla_goals(rows: Iterable[Row]) -> tuple[Goal, ...]:
+    """Return the goals of `bench mla`: ratios of the exposed form's figures to the others' of the same run."""
+    known = {row.key: row.value for row in rows}
+    made = []
+    for key, value in known.items():
+        opaque, vllm = (known.get(replace(key, system=system)) for system in (_OPAQUE, _VLLM))
+        if key.system != _EXPOSED:
+            continue
+        if opaque:
+            text, ratio = f"{key.metric} ÷ {_OPAQUE}'s", value / opaque
+            if key.metric in _RATES:
+                least = _DECODE_TO_OPAQUE if key.regime == "decode" else _EXPOSED_TO_OPAQUE
+                made.append(Goal(key, text, ratio, least, Bound.AT_LEAST))
+            elif key.metric in _FIRST_TOKENS:
+                made.append(Goal(key, text, ratio, _TTFT_TO_OPAQUE))
+        if vllm and key.metric == "output_tok_s":
+            text = f"{key.metric} ÷ {_VLLM}'s"
+            made.append(Goal(key, text, value / vllm, _THROUGHPUT_TO_VLLM, Bound.AT_LEAST, aim=_THROUGHPUT_AIM))
     return tuple(made)
 
 

@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-_UNITS: Final = {"_tok_s": "tokens/s", "_s": "s", "_ms": "ms", "_us": "µs", "_mb": "MiB"}
+_UNITS: Final = {
+    "request_throughput": "requests/s",
+    "output_throughput": "tokens/s",
+    "tok_s": "tokens/s",
+    "_s": "s",
+    "_ms": "ms",
+    "_us": "µs",
+    "_mb": "MiB",
+}
 
 OnProgress = Callable[[str, int, int], None]
 """Called with what is being measured, how many processes are done, and how many there are (0 where nobody knows)."""
@@ -15,13 +23,25 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Key:
-    """What was measured: a metric of a system and a model; `dtype` and `batch` where they apply."""
+    """What was measured: a metric of a system and a model; the rest where it applies.
+
+    Attributes:
+        regime, batch, context: of forwards: which tokens they have ("decode", "prefill", "mixed"), how many sequences,
+            and how many tokens each of those had in the cache before.
+    """
 
     system: str
     layers: int
     metric: str
     dtype: str | None = None
     batch: int | None = None
+    regime: str | None = None
+    context: int | None = None
+
+    def details(self) -> dict[str, object]:
+        """Return what applies beside system, layers and metric, by name."""
+        given = {"dtype": self.dtype, "regime": self.regime, "batch": self.batch, "context": self.context}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def unit(self) -> str:
@@ -52,8 +72,7 @@ class Row:
     def to_json(self) -> dict[str, object]:
         """Return the row as a JSON object; what doesn't apply is left out."""
         key = self.key
-        row: dict[str, object] = {"system": key.system, "layers": key.layers, "metric": key.metric}
-        row |= {name: value for name, value in (("dtype", key.dtype), ("batch", key.batch)) if value is not None}
+        row: dict[str, object] = {"system": key.system, "layers": key.layers, "metric": key.metric, **key.details()}
         row |= {"value": _rounded(self.value), "unit": key.unit, "n": self.n}
         row |= {"min": _rounded(self.min), "max": _rounded(self.max)}
         return row | ({"note": self.note} if self.note else {})

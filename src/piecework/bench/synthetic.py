@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -11,8 +12,8 @@ from piecework.errors import RequestError
 
 MAX_POSITIONS: Final = 2048
 _NUM_BYTES: Final = 256
-_BOS: Final = _NUM_BYTES
-_EOS: Final = _NUM_BYTES + 1
+BOS: Final = _NUM_BYTES
+EOS: Final = _NUM_BYTES + 1
 _SEED: Final = 0
 
 
@@ -32,11 +33,11 @@ class ModelShape:
                 found="heads of unequal or odd size",
                 try_="a hidden size that is an even multiple of the number of heads",
             )
-        if self.vocab < _EOS + 1:
+        if self.vocab < EOS + 1:
             raise RequestError(
                 asked=f"a vocabulary of {self.vocab} tokens",
                 found="256 bytes and two special tokens don't fit in",
-                try_=f"--vocab {_EOS + 1} or more",
+                try_=f"--vocab {EOS + 1} or more",
             )
 
 
@@ -51,8 +52,8 @@ def write_llama(directory: Path, *, shape: ModelShape, layers: int, dtype: str) 
     """
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config(shape, layers=layers, dtype=dtype), indent=1) + "\n")
-    _write_weights(directory / "model.safetensors", shapes=weight_shapes(shape, layers=layers), dtype=dtype)
-    _write_tokenizer(directory, vocab=shape.vocab)
+    write_weights(directory, shapes=weight_shapes(shape, layers=layers), dtype=dtype)
+    write_tokenizer(directory, vocab=shape.vocab)
     return directory
 
 
@@ -72,8 +73,8 @@ def config(shape: ModelShape, *, layers: int, dtype: str) -> dict[str, object]:
         "rope_theta": 10000.0,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
-        "bos_token_id": _BOS,
-        "eos_token_id": _EOS,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
         "dtype": dtype,
     }
 
@@ -100,23 +101,24 @@ def weight_shapes(shape: ModelShape, *, layers: int) -> dict[str, tuple[int, ...
     }
 
 
-def _write_weights(path: Path, *, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
+def write_weights(directory: Path, *, shapes: Mapping[str, tuple[int, ...]], dtype: str) -> None:
+    """Write model.safetensors: tensors of these shapes, by name, with the values of a fixed seed."""
     import torch  # noqa: PLC0415  only who writes a model needs it
     from safetensors.torch import save_file  # noqa: PLC0415
 
     from piecework.models.checkpoint import TensorMeta, random_checkpoint  # noqa: PLC0415
 
     made = random_checkpoint({n: TensorMeta(s, getattr(torch, dtype)) for n, s in shapes.items()}, seed=_SEED)
-    save_file({name: made.get(name) for name in shapes}, path, metadata={"format": "pt"})
+    save_file({name: made.get(name) for name in shapes}, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def _write_tokenizer(directory: Path, *, vocab: int) -> None:
+def write_tokenizer(directory: Path, *, vocab: int) -> None:
     """Write a byte-level tokenizer without merges: 256 bytes, two special tokens, and fillers that text never gives."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
 
     tokens = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokens |= {"<s>": _BOS, "</s>": _EOS}
-    tokens |= {f"<f{index}>": index for index in range(_EOS + 1, vocab)}
+    tokens |= {"<s>": BOS, "</s>": EOS}
+    tokens |= {f"<f{index}>": index for index in range(EOS + 1, vocab)}
     tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

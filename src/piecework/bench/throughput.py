@@ -81,12 +81,27 @@ def measure_throughput(settings: ThroughputSettings, *, on_progress: OnProgress)
         return replace(result, notes=(*result.notes, note))
 
 
-def take_turns(systems: Sequence[ThroughputSystem], *, repeats: int, on_progress: OnProgress) -> Measured:
-    """Prepare every system, then measure one after the other, round by round. One that fails is not tried again."""
+def take_turns(
+    systems: Sequence[ThroughputSystem],
+    *,
+    repeats: int,
+    on_progress: OnProgress,
+    what: str = "throughput",
+    first_tokens: bool = True,
+) -> Measured:
+    """Prepare every system, then measure one after the other, round by round. One that fails is not tried again.
+
+    Args:
+        systems: in the order of their turns.
+        repeats: rounds.
+        on_progress: see `measure_throughput`.
+        what: is measured, for progress and notes.
+        first_tokens: whether each round ends with all systems' first tokens.
+    """
     samples: list[Sample] = []
     notes = [note for system in systems for note in system.notes]
     failed: set[str] = set()
-    total, done = len(systems) * (1 + 2 * repeats), 0
+    total, done = len(systems) * (1 + (2 if first_tokens else 1) * repeats), 0
 
     def take(system: ThroughputSystem, what: str, measure: Callable[[], list[Sample]]) -> None:
         nonlocal done
@@ -109,8 +124,8 @@ def take_turns(systems: Sequence[ThroughputSystem], *, repeats: int, on_progress
         take(system, "preparing", system.prepare)
     for _ in range(repeats):
         for system in systems:
-            take(system, "throughput", system.throughput)
-        for system in systems:
+            take(system, what, system.throughput)
+        for system in systems if first_tokens else ():
             take(system, "first token", system.first_token)
     return Measured(summarise(samples), tuple(notes), frozenset(failed))
 

@@ -1,10 +1,10 @@
-"""`piecework bench …`: measure start-up, generation and servers, beside other systems."""
+"""`piecework bench …`: measure start-up, generation, servers and latent attention, beside other systems."""
 
 from __future__ import annotations
 
 import argparse
 
-from piecework.cli import bench_serve, bench_startup, bench_throughput
+from piecework.cli import bench_mla, bench_serve, bench_startup, bench_throughput
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -16,7 +16,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "server. `bench … --json` prints one object: machine, versions, commit, figures.",
     )
     benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
-    for benchmark in (bench_startup, bench_throughput, bench_serve):
+    for benchmark in (bench_startup, bench_throughput, bench_serve, bench_mla):
         made = benchmark.add_parser(benchmarks)
         made.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
         made.set_defaults(parser=made, measure=benchmark.run)

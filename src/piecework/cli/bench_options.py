@@ -20,7 +20,7 @@ from piecework.foundation.environment import peers_root
 
 
 def add_option(
-    parser: argparse.ArgumentParser, name: str, default: Any, text: str, *, type_: Any = None, metavar: str = "N"
+    parser: argparse._ActionsContainer, name: str, default: Any, text: str, *, type_: Any = None, metavar: str = "N"
 ) -> None:
     """Add an option whose help ends with its default."""
     shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
@@ -99,8 +99,11 @@ def report(
     goals: tuple[Goal, ...],
     about: dict[str, Any],
     settings: dict[str, Any],
+    show: Callable[[tuple[Row, ...], tuple[Goal, ...]], str] | None = None,
 ) -> dict[str, Any]:
     """Print the figures, and write them where `--out` says; returns the object that `--json` prints.
+
+    `show` makes the text of figures and goals, instead of `table`.
 
     Raises OSError where `--out` can't be written.
     """
@@ -115,7 +118,7 @@ def report(
     if not args.json:
         for name in ("machine", "versions"):
             console.out(f"{name}: " + ", ".join(f"{key} {value}" for key, value in about[name].items()))
-        console.out(table(result.rows, goals))
+        console.out((show or table)(result.rows, goals))
         for note in result.notes:
             console.out(f"note: {note}")
     return made

@@ -82,13 +82,15 @@ def prefill_inputs(tokens: int) -> dict[str, Tensor | int]:
     }
 
 
-def time_steps(step: Callable[[], object], *, least_steps: int, least_seconds: float) -> StepTimes:
-    """Time `step` one call at a time, after a warm-up, until both `least_steps` and `least_seconds` are reached.
+def time_steps(
+    step: Callable[[], object], *, least_steps: int, least_seconds: float, warm_up: int = _WARM_UP_STEPS
+) -> StepTimes:
+    """Time `step` one call at a time, after `warm_up` others, until both `least_steps` and `least_seconds` are reached.
 
     Ends after 5000 steps or a minute in any case; the result says how many steps there were.
     """
     keep_freed_memory()  # as `piecework generate` does; here for every system alike
-    for _ in range(_WARM_UP_STEPS):
+    for _ in range(warm_up):
         step()
     clock = time.perf_counter
     seconds: list[float] = []

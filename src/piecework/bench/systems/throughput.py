@@ -73,9 +73,9 @@ class ThroughputSystem(ABC):
     def throughput(self) -> list[Sample]:
         """Run the workload in one process."""
 
-    @abstractmethod
     def first_token(self) -> list[Sample]:
-        """Start once more, warm, up to the first token; empty where that can't be had."""
+        """Start once more, warm, up to the first token; empty where that can't be had or isn't measured."""
+        return []
 
 
 @final
@@ -138,15 +138,19 @@ class PieceworkThroughput(ThroughputSystem):
 
 @final
 class VllmThroughput(ThroughputSystem):
-    """vLLM with random ("dummy") weights, by its scripts; its own defaults, bound to the cores of this process."""
+    """vLLM with random ("dummy") weights, by its scripts; its own defaults, bound to the cores of this process.
+
+    `first_tokens` says whether its start-up script is run as well, where there is one.
+    """
 
     name = "vllm"
 
-    def __init__(self, launcher: Launcher, peers: Peers, workload: Workload) -> None:
+    def __init__(self, launcher: Launcher, peers: Peers, workload: Workload, *, first_tokens: bool = True) -> None:
         self._launcher = launcher
         self._peers = peers
         self._workload = workload
-        self._startup_script = peers.script.with_name(STARTUP_SCRIPT)
+        startup_script = peers.script.with_name(STARTUP_SCRIPT)
+        self._startup_script = startup_script if first_tokens and startup_script.is_file() else None
         self._preload = all((peers.root / path).exists() for path in _PRELOADED)
         self.notes = () if self._preload else ("vllm runs without tcmalloc and iomp, which PEERS_ROOT doesn't have",)
 
@@ -179,7 +183,7 @@ class VllmThroughput(ThroughputSystem):
 
     def _first_token(self) -> Any:
         """Start the fastest way that its scripts know: the engine in the process, artifacts from its cache."""
-        if not self._startup_script.is_file():
+        if self._startup_script is None:
             return None
         work = self._workload
         command = [str(self._peers.python), str(self._startup_script), "--model", str(work.model)]
