@@ -166,16 +166,23 @@ def test_a_batch_of_one_kind_takes_one_path(compile_family: Compile, references:
 
 
 @pytest.mark.parametrize("mla", MLA_MODES)
-def test_caches_hold_the_same_after_every_pass(mla: str, compile_family: Compile, references: Any) -> None:
-    weights = references("deepseek_v3")[0] / "model.safetensors"
+@pytest.mark.parametrize("family", LATENT_FAMILIES)
+def test_caches_hold_the_same_after_every_pass(family: str, mla: str, compile_family: Compile, references: Any) -> None:
+    weights = references(family)[0] / "model.safetensors"
     plain, merged = (
-        load(compile_family("deepseek_v3", mla=mla, merge_linear=merge).bundle, weights=weights)
-        for merge in (False, True)
+        load(compile_family(family, mla=mla, merge_linear=merge).bundle, weights=weights) for merge in (False, True)
     )
     steps = every_regime()
     for found, wanted in zip(caches_and_logits(merged, steps), caches_and_logits(plain, steps), strict=True):
         assert error(found, wanted) <= 1e-6
         assert wanted.any()
+
+
+def test_queries_whose_rows_are_taken_keep_their_strides(compile_family: Compile) -> None:
+    """The piece that reads those rows was captured with them."""
+    notes = compile_family("deepseek_v2", merge_linear=True).bundle.record().notes
+    queries = [note.partition(": ")[2] for note in notes if "96 + 40 outputs" in note]
+    assert {note.partition(",")[0] for note in queries} == {"merged 2 linear layers of 96 + 40 outputs", "not merged"}
 
 
 @pytest.mark.parametrize("layers", [6, 14])
@@ -220,7 +227,9 @@ def test_a_checkpoint_without_an_expert_is_refused(compile_family: Compile, refe
         compile_family(tmp_path, max_tokens=65)  # which no other test has compiled
 
 
-@pytest.mark.parametrize(("family", "mla"), [("deepseek_v3", "exposed"), ("deepseek_v2", "opaque")])
+@pytest.mark.parametrize(
+    ("family", "mla"), [("deepseek_v2", "exposed"), ("deepseek_v3", "exposed"), ("deepseek_v2", "opaque")]
+)
 def test_native_code_equals_transformers(family: str, mla: str, compile_family: Compile, references: Any) -> None:
     model_dir, reference = references(family)
     bundle = compile_family(family, mla=mla, backend=BackendName.AOTI).bundle

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from piecework.errors import CaptureError, InternalError
-from piecework.foundation.torch_private import operator_of
+from piecework.foundation.torch_private import operator_name, operator_of
 from piecework.graph.capture import CapturedGraph, InputKind
 from piecework.graph.encode import encode_torch_type
 from piecework.graph.request import CaptureRequest, TensorInput, Variant
 from piecework.graph.split import OpaqueCall, Piece, Step
 from piecework.ops.layer import LayerName
 from piecework.ops.program import Program, encode_float
+from piecework.ops.rows import ROWS_OP
 from piecework.ops.weight_source import Concat, Source, Take, label
 from piecework.passes.merge_linear import Merged, merge_linear, unmerged
 from piecework.passes.pack_linear import PACKING, packable_constants
@@ -99,7 +100,12 @@ def deduplicate(paths: Sequence[Path], *, merge: bool, pack_dtypes: frozenset[st
     strict: list[set[int]] = []
     index_of: dict[tuple[int, int], int] = {}
     for path_number, path in enumerate(paths):
-        opaque = {step.node for step in path.steps if isinstance(step, OpaqueCall)}
+        # they take any strides; but rows are a view, whose strides the next piece was captured with
+        opaque = {
+            step.node
+            for step in path.steps
+            if isinstance(step, OpaqueCall) and operator_name(step.node.target) != ROWS_OP
+        }
         for number, step in enumerate(path.steps):
             if not isinstance(step, Piece):
                 continue
