@@ -37,8 +37,11 @@ if TYPE_CHECKING:
     from piecework.models.latent_attention import LatentOptions, MultiHeadLatentAttention
     from piecework.models.latent_config import LatentSizes
     from piecework.ops.forward_context import Batch, ForwardContext, running_context
+    from piecework.ops.ir import op
     from piecework.ops.layer import LayerName, LayerNameType, encode, resolve
     from piecework.ops.opaque_op import check_ops, opaque_op
+    from piecework.ops.selection import ProviderOrder
+    from piecework.providers.discovery import selected_providers as providers
     from piecework.record import Recorder
     from piecework.runtime.loading import load
     from piecework.runtime.model import LoadedModel
@@ -60,6 +63,8 @@ _LAZY = {
     "Recorder": "piecework.record",
     "opaque_op": "piecework.ops.opaque_op",
     "check_ops": "piecework.ops.opaque_op",
+    "op": "piecework.ops.ir",
+    "ProviderOrder": "piecework.ops.selection",
     "load": "piecework.runtime.loading",
     "LoadedModel": "piecework.runtime.model",
     "Bundle": "piecework.store.bundle",
@@ -77,6 +82,8 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     """Import public names on first use, so that `import piecework` needs neither torch nor a compiler."""
+    if name == "providers":
+        return importlib.import_module("piecework.providers")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'piecework' has no attribute {name!r}")
@@ -108,6 +115,7 @@ __all__ = [
     "MultiHeadLatentAttention",
     "OpError",
     "PieceworkError",
+    "ProviderOrder",
     "Recorder",
     "RequestError",
     "SamplingParams",
@@ -124,7 +132,9 @@ __all__ = [
     "encode",
     "explain",
     "load",
+    "op",
     "opaque_op",
+    "providers",
     "resolve",
     "running_context",
 ]

@@ -76,8 +76,13 @@ def infer_schema(function: Callable[..., Any], *, name: str | None, mutates: Ite
     return OpSchema(namespace, short, text, signature, layers, returns_nothing)
 
 
-def check_fake(fake: Callable[..., Any], signature: inspect.Signature, *, name: str) -> None:
-    """Raise OpError where `fake` can't be called as the operator is: by position and by name, with its defaults."""
+def check_fake(
+    fake: Callable[..., Any], signature: inspect.Signature, *, name: str, what: str = "the fake implementation"
+) -> None:
+    """Raise OpError where `fake`, which is to be `what`, can't be called as the operator is.
+
+    By position and by name, with its defaults.
+    """
     wanted = list(signature.parameters.values())
     given = inspect.signature(fake).parameters.values()
     rest = {p.kind for p in given if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
@@ -88,7 +93,7 @@ def check_fake(fake: Callable[..., Any], signature: inspect.Signature, *, name: 
     covered = len(named) == len(wanted) or (len(named) < len(wanted) and len(rest) == 2)
     if not same or not covered:
         raise OpError(
-            asked=f"use {fake.__qualname__} as the fake implementation of {name}",
+            asked=f"use {fake.__qualname__} as {what} of {name}",
             found=f"it takes {_parameters(inspect.signature(fake))}, the operator {_parameters(signature)}",
             try_="give it the operator's parameters: same names, order and defaults",
         )

@@ -175,7 +175,7 @@ def opaque_op(
         qualified = f"{schema.namespace}::{schema.short}"
         taken = find_overload(qualified)
         if taken is not None:
-            known: OpaqueOp | None = attached_declaration(taken)
+            known = declared_op(taken)
             if known is None or not _same_place(known.function, function):
                 raise OpError(
                     asked=f"declare {function.__qualname__} of {function.__module__} as the operator {qualified}",
@@ -193,16 +193,19 @@ def opaque_op(
 
 def declared_op(target: object) -> OpaqueOp | None:
     """Return the declaration of an operator (torch's object for it, or "namespace::name"), or None."""
-    found: OpaqueOp | None = attached_declaration(find_overload(target) if isinstance(target, str) else target)
-    return found
+    found = attached_declaration(find_overload(target) if isinstance(target, str) else target)
+    return found if isinstance(found, OpaqueOp) else None
 
 
 @contextlib.contextmanager
 def check_ops() -> Iterator[None]:
-    """Inside, every declared operator that is called through torch runs with the checks of `OpaqueOp.check`."""
+    """Inside, every declared operator that is called through torch runs with the checks of `OpaqueOp.check`.
+
+    So do IR ops, and providers' implementations that a piece calls.
+    """
 
     def handle(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        declared = declared_op(target)
+        declared = attached_declaration(target)
         if declared is None or any(isinstance(a, torch.Tensor) and is_stand_in(a) for a in [*args, *kwargs.values()]):
             return target(*args, **kwargs)
         return declared.check(*args, **kwargs)
