@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from piecework.cli.main import main
 from piecework.compiler.model import CompiledModel, compile_model
 from piecework.compiler.options import BackendName, CompileOptions
 from piecework.engine.llm import LLM
@@ -20,6 +22,7 @@ from piecework.models.config import read_config
 from piecework.models.latent_config import MLA_MODES
 from piecework.record import Recorder
 from piecework.runtime import LoadedModel, load
+from piecework.store.bundle import open_bundle
 from piecework.store.directory_store import DirectoryStore
 from piecework.store.plan import OpStep, PlanVariant
 from tests.unit.engine.test_engine_models import NUM_TOKENS, assert_greedy, mixed_prompts, transformers_tokens
@@ -217,6 +220,18 @@ def test_stacked_experts_and_layers_of_token_prediction(
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("mla", MLA_MODES)
+def test_the_command_compiles_either_way(
+    mla: str, references: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model_dir, _ = references("deepseek_v3")
+    options = ["--mla", mla, "--backend", "eager", "--max-tokens", "16", "--out", str(tmp_path / "bundle"), "--json"]
+    assert main(["compile", str(model_dir), *options]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["mla"], figures["unique_pieces"]) == (mla, PIECES[mla])
+    assert ["option", "mla", mla] in [[f.kind, f.name, f.value] for f in open_bundle(tmp_path / "bundle").facts]
+
+
 def test_a_checkpoint_without_an_expert_is_refused(compile_family: Compile, references: Any, tmp_path: Path) -> None:
     model_dir, _ = references("deepseek_v3")
     tensors = load_file(model_dir / "model.safetensors")
@@ -238,6 +253,9 @@ def test_native_code_equals_transformers(family: str, mla: str, compile_family: 
     for step in every_regime():
         assert error(run(model, step), expected(reference, step)) <= 1e-4
     prompts = mixed_prompts(12)
-    with LLM(model_dir, bundle=bundle.path, kv_cache_memory=60 * BLOCK_BYTES) as llm:
+    notes: list[str] = []
+    with LLM(model_dir, mla=mla, max_tokens=64, kv_cache_memory=60 * BLOCK_BYTES, on_note=notes.append) as llm:
+        assert llm.bundle.path == bundle.path
         for prompt, completion in zip(prompts, llm.generate(prompts, PARAMS), strict=True):
             assert_greedy(reference, prompt, list(completion.tokens))
+    assert notes == []
