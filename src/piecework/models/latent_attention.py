@@ -65,6 +65,22 @@ class MultiHeadLatentAttention(nn.Module):
     Attributes:
         latent_cache: [blocks, B, L + R], written in place; on the meta device until `allocate_cache`, or until whoever
             keeps caches puts one there.
+
+    Example:
+        >>> sizes = LatentSizes(kv_rank=512, rope_dim=64, nope_dim=128, value_dim=128, query_rank=None)
+        >>> layer = MultiHeadLatentAttention(2048, 16, sizes=sizes, options=LatentOptions(scale=192**-0.5))
+        >>> layer.allocate_cache(num_blocks=64)
+        >>> rotary = LatentRotary(10000.0 ** -(torch.arange(0, 64, 2) / 64), scaling=1.0)
+        >>> batch = ForwardBatch(  # one prompt of 20 tokens, in blocks 3 and 5
+        ...     slot_mapping=torch.tensor([*range(48, 64), *range(80, 84)]),
+        ...     block_tables=torch.tensor([[3, 5]]),
+        ...     seq_lens=torch.tensor([20]),
+        ...     query_start=torch.tensor([0, 20]),
+        ...     num_decode_tokens=0,
+        ...     num_prefill_tokens=20,
+        ... )
+        >>> layer(torch.randn(20, 2048), *rotary(torch.arange(20)), batch).shape
+        torch.Size([20, 2048])
     """
 
     w_uk: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
 from piecework import MultiHeadLatentAttention
+from piecework.models import latent_attention
 from piecework.models.batch import ForwardBatch
 from piecework.models.latent_attention import LatentNorm, LatentOptions, LatentRotary, latent_sources, paired, rotated
 from piecework.models.latent_config import MLA_MODES, LatentSizes
@@ -128,6 +130,13 @@ def test_its_sources_make_what_absorb_does() -> None:
     assert list(sources) == ["layers.3.attention.w_uk", "layers.3.attention.w_uv"]
     assert torch.equal(made[0], layer.w_uk)
     assert torch.equal(made[1], layer.w_uv)
+
+
+def test_the_example_runs() -> None:
+    found = doctest.DocTestFinder().find(MultiHeadLatentAttention, globs=vars(latent_attention).copy())
+    runner = doctest.DocTestRunner()
+    assert sum(runner.run(example).attempted for example in found) == 6
+    assert runner.summarize(verbose=False).failed == 0
 
 
 def test_an_unknown_mode_is_refused() -> None:
