@@ -100,6 +100,7 @@ def _add_layers(group: argparse._ArgumentGroup) -> None:
     )
     option(group, "--context", 512, "tokens in the cache before a forward, where any are")
     option(group, "--dtypes", _DTYPES, "of weights and activations", type_=bench_options.names(_DTYPES), metavar="D,…")
+    option(group, "--seconds", MlaSettings.seconds, "least seconds of forwards of a batch", type_=float, metavar="S")
     option(group, "--repeats", MlaSettings.repeats, "rounds, in each of which every system is started anew")
 
 
@@ -131,6 +132,7 @@ def _settings(args: argparse.Namespace, peers: Peers | None) -> MlaSettings:
         shape=shape if args.intermediate is None else replace(shape, intermediate=args.intermediate),
         dtypes=args.dtypes,
         batches=lite_batches(args.context),
+        seconds=args.seconds,
         model=RANDOM_MODELS[args.random_model],
         dtype=args.dtype,
         chats=ChatLoad(args.chats, args.chat_input, args.chat_output, args.max_length),
@@ -151,6 +153,8 @@ def _shown(settings: MlaSettings) -> dict[str, Any]:
         "parts": settings.parts,
         "layers": settings.layers,
         **shape,
+        "steps": settings.steps,
+        "seconds": settings.seconds,
         "model": settings.model.name,
         "dtype": settings.dtype,
         "chats": vars(settings.chats),
