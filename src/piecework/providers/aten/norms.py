@@ -1,7 +1,7 @@
-"""Norms by `torch.rms_norm` and `torch.layer_norm`, which go over a row in one kernel.
+"""Norms by `torch.rms_norm` and `torch.layer_norm`: one kernel each, but for RMS norm on a CPU, which torch composes.
 
-They are inlined: in a piece that a compiler makes, Inductor writes them as it writes the native functions; where pieces
-run operator by operator, each is one kernel.
+They are inlined: in a piece that a compiler makes, Inductor writes them as it writes the native functions. They pay
+where operators run one by one.
 """
 
 from __future__ import annotations

@@ -177,8 +177,8 @@ struct Decode {
   template <int N>
   PIECEWORK_INLINE void score_some(int64_t h, int64_t key) {
     for (int64_t k = key; k < key + kLanes; k += kLanes / N)
-      score_keys<kPair, N>(queries + h * kQueryWords, kQueryWords, keys + k, next_keys + k, words,
-                           scores + h * kChunk + k, kChunk);
+      score_keys<kPair, N>(queries + h * kQueryWords, kQueryWords, keys + k, words, scores + h * kChunk + k, kChunk,
+                           [&, k](int i, int64_t w) { fetch(next_keys[k + i] + w); });
   }
 
   template <int N, int V>

@@ -68,6 +68,15 @@ PIECEWORK_INLINE Floats multiply_add(Floats to, Words a, Words b) {
 PIECEWORK_INLINE Floats low(Words pairs) { return (Floats)(pairs << 16); }
 PIECEWORK_INLINE Floats high(Words pairs) { return (Floats)(pairs & 0xffff0000u); }
 
+// Pairs of bfloat16, as `from_float` makes them.
+PIECEWORK_INLINE Words joined(Floats low, Floats high) {
+  const auto rounded = [](Floats value) {
+    const Words bits = (Words)value;
+    return value != value ? all(0x7fc00000u) : bits + 0x7fffu + ((bits >> 16) & 1u);
+  };
+  return (rounded(low) >> 16) | (rounded(high) & 0xffff0000u);
+}
+
 // Weights, from 0 to 1 or NaN, as pairs of bfloat16: rounded to nearest, ties up.
 PIECEWORK_INLINE Words pairs_of(Floats a, Floats b) {
   return (((Words)a + 0x8000u) >> 16) | (((Words)b + 0x8000u) & 0xffff0000u);

@@ -77,6 +77,12 @@ PIECEWORK_INLINE Floats exchanged(Floats a, std::integer_sequence<int, J...>) {
   return (Floats)pick<(J ^ S)...>((Words)a, (Words)a);
 }
 
+// Words j of a where j lacks the bit S (or has it, if `Has`), and of b elsewhere.
+template <int S, bool Has, int... J>
+PIECEWORK_INLINE Words mixed(Words a, Words b, std::integer_sequence<int, J...>) {
+  return pick<(bool(J & S) == Has ? J : kLanes + J)...>(a, b);
+}
+
 // Turns kLanes vectors about their diagonal.
 template <int S = 1>
 PIECEWORK_INLINE void transpose(Words (&rows)[kLanes]) {
@@ -99,7 +105,7 @@ PIECEWORK_INLINE Floats sums(Floats (&rows)[kLanes]) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; i += 2 * S) {
       const Words a = (Words)rows[i], b = (Words)rows[i + S];
-      rows[i] = (Floats)lower<S>(a, b, Each()) + (Floats)upper<S>(a, b, Each());
+      rows[i] = (Floats)mixed<S, false>(a, b, Each()) + exchanged<S>((Floats)mixed<S, true>(a, b, Each()), Each());
     }
     return sums<2 * S>(rows);
   }

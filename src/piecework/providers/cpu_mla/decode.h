@@ -11,7 +11,9 @@
 
 namespace piecework {
 
-constexpr int kChunk = 32;  // entries in one go
+constexpr int kChunk = 64;  // entries in one go
+constexpr int kAhead = kLanes * kLanes / 16 > 0 ? kLanes * kLanes / 16 : 1;  // lines for every vector of a key
+constexpr int kBlockHeads = 16, kBlockWords = 8 * kLanes;
 static_assert(kChunk % kLanes == 0, "scores are whole vectors");
 
 PIECEWORK_INLINE int64_t in_vectors(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
@@ -38,7 +40,7 @@ PIECEWORK_INLINE void weigh_latents(const uint32_t* weights, int64_t weights_str
                                     int64_t padded) {
   constexpr int kParts = Paired ? 2 : 1;
   Floats made[N][V][kParts];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v)
@@ -59,7 +61,7 @@ PIECEWORK_INLINE void weigh_latents(const uint32_t* weights, int64_t weights_str
         words[v][0] = some ? load_some<Words>(first, some) : load<Words>(first);
       }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       const Words weight = all(weights[n * weights_stride + k]);
 #pragma GCC unroll 4
@@ -68,7 +70,7 @@ PIECEWORK_INLINE void weigh_latents(const uint32_t* weights, int64_t weights_str
         for (int p = 0; p < kParts; ++p) made[n][v][p] = multiply_add<Paired>(made[n][v][p], weight, words[v][p]);
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v)
@@ -152,37 +154,71 @@ struct Decode {
     return (const uint32_t*)to;
   }
 
+  // A block of entries and one of heads stay in the nearest cache while all of their scores are made.
   void score(int64_t num) {
-    int64_t h = 0;
-    if (call.num_heads >= 4) score_some<4, true>(h, num), h += 4;
-    for (; h + 4 <= call.num_heads; h += 4) score_some<4, false>(h, num);
-    if (h + 2 <= call.num_heads) h ? score_some<2, false>(h, num) : score_some<2, true>(h, num), h += 2;
-    if (h < call.num_heads) h ? score_some<1, false>(h, num) : score_some<1, true>(h, num);
+    const int64_t tiles = call.num_heads / 4 * 4 + call.num_heads % 4 / 2 * 2 + call.num_heads % 2;
+    for (int64_t first = 0; first < call.num_heads; first += kBlockHeads) {
+      const int64_t last = std::min<int64_t>(first + kBlockHeads, call.num_heads);
+      for (int64_t k = 0; k < num; k += kLanes) {
+        if (!kInPlace<T> || first > 0)
+          score_heads<0>(first, last, k);
+        else if (tiles >= kAhead)
+          score_heads<1>(first, last, k);
+        else if (2 * tiles >= kAhead)
+          score_heads<2>(first, last, k);
+        else if (3 * tiles >= kAhead)
+          score_heads<3>(first, last, k);
+        else if (4 * tiles >= kAhead)
+          score_heads<4>(first, last, k);
+        else
+          score_heads<kAhead>(first, last, k);
+      }
+    }
   }
 
-  // The first heads fetch the entries that come next.
-  template <int N, bool Fetch>
-  PIECEWORK_INLINE void score_some(int64_t h, int64_t num) {
-    for (int64_t k = 0; k < num; k += kLanes / N)
-      score_keys<kPair, N, Fetch>(queries + h * query_stride, query_stride, entries + k, next + k, words,
-                                  scores + h * kChunk + k, kChunk);
+  // Fetches `Ahead` lines of the entries that come next in every step; they lie together, but for a block's end.
+  template <int Ahead>
+  PIECEWORK_INLINE void score_heads(int64_t h, int64_t last, int64_t key) {
+    const char *line = (const char*)next[key], *end = line + kLanes * 4 * words;
+    for (; h + 4 <= last; h += 4) line = score_some<4, Ahead>(h, key, line, end);
+    if (h + 2 <= last) line = score_some<2, Ahead>(h, key, line, end), h += 2;
+    if (h < last) score_some<1, Ahead>(h, key, line, end);
+  }
+
+  template <int N, int Ahead>
+  PIECEWORK_INLINE const char* score_some(int64_t h, int64_t key, const char* line, const char* end) {
+    const auto scored = [&](int64_t k, const auto& ahead) {
+      score_keys<kPair, N>(queries + h * query_stride, query_stride, entries + k, words, scores + h * kChunk + k, kChunk,
+                           ahead);
+    };
+    for (int64_t k = key; k < key + kLanes; k += kLanes / N) {
+      if (Ahead && line < end) {
+        scored(k, [&](int i, int64_t) {
+          if (i) return;
+          for (int j = 0; j < Ahead; ++j, line += 64) fetch(line);
+        });
+      } else {
+        scored(k, [](int, int64_t) {});
+      }
+    }
+    return line;
   }
 
   // Makes weights of a head's scores; pairs of entries, where they are paired, share a word.
   void soften(int64_t h, int64_t num) {
     float* at = scores + h * kChunk;
+    const int vectors = (num + kLanes - 1) / kLanes;
     Floats most = all(into.top[h]), made[kChunk / kLanes], added = {};
-    for (int i = 0; i < kChunk / kLanes; ++i) made[i] = load(at + i * kLanes) * (float)call.scale;
-    if (num < kChunk) {
-      std::memcpy(at, made, sizeof made);
-      std::fill(at + num, at + kChunk, -INFINITY);
-      std::memcpy(made, at, sizeof made);
+    for (int i = 0; i < vectors; ++i) made[i] = load(at + i * kLanes) * (float)call.scale;
+    if (num < vectors * kLanes) {
+      Floats& last = made[vectors - 1];
+      for (int64_t i = num % kLanes; i < kLanes; ++i) last[i] = -INFINITY;
     }
-    for (int i = 0; i < kChunk / kLanes; ++i) most = larger(made[i], most);
+    for (int i = 0; i < vectors; ++i) most = larger(made[i], most);
     const float top = largest(most);
     decay[h] = into.top[h] == top ? 1.f : exponential(all(into.top[h] - top))[0];
     into.top[h] = top;
-    for (int i = 0; i < kChunk / kLanes; ++i) {
+    for (int i = 0; i < vectors; ++i) {
       made[i] = exponential(made[i] - top);
       added += made[i];
       if constexpr (kPair)
@@ -199,32 +235,38 @@ struct Decode {
     store(__builtin_convertvector(((Words)weights + 0x8000u) >> 16, Halves), to);
   }
 
+  // So do a block of dimensions of all entries.
   void weigh(int64_t num) {
-    for (int64_t h = 0; h < call.num_heads;) {
-      const int64_t left = call.num_heads - h;
-      if (left == 4 || left > 6)
-        weigh_some<4, 4>(h, num), h += 4;
-      else if (left > 4 || left == 3)
-        weigh_some<3, 4>(h, num), h += 3;
-      else if (left == 2)
-        weigh_some<2, 8>(h, num), h += 2;
-      else
-        weigh_some<1, 8>(h, num), h += 1;
+    const int64_t steps = (num + kParts - 1) / kParts;
+    for (int64_t first = 0; first < value_words; first += kBlockWords) {
+      const int64_t last = std::min<int64_t>(first + kBlockWords, value_words);
+      for (int64_t h = 0; h < call.num_heads;) {
+        const int64_t left = call.num_heads - h;
+        if (left >= 8)
+          weigh_some<8, 2>(h, steps, first, last), h += 8;
+        else if (left >= 6)
+          weigh_some<6, 2>(h, steps, first, last), h += 6;
+        else if (left >= 4)
+          weigh_some<4, 4>(h, steps, first, last), h += 4;
+        else if (left >= 2)
+          weigh_some<2, 8>(h, steps, first, last), h += 2;
+        else
+          weigh_some<1, 8>(h, steps, first, last), h += 1;
+      }
     }
   }
 
   template <int N, int V>
-  PIECEWORK_INLINE void weigh_some(int64_t h, int64_t num) {
+  PIECEWORK_INLINE void weigh_some(int64_t h, int64_t steps, int64_t first, int64_t last) {
     constexpr int kVectors = V / kParts;
     const uint32_t* weights = (const uint32_t*)(scores + h * kChunk);
-    const int64_t steps = (num + kParts - 1) / kParts;
     float* sums = into.sums + h * padded;
-    int64_t w = 0;
-    for (; w + kVectors * kLanes <= value_words; w += kVectors * kLanes)
+    int64_t w = first;
+    for (; w + kVectors * kLanes <= last; w += kVectors * kLanes)
       weigh_latents<kPair, N, kVectors>(weights, kChunk, entries, steps, w, 0, decay + h, sums + kParts * w, padded);
-    for (; w < value_words; w += kLanes)
-      weigh_latents<kPair, N, 1>(weights, kChunk, entries, steps, w, value_words - w < kLanes ? value_words - w : 0,
-                                 decay + h, sums + kParts * w, padded);
+    for (; w < last; w += kLanes)
+      weigh_latents<kPair, N, 1>(weights, kChunk, entries, steps, w, last - w < kLanes ? last - w : 0, decay + h,
+                                 sums + kParts * w, padded);
   }
 };
 
@@ -234,20 +276,20 @@ void finish(const DecodeCall& call, int64_t seq, int64_t head, float* parts, int
   const int64_t padded = Partial::padded(call), size = Partial::size(call);
   float top = kNone, total = 0;
   for (int64_t i = 0; i < num_parts; ++i) top = std::max(top, Partial(call, parts + i * size).top[head]);
-  alignas(64) float out[kMaxWidth + 2 * kLanes] = {};
+  alignas(64) float out[kMaxWidth + 2 * kLanes];
   for (int64_t i = 0; i < num_parts; ++i) {
     const Partial part(call, parts + i * size);
-    const float factor = std::exp(part.top[head] - top);
+    const float factor = std::exp(part.top[head] - top), *sums = part.sums + head * padded;
     total += part.total[head] * factor;
-    for (int64_t d = 0; d < padded; ++d) out[d] += part.sums[head * padded + d] * factor;
+    for (int64_t d = 0; d < padded; d += kLanes)
+      store(load(sums + d) * factor + (i ? load(out + d) : Floats{}), out + d);
   }
   T* to = (T*)call.out + (seq * call.num_heads + head) * call.rank;
   const float factor = 1 / total;
   if constexpr (kPaired<T>) {
-    for (int64_t d = 0; d < call.rank; d += 2) {
-      const float* at = out + d / (2 * kLanes) * (2 * kLanes) + d % (2 * kLanes) / 2;
-      from_float(at[0] * factor, to[d]);
-      from_float(at[kLanes] * factor, to[d + 1]);
+    for (int64_t d = 0; d < call.rank; d += 2 * kLanes) {
+      const Words pairs = joined(load(out + d) * factor, load(out + d + kLanes) * factor);
+      std::memcpy(to + d, &pairs, std::min<int64_t>(2 * kLanes, call.rank - d) * sizeof(T));
     }
   } else {
     for (int64_t d = 0; d < call.rank; ++d) from_float(out[d] * factor, to[d]);

@@ -41,7 +41,7 @@ _WRONG: Final = {
     5: "no memory for partial results",
 }
 _TILE_ROWS: Final = 64  # what tiles of rows divide, whatever the machine
-_EXPANDED_BYTES: Final = 1 << 25  # of context's keys and values, expanded at once
+_EXPANDED_BYTES: Final = 1 << 23  # of context's keys and values, expanded at once
 _LEAST_CHUNK: Final = 256  # tokens
 
 

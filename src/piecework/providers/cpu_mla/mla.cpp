@@ -160,26 +160,35 @@ Result check(const PrefillCall& call) {
   return kDone;
 }
 
-struct Tile {
+struct Work {
   int64_t prompt, head, first, count, cost;
 };
+
+// As many as leave a few pieces of work for every thread, in whole tiles.
+int64_t rows_at_once(const PrefillCall& call) {
+  const int64_t all = (call.num_tokens - call.num_decoded) * call.num_heads, share = all / (4 * call.num_threads);
+  return std::clamp<int64_t>(share / kTileRows, 1, kGroup) * kTileRows;
+}
 
 template <class T>
 Result run(const PrefillCall& call) {
   if (kPaired<T> && (call.nope % 2 || call.rope % 2)) return kUnsupported;
   const Result checked = check(call);
   if (checked != kDone) return checked;
-  std::vector<Tile> work;
+  std::vector<Work> work;
+  const int64_t rows = rows_at_once(call);
   for (int64_t i = 0; i < call.num_prompts; ++i) {
     const Prompt& p = call.prompts[i];
     const int64_t num_new = call.num_new(p.seq);
-    for (int64_t first = 0; first < num_new; first += kTileRows) {
-      const int64_t count = std::min<int64_t>(kTileRows, num_new - first);
+    // What is left over may be few rows, which are handled faster apart.
+    for (int64_t first = 0, count; first < num_new; first += count) {
+      const int64_t whole = (num_new - first) / kTileRows * kTileRows;
+      count = std::min(rows, whole ? whole : num_new - first);
       const int64_t cost = count * (p.count + (p.paused ? 0 : first + count));
       for (int64_t h = 0; h < call.num_heads; ++h) work.push_back({i, h, first, count, cost});
     }
   }
-  std::stable_sort(work.begin(), work.end(), [](const Tile& a, const Tile& b) { return a.cost > b.cost; });
+  std::stable_sort(work.begin(), work.end(), [](const Work& a, const Work& b) { return a.cost > b.cost; });
   const int64_t row = call.num_heads * call.value;
 #pragma omp parallel num_threads(call.num_threads) if (call.num_threads > 1 && work.size() > 1)
   {
@@ -190,7 +199,7 @@ Result run(const PrefillCall& call) {
     }
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < work.size(); ++i) {
-      const Tile& w = work[i];
+      const Work& w = work[i];
       prefill<T>(call, call.prompts[w.prompt], w.head, w.first, w.count);
     }
   }
