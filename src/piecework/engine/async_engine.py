@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import final
 
 from piecework.engine.engine import Engine, EngineStats, Runner, TokenOutput
+from piecework.engine.mailbox import Mailbox
 from piecework.engine.request import GenerationRequest, SequenceKey
 from piecework.errors import EngineError, PieceworkError
 from piecework.foundation.process import release_idle_threads
@@ -122,27 +123,33 @@ class AsyncEngine:
                 self.abort(request.request_id)
 
     def run(self, requests: Sequence[GenerationRequest]) -> Iterator[TokenOutput]:
-        """Yield the tokens of several requests as they come; blocks the calling thread meanwhile.
+        """Yield the tokens of several requests, in batches (`Mailbox`); blocks the calling thread meanwhile.
 
         Whoever stops iterating ends the requests. Raises like `stream`; the first error ends all of them.
         """
-        received: queue.SimpleQueue[_Item] = queue.SimpleQueue()
+        received: Mailbox[_Item] = Mailbox()
+
+        def put(item: _Item) -> None:
+            ends = not isinstance(item, TokenOutput) or item.finish_reason is not None
+            (received.put_urgent if ends else received.put)(item)
+
         open_: set[SequenceKey] = set()
         try:
             for request in requests:
-                self._submit(request, _Reader(received.put))
+                # whoever looks for stop strings ends requests by them, and so is told of every token at once
+                self._submit(request, _Reader(received.put_urgent if request.params.stop else put))
                 open_.update((request.request_id, index) for index in range(request.params.n))
             while open_:
-                item = received.get()
-                if isinstance(item, _Failed):
-                    open_ = {key for key in open_ if key[0] != item.request_id}
-                    raise item.error
-                if isinstance(item, _Aborted):
-                    open_.discard((item.request_id, item.index))
-                    continue
-                if item.finish_reason is not None:
-                    open_.discard((item.request_id, item.index))
-                yield item
+                for item in received.wait():
+                    if isinstance(item, _Failed):
+                        open_ = {key for key in open_ if key[0] != item.request_id}
+                        raise item.error
+                    if isinstance(item, _Aborted):
+                        open_.discard((item.request_id, item.index))
+                        continue
+                    if item.finish_reason is not None:
+                        open_.discard((item.request_id, item.index))
+                    yield item
         finally:
             for request_id in {key[0] for key in open_}:
                 self.abort(request_id)
