@@ -10,6 +10,7 @@ from piecework.cli import console
 from piecework.foundation.process import seconds_since_start
 from piecework.models.bundle_key import DEFAULT_MAX_TOKENS
 from piecework.models.latent_config import DEFAULT_MLA, MLA_MODES
+from piecework.ops.selection import ProviderOrder
 
 if TYPE_CHECKING:
     from piecework.compiler.model import CompiledModel
@@ -47,6 +48,7 @@ def add_compile_options(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("cpu", "cuda"), default="cpu", help="what the bundle runs on (default: cpu)"
     )
     add_mla_option(parser)
+    add_provider_option(parser)
     parser.add_argument("--backend", choices=("aoti", "eager"), default="aoti", help="aoti: native code; eager: run "
                         "the pieces operator by operator (default: aoti)")  # fmt: skip
 
@@ -56,6 +58,19 @@ def add_mla_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--mla", choices=MLA_MODES, default=DEFAULT_MLA, help="for models with latent attention: "
                         "exposed has a layer's steps compiled, opaque hides them in one operator "
                         "(default: %(default)s)")  # fmt: skip
+
+
+def add_provider_option(parser: argparse._ActionsContainer) -> None:
+    """Add the option that says which implementations IR ops get."""
+    parser.add_argument("--provider", action="append", metavar="RULE", help="which implementations operators get, in "
+                        'order: "rms_norm=triton,native", "rms_norm[1:64]=aten,native" for a range of tokens, '
+                        '"@cuda=triton,native" for a device, or "aten,native" for all; may be given several times '
+                        "(default: native)")  # fmt: skip
+
+
+def chosen_providers(args: argparse.Namespace) -> ProviderOrder | None:
+    """Return what `--provider` says, or None where it wasn't given. Raises OpError."""
+    return None if args.provider is None else ProviderOrder.parse(args.provider)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,7 +92,12 @@ def run(args: argparse.Namespace) -> int:
             config,
             dtype=args.dtype or config.dtype,
             max_tokens=args.max_tokens,
-            options=CompileOptions(backend=BackendName(args.backend), ranges=args.ranges, device=args.device),
+            options=CompileOptions(
+                backend=BackendName(args.backend),
+                ranges=args.ranges,
+                device=args.device,
+                providers=chosen_providers(args) or ProviderOrder(),
+            ),
             check_weights=args.weights == "real",
             store=DirectoryStore(environment.store_root),
             toolchain_root=environment.store_root / "toolchain",

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from piecework.cli import console
-from piecework.cli.compile import add_mla_option
+from piecework.cli.compile import add_mla_option, add_provider_option, chosen_providers
 from piecework.engine.block_pool import DEFAULT_BLOCK_SIZE
 from piecework.foundation.process import keep_freed_memory, peak_rss_bytes, seconds_since_start
-from piecework.models.bundle_key import DEFAULT_MAX_TOKENS
+from piecework.models.bundle_key import DEFAULT_MAX_TOKENS, given_bundle_facts
 from piecework.models.config import ModelConfig, read_config
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     add_mla_option(parser)
+    add_provider_option(parser)
     parser.add_argument("--bundle", type=Path, metavar="BUNDLE", help="use this bundle instead of the store's")
     parser.add_argument("--json", action="store_true", help="print text, tokens and timings as one JSON object")
 
@@ -135,13 +136,14 @@ def _bundle(args: argparse.Namespace, config: ModelConfig) -> tuple[Bundle, floa
     from piecework.foundation.environment import read_environment  # noqa: PLC0415
     from piecework.store.bundle import open_bundle  # noqa: PLC0415
     from piecework.store.directory_store import DirectoryStore  # noqa: PLC0415
-    from piecework.store.facts import config_fact, require  # noqa: PLC0415
+    from piecework.store.facts import require  # noqa: PLC0415
 
     root = read_environment().store_root
     begun = time.perf_counter()
     if args.bundle is not None:
         bundle = open_bundle(args.bundle, extract_root=root)
-        require(bundle.facts, asked=f"run {args.model} from {args.bundle}", expected=[config_fact(config.raw)])
+        expected = given_bundle_facts(config, providers=chosen_providers(args))
+        require(bundle.facts, asked=f"run {args.model} from {args.bundle}", expected=expected)
         return bundle, time.perf_counter() - begun
     found = find_or_compile(
         config,
@@ -151,6 +153,7 @@ def _bundle(args: argparse.Namespace, config: ModelConfig) -> tuple[Bundle, floa
         store=DirectoryStore(root),
         on_note=console.status,
         mla=args.mla,
+        providers=chosen_providers(args),
     )
     return found.bundle, found.verify_s
 

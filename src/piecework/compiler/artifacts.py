@@ -19,7 +19,7 @@ from piecework.foundation.target import Target
 from piecework.foundation.torch_private import inductor, symbolic
 from piecework.graph.request import Dim
 from piecework.ops import resolve
-from piecework.passes import pack_linear
+from piecework.passes import fakes, pack_linear
 from piecework.record import Recorder
 from piecework.store.facts import package_version
 from piecework.store.lookup import find_artifact
@@ -150,7 +150,8 @@ def _ranges(piece: Unique, *, declared: Dim | None, options: CompileOptions) -> 
 def _generator_digest() -> str:
     """Return the digest of our own code between a program and its library: an artifact of other code is another one."""
     sources = [
-        Path(module.__file__ or "") for module in (aoti, rebuild, toolchain, inductor, symbolic, pack_linear, resolve)
+        Path(module.__file__ or "")
+        for module in (aoti, rebuild, fakes, toolchain, inductor, symbolic, pack_linear, resolve)
     ]
     return digest_json([digest_file(source) for source in sources])
 

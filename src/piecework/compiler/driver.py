@@ -11,15 +11,17 @@ from piecework.compiler.artifacts import OnProgress, compile_artifacts
 from piecework.compiler.backends import Backend
 from piecework.compiler.explanations import explain_pieces
 from piecework.compiler.kernels import KernelBuilds, kernel_jobs
-from piecework.compiler.options import CompileOptions, merges_linear, packed_dtypes
+from piecework.compiler.options import BackendName, CompileOptions, merges_linear, packed_dtypes
 from piecework.compiler.planning import Deduplicated, Path, deduplicate, make_plan
 from piecework.foundation.process import garbage_collection_off
 from piecework.foundation.target import Target
 from piecework.graph.capture import CapturedGraph, capture
 from piecework.graph.request import CaptureRequest, Variant
 from piecework.graph.split import Piece, split
+from piecework.passes.lower import Lowering
+from piecework.providers.discovery import Providers, load_providers
 from piecework.record import Recorder
-from piecework.store.facts import Fact, environment_facts, option_facts, source_facts
+from piecework.store.facts import Fact, environment_facts, option_facts, package_version, source_facts
 from piecework.store.plan import Plan, ShapeRange
 from piecework.store.stores import BundleContent, Store
 
@@ -62,6 +64,8 @@ def compile_request(
     Raises CaptureError, ShapeContractError, CompileError, StoreError.
     """
     on_progress("capturing", 0, 0)
+    providers = load_providers(options.providers.names)
+    lowering = Lowering(options.providers, providers.absent, can_call=_can_call(options))
     with garbage_collection_off():
         with recorder.phase("capture"):
             captures = capture_variants(request)
@@ -71,6 +75,7 @@ def compile_request(
                 paths,
                 merge=merges_linear(options),
                 pack_dtypes=packed_dtypes(options, target=target, device=request.device),
+                lowering=lowering,
             )
     _note_capture(recorder, paths, pieces)
     steps = [step for path in paths for step in path.steps]
@@ -100,6 +105,7 @@ def compile_request(
             *environment_facts(target=target),
             *option_facts(options.facts()),
             *facts,
+            *_provider_facts(pieces, providers),
             *sorted({*source_facts(set().union(*(path.captured.sources for path in paths))), *kernels.facts()}),
         )
     files = {artifact.name: artifact.path for forms in artifacts for artifact in forms.values()}
@@ -123,6 +129,18 @@ def capture_variants(request: CaptureRequest) -> list[tuple[CapturedGraph, Varia
     return [*variants, (capture(rest), None)]
 
 
+def _can_call(options: CompileOptions) -> bool | str:
+    """Whether a piece can call operators, or why not."""
+    return options.backend is BackendName.EAGER or "a piece of native code can't call it"
+
+
+def _provider_facts(pieces: Deduplicated, providers: Providers) -> list[Fact]:
+    """Return the versions of the packages whose implementations pieces have."""
+    chosen = {site.provider for unique in pieces.unique for site in unique.sites}
+    packages = sorted({package for name, package in providers.packages.items() if name in chosen})
+    return [Fact("provider", package, package_version(package)) for package in packages]
+
+
 def _note_capture(recorder: Recorder, paths: Sequence[Path], pieces: Deduplicated) -> None:
     for path in paths:
         recorder.count("blocks_traced", by=path.captured.stacks.traced)
@@ -134,6 +152,7 @@ def _note_capture(recorder: Recorder, paths: Sequence[Path], pieces: Deduplicate
     for index, unique in enumerate(pieces.unique):
         for note in unique.lowered.notes:
             recorder.note(f"piece {index}: {note}")
+    recorder.count("ir_ops", by=sum(len(unique.sites) for unique in pieces.unique))
 
 
 def _literals(paths: Sequence[Path]) -> bytes | None:

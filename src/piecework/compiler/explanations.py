@@ -51,6 +51,7 @@ def explain_pieces(paths: Sequence[Path], pieces: Deduplicated) -> Explanation:
         listings=tuple(listings),
         op_arguments={names[target]: arguments[target] for target in ops},
         op_locations={names[target]: _distinct(locations_of(nodes)) for target, nodes in ops.items()},
+        ir_ops=tuple(tuple(site.to_json() for site in unique.sites) for unique in pieces.unique),
     )
 
 

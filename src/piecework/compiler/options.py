@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from piecework.foundation.digests import JsonScalar
 from piecework.foundation.target import Target
+from piecework.ops.selection import ProviderOrder
 
 
 class BackendName(Enum):
@@ -28,6 +29,7 @@ class CompileOptions:
         pack_linear: whether linear weights are bound packed for oneDNN; None decides by the target.
         merge_linear: whether linear layers that read the same tensor become one; None: yes, for native libraries.
         device: device type that a model directory is compiled for; a module's is that of its example arguments.
+        providers: which implementations IR ops get.
     """
 
     backend: BackendName = BackendName.AOTI
@@ -35,6 +37,7 @@ class CompileOptions:
     pack_linear: bool | None = None
     merge_linear: bool | None = None
     device: str = "cpu"
+    providers: ProviderOrder = field(default_factory=ProviderOrder)
 
     def facts(self) -> Mapping[str, JsonScalar]:
         """Return the options as facts of the bundle."""
@@ -44,6 +47,7 @@ class CompileOptions:
             "pack_linear": self.pack_linear,
             "merge_linear": self.merge_linear,
             "device": self.device,
+            "providers": self.providers.text(),
         }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from piecework.ops.layer import LayerName
 from piecework.ops.program import Program, encode_float
 from piecework.ops.rows import ROWS_OP
 from piecework.ops.weight_source import Concat, Source, Take, label
+from piecework.passes.lower import CallSite, Lowered, Lowering
 from piecework.passes.merge_linear import Merged, merge_linear, unmerged
 from piecework.passes.pack_linear import PACKING, packable_constants
 from piecework.store.plan import (
@@ -46,6 +47,7 @@ class Unique:
         primary: the program's symbol for the primary size, or None where the piece doesn't have it.
         pack: constants of the lowered program that are bound packed.
         uses: how many pieces are equal to it.
+        sites: its calls of IR ops, and which provider each has.
     """
 
     captured: Program
@@ -53,6 +55,7 @@ class Unique:
     primary: str | None
     pack: frozenset[int]
     uses: int
+    sites: tuple[CallSite, ...] = ()
 
     @property
     def program(self) -> Program:
@@ -83,7 +86,9 @@ class Deduplicated:
     index_of: Mapping[tuple[int, int], int]
 
 
-def deduplicate(paths: Sequence[Path], *, merge: bool, pack_dtypes: frozenset[str]) -> Deduplicated:
+def deduplicate(
+    paths: Sequence[Path], *, merge: bool, pack_dtypes: frozenset[str], lowering: Lowering | None = None
+) -> Deduplicated:
     """Group pieces by fingerprint, and lower each unique one.
 
     Pieces that have the primary size in another place are different: an artifact for a part of its range must not serve
@@ -93,6 +98,9 @@ def deduplicate(paths: Sequence[Path], *, merge: bool, pack_dtypes: frozenset[st
         paths: a model's forwards; they share pieces.
         merge: whether linear layers are merged (passes/merge_linear.py).
         pack_dtypes: dtypes of weights that are packed (passes/pack_linear.py).
+        lowering: chooses providers of IR ops (passes/lower.py); None leaves the ops as they are.
+
+    Raises OpError where no provider that is asked for supports a call.
     """
     order: dict[tuple[str, str | None], int] = {}
     first: list[tuple[Piece, str | None]] = []
@@ -121,9 +129,13 @@ def deduplicate(paths: Sequence[Path], *, merge: bool, pack_dtypes: frozenset[st
             strict[index].update(i for i, node in enumerate(step.outputs) if not opaque.issuperset(node.users))
     unique = []
     for (piece, primary), count, positions in zip(first, uses, strict, strict=True):
-        lowered = merge_linear(piece.program, strict_outputs=frozenset(positions)) if merge else unmerged(piece.program)
+        strictly = frozenset(positions)
+        merged = merge_linear(piece.program, strict_outputs=strictly) if merge else unmerged(piece.program)
+        whole = Lowered(merged.program)
+        lowered = whole if lowering is None else lowering.lower(merged.program, strict_outputs=strictly)
         pack = packable_constants(lowered.program, dtypes=pack_dtypes)
-        unique.append(Unique(piece.program, lowered, primary, pack, count))
+        after = replace(merged, program=lowered.program)
+        unique.append(Unique(piece.program, after, primary, pack, count, lowered.sites))
     return Deduplicated(tuple(unique), index_of)
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from piecework.foundation.torch_private import SymbolicSession
-from piecework.ops.program import Program, TensorSpec, constant_name
+from piecework.ops.program import Program, constant_name
 from piecework.ops.resolve import decode, resolve_target
+from piecework.passes.fakes import declare
 
 
 def rebuild(
@@ -23,51 +22,14 @@ def rebuild(
         ranges: symbol → (min, max), narrower than declared where an artifact is for a part of the range.
         session: where the symbolic sizes live; a range of one value gives a plain number.
     """
-    hints: dict[str, int] = {}
-    fixed: dict[str, int] = {}
-    for number, (symbol, low, high) in enumerate(program.symbols):
-        low, high = ranges.get(symbol, (low, high))
-        if low == high:
-            fixed[symbol] = low
-        else:
-            hints[symbol] = _hint(low, high, number=number)
-            session.size(symbol, low=low, high=high, hint=hints[symbol])
-    inputs = [_tensor(spec, session=session, fixed=fixed, hints=hints) for spec in program.inputs]
+    sizes = declare(program.symbols, session=session, ranges=ranges)
+    inputs = [sizes.tensor(spec) for spec in program.inputs]
     root = torch.nn.Module()
     for index, spec in enumerate(program.constants):
         shape, stride = [int(d) for d in spec.shape], [int(d) for d in spec.stride]
         weight = torch.empty_strided(shape, stride, dtype=getattr(torch, spec.dtype), device=spec.device)
         root.register_parameter(constant_name(index), torch.nn.Parameter(weight, requires_grad=False))
     return torch.fx.GraphModule(root, _graph(program)), inputs
-
-
-def _hint(low: int, high: int, *, number: int) -> int:
-    """Return a typical value: that of a small decode batch, different for each symbol."""
-    typical = (32, 23, 41, 47, 53, 59, 61, 67)[number % 8]
-    return max(low, min(high, typical))
-
-
-def _tensor(
-    spec: TensorSpec, *, session: SymbolicSession, fixed: Mapping[str, int], hints: Mapping[str, int]
-) -> torch.Tensor:
-    def size(dim: int | str) -> Any:
-        if isinstance(dim, int):
-            return dim
-        for symbol, value in fixed.items():
-            dim = _substitute(dim, symbol, value)
-        return session.expression(dim, hints=hints)
-
-    with session.fake_mode:
-        return torch.empty_strided(
-            [size(d) for d in spec.shape],
-            [size(d) for d in spec.stride],
-            dtype=getattr(torch, spec.dtype),
-            device=spec.device,
-        )
-
-
-def _substitute(expression: str, symbol: str, value: int) -> str:
-    return re.sub(rf"\b{symbol}\b", str(value), expression)
 
 
 def _graph(program: Program) -> torch.fx.Graph:

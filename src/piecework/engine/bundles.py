@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from piecework.engine.compile_process import CompileProcess
 from piecework.errors import BundleError
@@ -12,6 +12,7 @@ from piecework.foundation.target import read_target
 from piecework.models.bundle_key import DEFAULT_OPTIONS, bundle_key, expected_facts
 from piecework.models.config import ModelConfig
 from piecework.models.latent_config import DEFAULT_MLA
+from piecework.ops.selection import ProviderOrder
 from piecework.store.bundle import Bundle, open_bundle
 from piecework.store.facts import Difference, Fact, check
 from piecework.store.lookup import find_bundle
@@ -29,6 +30,7 @@ class WantedBundle:
         device: device type to run on, "cpu" or "cuda".
         backend: "aoti" for native code, "eager" for one that is compiled quickly and runs operator by operator.
         mla: "exposed" or "opaque", for models with latent attention.
+        providers: which implementations IR ops have.
     """
 
     config: ModelConfig
@@ -37,11 +39,13 @@ class WantedBundle:
     device: str = "cpu"
     backend: str = "aoti"
     mla: str = DEFAULT_MLA
+    providers: ProviderOrder = field(default_factory=ProviderOrder)
 
     @property
     def expected(self) -> tuple[Fact, ...]:
         """The facts that the bundle must have."""
-        options = {**DEFAULT_OPTIONS, "device": self.device, "backend": self.backend}
+        chosen = {"device": self.device, "backend": self.backend, "providers": self.providers.text()}
+        options = {**DEFAULT_OPTIONS, **chosen}
         return expected_facts(self.config, dtype=self.dtype, max_tokens=self.max_tokens, options=options, mla=self.mla)
 
 
@@ -69,6 +73,7 @@ def find_or_compile(
     store: Store,
     on_note: Callable[[str], None],
     mla: str = DEFAULT_MLA,
+    providers: ProviderOrder | None = None,
 ) -> FoundBundle:
     """Return the model's bundle from the store, or compile it there.
 
@@ -80,10 +85,11 @@ def find_or_compile(
         store: the local store, which the compile's process uses as well.
         on_note: is told why a bundle was not used, and that one is being compiled.
         mla: "exposed" or "opaque", for models with latent attention.
+        providers: which implementations IR ops have; None for the default.
 
     Raises what the compile fails with, as CompileError where it says no more.
     """
-    wanted = WantedBundle(config, dtype, max_tokens, device, mla=mla)
+    wanted = WantedBundle(config, dtype, max_tokens, device, mla=mla, providers=providers or ProviderOrder())
     found = find(wanted, store=store, on_note=on_note)
     if found is not None:
         return found
@@ -130,6 +136,7 @@ def compile_process(wanted: WantedBundle) -> CompileProcess:
         device=wanted.device,
         backend=wanted.backend,
         mla=wanted.mla,
+        providers=None if wanted.providers == ProviderOrder() else wanted.providers,
     )
 
 

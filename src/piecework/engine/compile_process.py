@@ -15,6 +15,7 @@ from typing import Final, final
 
 from piecework.errors import CompileError, PieceworkError
 from piecework.models.latent_config import DEFAULT_MLA
+from piecework.ops.selection import ProviderOrder
 
 _STEP: Final = re.compile(r"\[(\d+)/(\d+)\] (.*)")
 _STOP_S: Final = 10.0
@@ -46,14 +47,25 @@ class CompileProcess:
         device: device type to run on.
         backend: "aoti" or "eager".
         mla: "exposed" or "opaque", for models with latent attention.
+        providers: which implementations IR ops get; None for the default.
     """
 
     def __init__(
-        self, model_dir: Path, *, dtype: str, max_tokens: int, device: str, backend: str, mla: str = DEFAULT_MLA
+        self,
+        model_dir: Path,
+        *,
+        dtype: str,
+        max_tokens: int,
+        device: str,
+        backend: str,
+        mla: str = DEFAULT_MLA,
+        providers: ProviderOrder | None = None,
     ) -> None:
         self._command = [sys.executable, "-m", "piecework", "compile", str(model_dir), "--weights", "none", "--json"]
         self._command += ["--dtype", dtype, "--max-tokens", str(max_tokens), "--device", device, "--backend", backend]
         self._command += ["--mla", mla]
+        if providers is not None:
+            self._command += ["--provider", providers.text()]
         self._mutex = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._stopped = False

@@ -24,13 +24,14 @@ from piecework.engine.tokenizer import Tokenizer, load_tokenizer
 from piecework.errors import RequestError
 from piecework.foundation.environment import read_environment
 from piecework.foundation.process import keep_freed_memory
-from piecework.models.bundle_key import DEFAULT_MAX_TOKENS
+from piecework.models.bundle_key import DEFAULT_MAX_TOKENS, given_bundle_facts
 from piecework.models.config import read_config
 from piecework.models.latent_config import DEFAULT_MLA
+from piecework.ops.selection import ProviderOrder, as_order
 from piecework.runtime import LoadedModel, load
 from piecework.store.bundle import Bundle, open_bundle
 from piecework.store.directory_store import DirectoryStore
-from piecework.store.facts import config_fact, require
+from piecework.store.facts import require
 from piecework.store.plan import Plan
 
 Prompt = str | Sequence[int]
@@ -56,10 +57,12 @@ class LLM:
         bundle: use this one instead of the store's.
         random_weights: a seed for random weights; the directory then needs no safetensors.
         mla: for models with latent attention: "exposed" has the steps of a layer compiled, "opaque" is one operator.
+        providers: which implementations IR ops have, as ProviderOrder or as what its `parse` reads; None for the
+            default, or for what `bundle` has.
         profile: write a torch profiler trace of some forwards, with pieces and layers by name.
         on_note: is told what happens to bundles, such as that one is being compiled, and where a trace was written.
 
-    Raises UnsupportedModelError, BundleError, WeightsError, CompileError, CapacityError.
+    Raises UnsupportedModelError, BundleError, WeightsError, CompileError, CapacityError, OpError.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class LLM:
         bundle: str | Path | None = None,
         random_weights: int | None = None,
         mla: str = DEFAULT_MLA,
+        providers: ProviderOrder | str | Sequence[str] | None = None,
         profile: ProfileOptions | None = None,
         on_note: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -84,9 +88,14 @@ class LLM:
         self._config = config = read_config(Path(model_dir))
         has_tokenizer = (config.path / "tokenizer.json").exists()
         self._tokenizer = load_tokenizer(config.path) if has_tokenizer else None
+        order = None if providers is None else as_order(providers)
         if bundle is not None:
             opened = open_bundle(Path(bundle), extract_root=read_environment().store_root)
-            require(opened.facts, asked=f"run {config.path} from {bundle}", expected=[config_fact(config.raw)])
+            require(
+                opened.facts,
+                asked=f"run {config.path} from {bundle}",
+                expected=given_bundle_facts(config, providers=order),
+            )
         else:
             store = DirectoryStore(read_environment().store_root)
             opened = find_or_compile(
@@ -97,6 +106,7 @@ class LLM:
                 store=store,
                 on_note=on_note,
                 mla=mla,
+                providers=order,
             ).bundle
         size = CacheSize(num_bytes=kv_cache_memory, fraction=memory_fraction)
         plan = Plan.from_json(opened.plan())

@@ -1,7 +1,8 @@
 """Where a graph is cut: at every operator that is not torch's own, and at those that the caller names.
 
 Compilers can look into torch's operators only. Any other one is a call of its own anyway, so it is a step of the plan,
-where its constants (a layer's name, a window) are data and tell no pieces apart.
+where its constants (a layer's name, a window) are data and tell no pieces apart. Ops of the IR stay inside: a compile
+lowers them there (passes/lower.py).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Final
 import torch
 
 from piecework.foundation.torch_private import TORCHS_NAMESPACES, operator_of
+from piecework.ops.ir import ir_op
 from piecework.ops.linear import LINEAR_OP
 
 _INSIDE: Final = frozenset({LINEAR_OP})
@@ -25,4 +27,6 @@ def is_opaque(node: torch.fx.Node, opaque: frozenset[str]) -> bool:
 
 def is_opaque_name(name: str, opaque: frozenset[str]) -> bool:
     """Whether the graph is cut at the operator "namespace::name"."""
-    return name in opaque or (name not in _INSIDE and name.partition("::")[0] not in TORCHS_NAMESPACES)
+    if name in opaque:
+        return True
+    return name not in _INSIDE and name.partition("::")[0] not in TORCHS_NAMESPACES and ir_op(name) is None

@@ -9,6 +9,7 @@ from piecework.foundation.target import Target
 from piecework.foundation.version import VERSION
 from piecework.models.config import ModelConfig
 from piecework.models.latent_config import DEFAULT_MLA
+from piecework.ops.selection import ProviderOrder
 from piecework.store.facts import Fact, config_fact, environment_facts, option_facts
 
 DEFAULT_MAX_TOKENS = 2048
@@ -18,6 +19,7 @@ DEFAULT_OPTIONS: Mapping[str, JsonScalar] = {
     "pack_linear": None,
     "merge_linear": None,
     "device": "cpu",
+    "providers": ProviderOrder().text(),
 }
 
 
@@ -41,6 +43,17 @@ def expected_facts(
     asked = {"dtype": dtype, "max_tokens": max_tokens, **options}
     if config.latent is not None:
         asked["mla"] = mla
+    return (config_fact(config.raw), *option_facts(asked))
+
+
+def given_bundle_facts(config: ModelConfig, *, providers: ProviderOrder | None) -> tuple[Fact, ...]:
+    """Return what is expected of a bundle that a caller names: its model, and the providers that are asked for.
+
+    Args:
+        config: the model's.
+        providers: the order; None takes any.
+    """
+    asked = {} if providers is None else {"providers": providers.text()}
     return (config_fact(config.raw), *option_facts(asked))
 
 

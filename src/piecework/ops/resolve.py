@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import operator
 from collections.abc import Callable, Mapping
@@ -48,6 +49,8 @@ def resolve_target(name: str) -> Callable[..., Any]:
     if len(parts) != 3:
         raise InternalError(f"no operator of a program: {name!r}")
     namespace, op, overload = parts
+    if namespace == "piecework" and not hasattr(torch.ops.piecework, op):
+        importlib.import_module("piecework.ops.catalogue")  # registers the IR's ops; a lowered program has none
     found: Callable[..., Any] = getattr(getattr(getattr(torch.ops, namespace), op), overload)
     return found
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from math import prod
@@ -85,12 +85,14 @@ class CallFacts:
         dead: parameters whose tensors nothing reads after the call, so that it may write to them.
         absent: why named providers could not be loaded.
         inside: whether the call is one of a piece (then reasons speak of the piece, not of eager code).
+        ask: asks an implementation whether it supports the call; None asks its `supports` with the arguments.
     """
 
     rows: tuple[int, int] | None = None
     dead: frozenset[str] = frozenset()
     absent: Mapping[str, str] = field(default_factory=dict)
     inside: bool = False
+    ask: Callable[[Implementation], bool | str] | None = None
 
 
 _NOTHING_KNOWN: Final = CallFacts()
@@ -296,7 +298,10 @@ def _why_not(
     if alive:
         where = "which the piece or its caller still reads" if facts.inside else "which eager code may still read"
         return f"it writes to {', '.join(alive)}, {where}"
-    answer = True if implementation.supports is None else implementation.supports(*args, **kwargs)
+    if facts.ask is not None:
+        answer = facts.ask(implementation)
+    else:
+        answer = True if implementation.supports is None else implementation.supports(*args, **kwargs)
     if answer is True:
         return None
     return f"supports() said: {answer}" if isinstance(answer, str) else "supports() said no"

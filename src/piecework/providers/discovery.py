@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from piecework.errors import OpError
+from piecework.foundation.torch_private import find_overload
 from piecework.ops.ir_operator import provider_of
 from piecework.ops.selection import NATIVE, ProviderOrder, as_order, selecting
 
@@ -55,11 +56,12 @@ def load_providers(names: Iterable[str]) -> Providers:
 
 
 def load_operators(operators: Iterable[str]) -> None:
-    """Import the providers whose implementations some operators ("namespace::name" or "namespace.name.…") call.
+    """Import the providers whose implementations some operators ("namespace::name" or "namespace.name.overload") call.
 
     Raises OpError where one is not installed.
     """
-    names = sorted({provider_of(operator.replace(".", "::", 1)) for operator in operators} - {""})
+    qualified = {operator.replace(".", "::", 1) for operator in operators}
+    names = sorted({provider_of(name) for name in qualified if provider_of(name) and find_overload(name) is None})
     for name, why in load_providers(names).absent.items():
         raise OpError(
             asked=f"run pieces that call the provider {name}", found=why, try_="install it, or compile without it"

@@ -22,11 +22,13 @@ class Explanation:
         listings: one per unique piece, without names of constants: those are an instance's, and in the plan.
         op_arguments: names of each opaque op's arguments, in order.
         op_locations: source lines that call each opaque op.
+        ir_ops: for each unique piece, its calls of IR ops, as `passes.lower.CallSite.to_json` writes them.
     """
 
     listings: tuple[Listing, ...]
     op_arguments: Mapping[str, Sequence[str]] = field(default_factory=dict)
     op_locations: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    ir_ops: tuple[tuple[Mapping[str, Any], ...], ...] = ()
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Explanation:
@@ -46,6 +48,7 @@ class Explanation:
             listings=tuple(listings),
             op_arguments={name: tuple(op["arguments"]) for name, op in data["ops"].items()},
             op_locations={name: located(op["at"]) for name, op in data["ops"].items()},
+            ir_ops=tuple(tuple(sites) for sites in data.get("ir_ops", ())),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -75,6 +78,7 @@ class Explanation:
             "arguments": arguments,
             "pieces": pieces,
             "ops": ops,
+            "ir_ops": [[dict(site) for site in sites] for sites in self.ir_ops],
         }
 
 

@@ -11,6 +11,7 @@ import torch
 
 from piecework.ops.program import Program, constant_name
 from piecework.ops.resolve import decode, resolve_target
+from piecework.providers.discovery import load_operators
 
 
 class EagerRunner:
@@ -18,6 +19,7 @@ class EagerRunner:
 
     def __init__(self, program: Program) -> None:
         self._program = program
+        load_operators(c.target for c in program.calls)
         self._calls: list[tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]] = [
             (resolve_target(c.target), c.args, c.kwargs) for c in program.calls
         ]

@@ -14,18 +14,25 @@ from piecework.foundation import torch_private
 from piecework.foundation.environment import read_environment
 from piecework.foundation.process import garbage_collection_off
 from piecework.ops.program import constant_name
+from piecework.ops.selection import ProviderOrder, as_order
 from piecework.providers.kernels import open_kernel
 from piecework.record import Record
 from piecework.runtime.constants import TensorSource, as_source, make_constants, pack_constants
 from piecework.runtime.eager import EagerRunner, read_program
 from piecework.runtime.model import LoadedModel, RangeForm, Run
 from piecework.store.bundle import Bundle, open_bundle
-from piecework.store.facts import require
+from piecework.store.facts import option_facts, require
 from piecework.store.plan import Plan, UniquePiece
 
 
 @garbage_collection_off()
-def load(bundle: str | Path | Bundle, *, weights: object, check_facts: bool = True) -> LoadedModel:
+def load(
+    bundle: str | Path | Bundle,
+    *,
+    weights: object,
+    check_facts: bool = True,
+    providers: ProviderOrder | str | Sequence[str] | None = None,
+) -> LoadedModel:
     """Load a bundle and bind `weights` to it.
 
     Args:
@@ -33,6 +40,7 @@ def load(bundle: str | Path | Bundle, *, weights: object, check_facts: bool = Tr
         weights: the module, a mapping of names to tensors, paths of safetensors files, or anything with `names()` and
             `get(name)`.
         check_facts: whether facts about the environment must hold (they should).
+        providers: the order of providers that the bundle must have been compiled with; None takes what it has.
 
     Returns a model to call. Its `record` has the seconds of "verify", "plan", "weights", "pack", "open" and "bind".
     Raises CorruptBundle, StaleBundle, WeightsError.
@@ -40,6 +48,9 @@ def load(bundle: str | Path | Bundle, *, weights: object, check_facts: bool = Tr
     phases: dict[str, float] = {}
     begun = time.perf_counter()
     opened = bundle if isinstance(bundle, Bundle) else _open(Path(bundle))
+    if providers is not None:
+        wanted = option_facts({"providers": as_order(providers).text()})
+        require([f for f in opened.facts if f.kind == "option"], asked=f"load {opened.path}", expected=wanted)
     if check_facts:
         require(opened.facts, asked=f"load the bundle {opened.path}")
     phases["verify"] = _lap(begun)

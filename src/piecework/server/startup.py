@@ -18,12 +18,14 @@ from piecework.engine.block_pool import DEFAULT_BLOCK_SIZE
 from piecework.engine.bundles import FoundBundle, WantedBundle, compile_process, compile_wanted, find, why_missing
 from piecework.engine.compile_process import CompileProcess, parse_step
 from piecework.errors import PieceworkError, WeightsError
+from piecework.models.bundle_key import given_bundle_facts
+from piecework.ops.selection import ProviderOrder
 from piecework.report.inspect import describe
 from piecework.server.log import EventLog
 from piecework.server.options import ModelOptions, WhileCompiling
 from piecework.server.status import BundleUse, ServerStatus, State
 from piecework.store.bundle import open_bundle
-from piecework.store.facts import config_fact, require
+from piecework.store.facts import require
 from piecework.store.stores import Store
 
 if TYPE_CHECKING:
@@ -134,7 +136,15 @@ class ModelStart:
 
     def _wanted(self, backend: str) -> WantedBundle:
         options = self._options
-        return WantedBundle(options.config, options.dtype, options.max_tokens, options.device, backend, mla=options.mla)
+        return WantedBundle(
+            options.config,
+            options.dtype,
+            options.max_tokens,
+            options.device,
+            backend,
+            mla=options.mla,
+            providers=options.providers or ProviderOrder(),
+        )
 
     def _load_tokenizer(self) -> Tokenizer:
         with self._status.phase("tokenizer"):
@@ -149,7 +159,8 @@ class ModelStart:
                 return find(self._wanted(NATIVE), store=self._store, on_note=self._note)
             config = self._options.config
             bundle = open_bundle(path)
-            require(bundle.facts, asked=f"serve {config.path} from {path}", expected=[config_fact(config.raw)])
+            expected = given_bundle_facts(config, providers=self._options.providers)
+            require(bundle.facts, asked=f"serve {config.path} from {path}", expected=expected)
             return FoundBundle(bundle, compiled=False, verify_s=0.0)
 
     def _read_weights_ahead(self) -> None:

@@ -28,8 +28,9 @@ class Fact:
     """One thing that the compile read, with its value.
 
     Args:
-        kind: "torch", "target", "piecework", "option", "model", "source".
-        name: what of that kind, such as "version", "isa", or "<package>/<path>" of a source file.
+        kind: "torch", "target", "piecework", "option", "model", "source", "provider".
+        name: what of that kind, such as "version", "isa", a package that implements operators, or "<package>/<path>"
+            of a source file.
         value: what it was.
     """
 
@@ -176,6 +177,8 @@ def _look_up(fact: Fact, *, cpu: Target) -> Difference | None:
             missing = missing_flags(str(fact.value), target=cpu)
             why = f"this CPU lacks {', '.join(missing)}"
             return Difference(fact, cpu.fact, why=why) if missing else None
+        case "provider", name:
+            return _compare(fact, package_version(name))
         case "source", name:
             return _check_source(fact, name=name)
     return None

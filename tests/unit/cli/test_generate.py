@@ -151,3 +151,17 @@ def test_a_bundle_of_another_model_is_refused(seen: dict[str, Any], capsys: pyte
     seen["compiled for"] = {"model_type": "llama", "hidden_size": 16}
     assert main(["generate", seen["model"], "--prompt", "a", "--random-weights", "3", "--bundle", "other.pwb"]) == 1
     assert "StaleBundle" in capsys.readouterr().err
+
+
+def test_a_given_bundle_must_have_the_providers_that_are_asked_for(
+    seen: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--prompt", "wx", "--random-weights", "3", "--bundle", "given.pwb", "--provider", "aten,native"]
+    assert main(["generate", seen["model"], *arguments]) != 0
+    assert "option providers" in capsys.readouterr().err
+
+
+def test_a_rule_for_an_unknown_op_is_refused(seen: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", seen["model"], "--prompt", "wx", "--provider", "rms_nrom=native"]) != 0
+    assert "rms_nrom" in capsys.readouterr().err
+    assert "find" not in seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from piecework.errors import CompileError
 from piecework.foundation.target import read_target
 from piecework.models.bundle_key import bundle_key
 from piecework.models.config import read_config
+from piecework.ops.selection import ProviderOrder
 from piecework.record import Record
 from piecework.store.facts import Fact, environment_facts
 from piecework.store.stores import BundleContent, MemoryStore
@@ -65,6 +67,16 @@ def test_the_ways_of_latent_attention_are_bundles_of_their_own(store, wanted, tm
     assert find(opaque, store=store, on_note=pytest.fail) is None
     assert "option mla: bundle exposed, here opaque" in why_missing(opaque, store=store)
     assert WantedBundle(wanted.config, "float32", 64, mla="opaque").expected == wanted.expected
+
+
+def test_another_order_of_providers_is_another_bundle(store, wanted):
+    _put(store, wanted)
+    other = dataclasses.replace(wanted, providers=ProviderOrder.parse(["rms_norm=aten,native"]))
+    assert find(other, store=store, on_note=pytest.fail) is None
+    assert "option providers: bundle native, here native;rms_norm=aten,native" in why_missing(other, store=store)
+    command = compile_process(other)._command
+    assert command[command.index("--provider") + 1] == "native;rms_norm=aten,native"
+    assert "--provider" not in compile_process(wanted)._command
 
 
 def test_an_empty_store_has_nothing_of_the_model(store, wanted):

@@ -1,0 +1,76 @@
+"""From a module that calls IR ops to a bundle that says which provider each call has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import piecework
+from piecework.cli.main import main
+from piecework.compiler.options import BackendName, CompileOptions
+from piecework.errors import StaleBundle
+from piecework.ops.activations import silu_mul
+from piecework.ops.norms import rms_norm
+from piecework.ops.selection import ProviderOrder
+from piecework.report.ops import describe_ops
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16))
+        self.gate, self.up = nn.Linear(16, 24, bias=False), nn.Linear(16, 24, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = rms_norm(x, self.weight, 1e-5)
+        return silu_mul(self.gate(y), self.up(y))
+
+
+def _compiled(out: Path, rules: str) -> piecework.Bundle:
+    options = CompileOptions(backend=BackendName.EAGER, providers=ProviderOrder.parse(rules))
+    return piecework.compile(
+        _MODULE, (torch.randn(3, 16),), dynamic={"rows": piecework.Dim(1, 64)}, options=options, out=out
+    )
+
+
+torch.manual_seed(0)
+_MODULE = Block().requires_grad_(False)
+
+
+@pytest.mark.parametrize("rules", ["native", "aten,native", "rms_norm=nobody,aten,native"])
+def test_results_are_the_same_with_any_order(tmp_path: Path, rules: str) -> None:
+    model = piecework.load(_compiled(tmp_path / "b", rules), weights=_MODULE)
+    for rows in (1, 2, 64):
+        x = torch.randn(rows, 16)
+        torch.testing.assert_close(model(x), _MODULE(x))
+
+
+def test_the_bundle_says_which_provider_each_call_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = _compiled(tmp_path / "b", "rms_norm=nobody,aten,native")
+    report = describe_ops(bundle)
+    assert [(call.piece, call.op, call.provider) for call in report.calls] == [
+        ("A", "rms_norm", "aten"),
+        ("A", "silu_mul", "native"),
+    ]
+    assert "no installed package" in report.calls[0].rejected["nobody"]
+    assert main(["inspect", str(bundle.path), "--ops"]) == 0
+    text = capsys.readouterr().out
+    assert "providers      native;rms_norm=nobody,aten,native" in text
+    assert "rms_norm(float32[s0, 16], float32[16], 1e-05)" in text
+    assert "      not native: aten comes before it" in text
+
+
+def test_another_selection_at_load_is_a_miss_that_says_so(tmp_path: Path) -> None:
+    bundle = _compiled(tmp_path / "b", "aten,native")
+    piecework.load(bundle, weights=_MODULE, providers="aten,native")
+    with pytest.raises(StaleBundle, match="option providers: bundle aten,native, here native"):
+        piecework.load(bundle, weights=_MODULE, providers=ProviderOrder())
+
+
+def test_a_bundle_without_ir_ops_says_that(tmp_path: Path) -> None:
+    options = CompileOptions(backend=BackendName.EAGER)
+    bundle = piecework.compile(nn.ReLU(), (torch.randn(3),), options=options, out=tmp_path / "b")
+    assert describe_ops(bundle).to_text().endswith("no calls of IR ops")
