@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import platform
-import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,35 +13,20 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from piecework.compiler.toolchain import KERNEL_FLAGS, find_toolchain
+from piecework.compiler.toolchain import find_toolchain
 from piecework.errors import OpError
-from piecework.foundation.target import read_target
 from piecework.ops.attention import attention_native
 from piecework.providers.cpu_attention.kernel import CpuAttention
 from piecework.providers.kernels import CPU_ATTENTION
+from tests.compile.native_kernels import MACHINES, build
 from tests.unit.ops.attention_cases import BATCHES, TOLERANCES, Case, drawn_cases, make_case, reference
 
 NAN = float("nan")
-MACROS = tuple(f"PIECEWORK_{d.upper()}" for d in CPU_ATTENTION.dtypes)
-LESSER = ("x86-64-v4", "x86-64-v3", "x86-64") if platform.machine() == "x86_64" else ()
-_NEEDS = {"x86-64-v4": "avx512", "x86-64-v3": "avx2"}
 
 
-@pytest.fixture(scope="module", params=["native", *(pytest.param(m, marks=pytest.mark.slow) for m in LESSER)])
+@pytest.fixture(scope="module", params=MACHINES)
 def attention(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CpuAttention:
-    directory = tmp_path_factory.mktemp("kernel")
-    toolchain = find_toolchain(directory, compiler=None)
-    library = directory / "kernel.so"
-    if request.param == "native":
-        toolchain.compile_kernel(CPU_ATTENTION.main, macros=MACROS, target=library)
-        return CpuAttention(library)
-    if not read_target().isa.startswith(_NEEDS.get(request.param, "")) and request.param != "x86-64":
-        pytest.skip(f"this CPU is no {request.param}")
-    flags = [f if f != "-march=native" else f"-march={request.param}" for f in KERNEL_FLAGS]
-    defines = [f"-D{m}" for m in MACROS]
-    command = [toolchain.compiler, "-fPIC", *flags, *defines, str(CPU_ATTENTION.main), "-o", str(library)]
-    subprocess.run(command, check=True)
-    return CpuAttention(library)
+    return CpuAttention(build(CPU_ATTENTION, request.param, tmp_path_factory.mktemp("kernel")))
 
 
 @pytest.fixture(autouse=True)

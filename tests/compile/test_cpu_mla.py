@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,15 +12,15 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from piecework.compiler.toolchain import KERNEL_FLAGS, find_toolchain
+from piecework.compiler.toolchain import find_toolchain
 from piecework.errors import OpError
-from piecework.foundation.target import read_target
 from piecework.ops import mla_plain
 from piecework.ops.mla import MLA_ATTENTION_OP, PLAIN, LatentAttention, row_view
 from piecework.ops.mla_core import LatentCores, latent_attention
 from piecework.providers.cpu_mla import kernel
 from piecework.providers.cpu_mla.kernel import CpuMla
 from piecework.providers.kernels import CPU_MLA, open_kernel
+from tests.compile.native_kernels import MACHINES, build
 from tests.unit.ops.mla_cases import (
     BATCHES,
     TOLERANCES,
@@ -34,27 +32,12 @@ from tests.unit.ops.mla_cases import (
     reference_cache,
 )
 
-MACROS = tuple(f"PIECEWORK_{d.upper()}" for d in CPU_MLA.dtypes)
-LESSER = ("x86-64-v4", "x86-64-v3", "x86-64") if platform.machine() == "x86_64" else ()
-_NEEDS = {"x86-64-v4": "avx512", "x86-64-v3": "avx2"}
 LITE = Sizes(heads=16, nope=128, rope=64, value=128, rank=512)
 
 
-@pytest.fixture(scope="module", params=["native", *(pytest.param(m, marks=pytest.mark.slow) for m in LESSER)])
+@pytest.fixture(scope="module", params=MACHINES)
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("kernel")
-    toolchain = find_toolchain(directory, compiler=None)
-    library = directory / "kernel.so"
-    if request.param == "native":
-        toolchain.compile_kernel(CPU_MLA.main, macros=MACROS, target=library)
-        return library
-    if not read_target().isa.startswith(_NEEDS.get(request.param, "")) and request.param != "x86-64":
-        pytest.skip(f"this CPU is no {request.param}")
-    flags = [f if f != "-march=native" else f"-march={request.param}" for f in KERNEL_FLAGS]
-    defines = [f"-D{m}" for m in MACROS]
-    command = [toolchain.compiler, "-fPIC", *flags, *defines, str(CPU_MLA.main), "-o", str(library)]
-    subprocess.run(command, check=True)
-    return library
+    return build(CPU_MLA, request.param, tmp_path_factory.mktemp("kernel"))
 
 
 @pytest.fixture(scope="module")
