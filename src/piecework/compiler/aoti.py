@@ -15,6 +15,7 @@ from piecework.compiler.toolchain import Toolchain, flags_of, libraries_of, sour
 from piecework.errors import CompileError, InternalError, PieceworkError, ShapeContractError
 from piecework.foundation import torch_private
 from piecework.passes.pack_linear import pack_linear
+from piecework.providers.discovery import load_operators
 
 _OPTIONS: Mapping[str, Any] = {
     # else Inductor writes the values of scalars and of vectors of up to 8 elements into the code; ours have none yet
@@ -32,6 +33,7 @@ def compile_piece(job: Job, *, directory: Path, toolchain: Toolchain) -> Path:
     """
     session = torch_private.SymbolicSession()
     program = pack_linear(job.program, constants=job.pack)
+    load_operators(call.target for call in program.calls)
     module, inputs = rebuild(program, ranges=job.ranges, session=session)
     options = {**_OPTIONS, **({"aot_inductor.embed_kernel_binary": True} if _on_cuda(job) else {})}
     output = directory / "piece.so"
@@ -48,6 +50,9 @@ def compile_piece(job: Job, *, directory: Path, toolchain: Toolchain) -> Path:
             try_="declare a range in which that holds, or give shape ranges that separate the cases",
             location=next((g.location for g in guards if g.location), ""),
         )
+    called = [path for path in directory.rglob("*.json") if not path.stem.endswith("_metadata")]
+    if called:  # Inductor describes operators that are called; of several files, an attempt before left the others
+        torch_private.append_calls(made, max(called, key=lambda path: path.stat().st_mtime_ns).read_text())
     return made
 
 

@@ -11,7 +11,7 @@ from piecework.compiler.artifacts import OnProgress, compile_artifacts
 from piecework.compiler.backends import Backend
 from piecework.compiler.explanations import explain_pieces
 from piecework.compiler.kernels import KernelBuilds, kernel_jobs
-from piecework.compiler.options import BackendName, CompileOptions, merges_linear, packed_dtypes
+from piecework.compiler.options import CompileOptions, merges_linear, packed_dtypes
 from piecework.compiler.planning import Deduplicated, Path, deduplicate, make_plan
 from piecework.foundation.process import garbage_collection_off
 from piecework.foundation.target import Target
@@ -65,7 +65,7 @@ def compile_request(
     """
     on_progress("capturing", 0, 0)
     providers = load_providers(options.providers.names)
-    lowering = Lowering(options.providers, providers.absent, can_call=_can_call(options))
+    lowering = Lowering(options.providers, providers.absent)
     with garbage_collection_off():
         with recorder.phase("capture"):
             captures = capture_variants(request)
@@ -127,11 +127,6 @@ def capture_variants(request: CaptureRequest) -> list[tuple[CapturedGraph, Varia
     rest = dataclasses.replace(request, variants=())
     variants = [(capture(dataclasses.replace(rest, call=variant.call)), variant) for variant in request.variants]
     return [*variants, (capture(rest), None)]
-
-
-def _can_call(options: CompileOptions) -> bool | str:
-    """Whether a piece can call operators, or why not."""
-    return options.backend is BackendName.EAGER or "a piece of native code can't call it"
 
 
 def _provider_facts(pieces: Deduplicated, providers: Providers) -> list[Fact]:

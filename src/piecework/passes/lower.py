@@ -81,12 +81,10 @@ class Lowering:
     Args:
         order: of providers. They are loaded already.
         absent: why some of them can't be used.
-        can_call: whether the backend's pieces can call operators; else the reason why they can't.
     """
 
     order: ProviderOrder
     absent: Mapping[str, str] = field(default_factory=dict)
-    can_call: bool | str = True
     _bodies: dict[str, Body | NotTraceable] = field(default_factory=dict)
 
     def lower(self, program: Program, *, strict_outputs: frozenset[int] = frozenset()) -> Lowered:
@@ -128,8 +126,6 @@ class Lowering:
         kwargs = {name: run.described(value) for name, value in call.kwargs.items()}
 
         def ask(implementation: Implementation) -> bool | str:
-            if implementation.overload is not None and self.can_call is not True:
-                return f"it is called, and {self.can_call}"
             answer = _supports(implementation, args, kwargs, symbols=program.symbols)
             if answer is True and implementation.inlined:
                 body = self._body(op, implementation, call, run, program.symbols)

@@ -15,6 +15,7 @@ from piecework.foundation.environment import read_environment
 from piecework.foundation.process import garbage_collection_off
 from piecework.ops.program import constant_name
 from piecework.ops.selection import ProviderOrder, as_order
+from piecework.providers.discovery import load_operators
 from piecework.providers.kernels import open_kernel
 from piecework.record import Record
 from piecework.runtime.constants import TensorSource, as_source, make_constants, pack_constants
@@ -100,12 +101,17 @@ def _open_instances(bundle: Bundle, plan: Plan) -> dict[tuple[int, int], list[An
     split = [b for b in bounds if not any(b != o and b[0] <= o[0] and o[1] <= b[1] for o in bounds)]
     opened: dict[tuple[int, int], list[Any]] = {}
     shared: dict[tuple[int, str], Any] = {}
+    called: dict[str, str] = {}
     for low, high in split or [plan.sizes.get(plan.primary, (0, 0))]:
         runners = []
         for number, instance in enumerate(plan.instances):
             name = _artifact(plan.pieces[instance.piece], low, high)
             if (number, name) not in shared:
-                shared[number, name] = _runner(bundle.artifact_path(name), device=plan.pieces[instance.piece].device)
+                path = bundle.artifact_path(name)
+                if name not in called:
+                    called[name] = _calls(path)
+                device = plan.pieces[instance.piece].device
+                shared[number, name] = _runner(path, device=device, calls=called[name])
             runners.append(shared[number, name])
         opened[low, high] = runners
     return opened
@@ -123,10 +129,19 @@ def _artifact(piece: UniquePiece, low: int, high: int) -> str:
     )
 
 
-def _runner(path: Path, *, device: str) -> Any:
+def _calls(path: Path) -> str:
+    """Return what describes the operators that an artifact calls, or ""; their providers are imported."""
+    if path.suffix == ".json":
+        return ""
+    found = torch_private.read_calls(path)
+    load_operators(torch_private.called_operators(found))
+    return found
+
+
+def _runner(path: Path, *, device: str, calls: str) -> Any:
     if path.suffix == ".json":
         return EagerRunner(read_program(path))
-    return torch_private.open_aoti_library(path, device=device)
+    return torch_private.open_aoti_library(path, device=device, calls=calls)
 
 
 def _open_kernels(bundle: Bundle, plan: Plan) -> tuple[dict[str, Callable[..., Any]], tuple[str, ...]]:

@@ -5,7 +5,14 @@ test in tests/unit/foundation/test_torch_private.py that fails when torch change
 stand inside functions: a warm start imports this package and must not pay for Dynamo or Inductor.
 """
 
-from piecework.foundation.torch_private.artifacts import bind_constants, open_aoti_library, pack_linear_weight
+from piecework.foundation.torch_private.artifacts import (
+    append_calls,
+    bind_constants,
+    called_operators,
+    open_aoti_library,
+    pack_linear_weight,
+    read_calls,
+)
 from piecework.foundation.torch_private.custom_ops import (
     attach_declaration,
     attached_declaration,
@@ -84,11 +91,13 @@ __all__ = [
     "Tracer",
     "ambient_mode",
     "aoti_interface_source",
+    "append_calls",
     "arguments_of_call",
     "attach_declaration",
     "attached_declaration",
     "bind_constants",
     "call_arguments",
+    "called_operators",
     "compile_aoti",
     "compile_standalone",
     "cuda_graph_unsafe_tags",
@@ -120,6 +129,7 @@ __all__ = [
     "pack_linear_weight",
     "parse_operator",
     "plain_tensors",
+    "read_calls",
     "real_object",
     "reference_type_name",
     "register_reference_type",

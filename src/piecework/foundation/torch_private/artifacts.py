@@ -1,19 +1,65 @@
 """Running artifacts. torch 2.11-2.13; torch/csrc/inductor/aoti_runner/pybind.cpp.
 
 The public `torch._inductor.aoti_load_package` imports Inductor's Python (about 2.5 s), these classes don't.
+
+A library that calls operators of Python needs a description of those calls, which the runner looks for beside it, in a
+file of its name (torch/csrc/inductor/aoti_torch/oss_proxy_executor.cpp). An artifact is one file, so the description
+lies at the library's end, where the linker doesn't look, and is put beside it for the moment in which it is opened.
 """
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
+_MARK: Final = b"piecework calls\n"
+_TAIL: Final = len(_MARK) + 8
 
-def open_aoti_library(path: Path, *, device: str) -> Any:
-    """Open one instance of an AOTInductor shared library on `device` ("cpu" or "cuda"); `run(list) -> list`."""
+
+def append_calls(library: Path, description: str) -> None:
+    """Put the description of a library's calls of operators at its end."""
+    text = description.encode()
+    with library.open("ab") as file:
+        file.write(text + len(text).to_bytes(8, "little") + _MARK)
+
+
+def read_calls(library: Path) -> str:
+    """Return what `append_calls` put at a library's end, or ""."""
+    with library.open("rb") as file:
+        size = file.seek(0, 2)
+        if size < _TAIL:
+            return ""
+        file.seek(size - _TAIL)
+        tail = file.read()
+        if not tail.endswith(_MARK):
+            return ""
+        length = int.from_bytes(tail[:8], "little")
+        file.seek(size - _TAIL - length)
+        return file.read(length).decode()
+
+
+def called_operators(description: str) -> tuple[str, ...]:
+    """Return the operators ("namespace::name") that a description says are called."""
+    nodes = json.loads(description)["nodes"] if description else []
+    return tuple(dict.fromkeys(str(node["node"]["target"]) for node in nodes))
+
+
+def open_aoti_library(path: Path, *, device: str, calls: str = "") -> Any:
+    """Open one instance of an AOTInductor shared library on `device` ("cpu" or "cuda"); `run(list) -> list`.
+
+    `calls` is what `read_calls` gave.
+    """
+    if calls:
+        with tempfile.TemporaryDirectory(prefix="piecework-") as folder:
+            beside = Path(folder) / "piece.so"
+            beside.symlink_to(path.resolve())
+            beside.with_suffix(".json").write_text(calls)
+            return open_aoti_library(beside, device=device)
     if device == "cpu":
         return torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)
     return torch._C._aoti.AOTIModelContainerRunnerCuda(str(path), 1, device, str(path.parent))
