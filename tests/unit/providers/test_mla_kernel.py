@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from piecework.compiler.kernels import KernelJob, kernel_jobs
+from piecework.compiler.options import CompileOptions
 from piecework.errors import BundleError
+from piecework.foundation.target import make_target
+from piecework.foundation.torch_private import find_overload
+from piecework.graph.split import OpaqueCall
 from piecework.ops.mla import PLAIN, row_view
 from piecework.ops.mla_core import LatentCores, latent_attention
 from piecework.providers.cpu_mla import kernel
@@ -32,6 +38,18 @@ def test_every_operator_has_an_implementation(monkeypatch: pytest.MonkeyPatch) -
     assert set(made) == CPU_MLA.operators
 
 
+def test_is_built_for_every_operator_and_the_types_it_is_called_with() -> None:
+    def call(name: str, dtype: torch.dtype) -> OpaqueCall:
+        first = SimpleNamespace(meta={"val": torch.empty(1, dtype=dtype, device="meta")})
+        return OpaqueCall(SimpleNamespace(target=find_overload(name), args=(first,)), ())
+
+    target = make_target("x86_64", system="linux", flags=frozenset({"avx2", "fma"}))
+    for name in CPU_MLA.operators:
+        calls = [call(name, torch.bfloat16), call(name, torch.float32)]
+        jobs = kernel_jobs(calls, options=CompileOptions(), target=target, device="cpu")
+        assert jobs == (KernelJob(CPU_MLA, ("float32", "bfloat16")),), name
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 def test_what_a_library_does_not_support_plain_torch_does(batch: str) -> None:
     idle = CpuMla.__new__(CpuMla)
@@ -49,6 +67,7 @@ def test_what_a_library_does_not_support_plain_torch_does(batch: str) -> None:
     contexts=st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 300)), max_size=6),
     most=st.sampled_from([1, 100, 256, 700, 5000]),
 )
+@settings(deadline=None)
 def test_rounds_hold_all_context_once_and_in_order(contexts: list[tuple[int, int]], most: int) -> None:
     context = {seq: old for seq, (old, _) in enumerate(contexts)}
     new = [num for _, num in contexts]
