@@ -18,8 +18,8 @@ from piecework.foundation.torch_private import find_overload
 from piecework.graph.split import OpaqueCall
 from piecework.ops.mla import PLAIN, row_view
 from piecework.ops.mla_core import LatentCores, latent_attention
-from piecework.providers.cpu_mla import kernel
 from piecework.providers.cpu_mla.kernel import CpuMla
+from piecework.providers.cpu_mla.rounds import share_out
 from piecework.providers.kernels import CPU_MLA, open_kernel
 from tests.unit.ops.mla_cases import BATCHES, make_mla_case
 
@@ -71,12 +71,12 @@ def test_what_a_library_does_not_support_plain_torch_does(batch: str) -> None:
 def test_rounds_hold_all_context_once_and_in_order(contexts: list[tuple[int, int]], most: int) -> None:
     context = {seq: old for seq, (old, _) in enumerate(contexts)}
     new = [num for _, num in contexts]
-    rounds = kernel._rounds(context, new, most=most)
-    assert all(sum(piece.count for piece in pieces) <= most for pieces in rounds)
+    rounds = share_out(context, new, most=most)
+    assert all(sum(chunk.count for chunk in chunks) <= most for chunks in rounds)
     states: set[int] = set()
     for seq, old in context.items():
-        mine = [piece for pieces in rounds for piece in pieces if piece.seq == seq]
-        assert len({id(pieces) for pieces in rounds if any(p.seq == seq for p in pieces)}) == len(mine)
+        mine = [chunk for chunks in rounds for chunk in chunks if chunk.seq == seq]
+        assert len({id(chunks) for chunks in rounds if any(p.seq == seq for p in chunks)}) == len(mine)
         assert [p.begin for p in mine] == [sum(p.count for p in mine[:i]) for i in range(len(mine))]
         assert sum(p.count for p in mine) == old
         assert [p.resumed for p in mine] == [i > 0 for i in range(len(mine))]

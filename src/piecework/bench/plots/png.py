@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure as Canvas
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from piecework.bench.plots.figure import COLORS, BarPanel, Figure, LinePanel, number, ticks
 
@@ -24,9 +25,10 @@ def write_png(figure: Figure, path: Path) -> None:
     width, height = _PANEL_INCHES
     foot = 0.25 * len(figure.remarks) + 0.15
     total = rows * height + 0.9 + foot
-    canvas = Canvas(figsize=(columns * width, total), layout="constrained")
+    rect = (0.01, foot / total, 0.98, 1 - (0.9 + foot) / total)
+    layout = ConstrainedLayoutEngine(h_pad=0.12, rect=rect)
+    canvas = Canvas(figsize=(columns * width, total), layout=layout)
     FigureCanvasAgg(canvas)
-    canvas.get_layout_engine().set(h_pad=0.12, rect=(0.01, foot / total, 0.98, 1 - (0.9 + foot) / total))
     canvas.text(0.02, 1 - 0.18 / total, figure.title, fontsize=15, weight="bold", va="top")
     canvas.text(0.02, 1 - 0.5 / total, figure.subtitle, fontsize=10, color=_QUIET, va="top")
     for line, remark in enumerate(figure.remarks):

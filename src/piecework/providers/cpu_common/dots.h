@@ -7,8 +7,8 @@ namespace piecework {
 
 PIECEWORK_INLINE void fetch(const void* at) { __builtin_prefetch(at, 0, 2); }
 
-// What words after the last whole vector, fewer than kLanes, add to scores: word n * kKeys + k is that of query n and key
-// k. Apart, because with it all sums would go through memory.
+// What words after the last whole vector, fewer than kLanes, add to scores: word n * kKeys + k is that of query n and
+// key k. Apart, because with it all sums would go through memory.
 template <bool Paired, int N>
 __attribute__((noinline)) Floats score_rest(const uint32_t* queries, int64_t query_stride, const uint32_t* const* keys,
                                             int64_t first, int64_t count) {
@@ -22,8 +22,8 @@ __attribute__((noinline)) Floats score_rest(const uint32_t* queries, int64_t que
   return sums(sum);
 }
 
-// Scores of N queries with kLanes / N keys; query n's go to out + n * out_stride. Queries are zero up to a whole vector.
-// Meanwhile ahead(k, w) may fetch what comes next, once for every vector of every key.
+// Scores of N queries with kLanes / N keys; query n's go to out + n * out_stride. Queries are zero up to a whole
+// vector. Meanwhile ahead(k, w) may fetch what comes next, once for every vector of every key.
 template <bool Paired, int N, class Ahead>
 PIECEWORK_INLINE void score_keys(const uint32_t* queries, int64_t query_stride, const uint32_t* const* keys,
                                  int64_t words, float* out, int64_t out_stride, const Ahead& ahead) {

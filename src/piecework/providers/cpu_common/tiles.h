@@ -90,8 +90,8 @@ PIECEWORK_INLINE void give_rows(const float* out, int64_t dim, Floats factor, T*
   }
 }
 
-// Makes weights of the scores of `num` keys, of which none is more than `most`; where keys are paired, two share a word.
-// What earlier weights become is `decay`; there is room for the scores of one key more.
+// Makes weights of the scores of `num` keys, of which none is more than `most`; where keys are paired, two share a
+// word. What earlier weights become is `decay`; there is room for the scores of one key more.
 template <bool Paired, int V>
 PIECEWORK_INLINE void make_weights(float* scores, int64_t num, const Floats* most, Floats* top, Floats* total,
                                    Floats* decay) {

@@ -133,7 +133,8 @@ struct Decode {
   }
 
   void take_queries() {
-    const T *latent = (const T*)call.q_latent + seq * call.latent_token, *pe = (const T*)call.q_pe + seq * call.pe_token;
+    const T* latent = (const T*)call.q_latent + seq * call.latent_token;
+    const T* pe = (const T*)call.q_pe + seq * call.pe_token;
     for (int64_t h = 0; h < call.num_heads; ++h, latent += call.latent_head, pe += call.pe_head) {
       uint32_t* to = queries + h * query_stride;
       if constexpr (kInPlace<T>) {
@@ -188,8 +189,8 @@ struct Decode {
   template <int N, int Ahead>
   PIECEWORK_INLINE const char* score_some(int64_t h, int64_t key, const char* line, const char* end) {
     const auto scored = [&](int64_t k, const auto& ahead) {
-      score_keys<kPair, N>(queries + h * query_stride, query_stride, entries + k, words, scores + h * kChunk + k, kChunk,
-                           ahead);
+      score_keys<kPair, N>(queries + h * query_stride, query_stride, entries + k, words, scores + h * kChunk + k,
+                           kChunk, ahead);
     };
     for (int64_t k = key; k < key + kLanes; k += kLanes / N) {
       if (Ahead && line < end) {

@@ -10,7 +10,7 @@ import ctypes
 import itertools
 import struct
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, final
@@ -21,6 +21,7 @@ from torch.nn.functional import linear
 
 from piecework.errors import OpError
 from piecework.ops import mla_plain
+from piecework.providers.cpu_mla.rounds import LEAST_CHUNK, Chunk, padded, share_out
 
 SOURCES: Final = Path(__file__).resolve().parent
 DTYPES: Final = ("float32", "bfloat16", "float16")  # in the order of their numbers in mla.cpp
@@ -40,9 +41,7 @@ _WRONG: Final = {
     4: "a block outside of the cache",
     5: "no memory for partial results",
 }
-_TILE_ROWS: Final = 64  # what tiles of rows divide, whatever the machine
 _EXPANDED_BYTES: Final = 1 << 23  # of context's keys and values, expanded at once
-_LEAST_CHUNK: Final = 256  # tokens
 
 
 @final
@@ -232,29 +231,29 @@ class CpuMla:
         if any(num < 0 or new[seq] < 1 for seq, num in context.items()):
             _ran(3, asked=f"mla_prefill of {len(context)} sequences")
         row_bytes = old.kv_b_weight.shape[0] * old.kv_b_weight.element_size()
-        rounds = _rounds(context, new, most=max(_LEAST_CHUNK, _EXPANDED_BYTES // row_bytes))
+        rounds = share_out(context, new, most=max(LEAST_CHUNK, _EXPANDED_BYTES // row_bytes))
         num_heads = batch.q_nope.shape[1]
         out = batch.q_nope.new_empty(batch.q_nope.shape[0], num_heads * batch.value)
         state = None
-        if any(piece.paused for pieces in rounds for piece in pieces):
-            rows = max(p.state + _padded(new[p.seq]) for pieces in rounds for p in pieces if p.state >= 0)
+        if any(chunk.paused for chunks in rounds for chunk in chunks):
+            rows = max(p.state + padded(new[p.seq]) for chunks in rounds for p in chunks if p.state >= 0)
             state = torch.empty(rows * num_heads * (batch.value + 2))
-        for number, pieces in enumerate(rounds):
-            latents, keys = self._gathered(pieces, old)
+        for number, chunks in enumerate(rounds):
+            latents, keys = self._gathered(chunks, old)
             expanded = None if latents is None else linear(latents, old.kv_b_weight)
-            if not self._round(batch, pieces, expanded, keys, state, out, first=number == 0):
+            if not self._round(batch, chunks, expanded, keys, state, out, first=number == 0):
                 return None
         return out
 
-    def _gathered(self, pieces: Sequence[_Piece], old: _Cached) -> tuple[Tensor | None, Tensor | None]:
-        """Copy the pieces' cached entries: latents [C, L] and rotated keys [C, R]; None where they have none."""
-        wanted = [piece for piece in pieces if piece.count]
+    def _gathered(self, chunks: Sequence[Chunk], old: _Cached) -> tuple[Tensor | None, Tensor | None]:
+        """Copy the chunks' cached entries: latents [C, L] and rotated keys [C, R]; None where they have none."""
+        wanted = [chunk for chunk in chunks if chunk.count]
         if not wanted:
             return None, None
-        count = sum(piece.count for piece in wanted)
+        count = sum(chunk.count for chunk in wanted)
         rank, cache = old.kv_b_weight.shape[1], old.latent_cache
         latents, keys = cache.new_empty(count, rank), cache.new_empty(count, cache.shape[2] - rank)
-        slices = array("q", [n for piece in wanted for n in (piece.seq, piece.begin, piece.count)])
+        slices = array("q", [n for chunk in wanted for n in (chunk.seq, chunk.begin, chunk.count)])
         call = _GATHER[1].pack(
             cache.data_ptr(),
             old.block_tables.data_ptr(),
@@ -276,7 +275,7 @@ class CpuMla:
     def _round(
         self,
         batch: _Prompts,
-        pieces: Sequence[_Piece],
+        chunks: Sequence[Chunk],
         expanded: Tensor | None,
         keys: Tensor | None,
         state: Tensor | None,
@@ -284,11 +283,11 @@ class CpuMla:
         *,
         first: bool,
     ) -> bool:
-        """Attend the pieces' new tokens over `expanded` [C, H * (N + V)]; whether the library could."""
+        """Attend the chunks' new tokens over `expanded` [C, H * (N + V)]; whether the library could."""
         numbers, row = array("q"), 0
-        for piece in pieces:
-            numbers.extend((piece.seq, row, piece.count, piece.state, piece.resumed, piece.paused))
-            row += piece.count
+        for chunk in chunks:
+            numbers.extend((chunk.seq, row, chunk.count, chunk.state, chunk.resumed, chunk.paused))
+            row += chunk.count
         decoded = batch.decode_out if first else None
         new_keys = batch.entry[:, batch.entry.shape[1] - batch.q_pe.shape[2] :]
         call = _PREFILL[1].pack(
@@ -311,7 +310,7 @@ class CpuMla:
             batch.q_nope.shape[0],
             batch.decodes,
             batch.query_start.shape[0] - 1,
-            len(pieces),
+            len(chunks),
             row,
             batch.q_nope.shape[1],
             batch.q_nope.shape[2],
@@ -347,56 +346,6 @@ class _Cached:
     latent_cache: Tensor
     block_tables: Tensor
     seq_lens: Tensor
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Some context of a sequence, `begin` and on, for one round; see `Prompt` in calls.h."""
-
-    seq: int
-    begin: int
-    count: int
-    state: int = -1
-    resumed: bool = False
-    paused: bool = False
-
-
-def _rounds(context: dict[int, int], new: Sequence[int], *, most: int) -> list[list[_Piece]]:
-    """Share the sequences' context out over rounds of at most `most` tokens; what doesn't fit goes on in the next.
-
-    New tokens come with the last piece of their sequence's context. There is one round at least.
-    """
-    rounds: list[list[_Piece]] = [[]]
-    left, state = most, 0
-    for seq, num in context.items():
-        if num <= left:
-            rounds[-1].append(_Piece(seq, 0, num))
-            left -= num
-            continue
-        for begin, count in _cuts(num, first=left, most=most):
-            if count > left:
-                rounds.append([])
-                left = most
-            paused = begin + count < num
-            rounds[-1].append(_Piece(seq, begin, count, state=state, resumed=begin > 0, paused=paused))
-            left -= count
-        state += _padded(new[seq])
-    return rounds
-
-
-def _cuts(num: int, *, first: int, most: int) -> Iterator[tuple[int, int]]:
-    """Yield (begin, count) of parts of `num` tokens: `first`, unless that is too few to pay, then `most` each."""
-    begin = 0
-    if first >= _LEAST_CHUNK:
-        yield 0, first
-        begin = first
-    for at in range(begin, num, most):
-        yield at, min(most, num - at)
-
-
-def _padded(rows: int) -> int:
-    """Return how many rows the tiles of some rows have."""
-    return -(-rows // _TILE_ROWS) * _TILE_ROWS
 
 
 def _entry(library: ctypes.CDLL, name: str) -> Callable[[bytes], int]:

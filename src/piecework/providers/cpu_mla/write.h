@@ -21,7 +21,8 @@ void write(const WriteCall& call, int64_t token) {
   const int64_t rank = call.rank, half = call.rope / 2, width = call.rank + call.rope;
   const T* from = (const T*)call.compressed + token * call.compressed_token;
   const T* weight = (const T*)call.norm_weight;
-  const Angle *cos = (const Angle*)call.cos + token * call.cos_token, *sin = (const Angle*)call.sin + token * call.sin_token;
+  const Angle* cos = (const Angle*)call.cos + token * call.cos_token;
+  const Angle* sin = (const Angle*)call.sin + token * call.sin_token;
   alignas(64) float x[kMaxWidth + kLanes];
   to_floats(from, width, x);
   Floats squares = {};
