@@ -10,9 +10,9 @@ from typing import Any
 
 from piecework.compiler import aoti, rebuild, toolchain
 from piecework.compiler.backends import Backend
+from piecework.compiler.deduplicate import Unique
 from piecework.compiler.job import Job
 from piecework.compiler.options import BackendName, CompileOptions
-from piecework.compiler.planning import Unique
 from piecework.errors import CompileError
 from piecework.foundation.digests import digest_file, digest_json
 from piecework.foundation.target import Target

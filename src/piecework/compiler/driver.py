@@ -9,10 +9,11 @@ from typing import Any
 
 from piecework.compiler.artifacts import OnProgress, compile_artifacts
 from piecework.compiler.backends import Backend
+from piecework.compiler.deduplicate import Deduplicated, Forward, deduplicate
 from piecework.compiler.explanations import explain_pieces
 from piecework.compiler.kernels import KernelBuilds, kernel_jobs
 from piecework.compiler.options import CompileOptions, merges_linear, packed_dtypes
-from piecework.compiler.planning import Deduplicated, Path, deduplicate, make_plan
+from piecework.compiler.planning import make_plan
 from piecework.foundation.process import garbage_collection_off
 from piecework.foundation.target import Target
 from piecework.graph.capture import CapturedGraph, capture
@@ -70,7 +71,7 @@ def compile_request(
         with recorder.phase("capture"):
             captures = capture_variants(request)
         with recorder.phase("split"):
-            paths = [Path(captured, split(captured), variant) for captured, variant in captures]
+            paths = [Forward(captured, split(captured), variant) for captured, variant in captures]
             pieces = deduplicate(
                 paths,
                 merge=merges_linear(options),
@@ -136,7 +137,7 @@ def _provider_facts(pieces: Deduplicated, providers: Providers) -> list[Fact]:
     return [Fact("provider", package, package_version(package)) for package in packages]
 
 
-def _note_capture(recorder: Recorder, paths: Sequence[Path], pieces: Deduplicated) -> None:
+def _note_capture(recorder: Recorder, paths: Sequence[Forward], pieces: Deduplicated) -> None:
     for path in paths:
         recorder.count("blocks_traced", by=path.captured.stacks.traced)
         recorder.count("blocks_stamped", by=path.captured.stacks.stamped)
@@ -150,7 +151,7 @@ def _note_capture(recorder: Recorder, paths: Sequence[Path], pieces: Deduplicate
     recorder.count("ir_ops", by=sum(len(unique.sites) for unique in pieces.unique))
 
 
-def _literals(paths: Sequence[Path]) -> bytes | None:
+def _literals(paths: Sequence[Forward]) -> bytes | None:
     literals = {name: tensor for path in paths for name, tensor in path.captured.literals.items()}
     if not literals:
         return None

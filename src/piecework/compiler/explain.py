@@ -182,12 +182,13 @@ def captured_subject(
 ) -> Subject:
     """Capture, split and dedupe; return what is to be explained. Raises CaptureError, ShapeContractError."""
     # a bundle is explained without a compiler
+    from piecework.compiler.deduplicate import Forward, deduplicate  # noqa: PLC0415
     from piecework.compiler.driver import capture_variants  # noqa: PLC0415
     from piecework.compiler.explanations import explain_pieces  # noqa: PLC0415
-    from piecework.compiler.planning import Path, deduplicate, make_plan  # noqa: PLC0415
+    from piecework.compiler.planning import make_plan  # noqa: PLC0415
     from piecework.graph.split import split  # noqa: PLC0415
 
-    paths = [Path(captured, split(captured), variant) for captured, variant in capture_variants(request)]
+    paths = [Forward(captured, split(captured), variant) for captured, variant in capture_variants(request)]
     pieces = deduplicate(paths, merge=False, pack_dtypes=frozenset())
     known = dict.fromkeys(note for path in paths for note in path.captured.stacks.notes)
     return Subject(

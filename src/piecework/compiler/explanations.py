@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from piecework.compiler.planning import Deduplicated, Path
+from piecework.compiler.deduplicate import Deduplicated, Forward
 from piecework.foundation.torch_private import operator_arguments, operator_of
 from piecework.graph.encode import target_name
 from piecework.graph.locations import locations_of
@@ -19,14 +19,14 @@ from piecework.report.listing import Listing
 from piecework.report.subject import Explanation
 
 
-def explain_pieces(paths: Sequence[Path], pieces: Deduplicated) -> Explanation:
+def explain_pieces(paths: Sequence[Forward], pieces: Deduplicated) -> Explanation:
     """Return the explanation of a model's unique pieces and opaque ops.
 
     Args:
         paths: its forwards.
         pieces: their unique pieces.
     """
-    first: dict[int, tuple[Piece, Path]] = {}
+    first: dict[int, tuple[Piece, Forward]] = {}
     for (number, step_number), index in pieces.index_of.items():
         step = paths[number].steps[step_number]
         if index not in first and isinstance(step, Piece):

@@ -1,27 +1,25 @@
-"""From the steps of a captured graph to the plan of a bundle: unique pieces, instances, recipes, slots."""
+"""From a model's forwards in steps to the plan of its bundle: instances, recipes, slots."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from piecework.compiler.deduplicate import Deduplicated, Forward, Unique
 from piecework.errors import CaptureError, InternalError
-from piecework.foundation.torch_private import operator_name, operator_of
+from piecework.foundation.torch_private import operator_of
 from piecework.graph.capture import CapturedGraph, InputKind
 from piecework.graph.encode import encode_torch_type
-from piecework.graph.request import CaptureRequest, TensorInput, Variant
-from piecework.graph.split import OpaqueCall, Piece, Step
+from piecework.graph.request import CaptureRequest, TensorInput
+from piecework.graph.split import OpaqueCall, Piece
 from piecework.ops.layer import LayerName
-from piecework.ops.program import Program, encode_float
-from piecework.ops.rows import ROWS_OP
+from piecework.ops.program import encode_float
 from piecework.ops.weight_source import Concat, Source, Take, label
-from piecework.passes.lower import CallSite, Lowered, Lowering
-from piecework.passes.merge_linear import Merged, merge_linear, unmerged
-from piecework.passes.pack_linear import PACKING, packable_constants
+from piecework.passes.pack_linear import PACKING
 from piecework.store.plan import (
     Instance,
     OpStep,
@@ -33,114 +31,12 @@ from piecework.store.plan import (
     ShapeRange,
     State,
     UniquePiece,
-    size_expression,
 )
-
-
-@dataclass(frozen=True)
-class Unique:
-    """A structurally different piece.
-
-    Attributes:
-        captured: the piece as it was captured.
-        lowered: the piece after passes, which is what a backend compiles.
-        primary: the program's symbol for the primary size, or None where the piece doesn't have it.
-        pack: constants of the lowered program that are bound packed.
-        uses: how many pieces are equal to it.
-        sites: its calls of IR ops, and which provider each has.
-    """
-
-    captured: Program
-    lowered: Merged
-    primary: str | None
-    pack: frozenset[int]
-    uses: int
-    sites: tuple[CallSite, ...] = ()
-
-    @property
-    def program(self) -> Program:
-        """The program that a backend compiles."""
-        return self.lowered.program
-
-
-@dataclass(frozen=True)
-class Path:
-    """A forward in steps: the one of a variant, or (`variant` None) the one for all other batches."""
-
-    captured: CapturedGraph
-    steps: Sequence[Step]
-    variant: Variant | None = None
-
-    @property
-    def primary(self) -> str:
-        """The graph's symbol for the first declared size, or "" where there is none."""
-        first = next(iter(self.captured.request.sizes), None)
-        return next((symbol for symbol, name in self.captured.size_names.items() if name == first), "")
-
-
-@dataclass(frozen=True)
-class Deduplicated:
-    """The unique pieces of a model, and which of them each piece is: `index_of[path, step]`."""
-
-    unique: tuple[Unique, ...]
-    index_of: Mapping[tuple[int, int], int]
-
-
-def deduplicate(
-    paths: Sequence[Path], *, merge: bool, pack_dtypes: frozenset[str], lowering: Lowering | None = None
-) -> Deduplicated:
-    """Group pieces by fingerprint, and lower each unique one.
-
-    Pieces that have the primary size in another place are different: an artifact for a part of its range must not serve
-    another size.
-
-    Args:
-        paths: a model's forwards; they share pieces.
-        merge: whether linear layers are merged (passes/merge_linear.py).
-        pack_dtypes: dtypes of weights that are packed (passes/pack_linear.py).
-        lowering: chooses providers of IR ops (passes/lower.py); None leaves the ops as they are.
-
-    Raises OpError where no provider that is asked for supports a call.
-    """
-    order: dict[tuple[str, str | None], int] = {}
-    first: list[tuple[Piece, str | None]] = []
-    uses: list[int] = []
-    strict: list[set[int]] = []
-    index_of: dict[tuple[int, int], int] = {}
-    for path_number, path in enumerate(paths):
-        # they take any strides; but rows are a view, whose strides the next piece was captured with
-        opaque = {
-            step.node
-            for step in path.steps
-            if isinstance(step, OpaqueCall) and operator_name(step.node.target) != ROWS_OP
-        }
-        for number, step in enumerate(path.steps):
-            if not isinstance(step, Piece):
-                continue
-            primary = step.symbols.get(path.primary)
-            structure = step.program.fingerprint(), primary
-            if structure not in order:
-                order[structure] = len(first)
-                first.append((step, primary))
-                uses.append(0)
-                strict.append(set())
-            index = index_of[path_number, number] = order[structure]
-            uses[index] += 1
-            strict[index].update(i for i, node in enumerate(step.outputs) if not opaque.issuperset(node.users))
-    unique = []
-    for (piece, primary), count, positions in zip(first, uses, strict, strict=True):
-        strictly = frozenset(positions)
-        merged = merge_linear(piece.program, strict_outputs=strictly) if merge else unmerged(piece.program)
-        whole = Lowered(merged.program)
-        lowered = whole if lowering is None else lowering.lower(merged.program, strict_outputs=strictly)
-        pack = packable_constants(lowered.program, dtypes=pack_dtypes)
-        after = replace(merged, program=lowered.program)
-        unique.append(Unique(piece.program, after, primary, pack, count, lowered.sites))
-    return Deduplicated(tuple(unique), index_of)
+from piecework.store.sizes import size_expression
 
 
 def make_plan(
-    paths: Sequence[Path],
+    paths: Sequence[Forward],
     pieces: Deduplicated,
     *,
     artifacts: Sequence[Sequence[ShapeRange]],
@@ -206,7 +102,7 @@ class _Constants:
         states: the states' names, in the order in which they are declared.
     """
 
-    def __init__(self, paths: Sequence[Path], pieces: Deduplicated) -> None:
+    def __init__(self, paths: Sequence[Forward], pieces: Deduplicated) -> None:
         self._paths = paths
         self._pieces = pieces
         self._needs: dict[tuple[int, int], list[_Wanted]] = {}
@@ -292,7 +188,7 @@ class _Planner:
     """Puts one forward's values into slots."""
 
     def __init__(
-        self, path: Path, number: int, pieces: Deduplicated, *, constants: _Constants, instances: list[Instance]
+        self, path: Forward, number: int, pieces: Deduplicated, *, constants: _Constants, instances: list[Instance]
     ) -> None:
         self._path = path
         self._number = number

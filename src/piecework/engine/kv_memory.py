@@ -20,7 +20,8 @@ from piecework.errors import CapacityError
 from piecework.models.config import ModelConfig
 from piecework.models.latent_config import LatentSizes
 from piecework.ops.mla_plain import CONTEXT_CHUNK
-from piecework.store.plan import Plan, size_expression
+from piecework.store.plan import Plan
+from piecework.store.sizes import size_expression
 
 DEFAULT_FRACTION: Final = {"cpu": 0.5, "cuda": 0.9}
 _STEPS: Final = 64

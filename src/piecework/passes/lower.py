@@ -38,7 +38,7 @@ from piecework.passes.inline import Body, NotTraceable, trace_body, varies
 from piecework.passes.liveness import dead_arguments
 from piecework.passes.splice import Splice
 from piecework.passes.verify import same_results
-from piecework.store.plan import size_expression
+from piecework.store.sizes import size_expression
 
 _NO_OPS: Final = frozenset({"operator", "torch", "math"})
 

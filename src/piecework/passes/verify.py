@@ -12,7 +12,7 @@ import torch
 
 from piecework.ops.program import Program, TensorSpec
 from piecework.ops.resolve import decode, resolve_target
-from piecework.store.plan import size_expression
+from piecework.store.sizes import size_expression
 
 _TYPICAL = (7, 5, 11, 3, 13)
 

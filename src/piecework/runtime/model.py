@@ -13,9 +13,11 @@ from piecework.ops.layer import LayerName
 from piecework.ops.opaque import implementation
 from piecework.ops.resolve import decode
 from piecework.record import Record
+from piecework.runtime.arguments import bind_arguments
 from piecework.runtime.states import zeros
 from piecework.runtime.structure import match, unflatten
-from piecework.store.plan import OpStep, PieceStep, Plan, PlanInput, PlanVariant, Step, size_expression
+from piecework.store.plan import OpStep, PieceStep, Plan, PlanInput, PlanVariant, Step
+from piecework.store.sizes import size_expression
 
 Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 StepCall = Callable[[list[Any], Mapping[str, int]], None]
@@ -120,7 +122,7 @@ class LoadedModel:
                 found="the bundle was compiled from named inputs",
                 try_="use run({name: tensor, ...}) with " + ", ".join(self.plan_inputs),
             )
-        given = _bind(layout, args, kwargs)
+        given = bind_arguments(layout, args, kwargs)
         leaves: list[Any] = []
         for name, structure in layout["given"]:
             match(structure, given[name], where=name, leaves=leaves)
@@ -385,29 +387,3 @@ def _wrong_shape(given: PlanInput, value: Any) -> ShapeContractError:
         found=f"the bundle was compiled for {list(given.shape) if given.shape is not None else given.size}",
         try_="pass inputs of the compiled shape",
     )
-
-
-def _bind(layout: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    names = layout["parameters"]
-    given = dict(zip(names, args, strict=False))
-    if len(args) > len(names) or set(given) & set(kwargs):
-        raise RequestError(
-            asked="call the loaded model",
-            found=f"{len(args)} positional arguments and {sorted(kwargs)}",
-            try_="call it as forward(" + ", ".join(names) + ")",
-        )
-    given.update(kwargs)
-    wanted = [name for name, _ in layout["given"]]
-    missing = [n for n in wanted if n not in given]
-    extra = [n for n in given if n not in wanted and not _is_default(layout["defaults"], n, given[n])]
-    if missing or extra:
-        raise RequestError(
-            asked="call the loaded model",
-            found=f"missing arguments {missing}" if missing else f"arguments {extra} that it was not compiled with",
-            try_="pass what the example arguments had: " + ", ".join(wanted),
-        )
-    return given
-
-
-def _is_default(defaults: Mapping[str, Any], name: str, value: object) -> bool:
-    return name in defaults and type(value) is type(defaults[name]) and value == defaults[name]

@@ -145,7 +145,12 @@ def test_other_errors(error: Exception, name: str, found: str, fake: Any, capsys
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_unwinds(number: int, fake: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_unwinds(
+    number: int, fake: Any, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    if number == signal.SIGINT:  # a shell's background jobs ignore it
+        old = signal.signal(signal.SIGINT, signal.default_int_handler)
+        request.addfinalizer(lambda: signal.signal(signal.SIGINT, old))
     unwound = []
 
     def run() -> int:

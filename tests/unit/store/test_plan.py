@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tests.unit.graph.graphs import NAMED, TWO, Encoder, NamedBlock, Stack, request
 from tests.unit.models.tiny import write_config
 
+from piecework.compiler.deduplicate import Forward, deduplicate
 from piecework.compiler.options import CompileOptions, packed_dtypes
-from piecework.compiler.planning import Path as Path_
-from piecework.compiler.planning import deduplicate, make_plan
+from piecework.compiler.planning import make_plan
 from piecework.errors import CorruptBundle
 from piecework.foundation.target import read_target
 from piecework.graph.capture import capture
@@ -32,8 +32,8 @@ from piecework.store.plan import (
     ShapeRange,
     State,
     UniquePiece,
-    size_expression,
 )
+from piecework.store.sizes import size_expression
 
 names = st.lists(
     st.sampled_from(["layers", "0", "1", "2", "11", "w", "a#b", "01", "experts"]), min_size=1, max_size=5
@@ -151,8 +151,8 @@ def plan_of(wanted: CaptureRequest) -> Plan:
     captured = capture(wanted)
     steps = split(captured)
     dtypes = packed_dtypes(CompileOptions(), target=read_target(), device="cpu")
-    pieces = deduplicate([Path_(captured, steps)], merge=False, pack_dtypes=dtypes)
-    return make_plan([Path_(captured, steps)], pieces, artifacts=[[] for _ in pieces.unique])
+    pieces = deduplicate([Forward(captured, steps)], merge=False, pack_dtypes=dtypes)
+    return make_plan([Forward(captured, steps)], pieces, artifacts=[[] for _ in pieces.unique])
 
 
 def test_eighty_layers_are_written_as_compactly_as_four(tmp_path: Path) -> None:
@@ -198,8 +198,8 @@ def assert_slots_hold_what_is_read(wanted: CaptureRequest) -> None:
     """Run the plan with the graph's nodes as values: every step must find its own operands in its slots."""
     captured = capture(wanted)
     steps = split(captured)
-    pieces = deduplicate([Path_(captured, steps)], merge=False, pack_dtypes=frozenset())
-    plan = make_plan([Path_(captured, steps)], pieces, artifacts=[[] for _ in pieces.unique])
+    pieces = deduplicate([Forward(captured, steps)], merge=False, pack_dtypes=frozenset())
+    plan = make_plan([Forward(captured, steps)], pieces, artifacts=[[] for _ in pieces.unique])
     slots: list[object] = [None] * plan.num_slots
     for number, given_input in enumerate(i for i in captured.inputs if i.kind.value == "argument"):
         slots[number] = given_input.node
