@@ -114,7 +114,7 @@ def test_every_dependency_is_pinned(project, pins):
 def test_ci_runs_the_test_command_of_the_readme():
     readme = (ROOT / "README.md").read_text().splitlines()
     commands = [line for line in readme if line.startswith("python3 -m venv ")]
-    assert [command.rsplit("/", 1)[1] for command in commands] == ["piecework demo", "pytest -q"]
+    assert [command.rsplit("/", 1)[1] for command in commands] == ["piecework demo", "pytest -q -n auto"]
     assert "grep -m1 -E '^python3 -m venv .*pytest' README.md" in (ROOT / ".ci" / "run").read_text()
 
 
