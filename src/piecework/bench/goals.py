@@ -125,7 +125,7 @@ def check_mla_goals(rows: Iterable[Row]) -> tuple[Goal, ...]:
                 made.append(Goal(key, text, ratio, least, Bound.AT_LEAST))
             elif key.metric in _FIRST_TOKENS:
                 made.append(Goal(key, text, ratio, _TTFT_TO_OPAQUE))
-        if vllm and key.metric == "output_tok_s":
+        if vllm and key.metric in {"output_tok_s", "output_throughput"}:
             text = f"{key.metric} ÷ {_VLLM}'s"
             made.append(Goal(key, text, value / vllm, _THROUGHPUT_TO_VLLM, Bound.AT_LEAST, aim=_THROUGHPUT_AIM))
     return tuple(made)

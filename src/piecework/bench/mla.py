@@ -13,7 +13,7 @@ from piecework.bench.launch import Launcher
 from piecework.bench.measurements import Measured, OnProgress
 from piecework.bench.mla_model import LatentShape, write_deepseek
 from piecework.bench.random_models import RANDOM_MODELS, TINY_LATENT, RandomModel
-from piecework.bench.systems.mla import ChatLoad, LatentLayers, LatentModel, LatentOffline, LatentServing
+from piecework.bench.systems.mla import ChatLoad, LatentLayers, LatentModel, LatentOffline, LatentServing, VllmServing
 from piecework.bench.systems.throughput import ThroughputSystem, VllmThroughput, Workload
 from piecework.bench.systems.vllm import Peers
 from piecework.bench.throughput import take_turns
@@ -43,7 +43,7 @@ class MlaSettings:
 
     Args:
         parts: which of PARTS: a few layers' forwards, chats all at once, and the workload of `bench throughput`.
-        systems: which of SYSTEMS; vLLM only has the last part.
+        systems: which of SYSTEMS; vLLM has no forwards of layers.
         layers, shape, dtypes, batches: of the forwards.
         steps, seconds: at least so many forwards of each batch in a process, for so long.
         model, dtype: of the other parts.
@@ -118,7 +118,9 @@ def _parts(settings: MlaSettings, root: Path, *, on_progress: OnProgress) -> Ite
     path = settings.model.write(root / settings.model.name, dtype=settings.dtype)
     model = LatentModel(path, settings.model.layers, settings.dtype, settings.backend)
     if "serving" in settings.parts:
-        chats = [LatentServing(name, launcher, model, load=settings.chats) for name in forms]
+        chats: list[ThroughputSystem] = [LatentServing(name, launcher, model, load=settings.chats) for name in forms]
+        if settings.peers is not None and "vllm" in settings.systems:
+            chats.append(VllmServing(launcher, settings.peers, model, load=settings.chats))
         yield _Part("serving", chats, settings.end_to_end_repeats)
     if "offline" in settings.parts:
         yield _Part("offline", _offline(settings, model, launcher=launcher, forms=forms), settings.end_to_end_repeats)

@@ -29,8 +29,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="latent attention, its steps compiled or hidden in one operator",
         description="Measure latent attention with its steps compiled (exposed) beside the same steps in one operator "
         "(opaque). layers: forwards of a few layers of DeepSeek-V2-Lite's shapes, by regime. serving: chats all at "
-        "once through the engine. offline: the workload of `bench throughput`, also of vLLM. Every system runs in a "
-        "process of its own, taking turns. Needs the machine to itself.",
+        "once through the engine, and through vLLM's. offline: the workload of `bench throughput`, also of vLLM. Every "
+        "system runs in a process of its own, taking turns. Needs the machine to itself.",
     )
     option = bench_options.add_option
     option(parser, "--parts", PARTS, "what to measure", type_=bench_options.names(PARTS), metavar="P,…")
@@ -54,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
     bench_options.check_directory(args, "out", "plot")
     plot = bench_options.plot_writer(args)
     notes: list[str] = []
-    settings = _settings(args, bench_options.peers(args, notes, script=SCRIPT) if "offline" in args.parts else None)
+    settings = _settings(
+        args, bench_options.peers(args, notes, script=SCRIPT) if {"serving", "offline"} & set(args.parts) else None
+    )
     result, about = bench_options.measured(
         lambda on_progress: measure_mla(settings, on_progress=on_progress), peers=settings.peers, notes=notes
     )

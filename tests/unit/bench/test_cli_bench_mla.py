@@ -13,7 +13,7 @@ from piecework.bench.goals import check_mla_goals
 from piecework.bench.measurements import Key, Measured, Row
 from piecework.bench.mla import LITE, MlaSettings, lite_batches
 from piecework.bench.random_models import RANDOM_MODELS, TINY_LATENT
-from piecework.bench.systems.mla import SERVING_METRICS, ChatLoad
+from piecework.bench.systems.mla import SERVING_METRICS, VLLM_CELL, ChatLoad
 from piecework.bench.systems.throughput import SCRIPT
 from piecework.cli import bench_mla
 from piecework.cli.main import main
@@ -31,9 +31,10 @@ ANSWERS = {
     "mla_layers": {"batches": [{"tok_s": 100.0 + i} for i in range(6)]},
     "mla_serving": SERVING,
     "throughput": OFFLINE,
+    VLLM_CELL.name: {"outcomes": [{"begin_s": 0.0, "token_s": [0.25, 0.5]}]},
     SCRIPT: {"out_tok_s": 400.0, "total_tok_s": 1200.0, "one_request_tok_s": 80.0},
 }
-TINY = ["bench", "mla", "--layer-shape", "tiny", "--random-model", "mla-tiny"]
+TINY = ["bench", "mla", "--layer-shape", "tiny", "--random-model", "mla-tiny", "--chats", "1"]
 ONCE = ["--repeats", "1", "--end-to-end-repeats", "1"]
 
 
@@ -88,7 +89,9 @@ def test_forms_take_turns_in_processes_of_their_own(
     assert json.loads(out.read_text()) == report
     forms = ["exposed", "opaque"]
     assert names(stub) == [
-        *forms, *["mla_layers"] * 4, *forms, *["mla_serving"] * 2, *forms, *["throughput"] * 2, SCRIPT,
+        *forms, *["mla_layers"] * 4,
+        *forms, VLLM_CELL.name, *["mla_serving"] * 2, VLLM_CELL.name,
+        *forms, *["throughput"] * 2, SCRIPT,
     ]  # fmt: skip
     rows = report["rows"]
     assert rows[0] == {
@@ -101,7 +104,7 @@ def test_forms_take_turns_in_processes_of_their_own(
     assert {row["metric"] for row in rows if "ttft" in row["metric"]} == {
         "mean_ttft_ms", "median_ttft_ms", "p99_ttft_ms",
     }  # fmt: skip
-    assert "mean_tpot_ms" not in {row["metric"] for row in rows}  # which has no figure
+    assert "mean_tpot_ms" not in {row["metric"] for row in rows if row["system"] != "vllm"}  # which has no figure
     assert report["settings"]["model"] == "mla-tiny"
     assert report["settings"]["hidden"] == TINY_LATENT.hidden
     assert report["versions"]["vllm"] == "0.0.1"
@@ -130,16 +133,25 @@ def test_both_forms_do_the_same_work(stub: Path) -> None:
     assert [batch["decode"] for batch in sent] == [1, 8, 32, 0, 0, 16]
 
 
-def test_vllm_does_it_too_and_only_offline(stub: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_vllm_does_it_too_offline(stub: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*TINY, *ONCE, "--parts", "offline", "--peers", str(stub), "--json"]) == 0
     ours, _, theirs = calls(stub)[-3:]
     assert value_of(theirs, "--model") == ours[2]
     assert (value_of(theirs, "--requests"), value_of(theirs, "--inp"), value_of(theirs, "--out")) == ("32", "128", "64")
     goals = [goal["goal"] for goal in json.loads(capsys.readouterr().out)["goals"]]
     assert goals == ["output_tok_s ÷ opaque's", "output_tok_s ÷ vllm's"]
-    (stub / "calls").unlink()
-    assert main([*TINY, *ONCE, "--parts", "serving", "--peers", str(stub)]) == 0
-    assert names(stub) == ["exposed", "opaque", "mla_serving", "mla_serving"]
+
+
+def test_vllm_gets_the_same_chats(stub: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TINY, *ONCE, "--parts", "serving", "--peers", str(stub), "--json"]) == 0
+    assert names(stub) == ["exposed", "opaque", VLLM_CELL.name, "mla_serving", "mla_serving", VLLM_CELL.name]
+    ours, theirs = calls(stub)[-2:]
+    assert value_of(theirs, "--model") == ours[2]
+    assert value_of(theirs, "--max-length") == value_of(ours, "--max-length")
+    report = json.loads(capsys.readouterr().out)
+    found = {row["metric"]: row["value"] for row in report["rows"] if row["system"] == "vllm"}
+    assert (found["mean_ttft_ms"], found["median_itl_ms"]) == (250, 250)
+    assert "output_throughput ÷ vllm's" in [goal["goal"] for goal in report["goals"]]
 
 
 def test_where_vllm_is_not_set_up_a_note_says_so(
@@ -167,10 +179,10 @@ def test_what_fails_is_told_and_the_rest_is_measured(
     assert main([*TINY, "--repeats", "2", "--peers", str(stub), "--dtypes", "float32", "--json"]) == code
     report = json.loads(capsys.readouterr().out)
     assert any("told to fail" in note for note in report["notes"])
-    metrics = {row["metric"] for row in report["rows"]}
+    metrics = {row["metric"] for row in report["rows"] if row["system"] != "vllm"}
     assert ("tok_s" in metrics) == (failing not in ("mla_layers", "compile"))
     assert ("mean_ttft_ms" in metrics) == (failing not in ("mla_serving", "compile"))
-    assert "output_tok_s" in metrics
+    assert "output_tok_s" in {row["metric"] for row in report["rows"]}
 
 
 def test_a_plot(stub: Path, tmp_path: Path) -> None:

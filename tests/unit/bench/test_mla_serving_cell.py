@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from piecework.bench.cells import mla_serving
-from piecework.bench.cells.mla_serving import draw_requests, main, send_all
+from piecework.bench.cells.mla_serving import main, send_all
+from piecework.bench.serving.workload import draw_chats
 
 
 class Recorded:
@@ -55,8 +56,8 @@ def test_a_token_that_is_missing_is_a_failure() -> None:
 
 
 def test_lengths_are_those_of_chats_and_always_the_same() -> None:
-    made = draw_requests(200, input=100, output=50, max_length=256, vocab=1000, seed=0)
-    assert made == draw_requests(200, input=100, output=50, max_length=256, vocab=1000, seed=0)
+    made = draw_chats(200, input=100, output=50, max_length=256, vocab=1000, seed=0)
+    assert made == draw_chats(200, input=100, output=50, max_length=256, vocab=1000, seed=0)
     inputs = sorted(len(prompt) for prompt, _ in made)
     assert inputs[100] < 70 < sum(inputs) / 200  # many short ones, and few long ones
     assert all(len(prompt) + output <= 256 for prompt, output in made)

@@ -16,7 +16,7 @@ from typing import Final
 from piecework.bench.cells.forward import emit
 from piecework.bench.cells.throughput import KV_CACHE_BYTES
 from piecework.bench.serving.figures import Outcome, figures_of
-from piecework.bench.serving.workload import DEFAULT_MEANS, Lengths, draw_lengths, draw_tokens
+from piecework.bench.serving.workload import DEFAULT_MEANS, Chat, Lengths, draw_chats
 from piecework.engine.llm import LLM
 from piecework.engine.sampling_params import SamplingParams
 from piecework.models.config import read_config
@@ -25,15 +25,12 @@ _WARM_UP_REQUESTS: Final = 8
 _WARM_UP_TOKENS: Final = 8
 _MEANS: Final = DEFAULT_MEANS[Lengths.SHAREGPT]
 
-Request = tuple[list[int], int]
-"""A prompt, and how many tokens shall follow."""
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the cell."""
     args = _parser().parse_args(argv)
     vocab = read_config(args.model).vocab_size
-    requests = draw_requests(
+    requests = draw_chats(
         args.requests, input=args.input, output=args.output, max_length=args.max_length, vocab=vocab, seed=args.seed
     )
     # some of the same prompts, so that no operator runs for the first time later; nothing of them stays in the cache
@@ -45,20 +42,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     emit({**figures_of(outcomes).to_json(), "steps": stats.steps, "preemptions": stats.preemptions})
 
 
-def draw_requests(count: int, *, input: int, output: int, max_length: int, vocab: int, seed: int) -> list[Request]:
-    """Return requests of log-normal lengths; see `draw_lengths`."""
-    lengths = draw_lengths(Lengths.SHAREGPT, count=count, input=input, output=output, max_length=max_length, seed=seed)
-    prompts = draw_tokens([length.input for length in lengths], vocab=vocab, seed=seed)
-    return [(prompt, length.output) for prompt, length in zip(prompts, lengths, strict=True)]
-
-
-async def send_all(llm: LLM, requests: Sequence[Request]) -> list[Outcome]:
+async def send_all(llm: LLM, requests: Sequence[Chat]) -> list[Outcome]:
     """Continue all of them at once, and return when each token came, in their order."""
     begun = time.perf_counter()
     return list(await asyncio.gather(*(_send(llm, request, begun=begun) for request in requests)))
 
 
-async def _send(llm: LLM, request: Request, *, begun: float) -> Outcome:
+async def _send(llm: LLM, request: Chat, *, begun: float) -> Outcome:
     prompt, output = request
     params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
     sent = time.perf_counter()

@@ -36,6 +36,9 @@ class Lengths(Enum):
     SHAREGPT = "sharegpt"
 
 
+Chat = tuple[list[int], int]
+"""A prompt, and how many tokens shall follow."""
+
 # the means of ShareGPT's first turns, as serving benchmarks filter them
 DEFAULT_MEANS: Final = {Lengths.FIXED: (128, 64), Lengths.RANDOM: (128, 64), Lengths.SHAREGPT: (220, 200)}
 
@@ -86,6 +89,13 @@ def draw_tokens(lengths: Sequence[int], *, vocab: int, seed: int) -> list[list[i
     drawn = random.Random(f"prompts {seed}")
     low = min(_FIRST_TOKEN, vocab // 2)
     return [[drawn.randrange(low, vocab) for _ in range(length)] for length in lengths]
+
+
+def draw_chats(count: int, *, input: int, output: int, max_length: int, vocab: int, seed: int) -> list[Chat]:
+    """Return prompts of random tokens and the lengths of their continuations, both log-normal; see `draw_lengths`."""
+    lengths = draw_lengths(Lengths.SHAREGPT, count=count, input=input, output=output, max_length=max_length, seed=seed)
+    prompts = draw_tokens([length.input for length in lengths], vocab=vocab, seed=seed)
+    return [(prompt, length.output) for prompt, length in zip(prompts, lengths, strict=True)]
 
 
 def draw_texts(lengths: Sequence[int], *, tokens_per_word: float, seed: int) -> list[str]:

@@ -1,11 +1,14 @@
-"""The systems of `bench mla`: latent attention in both forms, each measured in three ways. vLLM is in throughput.py."""
+"""The systems of `bench mla`: latent attention in both forms, each measured in three ways, and chats through vLLM.
+
+Its offline throughput is in throughput.py.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, final
@@ -13,13 +16,18 @@ from typing import Any, Final, final
 from piecework.bench.cells.mla_batch import Batch
 from piecework.bench.launch import Caches, Launcher
 from piecework.bench.measurements import Key, Sample
+from piecework.bench.serving.figures import Outcome, figures_of
+from piecework.bench.serving.workload import Chat, draw_chats
 from piecework.bench.systems.throughput import ThroughputSystem, Workload
+from piecework.bench.systems.vllm import NOT_PRELOADED, Peers, engine_variables, preloaded
+from piecework.models.config import read_config
 
 SERVING_METRICS: Final = (
     "request_throughput",
     "output_throughput",
     *(f"{statistic}_{name}_ms" for name in ("ttft", "tpot", "itl") for statistic in ("mean", "median", "p99")),
 )
+VLLM_CELL: Final = Path(__file__).parents[1] / "cells" / "vllm_chats.py"
 _MAX_TOKENS: Final = 2048  # in one forward pass
 
 
@@ -138,12 +146,64 @@ class LatentServing(LatentSystem):
         load, model = self._load, self._model
         words = ["--requests", str(load.requests), "--input", str(load.input), "--output", str(load.output)]
         figures = self._cell("mla_serving", [*words, "--max-length", str(load.max_length)])
-        note = f"{figures['total_input_tokens']} tokens of prompts, {figures['total_output_tokens']} generated"
+        return _serving_samples(self.name, figures, model=model, load=load)
+
+
+@final
+class VllmServing(ThroughputSystem):
+    """The same chats through vLLM's own engine, with random ("dummy") weights; its defaults, bound to our cores."""
+
+    name = "vllm"
+
+    def __init__(self, launcher: Launcher, peers: Peers, model: LatentModel, *, load: ChatLoad) -> None:
+        self._launcher = launcher
+        self._peers = peers
+        self._model = model
+        self._load = load
+        self.notes = () if preloaded(peers) else (NOT_PRELOADED,)
+
+    def prepare(self) -> list[Sample]:
+        """Start once, so that what is measured finds its caches."""
+        self._outcomes(self._chats()[:1])
+        return []
+
+    def throughput(self) -> list[Sample]:
+        """Run all requests once."""
+        outcomes = self._outcomes(self._chats())
+        return _serving_samples(self.name, figures_of(outcomes).to_json(), model=self._model, load=self._load)
+
+    def _chats(self) -> list[Chat]:
+        load, vocab = self._load, read_config(self._model.path).vocab_size
+        return draw_chats(
+            load.requests, input=load.input, output=load.output, max_length=load.max_length, vocab=vocab, seed=0
+        )
+
+    def _outcomes(self, chats: Sequence[Chat]) -> list[Outcome]:
+        caches = self._launcher.caches("vllm-serving", fresh=False)
+        requests = caches.root / "requests.json"
+        requests.write_text(json.dumps(chats))
+        command = [str(self._peers.python), str(VLLM_CELL), str(requests), "--model", str(self._model.path)]
+        command += ["--dtype", self._model.dtype, "--max-length", str(self._load.max_length)]
+        figures = self._launcher.run(command, variables=engine_variables(self._peers, caches)).figures
         return [
-            Sample(Key(self.name, model.layers, metric, model.dtype, load.requests), figures[metric], note)
-            for metric in SERVING_METRICS
-            if figures[metric] is not None
+            Outcome(
+                begin_s=found["begin_s"],
+                latency_s=found["token_s"][-1],
+                token_s=tuple(found["token_s"]),
+                input_tokens=len(prompt),
+                output_tokens=output,
+            )
+            for found, (prompt, output) in zip(figures["outcomes"], chats, strict=True)
         ]
+
+
+def _serving_samples(system: str, figures: Mapping[str, Any], *, model: LatentModel, load: ChatLoad) -> list[Sample]:
+    note = f"{figures['total_input_tokens']} tokens of prompts, {figures['total_output_tokens']} generated"
+    return [
+        Sample(Key(system, model.layers, metric, model.dtype, load.requests), figures[metric], note)
+        for metric in SERVING_METRICS
+        if figures[metric] is not None
+    ]
 
 
 @final

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -13,13 +12,12 @@ from piecework.bench.launch import Caches, Launcher
 from piecework.bench.measurements import Key, Sample
 from piecework.bench.systems.piecework import FIRST_TOKEN_NOTE, PROMPT
 from piecework.bench.systems.vllm import FIRST_TOKEN_NOTE as VLLM_FIRST_TOKEN_NOTE
+from piecework.bench.systems.vllm import NOT_PRELOADED, Peers, cores, preloaded, vllm_variables
 from piecework.bench.systems.vllm import SCRIPT as STARTUP_SCRIPT
-from piecework.bench.systems.vllm import Peers, vllm_variables
 
 SCRIPT: Final = "vllm_throughput.py"
 COLD_NOTE: Final = "wall time of the process `piecework compile`, its caches empty; before the first round"
 _MAX_TOKENS: Final = 2048  # in one forward pass, as vLLM's script has it
-_PRELOADED: Final = ("deb/x/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4", "v/lib/libiomp5.so")
 
 
 @dataclass(frozen=True)
@@ -151,8 +149,8 @@ class VllmThroughput(ThroughputSystem):
         self._workload = workload
         startup_script = peers.script.with_name(STARTUP_SCRIPT)
         self._startup_script = startup_script if first_tokens and startup_script.is_file() else None
-        self._preload = all((peers.root / path).exists() for path in _PRELOADED)
-        self.notes = () if self._preload else ("vllm runs without tcmalloc and iomp, which PEERS_ROOT doesn't have",)
+        self._preload = bool(preloaded(peers))
+        self.notes = () if self._preload else (NOT_PRELOADED,)
 
     def prepare(self) -> list[Sample]:
         """Start cold once, so that the measured starts are warm ones."""
@@ -169,7 +167,7 @@ class VllmThroughput(ThroughputSystem):
         work = self._workload
         command = [str(self._peers.python), str(self._peers.script), "--model", str(work.model), "--dtype", work.dtype]
         command += ["--mode", "default", "--requests", str(work.requests), "--inp", str(work.input)]
-        command += ["--out", str(work.output), "--reps", str(work.runs), "--bind", _cores()]
+        command += ["--out", str(work.output), "--reps", str(work.runs), "--bind", cores()]
         command += ["--preload", str(int(self._preload))]
         return work.samples(self.name, self._run(command))
 
@@ -195,11 +193,3 @@ class VllmThroughput(ThroughputSystem):
 
     def _caches(self) -> Caches:
         return self._launcher.caches("vllm", fresh=False)
-
-
-def _cores() -> str:
-    """Return the cores that this process may use, as vLLM takes them: "0-1", or "0,2"."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    if len(cores) > 1 and cores[-1] - cores[0] == len(cores) - 1:
-        return f"{cores[0]}-{cores[-1]}"
-    return ",".join(map(str, cores))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ COLD_NOTE: Final = "vLLM's own compilation_time, all its caches and TMPDIR empty
 FIRST_COLD_NOTE: Final = "process start to first token, cold"
 LOAD_NOTE: Final = "vLLM's own compilation_time of a warm start (AOT artifacts loaded)"
 FIRST_TOKEN_NOTE: Final = "process start to first token, warm, engine in the process"
+NOT_PRELOADED: Final = "vllm runs without tcmalloc and iomp, which PEERS_ROOT doesn't have"
+_PRELOADED: Final = ("deb/x/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4", "v/lib/libiomp5.so")
 _VERSION: Final = (
     "from importlib.metadata import distributions\n"
     "print(next(d.version for d in distributions() if d.name.startswith('vllm')))"
@@ -86,6 +89,31 @@ class Vllm(System):
             self.sample(case, "unique_pieces", counters.get("num_compiled_artifacts_saved", 0)),
             self.sample(case, "bundle_mb", figures["cache_mb"], note="all its caches on disk"),
         ]
+
+
+def preloaded(peers: Peers) -> tuple[Path, ...]:
+    """Return the libraries that vLLM's CPU build wants preloaded (tcmalloc and iomp), or none where one is missing."""
+    libraries = tuple(peers.root / path for path in _PRELOADED)
+    return libraries if all(path.exists() for path in libraries) else ()
+
+
+def engine_variables(peers: Peers, caches: Caches) -> dict[str, str | None]:
+    """Return the variables under which vLLM's own engine uses all cores of this process, as its scripts set them."""
+    own = {"VLLM_CPU_OMP_THREADS_BIND": cores(), "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_USE_AOT_COMPILE": "1"}
+    own |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_CACHE_ROOT": str(caches.root / "vllm")}
+    own |= {"VLLM_CONFIG_ROOT": str(caches.root / "vllm_config"), "HF_HOME": str(caches.root / "hf")}
+    libraries = preloaded(peers)
+    if libraries:
+        own["LD_PRELOAD"] = ":".join(map(str, libraries))
+    return vllm_variables(caches) | own
+
+
+def cores() -> str:
+    """Return the cores that this process may use, as vLLM takes them: "0-1", or "0,2"."""
+    mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    if len(mine) > 1 and mine[-1] - mine[0] == len(mine) - 1:
+        return f"{mine[0]}-{mine[-1]}"
+    return ",".join(map(str, mine))
 
 
 def vllm_variables(caches: Caches) -> dict[str, str | None]:
