@@ -20,7 +20,7 @@ from torch import nn
 from piecework.errors import CaptureError, InternalError, PieceworkError, ShapeContractError
 from piecework.foundation import torch_private
 from piecework.graph.cuts import is_opaque
-from piecework.graph.locations import KeepLines, note_lines
+from piecework.graph.locations import KeepLines, is_models, note_lines
 from piecework.graph.recording import TraceAgain
 from piecework.graph.request import CaptureRequest, SizeInput, TensorInput
 from piecework.graph.sources import Unwatched, class_files, is_users, ran_files
@@ -128,7 +128,7 @@ def _capture(request: CaptureRequest, *, templates: bool, looked_at: LookedAt, n
             assert tracer is not None
             tensors.begin(tracer)
             tracer.keep(LayerName)
-            note_lines(tracer, is_users=is_users)
+            note_lines(tracer, is_wanted=is_models(request.module))
             tensors.swap(m for m in request.module.modules() if m not in blocks)
             named = {i.name: v for i, v in zip(request.inputs, values, strict=True)}
             with ran_files(sources), Unwatched():

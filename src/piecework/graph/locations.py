@@ -1,34 +1,58 @@
-"""Where a node comes from: the innermost source line of the user's code while it was traced.
+"""Where a node comes from: the innermost source line of the model's code while it was traced.
 
-Only what is really traced pays for it, and a stamped block's nodes have the lines of their template's.
+Only what is really traced pays for it, and a stamped block's nodes have the lines of their template's. Layers of ours
+that stand for a model's (models/deepseek.py) are its code like any other; functions that it is made to call aren't.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
 import torch
+from torch import nn
 
 from piecework.foundation.torch_private import Tracer
+from piecework.graph.sources import is_users
 
 _LINE: Final = "piecework_line"
+_OURS: Final = Path(__file__).parents[1]
 
 
-def note_lines(tracer: Tracer, *, is_users: Callable[[str], bool]) -> None:
+@dataclass(frozen=True)
+class _Line:
+    """A line of a file, and the function that it is in."""
+
+    file: str
+    number: int
+    function: str
+
+
+def is_models(module: nn.Module) -> Callable[[str], bool]:
+    """Return what says of a file's name whether it holds code of the model `module`.
+
+    That is the user's code, and files of ours that define a class of its parts.
+    """
+    names = {getattr(sys.modules.get(type(part).__module__), "__file__", None) for part in module.modules()}
+    ours = {name for name in names if name is not None and Path(name).is_relative_to(_OURS)}
+    return lambda filename: filename in ours or is_users(filename)
+
+
+def note_lines(tracer: Tracer, *, is_wanted: Callable[[str], bool]) -> None:
     """From now on, note for every call that `tracer` puts into its graph the line that it comes from.
 
     Args:
         tracer: the trace that is under way.
-        is_users: says of a file's name whether it is the user's code. Frames outside of whoever calls this are not
+        is_wanted: says of a file's name whether its lines are wanted. Frames outside of whoever calls this are not
             asked for.
     """
     outermost = sys._getframe(1).f_code
-    wanted = _Files(is_users)
+    wanted = _Files(is_wanted)
     create = tracer.tracer.create_node
 
     def create_node(kind: str, *args: Any, **kwargs: Any) -> torch.fx.Node:
@@ -37,7 +61,8 @@ def note_lines(tracer: Tracer, *, is_users: Callable[[str], bool]) -> None:
             frame: FrameType | None = sys._getframe(1)
             while frame is not None and frame.f_code is not outermost:
                 if wanted[frame.f_code.co_filename]:
-                    node.meta[_LINE] = frame.f_code.co_filename, frame.f_lineno
+                    code = frame.f_code
+                    node.meta[_LINE] = _Line(code.co_filename, frame.f_lineno, code.co_qualname)
                     break
                 frame = frame.f_back
         return node
@@ -46,14 +71,14 @@ def note_lines(tracer: Tracer, *, is_users: Callable[[str], bool]) -> None:
 
 
 class _Files(dict[str, bool]):
-    """Whether files are the user's. A look-up is no call, and so costs little while a profiler watches the trace."""
+    """Whether files are wanted. A look-up is no call, and so costs little while a profiler watches the trace."""
 
-    def __init__(self, is_users: Callable[[str], bool]) -> None:
+    def __init__(self, is_wanted: Callable[[str], bool]) -> None:
         super().__init__()
-        self._is_users = is_users
+        self._is_wanted = is_wanted
 
     def __missing__(self, filename: str) -> bool:
-        self[filename] = self._is_users(filename)
+        self[filename] = self._is_wanted(filename)
         return self[filename]
 
 
@@ -62,7 +87,7 @@ class KeepLines(torch.fx.Interpreter):
 
     def __init__(self, module: torch.fx.GraphModule, *, tracer: Tracer) -> None:
         super().__init__(module)
-        self._line: tuple[str, int] | None = None
+        self._line: _Line | None = None
         create = tracer.tracer.create_node
 
         def create_node(kind: str, *args: Any, **kwargs: Any) -> torch.fx.Node:
@@ -82,9 +107,28 @@ class KeepLines(torch.fx.Interpreter):
 def locations_of(nodes: Iterable[torch.fx.Node]) -> list[str]:
     """Return "package/file.py:12" for each node, "" where no line was noted; no absolute path is in them."""
     lines = [node.meta.get(_LINE) for node in nodes]
-    files = {line[0] for line in lines if line is not None}
-    named = {file: relative_path(Path(file)) for file in files}
-    return ["" if line is None else f"{named[line[0]]}:{line[1]}" for line in lines]
+    named = _named(lines)
+    return ["" if line is None else f"{named[line.file]}:{line.number}" for line in lines]
+
+
+def source_of(nodes: Iterable[torch.fx.Node]) -> str:
+    """Return the lines of some nodes as one text, such as "package/file.py:63-67 in Norm.forward"; "" for none.
+
+    Lines of one function are one range; of several functions each has its own, with commas between them.
+    """
+    lines = [line for node in nodes if (line := node.meta.get(_LINE)) is not None]
+    named = _named(lines)
+    numbers: dict[tuple[str, str], list[int]] = {}
+    for line in lines:
+        numbers.setdefault((named[line.file], line.function), []).append(line.number)
+    return ", ".join(
+        f"{file}:{min(found)}{f'-{max(found)}' if max(found) > min(found) else ''} in {function}"
+        for (file, function), found in numbers.items()
+    )
+
+
+def _named(lines: Sequence[_Line | None]) -> dict[str, str]:
+    return {file: relative_path(Path(file)) for file in {line.file for line in lines if line is not None}}
 
 
 def relative_path(path: Path) -> str:
