@@ -14,6 +14,9 @@ from piecework.compiler.rebuild import rebuild
 from piecework.compiler.toolchain import Toolchain, flags_of, libraries_of, sources_of
 from piecework.errors import CompileError, InternalError, PieceworkError, ShapeContractError
 from piecework.foundation import torch_private
+from piecework.foundation.digests import canonical_json
+from piecework.foundation.notes import KERNELS, append_note
+from piecework.foundation.traffic import Kernel, kernels_to_json
 from piecework.passes.pack_linear import pack_linear
 from piecework.providers.discovery import load_operators
 
@@ -38,10 +41,15 @@ def compile_piece(job: Job, *, directory: Path, toolchain: Toolchain) -> Path:
     options = {**_OPTIONS, **({"aot_inductor.embed_kernel_binary": True} if _on_cuda(job) else {})}
     output = directory / "piece.so"
     build = _AsGenerated(toolchain, directory) if _on_cuda(job) else _one_unit(toolchain, directory)
+    kernels: list[Kernel] = []
+
+    def note(found: list[Kernel]) -> None:
+        kernels[:] = found  # on a GPU the graph is generated twice
+
     try:
-        made = _compile(module, inputs, output=output, options=options, build=build)
+        made = _compile(module, inputs, output=output, options=options, build=build, on_kernels=note, session=session)
     except _DoesNotFit:
-        made = _compile(module, inputs, output=output, options=options, build=None)
+        made = _compile(module, inputs, output=output, options=options, build=None, on_kernels=note, session=session)
     guards = session.narrowing_guards()
     if guards:
         raise ShapeContractError(
@@ -50,6 +58,8 @@ def compile_piece(job: Job, *, directory: Path, toolchain: Toolchain) -> Path:
             try_="declare a range in which that holds, or give shape ranges that separate the cases",
             location=next((g.location for g in guards if g.location), ""),
         )
+    if kernels:
+        append_note(made, canonical_json(kernels_to_json(kernels)).decode(), mark=KERNELS)
     called = [path for path in directory.rglob("*.json") if not path.stem.endswith("_metadata")]
     if called:  # Inductor describes operators that are called; of several files, an attempt before left the others
         torch_private.append_calls(made, max(called, key=lambda path: path.stat().st_mtime_ns).read_text())
@@ -63,9 +73,19 @@ def _compile(
     output: Path,
     options: Mapping[str, Any],
     build: Callable[[str, str, Path], bool] | None,
+    on_kernels: torch_private.OnKernels,
+    session: torch_private.SymbolicSession,
 ) -> Path:
     try:
-        return torch_private.compile_aoti(module, inputs, output=output, options=options, build=build)
+        return torch_private.compile_aoti(
+            module,
+            inputs,
+            output=output,
+            options=options,
+            build=build,
+            on_kernels=on_kernels,
+            size_names=session.symbol_names,
+        )
     except Exception as error:  # whatever Inductor raises; it wraps what `build` raises
         raise _meant(error) from error
 

@@ -16,7 +16,7 @@ from piecework.compiler.options import BackendName, CompileOptions
 from piecework.errors import CompileError
 from piecework.foundation.digests import digest_file, digest_json
 from piecework.foundation.target import Target
-from piecework.foundation.torch_private import inductor, symbolic
+from piecework.foundation.torch_private import inductor, kernels, symbolic
 from piecework.graph.request import Dim
 from piecework.ops import resolve
 from piecework.passes import fakes, pack_linear
@@ -151,7 +151,7 @@ def _generator_digest() -> str:
     """Return the digest of our own code between a program and its library: an artifact of other code is another one."""
     sources = [
         Path(module.__file__ or "")
-        for module in (aoti, rebuild, fakes, toolchain, inductor, symbolic, pack_linear, resolve)
+        for module in (aoti, rebuild, fakes, toolchain, inductor, kernels, symbolic, pack_linear, resolve)
     ]
     return digest_json([digest_file(source) for source in sources])
 

@@ -16,6 +16,7 @@ from piecework.foundation.torch_private.artifacts import (
 from piecework.foundation.torch_private.custom_ops import (
     attach_declaration,
     attached_declaration,
+    computes_plainly,
     cuda_graph_unsafe_tags,
     fake_function,
     fake_results,
@@ -24,6 +25,7 @@ from piecework.foundation.torch_private.custom_ops import (
     is_stand_in,
     withdraw,
 )
+from piecework.foundation.torch_private.expressions import expression_text
 from piecework.foundation.torch_private.frame_sizes import holds, size_bounds
 from piecework.foundation.torch_private.inductor import (
     aoti_interface_source,
@@ -31,6 +33,7 @@ from piecework.foundation.torch_private.inductor import (
     set_inductor_options,
     warm_up_inductor,
 )
+from piecework.foundation.torch_private.kernels import OnKernels, watching_kernels
 from piecework.foundation.torch_private.opaque import (
     ReferenceBase,
     has_reference_types,
@@ -85,6 +88,7 @@ __all__ = [
     "TORCHS_NAMESPACES",
     "Argument",
     "Guard",
+    "OnKernels",
     "Operator",
     "ReferenceBase",
     "SymbolicSession",
@@ -100,10 +104,12 @@ __all__ = [
     "called_operators",
     "compile_aoti",
     "compile_standalone",
+    "computes_plainly",
     "cuda_graph_unsafe_tags",
     "current_tracer",
     "data_dependent_errors",
     "decomposes",
+    "expression_text",
     "fake_function",
     "fake_results",
     "find_overload",
@@ -145,5 +151,6 @@ __all__ = [
     "trusted_instructions",
     "uses_custom_passes",
     "warm_up_inductor",
+    "watching_kernels",
     "withdraw",
 ]

@@ -4,7 +4,7 @@ The public `torch._inductor.aoti_load_package` imports Inductor's Python (about 
 
 A library that calls operators of Python needs a description of those calls, which the runner looks for beside it, in a
 file of its name (torch/csrc/inductor/aoti_torch/oss_proxy_executor.cpp). An artifact is one file, so the description
-lies at the library's end, where the linker doesn't look, and is put beside it for the moment in which it is opened.
+lies at the library's end (foundation/notes.py), and is put beside it for the moment in which it is opened.
 """
 
 from __future__ import annotations
@@ -13,34 +13,21 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
-_MARK: Final = b"piecework calls\n"
-_TAIL: Final = len(_MARK) + 8
+from piecework.foundation.notes import CALLS, append_note, read_note
 
 
 def append_calls(library: Path, description: str) -> None:
     """Put the description of a library's calls of operators at its end."""
-    text = description.encode()
-    with library.open("ab") as file:
-        file.write(text + len(text).to_bytes(8, "little") + _MARK)
+    append_note(library, description, mark=CALLS)
 
 
 def read_calls(library: Path) -> str:
     """Return what `append_calls` put at a library's end, or ""."""
-    with library.open("rb") as file:
-        size = file.seek(0, 2)
-        if size < _TAIL:
-            return ""
-        file.seek(size - _TAIL)
-        tail = file.read()
-        if not tail.endswith(_MARK):
-            return ""
-        length = int.from_bytes(tail[:8], "little")
-        file.seek(size - _TAIL - length)
-        return file.read(length).decode()
+    return read_note(library, mark=CALLS)
 
 
 def called_operators(description: str) -> tuple[str, ...]:

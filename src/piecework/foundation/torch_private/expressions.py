@@ -76,3 +76,37 @@ class _Reader:
             case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in self._functions:
                 return self._functions[name](*(self.read(a) for a in args))
         raise ValueError(f"no expression over sizes: {self._text!r}")
+
+
+def expression_text(expr: Any, names: Mapping[str, str]) -> str:
+    """Write an expression over sizes with names, whole numbers, + - * // and parentheses only.
+
+    Args:
+        expr: a sympy expression or a number.
+        names: the symbols' names → those to write.
+
+    Raises ValueError for anything else in it.
+    """
+    import sympy
+    from torch.utils._sympy.functions import FloorDiv
+
+    def write(part: Any) -> str:
+        if part.is_Integer:
+            return str(part)
+        if part.is_Symbol and str(part) in names:
+            return names[str(part)]
+        if isinstance(part, FloorDiv):
+            return f"({write(part.args[0])}//{write(part.args[1])})"
+        above, below = part.as_numer_denom()
+        if below != 1:  # of the whole: halves of terms may be no whole numbers
+            return f"({write(sympy.expand(above))}//{write(below)})"
+        if part.is_Add:
+            return f"({' + '.join(write(term) for term in part.as_ordered_terms())})"
+        if part.is_Mul:
+            return "*".join(write(factor) for factor in part.as_ordered_factors())
+        if part.is_Pow and part.exp.is_Integer and part.exp > 0:
+            return "*".join([write(part.base)] * int(part.exp))
+        raise ValueError(f"no expression over sizes: {expr}")
+
+    text = write(sympy.expand(sympy.sympify(expr)))
+    return text[1:-1] if text.startswith("(") and text.endswith(")") and "(" not in text[1:] else text

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from piecework.foundation.torch_private.kernels import OnKernels, watching_kernels
 from piecework.foundation.torch_private.symbolic import size_oblivious
 
 
@@ -30,6 +31,8 @@ def compile_aoti(
     output: Path,
     options: Mapping[str, Any],
     build: Callable[[str, str, Path], bool] | None,
+    on_kernels: OnKernels = lambda kernels: None,
+    size_names: Callable[[], Mapping[str, str]] = dict,
 ) -> Path:
     """Compile `module` to the AOTInductor library `output` and return its path.
 
@@ -39,6 +42,8 @@ def compile_aoti(
         options: Inductor config patches.
         build: called as `build(kind, command, target)` in place of each run of the C++ compiler ("compile" or "link");
             returns False to let Inductor do it.
+        on_kernels: told of the kernels before they are generated, once or more often (see kernels.py).
+        size_names: returns the sizes' names for that, by those of the symbols in the inputs' shapes.
     """
     import torch._inductor.codecache as inductor_codecache
     from torch._inductor.compile_fx import compile_fx_aot
@@ -55,7 +60,13 @@ def compile_aoti(
     original = codecache.CppBuilder
     codecache.CppBuilder = Builder
     try:
-        with torch.no_grad(), size_oblivious(), _general_strides(), _general_stride_order():
+        with (
+            torch.no_grad(),
+            size_oblivious(),
+            _general_strides(),
+            _general_stride_order(),
+            watching_kernels(on_kernels, names=size_names),
+        ):
             result: Any = compile_fx_aot(
                 module, list(example_inputs), config_patches={**options, "aot_inductor.output_path": str(output)}
             )
