@@ -1,7 +1,7 @@
 """Declaring operators and looking at their calls. torch 2.11-2.13.
 
 torch/_ops.py (OpOverload takes attributes), torch/_subclasses/fake_tensor.py, torch/utils/_python_dispatch.py,
-torch/library.py (`Library._destroy`).
+torch/library.py (`Library._destroy`), torch/_C (`_dispatch_has_kernel_for_dispatch_key`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ def find_overload(name: str) -> Any:
     op, _, overload = rest.partition(".")
     packet = getattr(getattr(torch.ops, namespace), op, None)
     return getattr(packet, overload or "default", None)
+
+
+def has_device_kernel(name: str, *, device: str) -> bool:
+    """Whether the operator "namespace::name" is registered and has a kernel of its own for "cpu" or "cuda"."""
+    return find_overload(name) is not None and torch._C._dispatch_has_kernel_for_dispatch_key(name, device.upper())
 
 
 def cuda_graph_unsafe_tags() -> tuple[torch.Tag, ...]:
