@@ -17,7 +17,12 @@ from piecework.ops.ir import op
 from piecework.ops.ir_inputs import Draw
 
 FP8: Final = torch.float8_e4m3fn
-_LEAST_SCALE: Final = 1e-12  # rows of zeros give zeros, and no division by zero
+LEAST_MAGNITUDE: Final = 1e-10
+"""What the largest magnitude of a group counts as at least, so that zeros give zeros and no division by zero."""
+LEAST_FP8_SCALE: Final = 1.0 / (448.0 * 512.0)
+"""The least scale of a row in fp8, as the kernels of FBGEMM, TensorRT-LLM and vLLM have it."""
+LEAST_INT8_SCALE: Final = 1e-12
+"""The least scale of a row in int8."""
 _TOLERANCE: Final = {torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
 
 
@@ -60,13 +65,15 @@ def quantize_dynamic_per_token(x: Tensor, dtype: torch.dtype = torch.float8_e4m3
 
     Args:
         x: [..., H], float32 | bfloat16 | float16; H at least 1.
-        dtype: float8_e4m3fn or int8 (symmetric, -127 to 127, halves rounded to even).
+        dtype: float8_e4m3fn, with scales of at least 1 / (448 * 512); or int8 (symmetric, -127 to 127, halves rounded
+            to even).
 
     Returns:
         [..., H] of `dtype`, and the scales [..., 1] float32.
     """
     wide = x.float()
-    scale = (wide.abs().amax(-1, keepdim=True) / most(dtype)).clamp_min(_LEAST_SCALE)
+    least = LEAST_FP8_SCALE if dtype.is_floating_point else LEAST_INT8_SCALE
+    scale = (wide.abs().amax(-1, keepdim=True) / most(dtype)).clamp_min(least)
     scaled = wide / scale
     rounded = scaled if dtype.is_floating_point else scaled.round()
     return rounded.clamp(-most(dtype), most(dtype)).to(dtype), scale
@@ -81,9 +88,9 @@ def quantize_group_fp8(x: Tensor, group_size: int = 128) -> tuple[Tensor, Tensor
         group_size: divides H.
 
     Returns:
-        [..., H] float8_e4m3fn, and the scales [..., H / group_size] float32.
+        [..., H] float8_e4m3fn, and the scales [..., H / group_size] float32, at least 1e-10 / 448.
     """
     grouped = x.float().unflatten(-1, (-1, group_size))
-    scale = (grouped.abs().amax(-1) / most(FP8)).clamp_min(_LEAST_SCALE)
+    scale = grouped.abs().amax(-1).clamp_min(LEAST_MAGNITUDE) / most(FP8)
     made = (grouped / scale.unsqueeze(-1)).clamp(-most(FP8), most(FP8)).to(FP8)
     return made.flatten(-2), scale

@@ -1,8 +1,9 @@
-"""Find providers of IR ops by name, and import those that are asked for; the others cost nothing.
+"""Import the providers of IR ops that are asked for; the others cost nothing.
 
 A package provides implementations by an entry point of the group `piecework.providers`, named like the provider: a
 function without arguments that registers them with `op.implement(name, …)`. Where something that it needs is missing it
-raises ImportError, whose text people then read.
+raises ImportError, whose text people then read; the next provider of an order is taken. Whatever else it raises is an
+error that names the package.
 """
 
 from __future__ import annotations
@@ -12,16 +13,12 @@ import functools
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 from piecework.errors import OpError
 from piecework.foundation.torch_private import find_overload
 from piecework.ops.ir_operator import provider_of
 from piecework.ops.selection import NATIVE, ProviderOrder, as_order, selecting
-
-GROUP: Final = "piecework.providers"
-_OURS: Final[Mapping[str, str]] = {"aten": "piecework.providers.aten", "triton": "piecework.providers.triton"}
-_OUR_PACKAGES: Final[Mapping[str, str]] = {"triton": "triton"}
+from piecework.providers.known import GROUP, KnownProvider, entry_points_of_others, known_provider
 
 
 @dataclass(frozen=True)
@@ -39,19 +36,29 @@ class Providers:
 
 
 def load_providers(names: Iterable[str]) -> Providers:
-    """Import the providers `names`, those that are installed, so that their implementations are registered."""
+    """Import the providers `names`, those that are installed, so that their implementations are registered.
+
+    Raises OpError where a package's registration fails otherwise than by ImportError, and where two packages have
+    providers of one name.
+    """
     packages: dict[str, str] = {}
     absent: dict[str, str] = {}
     for name in names:
         if name == NATIVE:
             continue
         try:
-            package = _load(name)
+            loaded = _load(name)
         except ImportError as error:
             absent[name] = str(error)
-        else:
-            if package:
-                packages[name] = package
+            continue
+        if loaded.broken:
+            raise OpError(
+                asked=f"load the provider {name} of the package {loaded.package}",
+                found=loaded.broken,
+                try_="another version of the package, or an order of providers without it",
+            )
+        if loaded.package:
+            packages[name] = loaded.package
     return Providers(packages, absent)
 
 
@@ -78,30 +85,60 @@ def selected_providers(order: ProviderOrder | str | Sequence[str]) -> Iterator[P
     Args:
         order: the order, or the rules that `ProviderOrder.parse` reads.
 
-    Raises OpError for rules that aren't any.
+    Raises OpError for rules that aren't any, and for a provider whose package is broken.
     """
     chosen = as_order(order)
     with selecting(chosen, absent=load_providers(chosen.names).absent):
         yield chosen
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """A provider that was imported: its package, or "", and what its registration raised, or ""."""
+
+    package: str
+    broken: str = ""
+
+
 @functools.cache
-def _load(name: str) -> str:
-    """Import a provider, once; returns its package, or "". Raises ImportError that says what is missing."""
-    if name in _OURS:
-        importlib.import_module(_OURS[name]).register()
-        return _OUR_PACKAGES.get(name, "")
-    found = _entry_point(name)
-    if found is None:
+def _load(name: str) -> _Loaded:
+    """Import a provider, once. Raises ImportError that says what is missing; then the next call tries again."""
+    known = known_provider(name)
+    if known is not None:
+        return _load_ours(known)
+    found = [entry for entry in entry_points_of_others() if entry.name == name]
+    packages = [entry.dist.name if entry.dist is not None else entry.module for entry in found]
+    if not found:
         raise ImportError(f"no installed package has an entry point {name!r} in the group {GROUP!r}")
-    register, package = found
-    register()
-    return package
+    if len(set(packages)) > 1:
+        raise OpError(
+            asked=f"load the provider {name}",
+            found=f"several packages that have one of that name: {', '.join(packages)}",
+            try_="uninstall all of them but one",
+        )
+    try:
+        register = found[0].load()
+    except ImportError as error:
+        raise ImportError(f"the package {packages[0]} can't be imported: {error}") from error
+    except Exception as error:  # noqa: BLE001  whatever a package raises is its mistake, and is told with its name
+        return _Loaded(packages[0], f"importing {found[0].module} raised {type(error).__name__}: {error}")
+    return _register(register, package=packages[0])
 
 
-def _entry_point(name: str) -> tuple[Callable[[], None], str] | None:
-    from importlib.metadata import entry_points  # noqa: PLC0415  costs 30 ms, which only who asks for others pays
+def _load_ours(known: KnownProvider) -> _Loaded:
+    why = known.why_absent
+    if why:
+        raise ImportError(why)
+    module, _, function = known.entry.partition(":")
+    getattr(importlib.import_module(module), function)()
+    return _Loaded(known.distribution or known.needs)
 
-    for entry in entry_points(group=GROUP, name=name):
-        return entry.load(), entry.dist.name if entry.dist is not None else ""
-    return None
+
+def _register(register: Callable[[], None], *, package: str) -> _Loaded:
+    try:
+        register()
+    except ImportError:
+        raise
+    except Exception as error:  # noqa: BLE001  as above
+        return _Loaded(package, f"registering its implementations raised {type(error).__name__}: {error}")
+    return _Loaded(package)

@@ -3,6 +3,8 @@
 
 #if defined(__AVX512F__) && defined(__AVX512BF16__)
 #define PIECEWORK_PAIRS
+#endif
+#if defined(__AVX512F__) || (defined(__AVX__) && defined(__FMA__))
 #include <immintrin.h>
 #endif
 
@@ -61,7 +63,14 @@ PIECEWORK_INLINE Floats multiply_add(Floats to, Words a, Words b) {
 #if defined(PIECEWORK_PAIRS)
   if constexpr (Paired) return (Floats)_mm512_dpbf16_ps((__m512)to, (__m512bh)a, (__m512bh)b);
 #endif
+  // Pieces are compiled without contraction, so it is written out where machines have it.
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)to);
+#elif defined(__AVX__) && defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)to);
+#else
   return to + (Floats)a * (Floats)b;
+#endif
 }
 
 // The two bfloat16 of every word, as float32.

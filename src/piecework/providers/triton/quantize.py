@@ -5,17 +5,20 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from piecework.ops.quantize import FP8, most, quantize_dynamic_per_token, quantize_static_fp8
+from piecework.ops.quantize import (
+    FP8,
+    LEAST_FP8_SCALE,
+    LEAST_INT8_SCALE,
+    most,
+    quantize_dynamic_per_token,
+    quantize_static_fp8,
+)
 from piecework.providers.triton.support import NAME, block_of, interpreted, num_rows, rows_supported
-
-_LEAST_SCALE: Final = tl.constexpr(1e-12)
 
 
 def register() -> None:
@@ -26,7 +29,7 @@ def register() -> None:
 
 @triton.jit
 def _kernel(
-    x, out, scales, width, most, given: tl.constexpr, whole: tl.constexpr, block: tl.constexpr
+    x, out, scales, width, most, least, given: tl.constexpr, whole: tl.constexpr, block: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, block)
@@ -35,7 +38,7 @@ def _kernel(
     if given:
         scale = tl.load(scales)
     else:
-        scale = tl.maximum(tl.max(tl.abs(wide), axis=0) / most, _LEAST_SCALE)
+        scale = tl.maximum(tl.max(tl.abs(wide), axis=0) / most, least)
         tl.store(scales + row, scale)
     scaled = wide / scale
     if whole:
@@ -74,4 +77,5 @@ def _launch(x: Tensor, out: Tensor, scales: Tensor, *, given: bool) -> None:
     rows, width = num_rows(x), x.shape[-1]
     if rows:
         whole = not out.dtype.is_floating_point
-        _kernel[(rows,)](x, out, scales, width, most(out.dtype), given=given, whole=whole, block=block_of(width))
+        least = LEAST_INT8_SCALE if whole else LEAST_FP8_SCALE
+        _kernel[(rows,)](x, out, scales, width, most(out.dtype), least, given=given, whole=whole, block=block_of(width))
