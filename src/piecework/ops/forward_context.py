@@ -120,6 +120,11 @@ def running_context() -> ForwardContext:
         ) from None
 
 
+def has_running_context() -> bool:
+    """Whether a context runs in this thread or async task."""
+    return _RUNNING.get(None) is not None
+
+
 def layer_state(layer: LayerName | str | int, kind: type[State]) -> State:
     """Return the running context's state of a layer, which must be a `kind`.
 

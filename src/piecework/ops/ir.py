@@ -9,8 +9,9 @@
 
 The function is definition, default ("native") and test oracle at once. A call goes through torch's dispatcher, so that
 a capture keeps it as one operator; a compile then chooses a provider for it (passes/lower.py), and an eager call goes
-by the innermost `piecework.providers(order)`. Inside a region of `torch.compile` the native function is traced in place
-of the call. The op keeps implementations, which only ever become more, and nothing of what is selected.
+by the innermost `piecework.providers(order)`. Where a compiled body serves the call (ops/native_bodies.py), that runs.
+Inside a region of `torch.compile` the native function is traced in place of the call. The op keeps implementations,
+which only ever become more, and nothing of what is selected.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from piecework.ops.ir_operator import (
     define_implementation,
     num_results,
 )
+from piecework.ops.native_bodies import NOT_COMPILED
 from piecework.ops.op_checks import run_checked
 from piecework.ops.op_schema import OpSchema, check_fake, infer_schema
 from piecework.ops.selection import NATIVE, CallFacts, current_selection
@@ -79,6 +81,10 @@ class IrOp:
         self._inputs = inputs
         self._mutates = tuple(mutates)
         self._schema = schema
+        parameters = schema.signature.parameters.values()
+        self._names = tuple(p.name for p in parameters)
+        self._defaults = tuple(p.default for p in parameters)
+        self._num_by_position = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
         self._mutex = threading.Lock()
         self._implementations = {NATIVE: Implementation(self.name, NATIVE, native, inlined=True)}
         self._libraries: list[torch.library.Library] = []  # operators exist for as long as these do
@@ -88,6 +94,11 @@ class IrOp:
         """Call the op; arguments and results are the native function's."""
         if torch.compiler.is_compiling():
             return self.native(*args, **kwargs)
+        selection = current_selection()
+        if selection is not None and selection.bodies is not None:
+            results = selection.bodies.call(self, args, kwargs, selection)
+            if results is not NOT_COMPILED:
+                return results
         return self.overload(*args, **kwargs)
 
     def __repr__(self) -> str:
@@ -95,6 +106,19 @@ class IrOp:
 
     def __deepcopy__(self, memo: object) -> IrOp:
         return self
+
+    def bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
+        """Return a call's arguments, one for each parameter and in their order, or None where it can't be called so."""
+        given = len(args)
+        if not kwargs and given == self._num_by_position == len(self._names):
+            return tuple(args)
+        if given > self._num_by_position:
+            return None
+        names = self._names[given:]
+        rest = [kwargs.get(name, default) for name, default in zip(names, self._defaults[given:], strict=True)]
+        if sum(name in kwargs for name in names) != len(kwargs) or any(v is inspect.Parameter.empty for v in rest):
+            return None
+        return (*args, *rest)
 
     @property
     def implementations(self) -> Mapping[str, Implementation]:

@@ -9,16 +9,19 @@ Shape suffixes: T tokens, H hidden size, E experts, k experts per token, I an ex
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from piecework.ops.forward_context import layer_state
+from piecework.ops.declared_calls import DynamicSizes
+from piecework.ops.forward_context import has_running_context, layer_state
 from piecework.ops.layer import LayerNameType
-from piecework.ops.moe_experts import gated_mlp, moe_experts
+from piecework.ops.moe_experts import gated_mlp, gated_mlp_call, moe_experts
 from piecework.ops.opaque_op import opaque_op
 
 
@@ -87,6 +90,15 @@ def _moe_forward_fake(hidden: Tensor, router_logits: Tensor, layer: LayerNameTyp
     return hidden.new_empty(hidden.shape)
 
 
+@moe_forward.calls
+def _moe_forward_calls(
+    sizes: DynamicSizes, hidden: Tensor, router_logits: Tensor, layer: LayerNameType
+) -> Iterator[Any]:
+    if has_running_context():  # else nobody knows the layer's sizes before it runs
+        weights = layer_state(layer, MoeWeights)
+        yield gated_mlp_call(sizes, hidden, weights.gate_up, rows=hidden.shape[0] * weights.top_k)
+
+
 @opaque_op("piecework::moe_forward_shared")
 def moe_forward_shared(hidden: Tensor, router_logits: Tensor, layer: LayerNameType) -> tuple[Tensor, Tensor]:
     """Send each token through its experts, and through the shared ones; takes what `moe_forward` takes.
@@ -103,6 +115,16 @@ def moe_forward_shared(hidden: Tensor, router_logits: Tensor, layer: LayerNameTy
 @moe_forward_shared.fake
 def _moe_forward_shared_fake(hidden: Tensor, router_logits: Tensor, layer: LayerNameType) -> tuple[Tensor, Tensor]:
     return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape)
+
+
+@moe_forward_shared.calls
+def _moe_forward_shared_calls(
+    sizes: DynamicSizes, hidden: Tensor, router_logits: Tensor, layer: LayerNameType
+) -> Iterator[Any]:
+    if has_running_context():
+        weights = layer_state(layer, SharedMoeWeights)
+        yield gated_mlp_call(sizes, hidden, weights.gate_up, rows=hidden.shape[0])
+        yield gated_mlp_call(sizes, hidden, weights.routed.gate_up, rows=hidden.shape[0] * weights.routed.top_k)
 
 
 def routed_experts(hidden: Tensor, router_logits: Tensor, weights: MoeWeights) -> Tensor:

@@ -8,12 +8,15 @@ Shape suffixes: T tokens, H hidden size, E experts, k experts per token, I an ex
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Iterator
+from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
 
+from piecework.ops.activations import silu_mul
+from piecework.ops.declared_calls import DynamicSizes
 from piecework.ops.opaque_op import opaque_op
 
 MOE_EXPERTS_OP: Final = "piecework::moe_experts"
@@ -57,7 +60,21 @@ def _moe_experts_fake(hidden: Tensor, *_args: object, **_kwargs: object) -> Tens
     return hidden.new_empty(hidden.shape)
 
 
+@moe_experts.calls
+def _moe_experts_calls(
+    sizes: DynamicSizes, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: Tensor, down: Tensor
+) -> Iterator[Any]:
+    yield gated_mlp_call(sizes, hidden, gate_up, rows=topk_ids.shape[0] * topk_ids.shape[1])
+
+
 def gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Return down(silu(gate(x)) * up(x)) for x [T, H], gate_up [2I, H], down [H, I]: [T, H]."""
     gate, up = linear(x, gate_up).chunk(2, dim=-1)
-    return linear(silu(gate) * up, down)
+    result: Tensor = linear(silu_mul(gate, up), down)
+    return result
+
+
+def gated_mlp_call(sizes: DynamicSizes, hidden: Tensor, gate_up: Tensor, *, rows: int) -> Any:
+    """Return the declaration of the call that `gated_mlp` makes for up to `rows` rows; gate_up is [..., 2I, H]."""
+    both = hidden.new_empty(sizes.dynamic(rows, low=1), gate_up.shape[-2])
+    return silu_mul, both.chunk(2, dim=-1)

@@ -8,7 +8,8 @@
         return torch.empty_like(x)
 
 A fake implementation says what results look like without computing them; every trace needs it. `update.check(...)` and
-`check_ops()` compare what the operator does with what it declares.
+`check_ops()` compare what the operator does with what it declares. IR ops that the function calls are compiled, as
+bodies of their own, where `@update.calls` declares them (ops/declared_calls.py).
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from piecework.foundation.torch_private import (
     is_stand_in,
     withdraw,
 )
+from piecework.ops.declared_calls import Calls, check_calls
 from piecework.ops.op_checks import run_checked
 from piecework.ops.op_schema import OpSchema, check_fake, infer_schema
 
 _Fake = TypeVar("_Fake", bound=Callable[..., Any])
+_Calls = TypeVar("_Calls", bound=Calls)
 
 
 @final
@@ -47,6 +50,7 @@ class OpaqueOp:
         cuda_graph_safe: whether its call may be recorded in a CUDA graph.
         mutates: parameters that it writes to.
         layer_parameters: parameters that may name a layer: annotated LayerNameType or str.
+        declaration: what `calls` was given, or None.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class OpaqueOp:
         self._schema = schema
         self.__name__, self.__doc__, self.__signature__ = function.__name__, function.__doc__, schema.signature
         self._fake: Callable[..., Any] | None = None
+        self.declaration: Calls | None = None
         # The operator exists for as long as this library object does.
         self._library = torch.library.Library(schema.namespace, "FRAGMENT")
         tags = (torch.Tag.pt2_compliant_tag, *(() if cuda_graph_safe else cuda_graph_unsafe_tags()))
@@ -93,6 +98,17 @@ class OpaqueOp:
         """
         check_fake(function, self._schema.signature, name=self.name)
         self._fake = function
+        return function
+
+    def calls(self, function: _Calls) -> _Calls:
+        """Take `function` as the declaration of the IR ops that are called inside; see ops/declared_calls.py.
+
+        It takes the dynamic sizes' maker and then what the operator takes (or fewer, with *args and **kwargs for the
+        rest), and yields (op, arguments) or (op, arguments, arguments by name). A compile makes a body for each; calls
+        with other arguments run uncompiled. Raises OpError for another signature.
+        """
+        check_calls(function, self._schema.signature, name=self.name)
+        self.declaration = function
         return function
 
     def check(self, *args: Any, **kwargs: Any) -> Any:
@@ -130,6 +146,7 @@ class OpaqueOp:
         self.function = function
         self.cuts = cuts
         self._fake = None
+        self.declaration = None
         return self
 
 

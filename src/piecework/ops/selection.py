@@ -4,7 +4,8 @@
     ProviderOrder.parse(["rms_norm=triton,native", "silu_mul[1:64]=triton,native", "@cuda=triton,native", "native"])
 
 A compile lowers by an order that it is given and records; eager calls go by the one of the innermost `providers(order)`
-block, which threads and async tasks don't share. Neither the ops nor this module keep a selection.
+block, which threads and async tasks don't share. Neither the ops nor this module keep a selection. The same variable
+leads calls inside a loaded model's opaque ops, and inside `piecework.eager_ops`, to the bodies that their owner has.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +23,7 @@ from piecework.errors import OpError
 if TYPE_CHECKING:
     from piecework.ops.ir import IrOp
     from piecework.ops.ir_operator import Implementation
+    from piecework.ops.native_bodies import NativeBodies
 
 NATIVE: Final = "native"
 DEFAULT_PROVIDERS: Final = (NATIVE,)
@@ -32,6 +34,7 @@ IR_OPS: Final = (
     "silu_mul",
     "gelu_mul",
     "rotary",
+    "rotate_pairs",
     "quantize_static_fp8",
     "quantize_dynamic_per_token",
     "quantize_group_fp8",
@@ -252,10 +255,27 @@ class ProviderOrder:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a `providers` block selects: an order, and why named providers are absent."""
+    """What is selected for eager calls.
+
+    Attributes:
+        order: by which order they go.
+        absent: why named providers are absent.
+        bodies: compiled bodies that calls find, with no Dynamo in the way; None: calls go through the dispatcher.
+        outer: what was selected before `entering` took this one.
+    """
 
     order: ProviderOrder
     absent: Mapping[str, str] = field(default_factory=dict)
+    bodies: NativeBodies | None = None
+    outer: Selection | None = None
+
+    def running(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call a function with this selected; for what runs often."""
+        token = _CURRENT.set(self)
+        try:
+            return function(*args)
+        finally:
+            _CURRENT.reset(token)
 
 
 _CURRENT: Final[ContextVar[Selection | None]] = ContextVar("piecework_providers", default=None)
@@ -263,12 +283,36 @@ _CURRENT: Final[ContextVar[Selection | None]] = ContextVar("piecework_providers"
 
 @contextlib.contextmanager
 def selecting(order: ProviderOrder, *, absent: Mapping[str, str] | None = None) -> Iterator[ProviderOrder]:
-    """Inside, IR ops that are called eagerly in this thread or task go by `order`; afterwards by what was before."""
-    token = _CURRENT.set(Selection(order, absent or {}))
+    """Inside, IR ops that are called eagerly in this thread or task go by `order`; afterwards by what was before.
+
+    Compiled bodies that the block around it has stay: those of the providers that `order` chooses.
+    """
+    before = _CURRENT.get()
+    bodies = None if before is None else before.bodies
+    if bodies is not None and order == bodies.order:
+        order = bodies.order  # calls compare them by identity
+    token = _CURRENT.set(Selection(order, absent or {}, bodies))
     try:
         yield order
     finally:
         _CURRENT.reset(token)
+
+
+def entering(selection: Selection) -> None:
+    """Select until `leaving`, in this thread or task; for objects that several of them enter, each for itself."""
+    _CURRENT.set(replace(selection, outer=_CURRENT.get()))
+
+
+def leaving(bodies: NativeBodies) -> None:
+    """Go back to what was selected before the `entering` that brought `bodies`. Raises OpError outside of it."""
+    current = _CURRENT.get()
+    if current is None or current.bodies is not bodies:
+        raise OpError(
+            asked="leave a block of compiled operators",
+            found="another block, entered later, is still open" if current is not None else "none is open here",
+            try_="leave blocks in the thread or task in which they were entered, the innermost first",
+        )
+    _CURRENT.set(current.outer)
 
 
 def current_selection() -> Selection | None:

@@ -81,6 +81,19 @@ def is_stand_in(tensor: torch.Tensor) -> bool:
     return tensor.is_meta or type(tensor).__name__ in {"FakeTensor", "FunctionalTensor"}
 
 
+def computes_plainly() -> bool:
+    """Whether an operator that is called now computes and nothing else: no mode, no trace, no functorch transform.
+
+    torch 2.11-2.13: torch/utils/_python_dispatch.py, torch/csrc/functorch/init.cpp, torch/jit/_trace.py. Vmapped
+    tensors have torch.Tensor's own type, so that looking at the arguments doesn't tell.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.maybe_current_level() is None
+        and torch._C._get_tracing_state() is None
+    )
+
+
 Handler = Callable[[Any, Sequence[Any], Mapping[str, Any]], Any]
 
 

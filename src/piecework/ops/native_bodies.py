@@ -1,0 +1,240 @@
+"""Compiled bodies of IR ops that are called where no compiler looks: inside opaque ops, and in eager code.
+
+A collection of bodies belongs to whoever loaded or compiled them, a loaded model or the handle of
+`piecework.eager_ops`. It is found through the selection of the running thread or task (ops/selection.py): neither ops
+nor this module keep any.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, final
+
+import torch
+from torch import Tensor
+
+from piecework.foundation.torch_private import computes_plainly
+from piecework.ops.call_form import CallForm, TensorForm
+from piecework.ops.resolve import decode
+from piecework.ops.selection import CallFacts, ProviderOrder, Selection
+
+if TYPE_CHECKING:
+    from piecework.ops.ir import IrOp
+
+NOT_COMPILED: Final = object()
+"""What a call gives for which there is no body: it goes through torch's dispatcher."""
+
+Run = Callable[[list[Tensor]], Sequence[Tensor]]
+_PLAIN: Final = frozenset({Tensor, torch.nn.Parameter})
+_MOST_KINDS: Final = 64
+
+
+@final
+class NativeBody:
+    """What serves the calls of one form.
+
+    Args:
+        form: the calls.
+        provider: whose implementation it is.
+        run: the compiled body: takes the tensor arguments, gives the results.
+        function: instead, the provider's function, which takes all arguments. With neither, such calls are not
+            compiled and go through the dispatcher.
+    """
+
+    __slots__ = ("_constants", "_function", "_ranges", "_run", "_tensors", "form", "provider")
+
+    def __init__(
+        self, form: CallForm, *, provider: str, run: Run | None = None, function: Callable[..., Any] | None = None
+    ) -> None:
+        self.form = form
+        self.provider = provider
+        self._run = run
+        self._function = function
+        numbers = {name: number for number, (name, _, _) in enumerate(form.sizes)}
+        self._ranges = [(low, high) for _, low, high in form.sizes]
+        arguments = list(enumerate(form.arguments))
+        self._constants = [(i, decode(a, _no_reference)) for i, a in arguments if not isinstance(a, TensorForm)]
+        self._tensors = [
+            (
+                i,
+                getattr(torch, a.dtype),
+                a.device,
+                # a dynamic size by its number, as -1, -2 …
+                tuple(d if isinstance(d, int) else -1 - numbers[d] for d in a.shape),
+                None if all(s is None for s in a.stride) else a.stride,
+            )
+            for i, a in arguments
+            if isinstance(a, TensorForm)
+        ]
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it is a compiled body, and not a provider's function or a note that there is none."""
+        return self._run is not None
+
+    def call(self, values: Sequence[Any]) -> Any:
+        """Run on an op's arguments where they are of the form; None where they are not.
+
+        Args:
+            values: an argument for each of the op's parameters.
+
+        Returns the op's results, or NOT_COMPILED.
+        """
+        for position, constant in self._constants:
+            value = values[position]
+            if value is not constant and (isinstance(value, Tensor) or value != constant):
+                return None
+        inputs = self._inputs(values)
+        if inputs is None:
+            return None
+        if self._run is not None:
+            results = self._run(inputs)
+            return results[0] if len(results) == 1 else tuple(results)
+        return NOT_COMPILED if self._function is None else self._function(*values)
+
+    def _inputs(self, values: Sequence[Any]) -> list[Tensor] | None:
+        sizes = [-1] * len(self._ranges)
+        inputs: list[Tensor] = []
+        for position, dtype, device, shape, stride in self._tensors:
+            value = values[position]
+            if type(value) not in _PLAIN or value.dtype is not dtype or value.device.type != device:
+                return None
+            found = value.shape
+            if not _agrees(found, shape, sizes):
+                return None
+            if not (value.is_contiguous() if stride is None else _lies(found, value.stride(), stride)):
+                return None
+            inputs.append(value)
+        for number, (low, high) in enumerate(self._ranges):
+            if not low <= sizes[-1 - number] <= high:
+                return None
+        return inputs
+
+
+Missing = Callable[["IrOp", Sequence[Any], Selection], NativeBody | None]
+"""Asked, with a call's op, its arguments and the selection, for a body that serves such calls from now on."""
+
+
+@final
+class NativeBodies:
+    """The bodies of one owner.
+
+    Args:
+        order: the order of providers by which the bodies were chosen.
+        bodies: those that are there from the start.
+        missing: makes bodies on first use; None: what has no body runs natively.
+    """
+
+    def __init__(
+        self, order: ProviderOrder, bodies: Sequence[NativeBody] = (), *, missing: Missing | None = None
+    ) -> None:
+        self.order = order
+        self._missing = missing
+        self._mutex = threading.Lock()
+        self._by_op: Mapping[str, tuple[NativeBody, ...]] = {}
+        self._by_provider: Mapping[tuple[str, str], tuple[NativeBody, ...]] = {}
+        self._by_rows = frozenset(rule.op for rule in order.ranges)
+        self._fallbacks: dict[str, int] = {}
+        for body in bodies:
+            self.add(body)
+
+    @property
+    def bodies(self) -> tuple[NativeBody, ...]:
+        """All bodies, as of now."""
+        return tuple(body for several in self._by_op.values() for body in several)
+
+    @property
+    def fallbacks(self) -> Mapping[str, int]:
+        """How many calls ran uncompiled, by what they were: "silu_mul(float16[*, 64], float16[*, 64])"."""
+        with self._mutex:
+            return dict(self._fallbacks)
+
+    def add(self, body: NativeBody) -> None:
+        """Take a body; who calls meanwhile sees all of it or nothing."""
+        op, key = body.form.op, (body.form.op, body.provider)
+        with self._mutex:
+            self._by_provider = {**self._by_provider, key: (*self._by_provider.get(key, ()), body)}
+            self._by_op = {**self._by_op, op: (*self._by_op.get(op, ()), body)}
+
+    def clear(self) -> None:
+        """Let go of all bodies."""
+        with self._mutex:
+            self._by_op, self._by_provider, self._missing = {}, {}, None
+
+    def call(self, op: IrOp, args: Sequence[Any], kwargs: Mapping[str, Any], selection: Selection) -> Any:
+        """Run a call of an op by the body that serves it; NOT_COMPILED where there is none."""
+        if not computes_plainly():
+            return NOT_COMPILED
+        values = op.bound(args, kwargs)
+        if values is None or _records(values):
+            return NOT_COMPILED
+        ours = selection.order is self.order
+        if ours and op.short_name not in self._by_rows:
+            candidates = self._by_op.get(op.name, ())
+        else:
+            choice = selection.order.resolve(op, values, facts=CallFacts(absent=selection.absent))
+            candidates = self._by_provider.get((op.name, choice.provider), ())
+        for body in candidates:
+            results = body.call(values)
+            if results is NOT_COMPILED:
+                self._count(op, values)
+            if results is not None:
+                return results
+        if self._missing is not None:
+            made = self._missing(op, values, selection)
+            results = None if made is None else made.call(values)
+            if results is not None and results is not NOT_COMPILED:
+                return results
+        self._count(op, values)
+        return op.native(*args, **kwargs) if ours and self._missing is None else NOT_COMPILED
+
+    def _count(self, op: IrOp, values: Sequence[Any]) -> None:
+        what = f"{op.short_name}({', '.join(map(_kind, values))})"
+        with self._mutex:
+            if what in self._fallbacks or len(self._fallbacks) < _MOST_KINDS:
+                self._fallbacks[what] = self._fallbacks.get(what, 0) + 1
+
+
+def _records(values: Sequence[Any]) -> bool:
+    """Whether a call is recorded for a backward pass, which compiled bodies don't have."""
+    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
+
+
+def _agrees(found: Sequence[int], wanted: Sequence[int], sizes: list[int]) -> bool:
+    """Whether a tensor's shape is the one that is wanted; dynamic sizes are -1, -2 …, and become known in `sizes`."""
+    if len(found) != len(wanted):
+        return False
+    for size, number in zip(found, wanted, strict=True):
+        if number < 0:
+            if sizes[number] < 0:
+                sizes[number] = size
+            number = sizes[number]
+        if size != number:
+            return False
+    return True
+
+
+def _lies(shape: Sequence[int], found: Sequence[int], wanted: Sequence[int | None]) -> bool:
+    """Whether a tensor lies in memory as it should; the strides of axes of one element don't matter."""
+    if 0 in shape:
+        return True
+    packed = 1
+    for axis in range(len(shape) - 1, -1, -1):
+        stride = wanted[axis]
+        stride = packed if stride is None else stride
+        if found[axis] != stride and shape[axis] != 1:
+            return False
+        packed = stride * shape[axis]
+    return True
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return str(value)
+    sizes = ["*"] * (value.dim() - 1) + [str(size) for size in value.shape[-1:]]
+    return f"{str(value.dtype).removeprefix('torch.')}[{', '.join(sizes)}]"
+
+
+def _no_reference(kind: str, index: int) -> Any:
+    raise ValueError(f"a reference {kind} {index} in the form of a call")
