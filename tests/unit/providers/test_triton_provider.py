@@ -16,8 +16,8 @@ from piecework.providers.discovery import load_providers
 from tests.unit.ops.ir_cases import SEEDS, assert_close
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
-_KERNELS = {"rms_norm", "add_rms_norm", "layer_norm", "silu_mul", "gelu_mul", "quantize_static_fp8",
-            "quantize_dynamic_per_token"}  # fmt: skip
+_KERNELS = {"rms_norm", "add_rms_norm", "layer_norm", "silu_mul", "gelu_mul", "rotary", "quantize_static_fp8",
+            "quantize_dynamic_per_token", "quantize_group_fp8"}  # fmt: skip
 
 
 def compare(device: str, report: Callable[[str], None] = print) -> None:
@@ -35,8 +35,7 @@ def compare(device: str, report: Callable[[str], None] = print) -> None:
                     continue
                 compared += 1
                 assert_close(op, op.check(*args, provider="triton"), op.native(*args), dtype=dtype)
-        # the interpreter's fp8 is not right
-        assert compared >= 12 or (device == "cpu" and op.short_name == "quantize_static_fp8"), op.short_name
+        assert compared >= 12, op.short_name
         report(f"{op.short_name}: {compared} cases")
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 def register() -> None:
     """Register the implementations. Raises ImportError where Triton isn't installed."""
-    try:
-        import triton  # noqa: F401, PLC0415  takes part of a second, and is not there on every machine
-    except ModuleNotFoundError as error:
-        raise ImportError("the package triton is not installed") from error
-    from piecework.providers.triton import activations, norms, quantize  # noqa: PLC0415  they import Triton
+    from piecework.providers.known import import_package  # noqa: PLC0415  as below
+
+    import_package("triton")  # takes part of a second, and is not there on every machine
+    from piecework.providers.triton import activations, norms, quantize, rotary  # noqa: PLC0415  they import Triton
 
     norms.register()
     activations.register()
     quantize.register()
+    rotary.register()

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from typing import Final
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from piecework.ops.activations import gelu_mul, silu_mul
-from piecework.providers.triton.support import NAME, interpreted
+from piecework.providers.triton.support import DTYPES, NAME, interpreted
 
 _BLOCK: Final = 1024
-_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def register() -> None:
@@ -49,7 +47,7 @@ def _gated_kernel(
 def _silu_supports(gate: Tensor, up: Tensor) -> bool | str:
     if not gate.is_cuda and not interpreted():
         return f"the call is on {gate.device.type}, Triton's kernels run on a GPU"
-    if gate.dtype not in _DTYPES or up.dtype != gate.dtype:
+    if gate.dtype not in DTYPES or up.dtype != gate.dtype:
         return "a tensor is of another type than float32, bfloat16 and float16, or of another than the other"
     return all(map(_is_rows, (gate, up))) or "a tensor whose rows are not evenly spaced"
 

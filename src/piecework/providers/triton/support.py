@@ -10,7 +10,7 @@ from torch import Tensor
 
 NAME: Final = "triton"
 LONGEST: Final = 65536  # elements of a row, which one program holds at once
-_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def rows_supported(*tensors: Tensor | None) -> bool | str:
@@ -22,7 +22,7 @@ def rows_supported(*tensors: Tensor | None) -> bool | str:
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             return f"a tensor is {str(tensor.dtype).removeprefix('torch.')}"
         if not tensor.is_contiguous():
             return "a tensor is not contiguous"
