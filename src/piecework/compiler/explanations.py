@@ -1,4 +1,5 @@
-"""What a bundle holds for `piecework explain`: the programs of its unique pieces, with source lines.
+"""What a bundle holds for `piecework explain` and `inspect`: the programs of its unique pieces, with source lines, and
+what becomes of them.
 
 Nothing of it reaches a fingerprint, a key, a fact or generated code. Its size doesn't depend on the number of layers.
 """
@@ -10,11 +11,14 @@ from typing import Any
 
 import torch
 
-from piecework.compiler.deduplicate import Deduplicated, Forward
+from piecework.compiler.deduplicate import Deduplicated, Forward, Unique
+from piecework.compiler.program_kernels import native_kernels, program_kernels
 from piecework.foundation.torch_private import operator_arguments, operator_of
+from piecework.foundation.traffic import kernels_to_json
 from piecework.graph.encode import target_name
-from piecework.graph.locations import locations_of
+from piecework.graph.locations import locations_of, source_of
 from piecework.graph.split import OpaqueCall, Piece
+from piecework.passes.lower import CallSite
 from piecework.report.listing import Listing
 from piecework.report.subject import Explanation
 
@@ -31,6 +35,7 @@ def explain_pieces(paths: Sequence[Forward], pieces: Deduplicated) -> Explanatio
         step = paths[number].steps[step_number]
         if index not in first and isinstance(step, Piece):
             first[index] = step, paths[number]
+    found = [first[index] for index in range(len(pieces.unique))]
     listings = [
         Listing(
             program=piece.program,
@@ -39,7 +44,7 @@ def explain_pieces(paths: Sequence[Forward], pieces: Deduplicated) -> Explanatio
             arguments=_argument_names(node.target for node in piece.origins),
             primary=piece.symbols.get(path.primary, ""),
         )
-        for piece, path in (first[index] for index in range(len(pieces.unique)))
+        for piece, path in found
     ]
     ops: dict[Any, list[torch.fx.Node]] = {}
     for step in (step for path in paths for step in path.steps):
@@ -51,8 +56,26 @@ def explain_pieces(paths: Sequence[Forward], pieces: Deduplicated) -> Explanatio
         listings=tuple(listings),
         op_arguments={names[target]: arguments[target] for target in ops},
         op_locations={names[target]: _distinct(locations_of(nodes)) for target, nodes in ops.items()},
-        ir_ops=tuple(tuple(site.to_json() for site in unique.sites) for unique in pieces.unique),
+        ir_ops=tuple(
+            tuple(_site(site, piece) for site in unique.sites)
+            for unique, (piece, _) in zip(pieces.unique, found, strict=True)
+        ),
+        kernels=tuple(_kernels(unique) for unique in pieces.unique),
     )
+
+
+def _site(site: CallSite, piece: Piece) -> dict[str, Any]:
+    """Return a call of an IR op with the source lines of the calls that it stands for."""
+    origins = getattr(site, "origins", ())
+    return {**site.to_json(), "source": source_of(piece.origins[number] for number in origins)}
+
+
+def _kernels(unique: Unique) -> dict[str, Any]:
+    captured, lowered = native_kernels(unique.captured), program_kernels(unique.program)
+    return {
+        "captured": None if captured is None else kernels_to_json(captured),
+        "lowered": None if lowered is None else kernels_to_json(lowered),
+    }
 
 
 def _distinct(locations: Sequence[str]) -> list[str]:

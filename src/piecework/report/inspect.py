@@ -8,6 +8,16 @@ from dataclasses import asdict, dataclass
 
 from piecework.ops.weight_source import Concat, HeadRows, Stack
 from piecework.record import Record
+from piecework.report.kernels import (
+    MOVED,
+    MovedTable,
+    PieceKernels,
+    moved_table,
+    piece_kernels,
+    spell_bytes,
+    table_lines,
+    typical_sizes,
+)
 from piecework.store import Bundle, Fact
 from piecework.store.format import FORMAT, PLAN
 from piecework.store.manifest import corrupt
@@ -81,6 +91,8 @@ class BundleReport:
         recipes: how many constants are made how, such as {"take bfloat16, pack mkldnn_linear": 84}.
         facts: what must hold.
         record: what happened while it was compiled.
+        kernels: of the unique pieces, in their order.
+        moved: what forwards and their layers move at some sizes.
     """
 
     path: str
@@ -101,6 +113,8 @@ class BundleReport:
     recipes: Mapping[str, int]
     facts: tuple[Fact, ...]
     record: Record
+    kernels: tuple[PieceKernels, ...]
+    moved: tuple[MovedTable, ...]
 
     def to_json(self) -> dict[str, object]:
         """Return the report as a JSON object."""
@@ -110,6 +124,7 @@ class BundleReport:
             "num_unique_pieces": len(self.unique_pieces),
             "facts": facts,
             "record": self.record.to_json(),
+            "kernels": [piece.to_json() for piece in self.kernels],
         }
 
     def to_text(self) -> str:
@@ -122,6 +137,7 @@ class BundleReport:
                 "unique pieces",
                 [line for piece in self.unique_pieces for line in _piece_lines(piece, primary=self.primary)],
             ),
+            _section(MOVED, [line for table in self.moved for line in table_lines(table)]),
             _section("opaque ops", [f"{count:>6} × {name}" for name, count in self.opaque_ops.items()]),
             _section("recipes", [f"{count:>6} × {kind}" for kind, count in self.recipes.items()]),
             _section("states", _state_lines(self.states)),
@@ -136,15 +152,24 @@ class BundleReport:
             f"digest         {self.digest}",
             f"written by     piecework {self.piecework}, format {self.format}",
             f"verified       {'every file matches its digest' if self.verified else 'no (use --verify)'}",
-            f"size           {_bytes(self.size_bytes)}",
+            f"size           {spell_bytes(self.size_bytes)}",
             f"pieces         {self.num_pieces}, of which {len(self.unique_pieces)} unique",
             *(f"{name:<14} {value}" for name, value in self.identity.items()),
         ]
         return "\n".join(lines)
 
 
-def describe(bundle: Bundle, *, verified: bool) -> BundleReport:
-    """Return what is in a bundle. Raises CorruptBundle where its plan isn't one."""
+def describe(bundle: Bundle, *, verified: bool, sizes: Sequence[Mapping[str, int]] = ()) -> BundleReport:
+    """Return what is in a bundle.
+
+    Args:
+        bundle: the bundle.
+        verified: whether every file's digest was checked.
+        sizes: the sizes at which it is said what forwards move, some of the plan's by name; default: 1 and 32 of the
+            primary one. The others are as large as that one.
+
+    Raises PieceworkError where the plan has no such size, CorruptBundle where its plan isn't one.
+    """
     plan = Plan.from_json(bundle.plan())
     if not all(0 <= instance.piece < len(plan.pieces) for instance in plan.instances):
         raise corrupt(PLAN, bundle=str(bundle.path), found="has instances of pieces that it doesn't have")
@@ -153,6 +178,7 @@ def describe(bundle: Bundle, *, verified: bool) -> BundleReport:
         raise corrupt(PLAN, bundle=str(bundle.path), found="has steps of instances that it doesn't have")
     uses = Counter(plan.instances[step.instance].piece for step in piece_steps)
     pieces = [_piece(bundle, piece=piece, num_uses=uses[index]) for index, piece in enumerate(plan.pieces)]
+    kernels = piece_kernels(bundle, plan)
     return BundleReport(
         path=str(bundle.path),
         digest=bundle.digest,
@@ -172,6 +198,8 @@ def describe(bundle: Bundle, *, verified: bool) -> BundleReport:
         recipes=_counted(_recipe_kind(recipe) for recipe in plan.recipes),
         facts=bundle.facts,
         record=bundle.record(),
+        kernels=kernels,
+        moved=tuple(moved_table(plan, kernels, sizes=at) for at in sizes or typical_sizes(plan)) if kernels else (),
     )
 
 
@@ -229,7 +257,7 @@ def _piece_lines(piece: PieceReport, *, primary: str) -> list[str]:
     lines = [f"{title}: {piece.num_ops} ops, {piece.num_constants} constants, {piece.device}"]
     for artifact in piece.artifacts:
         span = f"{primary or 'size'} {artifact.min} to {artifact.max}"
-        lines.append(f"         {span}: {artifact.file[:12]}…, {_bytes(artifact.size_bytes)}")
+        lines.append(f"         {span}: {artifact.file[:12]}…, {spell_bytes(artifact.size_bytes)}")
     return lines
 
 
@@ -257,10 +285,3 @@ def _record_lines(record: Record) -> list[str]:
         *(f"{name:<32} {count:10d}" for name, count in record.counts.items()),
         *record.notes,
     ]
-
-
-def _bytes(size: int) -> str:
-    for unit, scale in (("MB", 1_000_000), ("kB", 1_000)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size} bytes"

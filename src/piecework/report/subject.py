@@ -23,12 +23,15 @@ class Explanation:
         op_arguments: names of each opaque op's arguments, in order.
         op_locations: source lines that call each opaque op.
         ir_ops: for each unique piece, its calls of IR ops, as `passes.lower.CallSite.to_json` writes them.
+        kernels: for each unique piece, those that it would have as it was captured and after passes, each operator by
+            itself (report/kernels.py): {"captured": …, "lowered": …}, None for what is not known.
     """
 
     listings: tuple[Listing, ...]
     op_arguments: Mapping[str, Sequence[str]] = field(default_factory=dict)
     op_locations: Mapping[str, Sequence[str]] = field(default_factory=dict)
     ir_ops: tuple[tuple[Mapping[str, Any], ...], ...] = ()
+    kernels: tuple[Mapping[str, Any], ...] = ()
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Explanation:
@@ -49,6 +52,7 @@ class Explanation:
             op_arguments={name: tuple(op["arguments"]) for name, op in data["ops"].items()},
             op_locations={name: located(op["at"]) for name, op in data["ops"].items()},
             ir_ops=tuple(tuple(sites) for sites in data.get("ir_ops", ())),
+            kernels=tuple(data.get("kernels", ())),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -79,6 +83,7 @@ class Explanation:
             "pieces": pieces,
             "ops": ops,
             "ir_ops": [[dict(site) for site in sites] for sites in self.ir_ops],
+            "kernels": [dict(stages) for stages in self.kernels],
         }
 
 
