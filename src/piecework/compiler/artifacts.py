@@ -6,11 +6,10 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from piecework.compiler import aoti, rebuild, toolchain
 from piecework.compiler.backends import Backend
-from piecework.compiler.deduplicate import Unique
 from piecework.compiler.job import Job
 from piecework.compiler.options import BackendName, CompileOptions
 from piecework.errors import CompileError
@@ -19,6 +18,7 @@ from piecework.foundation.target import Target
 from piecework.foundation.torch_private import inductor, kernels, symbolic
 from piecework.graph.request import Dim
 from piecework.ops import resolve
+from piecework.ops.program import Program
 from piecework.passes import fakes, pack_linear
 from piecework.record import Recorder
 from piecework.store.facts import package_version
@@ -31,6 +31,22 @@ OnProgress = Callable[[str, int, int], None]
 Bounds = tuple[int, int]
 
 
+class Compiled(Protocol):
+    """What is compiled: a program, its symbol for the primary size (or None), and the constants that are packed."""
+
+    @property
+    def program(self) -> Program:
+        """The program that a backend compiles."""
+
+    @property
+    def primary(self) -> str | None:
+        """The program's symbol for the primary size, or None where it doesn't have it."""
+
+    @property
+    def pack(self) -> frozenset[int]:
+        """Constants that are bound packed."""
+
+
 @dataclass(frozen=True)
 class _Form:
     """One wanted artifact: which unique piece, for which range of the primary size."""
@@ -41,7 +57,7 @@ class _Form:
 
 
 def compile_artifacts(
-    pieces: Sequence[Unique],
+    pieces: Sequence[Compiled],
     *,
     declared: Dim | None,
     options: CompileOptions,
@@ -50,11 +66,14 @@ def compile_artifacts(
     target: Target,
     recorder: Recorder,
     on_progress: OnProgress,
+    optional: int = 0,
 ) -> list[dict[Bounds, Artifact]]:
     """Return, for each unique piece, its artifact by range of the primary size.
 
     Args:
         pieces: the unique pieces.
+        optional: how many of them, the last ones, can be done without: one whose code would hold for a part of its
+            range gets no artifact, and a note.
         declared: the primary size's declared range, or None where the module has no dynamic size.
         options, backend, store, target, recorder, on_progress: see `compiler.driver.compile_request`.
 
@@ -90,6 +109,9 @@ def compile_artifacts(
                 continue
             low, high = form.bounds
             piece = pieces[form.piece]
+            if form.piece >= len(pieces) - optional:
+                recorder.note(f"a body inside opaque ops is not compiled: {outcome.narrowed[key].found}")
+                continue
             if low != 1 or high == 1 or piece.primary is None:
                 raise outcome.narrowed[key]
             recorder.note(f"piece {form.piece} has an artifact of its own for 1: {outcome.narrowed[key].found}")
@@ -131,7 +153,7 @@ class _Progress:
             self._on_progress("compiling", self._done, self._total)
 
 
-def _ranges(piece: Unique, *, declared: Dim | None, options: CompileOptions) -> list[Bounds]:
+def _ranges(piece: Compiled, *, declared: Dim | None, options: CompileOptions) -> list[Bounds]:
     if declared is None:
         return [(0, 0)]
     if piece.primary is None or not options.ranges:
@@ -156,7 +178,7 @@ def _generator_digest() -> str:
     return digest_json([digest_file(source) for source in sources])
 
 
-def _job(piece: Unique, *, bounds: Bounds | None, options: CompileOptions, target: Target) -> Job:
+def _job(piece: Compiled, *, bounds: Bounds | None, options: CompileOptions, target: Target) -> Job:
     if options.backend is BackendName.EAGER:
         return Job(program=piece.program, options={"backend": "eager"})
     return Job(

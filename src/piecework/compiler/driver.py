@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from piecework.compiler.artifacts import OnProgress, compile_artifacts
@@ -12,6 +13,7 @@ from piecework.compiler.backends import Backend
 from piecework.compiler.deduplicate import Deduplicated, Forward, deduplicate
 from piecework.compiler.explanations import explain_pieces
 from piecework.compiler.kernels import KernelBuilds, kernel_jobs
+from piecework.compiler.natives import Native, collect_natives
 from piecework.compiler.options import CompileOptions, merges_linear, packed_dtypes
 from piecework.compiler.planning import make_plan
 from piecework.foundation.process import garbage_collection_off
@@ -78,7 +80,11 @@ def compile_request(
                 pack_dtypes=packed_dtypes(options, target=target, device=request.device),
                 lowering=lowering,
             )
+            called = set[Path]()
+            natives = collect_natives(paths, lowering=lowering, sources=called)
+            bodies = [native.piece for native in natives if native.piece is not None]
     _note_capture(recorder, paths, pieces)
+    recorder.count("natives", by=len(natives))
     steps = [step for path in paths for step in path.steps]
     kernels = KernelBuilds(
         kernel_jobs(steps, options=options, target=target, device=request.device), backend, store, target, recorder
@@ -86,7 +92,7 @@ def compile_request(
     with recorder.phase("compile"):
         kernels.start()
         artifacts = compile_artifacts(
-            pieces.unique,
+            [*pieces.unique, *bodies],
             declared=next(iter(request.sizes.values()), None),
             options=options,
             backend=backend,
@@ -94,20 +100,26 @@ def compile_request(
             target=target,
             recorder=recorder,
             on_progress=on_progress,
+            optional=len(bodies),
         )
         built = kernels.finish()
-    on_progress("sealing", len(pieces.unique), len(pieces.unique))
+    on_progress("sealing", len(artifacts), len(artifacts))
     with recorder.phase("plan"):
         ranges = [[ShapeRange(lo, hi, artifact.name) for (lo, hi), artifact in forms.items()] for forms in artifacts]
-        plan = make_plan(paths, pieces, artifacts=ranges, arguments=arguments)
-        plan = dataclasses.replace(plan, kernels={name: artifact.name for name, artifact in built.items()})
+        plan = make_plan(paths, pieces, artifacts=ranges[: len(pieces.unique)], arguments=arguments)
+        of_bodies = iter(ranges[len(pieces.unique) :])
+        plan = dataclasses.replace(
+            plan,
+            kernels={name: artifact.name for name, artifact in built.items()},
+            natives=tuple(n.planned(() if n.piece is None else next(of_bodies)) for n in natives),
+        )
         explanation = explain_pieces(paths, pieces)
         all_facts = (
             *environment_facts(target=target),
             *option_facts(options.facts()),
             *facts,
-            *_provider_facts(pieces, providers),
-            *sorted({*source_facts(set().union(*(path.captured.sources for path in paths))), *kernels.facts()}),
+            *_provider_facts(pieces, natives, providers),
+            *sorted({*source_facts(called.union(*(path.captured.sources for path in paths))), *kernels.facts()}),
         )
     files = {artifact.name: artifact.path for forms in artifacts for artifact in forms.values()}
     files |= {artifact.name: artifact.path for artifact in built.values()}
@@ -118,7 +130,7 @@ def compile_request(
         record=recorder.finish(),
         constants=_literals(paths),
         identity=identity or {},
-        explanation=explanation.to_json(),
+        explanation={**explanation.to_json(), **({"natives": [n.to_json() for n in natives]} if natives else {})},
     )
     return Sealed(content, plan)
 
@@ -130,9 +142,10 @@ def capture_variants(request: CaptureRequest) -> list[tuple[CapturedGraph, Varia
     return [*variants, (capture(rest), None)]
 
 
-def _provider_facts(pieces: Deduplicated, providers: Providers) -> list[Fact]:
-    """Return the versions of the packages whose implementations pieces have."""
-    chosen = {site.provider for unique in pieces.unique for site in unique.sites}
+def _provider_facts(pieces: Deduplicated, natives: Sequence[Native], providers: Providers) -> list[Fact]:
+    """Return the versions of the packages whose implementations pieces and bodies have."""
+    several = [*(unique.sites for unique in pieces.unique), *(native.sites for native in natives)]
+    chosen = {site.provider for sites in several for site in sites}
     packages = sorted({package for name, package in providers.packages.items() if name in chosen})
     return [Fact("provider", package, package_version(package)) for package in packages]
 

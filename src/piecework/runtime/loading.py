@@ -15,12 +15,13 @@ from piecework.foundation.environment import read_environment
 from piecework.foundation.process import garbage_collection_off
 from piecework.ops.program import constant_name
 from piecework.ops.selection import ProviderOrder, as_order
-from piecework.providers.discovery import load_operators
 from piecework.providers.kernels import open_kernel
 from piecework.record import Record
 from piecework.runtime.constants import TensorSource, as_source, make_constants, pack_constants
-from piecework.runtime.eager import EagerRunner, read_program
+from piecework.runtime.eager import EagerRunner
+from piecework.runtime.instances import open_instance, read_calls
 from piecework.runtime.model import LoadedModel, RangeForm, Run
+from piecework.runtime.natives import open_natives
 from piecework.store.bundle import Bundle, open_bundle
 from piecework.store.facts import option_facts, require
 from piecework.store.plan import Plan, UniquePiece
@@ -74,8 +75,11 @@ def load(
     forms = [_bind(plan, low, high, made, constants) for (low, high), made in runners.items()]
     phases["bind"] = _lap(begun)
     kernels, notes = _open_kernels(opened, plan)
-    record = Record(phases=phases, notes=notes)
-    return LoadedModel(plan, forms=forms, constants=constants, record=record, kernels=kernels, owned=opened)
+    natives, missing = open_natives(opened, plan)
+    record = Record(phases=phases, notes=(*notes, *missing))
+    return LoadedModel(
+        plan, forms=forms, constants=constants, record=record, kernels=kernels, natives=natives, owned=opened
+    )
 
 
 def _open(path: Path) -> Bundle:
@@ -109,9 +113,9 @@ def _open_instances(bundle: Bundle, plan: Plan) -> dict[tuple[int, int], list[An
             if (number, name) not in shared:
                 path = bundle.artifact_path(name)
                 if name not in called:
-                    called[name] = _calls(path)
+                    called[name] = read_calls(path)
                 device = plan.pieces[instance.piece].device
-                shared[number, name] = _runner(path, device=device, calls=called[name])
+                shared[number, name] = open_instance(path, device=device, calls=called[name])
             runners.append(shared[number, name])
         opened[low, high] = runners
     return opened
@@ -127,21 +131,6 @@ def _artifact(piece: UniquePiece, low: int, high: int) -> str:
         try_="compile the model again",
         file="plan.json",
     )
-
-
-def _calls(path: Path) -> str:
-    """Return what describes the operators that an artifact calls, or ""; their providers are imported."""
-    if path.suffix == ".json":
-        return ""
-    found = torch_private.read_calls(path)
-    load_operators(torch_private.called_operators(found))
-    return found
-
-
-def _runner(path: Path, *, device: str, calls: str) -> Any:
-    if path.suffix == ".json":
-        return EagerRunner(read_program(path))
-    return torch_private.open_aoti_library(path, device=device, calls=calls)
 
 
 def _open_kernels(bundle: Bundle, plan: Plan) -> tuple[dict[str, Callable[..., Any]], tuple[str, ...]]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from piecework.errors import CapacityError, InternalError, RequestError, ShapeContractError
 from piecework.ops.layer import LayerName
+from piecework.ops.native_bodies import NativeBodies
 from piecework.ops.opaque import implementation
 from piecework.ops.resolve import decode
+from piecework.ops.selection import Selection
 from piecework.record import Record
 from piecework.runtime.arguments import bind_arguments
 from piecework.runtime.states import zeros
@@ -47,12 +50,14 @@ class LoadedModel:
         constants: Sequence[torch.Tensor],
         record: Record,
         kernels: Mapping[str, Callable[..., Any]] | None = None,
+        natives: Mapping[str, Selection] | None = None,
         owned: object = None,
     ) -> None:
         self.plan = plan
         self.record = record
         self._constants = constants  # instances hold bare pointers to these
         self._kernels = kernels or {}  # native implementations of opaque ops by "namespace::name"
+        self._natives = natives or {}  # what is selected inside opaque ops by "namespace::name"
         self._owned = owned
         self._layers: dict[str, LayerName] = {}
         self._states: list[torch.Tensor] | None = None if plan.states else []
@@ -134,7 +139,18 @@ class LoadedModel:
         self._forms = ()
         self._states = None
         self._constants = ()
+        for bodies in self._bodies():
+            bodies.clear()
+        self._natives = {}
         self._owned = None
+
+    @property
+    def native_fallbacks(self) -> Mapping[str, int]:
+        """How many calls of IR ops inside opaque ops ran uncompiled, because no body was compiled for such arguments.
+
+        By what was called: "silu_mul(float16[*, 64], float16[*, 64])".
+        """
+        return {call: count for bodies in self._bodies() for call, count in bodies.fallbacks.items()}
 
     def label_steps(self, labels: Sequence[str] | None) -> None:
         """Name the steps in torch profiler's traces, a label for each of `plan.all_steps`; None, at first: no names."""
@@ -152,6 +168,10 @@ class LoadedModel:
         for step in self._program(path, sizes.get(self.plan.primary, 0)):
             step(slots, sizes)
         return [slots[i] for i in path.output_slots]
+
+    def _bodies(self) -> list[NativeBodies]:
+        found = [s.bodies for s in self._natives.values() if s.bodies is not None]
+        return list(dict.fromkeys(found))
 
     def _path(self, sizes: Mapping[str, int]) -> PlanVariant:
         for variant in self.plan.variants:
@@ -181,10 +201,15 @@ class LoadedModel:
         for path in (*self.plan.variants, self._rest):
             labels = None if self._labels is None else self._labels[begin : begin + len(path.steps)]
             begin += len(path.steps)
-            ops = {i: self._op(s) for i, s in enumerate(path.steps) if isinstance(s, OpStep)}
+            ops = {i: self._selecting(s, self._op(s)) for i, s in enumerate(path.steps) if isinstance(s, OpStep)}
             self._programs[path.name] = [
                 (form.min, form.max, _labelled(_calls(path.steps, form, ops), labels)) for form in self._forms
             ]
+
+    def _selecting(self, step: OpStep, call: StepCall) -> StepCall:
+        """Let the IR ops that a step calls find the model's own bodies, where it has any for that step."""
+        selection = self._natives.get(step.op.partition(".")[0])
+        return call if selection is None else partial(selection.running, call)
 
     def _op(self, step: OpStep) -> Callable[[list[Any], Mapping[str, int]], None]:
         assert self._states is not None

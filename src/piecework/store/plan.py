@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from piecework.errors import CorruptBundle
+from piecework.ops.call_form import CallForm
 from piecework.ops.weight_source import Concat, Source, Take, label, renamed, source_from_json, source_to_json, takes
 
 Dim = int | str
@@ -92,6 +93,28 @@ class Instance:
 
 
 @dataclass(frozen=True)
+class NativeCall:
+    """What serves the calls of an IR op inside opaque ops.
+
+    Attributes:
+        form: the calls.
+        ops: the opaque ops that declare them, "namespace::name".
+        provider: whose implementation it is.
+        piece: the compiled body, without constants; None where the provider's function is called.
+    """
+
+    form: CallForm
+    ops: tuple[str, ...]
+    provider: str
+    piece: UniquePiece | None = None
+
+    @property
+    def artifact(self) -> str:
+        """The file name of its artifact, or "" where there is none."""
+        return self.piece.ranges[0].artifact if self.piece is not None and self.piece.ranges else ""
+
+
+@dataclass(frozen=True)
 class PieceStep:
     """Run an instance on slots, put its results into slots."""
 
@@ -135,7 +158,8 @@ class Plan:
     Slots 0 … len(inputs) - 1 hold the arguments. `output_slots` are the flat results, `structure` how they make up the
     module's result (graph/structure.py), `arguments` how a caller's arguments map to inputs. `kernels` are the native
     kernels of opaque ops (providers/kernels.py): their name, and the artifact's file name. `variants` are forwards for
-    some kinds of batches, the first that fits; `steps` are for all the others.
+    some kinds of batches, the first that fits; `steps` are for all the others. `natives` serve calls of IR ops inside
+    opaque ops.
     """
 
     sizes: Mapping[str, tuple[int, int]]
@@ -152,6 +176,7 @@ class Plan:
     arguments: Any = None
     kernels: Mapping[str, str] = field(default_factory=dict)
     variants: tuple[PlanVariant, ...] = ()
+    natives: tuple[NativeCall, ...] = ()
 
     @property
     def all_steps(self) -> tuple[Step, ...]:
@@ -192,6 +217,7 @@ class Plan:
             "arguments": self.arguments,
             **({"kernels": dict(self.kernels)} if self.kernels else {}),
             **({"variants": [_variant_to_json(v, ops) for v in self.variants]} if self.variants else {}),
+            **({"natives": [_native_to_json(n) for n in self.natives]} if self.natives else {}),
         }
 
     @staticmethod
@@ -224,6 +250,7 @@ def _plan(data: Mapping[str, Any]) -> Plan:
         arguments=data["arguments"],
         kernels={str(name): str(artifact) for name, artifact in dict(data.get("kernels", {})).items()},
         variants=tuple(_variant_from_json(v, data["ops"]) for v in data.get("variants", ())),
+        natives=tuple(_native_from_json(n) for n in data.get("natives", ())),
     )
 
 
@@ -248,6 +275,24 @@ def _piece_from_json(data: Mapping[str, Any]) -> UniquePiece:
     ranges = tuple(ShapeRange(**r) for r in data.get("ranges", ()))
     merged = tuple(tuple(int(i) for i in constants) for constants in data.get("merged", ()))
     return UniquePiece(**{**data, "ranges": ranges, "merged": merged})
+
+
+def _native_to_json(native: NativeCall) -> dict[str, Any]:
+    return {
+        **native.form.to_json(),
+        "ops": list(native.ops),
+        "provider": native.provider,
+        **({"piece": _without_defaults(asdict(native.piece))} if native.piece is not None else {}),
+    }
+
+
+def _native_from_json(data: Mapping[str, Any]) -> NativeCall:
+    return NativeCall(
+        form=CallForm.from_json(data),
+        ops=tuple(str(op) for op in data["ops"]),
+        provider=str(data["provider"]),
+        piece=_piece_from_json(data["piece"]) if "piece" in data else None,
+    )
 
 
 def _variant_to_json(variant: PlanVariant, ops: Sequence[str]) -> dict[str, Any]:
