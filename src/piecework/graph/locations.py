@@ -114,17 +114,22 @@ def locations_of(nodes: Iterable[torch.fx.Node]) -> list[str]:
 def source_of(nodes: Iterable[torch.fx.Node]) -> str:
     """Return the lines of some nodes as one text, such as "package/file.py:63-67 in Norm.forward"; "" for none.
 
-    Lines of one function are one range; of several functions each has its own, with commas between them.
+    Lines of one function are one range; of several functions each has its own, with commas between them: "a.py:3 in f,
+    :9-12 in g, b.py:7 in h".
     """
     lines = [line for node in nodes if (line := node.meta.get(_LINE)) is not None]
     named = _named(lines)
+    files = list(dict.fromkeys(named[line.file] for line in lines))
     numbers: dict[tuple[str, str], list[int]] = {}
     for line in lines:
         numbers.setdefault((named[line.file], line.function), []).append(line.number)
-    return ", ".join(
-        f"{file}:{min(found)}{f'-{max(found)}' if max(found) > min(found) else ''} in {function}"
-        for (file, function), found in numbers.items()
-    )
+    texts: list[str] = []
+    before = ""
+    for (file, function), found in sorted(numbers.items(), key=lambda item: files.index(item[0][0])):
+        span = f"{min(found)}-{max(found)}" if max(found) > min(found) else f"{min(found)}"
+        texts.append(f"{'' if file == before else file}:{span} in {function}")
+        before = file
+    return ", ".join(texts)
 
 
 def _named(lines: Sequence[_Line | None]) -> dict[str, str]:

@@ -18,6 +18,8 @@ from piecework.report.kernels import (
     table_lines,
     typical_sizes,
 )
+from piecework.report.natives import NativeReport, native_lines, native_reports
+from piecework.report.passes import PassUse, pass_lines, pass_uses
 from piecework.store import Bundle, Fact
 from piecework.store.format import FORMAT, PLAN
 from piecework.store.manifest import corrupt
@@ -93,6 +95,8 @@ class BundleReport:
         record: what happened while it was compiled.
         kernels: of the unique pieces, in their order.
         moved: what forwards and their layers move at some sizes.
+        passes: what each pass did.
+        natives: what serves calls of IR ops inside opaque ops.
     """
 
     path: str
@@ -115,6 +119,8 @@ class BundleReport:
     record: Record
     kernels: tuple[PieceKernels, ...]
     moved: tuple[MovedTable, ...]
+    passes: tuple[PassUse, ...] = ()
+    natives: tuple[NativeReport, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """Return the report as a JSON object."""
@@ -127,8 +133,12 @@ class BundleReport:
             "kernels": [piece.to_json() for piece in self.kernels],
         }
 
-    def to_text(self) -> str:
-        """Return the report as lines for people."""
+    def to_text(self, *, all_passes: bool = False) -> str:
+        """Return the report as lines for people.
+
+        Args:
+            all_passes: whether every place is named where a pass applied or nearly did, and not only how many.
+        """
         sections = [
             self._head(),
             _section("dynamic sizes", [f"{name}: {low} to {high}" for name, (low, high) in self.sizes.items()]),
@@ -138,6 +148,8 @@ class BundleReport:
                 [line for piece in self.unique_pieces for line in _piece_lines(piece, primary=self.primary)],
             ),
             _section(MOVED, [line for table in self.moved for line in table_lines(table)]),
+            _section("passes", pass_lines(self.passes, everything=all_passes)),
+            _section("IR ops inside opaque ops", list(native_lines(self.natives, spell=spell_bytes))),
             _section("opaque ops", [f"{count:>6} × {name}" for name, count in self.opaque_ops.items()]),
             _section("recipes", [f"{count:>6} × {kind}" for kind, count in self.recipes.items()]),
             _section("states", _state_lines(self.states)),
@@ -200,6 +212,8 @@ def describe(bundle: Bundle, *, verified: bool, sizes: Sequence[Mapping[str, int
         record=bundle.record(),
         kernels=kernels,
         moved=tuple(moved_table(plan, kernels, sizes=at) for at in sizes or typical_sizes(plan)) if kernels else (),
+        passes=pass_uses(bundle, plan),
+        natives=native_reports(bundle, plan),
     )
 
 

@@ -23,6 +23,7 @@ class Explanation:
         op_arguments: names of each opaque op's arguments, in order.
         op_locations: source lines that call each opaque op.
         ir_ops: for each unique piece, its calls of IR ops, as `passes.lower.CallSite.to_json` writes them.
+        passes: for each unique piece, what each pass did, as `passes.interface.PassReport.to_json` writes it.
         kernels: for each unique piece, those that it would have as it was captured and after passes, each operator by
             itself (report/kernels.py): {"captured": …, "lowered": …}, None for what is not known.
     """
@@ -31,6 +32,7 @@ class Explanation:
     op_arguments: Mapping[str, Sequence[str]] = field(default_factory=dict)
     op_locations: Mapping[str, Sequence[str]] = field(default_factory=dict)
     ir_ops: tuple[tuple[Mapping[str, Any], ...], ...] = ()
+    passes: tuple[tuple[Mapping[str, Any], ...], ...] = ()
     kernels: tuple[Mapping[str, Any], ...] = ()
 
     @staticmethod
@@ -52,6 +54,7 @@ class Explanation:
             op_arguments={name: tuple(op["arguments"]) for name, op in data["ops"].items()},
             op_locations={name: located(op["at"]) for name, op in data["ops"].items()},
             ir_ops=tuple(tuple(sites) for sites in data.get("ir_ops", ())),
+            passes=tuple(tuple(reports) for reports in data.get("passes", ())),
             kernels=tuple(data.get("kernels", ())),
         )
 
@@ -83,6 +86,7 @@ class Explanation:
             "pieces": pieces,
             "ops": ops,
             "ir_ops": [[dict(site) for site in sites] for sites in self.ir_ops],
+            "passes": [[dict(report) for report in reports] for reports in self.passes],
             "kernels": [dict(stages) for stages in self.kernels],
         }
 
