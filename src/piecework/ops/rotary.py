@@ -21,7 +21,7 @@ from piecework.ops.ir_inputs import Draw
 def _inputs(draw: Draw) -> Sequence[Any]:
     tokens, dim = draw.rows, draw.choose((16, 64, 2, 80))
     rotated = draw.choose((dim, dim, dim // 2 if dim % 4 == 0 else dim))
-    pairs = draw.choose((False, True))
+    pairs = draw.choose((False, True, True, False, False))  # as many as no other choice has: all combinations come
     angles = draw.tensor(tokens, rotated // 2, scale=10.0, dtype=torch.float32)
     full = angles.repeat_interleave(2, dim=-1) if pairs else torch.cat([angles, angles], dim=-1)
     dtype = draw.choose((draw.dtype, torch.float32))
