@@ -129,7 +129,8 @@ def _register_rotary(kernel: HubKernel) -> None:
         angles = [x[..., parts[0]] for x in (cos, sin)]
         made = []
         for x in (q, k):
-            out = x.clone()
+            # strides as the op's: those of its arguments, but contiguous where the rest of a head is put beside
+            out = x.clone() if size == x.shape[-1] else x.clone(memory_format=torch.contiguous_format)
             if x.numel():
                 pairs = [(x[..., part], out[..., part]) for part in parts]
                 kernel.module.apply_rotary(pairs[0][0], pairs[1][0], *angles, pairs[0][1], pairs[1][1], False)
