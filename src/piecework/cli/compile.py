@@ -29,6 +29,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--out", type=Path, metavar="BUNDLE", help="where to write the bundle: a directory, or an "
                         "archive if it ends in .pwb (default: the local store)")  # fmt: skip
     add_compile_options(parser)
+    parser.add_argument("--without-pass", action="append", default=[], metavar="NAME", help="leave a pass out, such as "
+                        "rotary or merge_linear; may be given several times; `inspect --passes` shows what each "
+                        "did")  # fmt: skip
     parser.add_argument("--weights", choices=("real", "none"), default="real",
                         help="real: check that the checkpoint holds what the model needs; none: only config.json is "
                         "needed (default: real)")  # fmt: skip
@@ -97,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
                 ranges=args.ranges,
                 device=args.device,
                 providers=chosen_providers(args) or ProviderOrder(),
+                passes_off=frozenset(args.without_pass),
             ),
             check_weights=args.weights == "real",
             store=DirectoryStore(environment.store_root),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from piecework.foundation.torch_private import operator_name
@@ -11,9 +11,11 @@ from piecework.graph.request import Variant
 from piecework.graph.split import OpaqueCall, Piece, Step
 from piecework.ops.program import Program
 from piecework.ops.rows import ROWS_OP
+from piecework.passes.interface import PassReport
 from piecework.passes.lower import CallSite, Lowered, Lowering
-from piecework.passes.merge_linear import Merged, merge_linear, unmerged
 from piecework.passes.pack_linear import packable_constants
+from piecework.passes.pipeline import Pipeline
+from piecework.passes.rewritten import Rewritten
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,16 @@ class Unique:
         pack: constants of the lowered program that are bound packed.
         uses: how many pieces are equal to it.
         sites: its calls of IR ops, and which provider each has.
+        passes: what each pass did with it.
     """
 
     captured: Program
-    lowered: Merged
+    lowered: Rewritten
     primary: str | None
     pack: frozenset[int]
     uses: int
     sites: tuple[CallSite, ...] = ()
+    passes: tuple[PassReport, ...] = ()
 
     @property
     def program(self) -> Program:
@@ -66,16 +70,20 @@ class Deduplicated:
 
 
 def deduplicate(
-    paths: Sequence[Forward], *, merge: bool, pack_dtypes: frozenset[str], lowering: Lowering | None = None
+    paths: Sequence[Forward],
+    *,
+    passes: Collection[str] = (),
+    pack_dtypes: frozenset[str] = frozenset(),
+    lowering: Lowering | None = None,
 ) -> Deduplicated:
-    """Group pieces by fingerprint, and lower each unique one.
+    """Group pieces by fingerprint, and run the passes over each unique one.
 
     Pieces that have the primary size in another place are different: an artifact for a part of its range must not serve
     another size.
 
     Args:
         paths: a model's forwards; they share pieces.
-        merge: whether linear layers are merged (passes/merge_linear.py).
+        passes: names of the passes that run (passes/pipeline.py).
         pack_dtypes: dtypes of weights that are packed (passes/pack_linear.py).
         lowering: chooses providers of IR ops (passes/lower.py); None leaves the ops as they are.
 
@@ -107,12 +115,15 @@ def deduplicate(
             uses[index] += 1
             strict[index].update(i for i, node in enumerate(step.outputs) if not opaque.issuperset(node.users))
     unique = []
+    pipeline = Pipeline(passes)
     for (piece, primary), count, positions in zip(first, uses, strict, strict=True):
         strictly = frozenset(positions)
-        merged = merge_linear(piece.program, strict_outputs=strictly) if merge else unmerged(piece.program)
-        whole = Lowered(merged.program)
-        lowered = whole if lowering is None else lowering.lower(merged.program, strict_outputs=strictly)
+        passed = pipeline.run(piece.program, strict_outputs=strictly)
+        made = passed.rewritten
+        lowered = Lowered(made.program)
+        if lowering is not None:
+            lowered = lowering.lower(made.program, strict_outputs=strictly, origins=made.origins)
         pack = packable_constants(lowered.program, dtypes=pack_dtypes)
-        after = replace(merged, program=lowered.program)
-        unique.append(Unique(piece.program, after, primary, pack, count, lowered.sites))
+        after = replace(made, program=lowered.program)
+        unique.append(Unique(piece.program, after, primary, pack, count, lowered.sites, passed.reports))
     return Deduplicated(tuple(unique), index_of)

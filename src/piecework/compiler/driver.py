@@ -14,7 +14,7 @@ from piecework.compiler.deduplicate import Deduplicated, Forward, deduplicate
 from piecework.compiler.explanations import explain_pieces
 from piecework.compiler.kernels import KernelBuilds, kernel_jobs
 from piecework.compiler.natives import Native, collect_natives
-from piecework.compiler.options import CompileOptions, merges_linear, packed_dtypes
+from piecework.compiler.options import CompileOptions, chosen_passes, packed_dtypes
 from piecework.compiler.planning import make_plan
 from piecework.foundation.process import garbage_collection_off
 from piecework.foundation.target import Target
@@ -76,7 +76,7 @@ def compile_request(
             paths = [Forward(captured, split(captured), variant) for captured, variant in captures]
             pieces = deduplicate(
                 paths,
-                merge=merges_linear(options),
+                passes=chosen_passes(options),
                 pack_dtypes=packed_dtypes(options, target=target, device=request.device),
                 lowering=lowering,
             )
@@ -158,9 +158,6 @@ def _note_capture(recorder: Recorder, paths: Sequence[Forward], pieces: Deduplic
     recorder.count("unique_pieces", by=len(pieces.unique))
     for note in dict.fromkeys(note for path in paths for note in path.captured.stacks.notes):
         recorder.note(note)
-    for index, unique in enumerate(pieces.unique):
-        for note in unique.lowered.notes:
-            recorder.note(f"piece {index}: {note}")
     recorder.count("ir_ops", by=sum(len(unique.sites) for unique in pieces.unique))
 
 

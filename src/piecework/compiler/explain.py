@@ -189,7 +189,7 @@ def captured_subject(
     from piecework.graph.split import split  # noqa: PLC0415
 
     paths = [Forward(captured, split(captured), variant) for captured, variant in capture_variants(request)]
-    pieces = deduplicate(paths, merge=False, pack_dtypes=frozenset())
+    pieces = deduplicate(paths)
     known = dict.fromkeys(note for path in paths for note in path.captured.stacks.notes)
     return Subject(
         name=name,

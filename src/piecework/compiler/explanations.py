@@ -60,14 +60,14 @@ def explain_pieces(paths: Sequence[Forward], pieces: Deduplicated) -> Explanatio
             tuple(_site(site, piece) for site in unique.sites)
             for unique, (piece, _) in zip(pieces.unique, found, strict=True)
         ),
+        passes=tuple(tuple(report.to_json() for report in unique.passes) for unique in pieces.unique),
         kernels=tuple(_kernels(unique) for unique in pieces.unique),
     )
 
 
 def _site(site: CallSite, piece: Piece) -> dict[str, Any]:
     """Return a call of an IR op with the source lines of the calls that it stands for."""
-    origins = getattr(site, "origins", ())
-    return {**site.to_json(), "source": source_of(piece.origins[number] for number in origins)}
+    return {**site.to_json(), "source": source_of(piece.origins[number] for number in site.origins)}
 
 
 def _kernels(unique: Unique) -> dict[str, Any]:

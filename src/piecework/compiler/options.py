@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from piecework.errors import CompileError
 from piecework.foundation.digests import JsonScalar
 from piecework.foundation.target import Target
 from piecework.ops.selection import ProviderOrder
+from piecework.passes.names import MERGE_LINEAR, PASS_NAMES
 
 
 class BackendName(Enum):
@@ -28,6 +30,7 @@ class CompileOptions:
             for one artifact over the whole declared range.
         pack_linear: whether linear weights are bound packed for oneDNN; None decides by the target.
         merge_linear: whether linear layers that read the same tensor become one; None: yes, for native libraries.
+        passes_off: passes that don't run; for the others see `passes.names.PASS_NAMES`.
         device: device type that a model directory is compiled for; a module's is that of its example arguments.
         providers: which implementations IR ops get.
     """
@@ -36,8 +39,18 @@ class CompileOptions:
     ranges: tuple[tuple[int, int], ...] = ()
     pack_linear: bool | None = None
     merge_linear: bool | None = None
+    passes_off: frozenset[str] = frozenset()
     device: str = "cpu"
     providers: ProviderOrder = field(default_factory=ProviderOrder)
+
+    def __post_init__(self) -> None:
+        unknown = sorted(self.passes_off - set(PASS_NAMES))
+        if unknown:
+            raise CompileError(
+                asked=f"a compile without the pass {unknown[0]!r}",
+                found="no pass of that name that can be turned off",
+                try_=f"one of {', '.join(PASS_NAMES)}",
+            )
 
     def facts(self) -> Mapping[str, JsonScalar]:
         """Return the options as facts of the bundle."""
@@ -46,14 +59,17 @@ class CompileOptions:
             "ranges": ",".join(f"{lo}:{hi}" for lo, hi in self.ranges),
             "pack_linear": self.pack_linear,
             "merge_linear": self.merge_linear,
+            "passes_off": ",".join(name for name in PASS_NAMES if name in self.passes_off),
             "device": self.device,
             "providers": self.providers.text(),
         }
 
 
-def merges_linear(options: CompileOptions) -> bool:
-    """Return whether linear layers are merged."""
-    return options.backend is BackendName.AOTI if options.merge_linear is None else options.merge_linear
+def chosen_passes(options: CompileOptions) -> tuple[str, ...]:
+    """Return the passes that run, in their order."""
+    merges = options.backend is BackendName.AOTI if options.merge_linear is None else options.merge_linear
+    off = options.passes_off if merges else options.passes_off | {MERGE_LINEAR}
+    return tuple(name for name in PASS_NAMES if name not in off)
 
 
 def parse_ranges(text: str) -> tuple[tuple[int, int], ...]:

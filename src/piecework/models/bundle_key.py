@@ -18,6 +18,7 @@ DEFAULT_OPTIONS: Mapping[str, JsonScalar] = {
     "ranges": "",
     "pack_linear": None,
     "merge_linear": None,
+    "passes_off": "",
     "device": "cpu",
     "providers": ProviderOrder().text(),
 }

@@ -21,7 +21,7 @@ from piecework.ops.moe_experts import MOE_EXPERTS_OP, moe_experts
 from piecework.ops.moe_route import moe_route
 from piecework.ops.norms import TOLERANCE, add_rms_norm, layer_norm, rms_norm
 from piecework.ops.quantize import quantize_dynamic_per_token, quantize_group_fp8, quantize_static_fp8
-from piecework.ops.rotary import rotary
+from piecework.ops.rotary import rotary, rotate_pairs
 
 
 def _linear_inputs(draw: Draw) -> Sequence[Any]:
@@ -68,6 +68,7 @@ CHOSEN: Final[tuple[IrOp, ...]] = (
     silu_mul,
     gelu_mul,
     rotary,
+    rotate_pairs,
     quantize_static_fp8,
     quantize_dynamic_per_token,
     quantize_group_fp8,

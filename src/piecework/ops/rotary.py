@@ -66,3 +66,40 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tenso
         turned = torch.cat((-second, first), dim=-1)
     made = (part * cos + turned * sin).to(x.dtype)
     return made if size == x.shape[-1] else torch.cat((made, x[..., size:]), dim=-1)
+
+
+def _pair_inputs(draw: Draw) -> Sequence[Any]:
+    tokens, dim = draw.rows, draw.choose((16, 64, 2, 80))
+    angles = draw.tensor(tokens, 1, dim // 2, scale=10.0, dtype=torch.float32)
+    dtype = draw.choose((draw.dtype, torch.float32))
+    heads = draw.choose((4, 1, 3))
+    x = draw.tensor(tokens, heads, dim + 8)[..., 8:]  # a part of each head, as latent attention has them
+    return x, angles.cos().to(dtype), angles.sin().to(dtype), draw.choose((False, True))
+
+
+@op(
+    "piecework::rotate_pairs",
+    inputs=_pair_inputs,
+    tolerance={torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3},
+)
+def rotate_pairs(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,  # noqa: FBT001, FBT002  an operator's argument
+) -> Tensor:
+    """Rotate one tensor by angles that are given once for each pair.
+
+    Args:
+        x: [..., R], R even, float32 | bfloat16 | float16.
+        cos, sin: [..., R / 2], broadcast against x's other axes. With a wider dtype than x's the arithmetic is in that.
+        interleaved: where a pair is in x: False for i and i + R/2, True for 2i and 2i + 1 (DeepSeek).
+
+    Returns:
+        [..., R], dtype of x: the first elements of all pairs, and then the second ones.
+    """
+    if interleaved:
+        first, second = x[..., 0::2], x[..., 1::2]
+    else:
+        first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

@@ -52,17 +52,25 @@ class CallSite:
         arguments: the call's, for people: "float32[s0, 64], float32[64], 1e-06".
         provider: whose implementation it has.
         rejected: the other providers, and why they were not taken.
+        origins: numbers of the calls of the captured piece that the call stands for.
     """
 
     op: str
     arguments: str
     provider: str
     rejected: tuple[Rejected, ...] = ()
+    origins: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the call site as JSON."""
         rejected = [[r.provider, r.why] for r in self.rejected]
-        return {"op": self.op, "arguments": self.arguments, "provider": self.provider, "rejected": rejected}
+        return {
+            "op": self.op,
+            "arguments": self.arguments,
+            "provider": self.provider,
+            "rejected": rejected,
+            "origins": list(self.origins),
+        }
 
 
 @dataclass(frozen=True)
@@ -87,12 +95,19 @@ class Lowering:
     absent: Mapping[str, str] = field(default_factory=dict)
     _bodies: dict[str, Body | NotTraceable] = field(default_factory=dict)
 
-    def lower(self, program: Program, *, strict_outputs: frozenset[int] = frozenset()) -> Lowered:
+    def lower(
+        self,
+        program: Program,
+        *,
+        strict_outputs: frozenset[int] = frozenset(),
+        origins: Sequence[tuple[int, ...]] | None = None,
+    ) -> Lowered:
         """Lower a program.
 
         Args:
             program: a piece's.
             strict_outputs: positions of results that must keep their strides.
+            origins: for each call, what it was when it was captured; None: the program is as it was captured.
 
         Raises OpError where no provider of the order supports a call.
         """
@@ -107,7 +122,8 @@ class Lowering:
                 out.copy(index, call)
                 continue
             choice = self._choose(op, index, program, run)
-            sites.append(CallSite(op.short_name, _shown(call, run), choice.provider, choice.rejected))
+            origin = (index,) if origins is None else origins[index]
+            sites.append(CallSite(op.short_name, _shown(call, run), choice.provider, choice.rejected, origin))
             body = self._body(op, choice.implementation, call, run, program.symbols)
             if isinstance(body, Body):
                 given = [*call.args, *call.kwargs.values()]

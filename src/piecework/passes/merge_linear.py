@@ -16,63 +16,51 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from piecework.ops.program import Call, Program, TensorSpec, references
+from piecework.passes.interface import NearMiss, Outcome, Pass, Subject
+from piecework.passes.names import MERGE_LINEAR
+from piecework.passes.rewritten import Rewritten
 from piecework.passes.verify import same_results
 
 _LINEAR = "piecework.linear.default"
 _SLICE = "aten.slice.Tensor"
 
 
-@dataclass(frozen=True)
-class Merged:
-    """A program after the pass.
-
-    Attributes:
-        program: the program.
-        constants: for each of its constants, the constants of the program before that it concatenates (one: as it was).
-        notes: what was merged, and what nearly was, for people.
-    """
-
-    program: Program
-    constants: tuple[tuple[int, ...], ...]
-    notes: tuple[str, ...] = ()
-
-
-def unmerged(program: Program) -> Merged:
-    """Return the program as it is."""
-    return Merged(program, tuple((index,) for index in range(len(program.constants))))
-
-
-def merge_linear(program: Program, *, strict_outputs: frozenset[int]) -> Merged:
-    """Merge what can be.
-
-    Args:
-        program: a piece's.
-        strict_outputs: positions of results that must keep their strides.
-    """
-    made = unmerged(program)
-    groups, notes = _groups(program)
+def merge_linear(subject: Subject) -> Outcome:
+    """Merge what can be."""
+    before = subject.rewritten
+    program = before.program
+    made = before
+    groups, near_misses = _groups(subject)
+    matches: list[str] = []
     for group in groups:
-        candidate = _merge(made, [_position(made, first) for first in group])
-        wrong = same_results(program, candidate.program, strict_outputs=strict_outputs)
+        name = f"{len(group)} linear layers of {_widths(program, group)} outputs"
+        candidate = _merge(made, [made.constants.index(before.constants[first]) for first in group])
+        wrong = same_results(program, candidate.program, strict_outputs=subject.strict_outputs)
         if wrong is None:
-            made = replace(candidate, notes=made.notes)
-            notes.append(f"merged {len(group)} linear layers of {_widths(program, group)} outputs")
+            made = candidate
+            matches.append(f"merged {name}")
         else:
-            notes.append(f"not merged, {len(group)} linear layers of {_widths(program, group)} outputs: {wrong}")
-    return replace(made, notes=tuple(notes))
+            near_misses.append(NearMiss(f"not merged, {name}: {wrong}"))
+    return Outcome(made, tuple(matches), tuple(near_misses))
 
 
-def _groups(program: Program) -> tuple[list[list[int]], list[str]]:
+def make_pass() -> Pass:
+    """Return the pass."""
+    return Pass(MERGE_LINEAR, merge_linear)
+
+
+def _groups(subject: Subject) -> tuple[list[list[int]], list[NearMiss]]:
     """Return groups of constants, the weights of linear layers that go together, and near misses."""
+    program = subject.rewritten.program
     uses = Counter(index for call in program.calls for index in _constants(call))
     uses.update(index for output in program.outputs for kind, index in references(output) if kind == "c")
     together: dict[str, list[int]] = {}
-    notes = []
-    for call in program.calls:
+    near: list[NearMiss] = []
+    for number, call in enumerate(program.calls):
         if call.target != _LINEAR or call.kwargs:
             continue
         used = _constants(call)
@@ -83,11 +71,12 @@ def _groups(program: Program) -> tuple[list[list[int]], list[str]]:
             continue
         weight = program.constants[used[0]]
         if weight.stride != (weight.shape[1], 1):
-            notes.append(f"not merged: a linear layer whose weight has the strides {weight.stride}")
+            named = subject.named([number])
+            near.append(NearMiss(f"not merged, {named}: a linear layer whose weight has the strides {weight.stride}"))
             continue
         key = json.dumps([call.args[0], bias is None, weight.dtype, weight.device, weight.aligned, weight.shape[1]])
         together.setdefault(key, []).append(used[0])
-    return [group for group in together.values() if len(group) > 1], notes
+    return [group for group in together.values() if len(group) > 1], near
 
 
 def _constants(call: Call) -> list[int]:
@@ -95,12 +84,7 @@ def _constants(call: Call) -> list[int]:
     return [index for argument in arguments for kind, index in references(argument) if kind == "c"]
 
 
-def _position(merged: Merged, weight: int) -> int:
-    """Return where a constant of the program before, not merged yet, is now."""
-    return merged.constants.index((weight,))
-
-
-def _merge(made: Merged, weights: Sequence[int]) -> Merged:
+def _merge(made: Rewritten, weights: Sequence[int]) -> Rewritten:
     """Merge the linear layers of these weights, by their positions in `made`."""
     program = made.program
     by_weight = {call.args[1]["c"]: n for n, call in enumerate(program.calls) if call.target == _LINEAR}
@@ -114,14 +98,16 @@ def _merge(made: Merged, weights: Sequence[int]) -> Merged:
     kept = [index for index in range(len(program.constants)) if index not in gone]
     number = {old: new for new, old in enumerate(kept)}
     specs = tuple(_stacked(program, stacked[i]) if i in stacked else program.constants[i] for i in kept)
-    origins = tuple(sum((made.constants[j] for j in stacked.get(i, (i,))), ()) for i in kept)
+    constants = tuple(sum((made.constants[j] for j in stacked.get(i, (i,))), ()) for i in kept)
     bounds = _bounds([int(program.constants[weight].shape[0]) for weight in weights])
     out: list[Call] = []
+    made_of: list[tuple[int, ...]] = []
     result: dict[int, int] = {}
     whole = -1
     for n, call in enumerate(program.calls):
         if n not in calls:
             out.append(_renumbered(call, result, number))
+            made_of.append(made.origins[n])
         else:
             if whole < 0:
                 bias = ({"c": number[biases[0]]},) if biases else ()
@@ -129,11 +115,14 @@ def _merge(made: Merged, weights: Sequence[int]) -> Merged:
                 linear = _renumbered(linear, result, number)
                 whole = len(out)
                 out.append(replace(linear, args=(*linear.args, *bias)))
+                made_of.append(tuple(sorted(origin for member in calls for origin in made.origins[member])))
             begin, end = bounds[calls.index(n)]
             out.append(Call(_SLICE, ({"n": whole}, -1, begin, end), {}))
+            made_of.append(made.origins[n])
         result[n] = len(out) - 1
     outputs = tuple(_replaced(output, result, number) for output in program.outputs)
-    return Merged(replace(program, constants=specs, calls=tuple(out), outputs=outputs), origins)
+    merged = replace(program, constants=specs, calls=tuple(out), outputs=outputs)
+    return Rewritten(merged, constants, tuple(made_of))
 
 
 def _stacked(program: Program, constants: Sequence[int]) -> TensorSpec:

@@ -5,16 +5,12 @@ Both programs run on tensors without values, with numbers in the place of their 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
-import torch
-
-from piecework.ops.program import Program, TensorSpec
-from piecework.ops.resolve import decode, resolve_target
-from piecework.store.sizes import size_expression
-
-_TYPICAL = (7, 5, 11, 3, 13)
+from piecework.errors import InternalError
+from piecework.ops.program import Program, references
+from piecework.passes.metas import ERRORS, NUM_TYPICAL, MetaRun, run_on_metas, typical_sizes
+from piecework.passes.rewritten import Rewritten
 
 
 def same_results(before: Program, after: Program, *, strict_outputs: frozenset[int]) -> str | None:
@@ -24,14 +20,30 @@ def same_results(before: Program, after: Program, *, strict_outputs: frozenset[i
         before, after: the programs.
         strict_outputs: positions of results whose strides must be the same.
     """
-    for round_ in range(2):
-        sizes = {name: _size(low, high, n + round_) for n, (name, low, high) in enumerate(before.symbols)}
+    for choice in range(NUM_TYPICAL):
+        sizes = typical_sizes(before, choice)
         try:
-            old = _run(before, sizes)
-            new = _run(after, sizes)
-        except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
+            old, new = run_on_metas(before, sizes), run_on_metas(after, sizes)
+        except ERRORS as error:
             return str(error).splitlines()[0]
-        for position, (a, b) in enumerate(zip(old, new, strict=True)):
+        wrong = compare_runs([old], [new], before=before, after=after, strict_outputs=strict_outputs)
+        if wrong is not None:
+            return wrong
+    return None
+
+
+def compare_runs(
+    old: Sequence[MetaRun],
+    new: Sequence[MetaRun],
+    *,
+    before: Program,
+    after: Program,
+    strict_outputs: frozenset[int],
+) -> str | None:
+    """Return what differs between the results of two programs that ran at the same sizes; see `same_results`."""
+    for a_run, b_run in zip(old, new, strict=True):
+        pairs = zip(before.outputs, after.outputs, strict=True)
+        for position, (a, b) in enumerate((a_run.of(x), b_run.of(y)) for x, y in pairs):
             if a.shape != b.shape or a.dtype != b.dtype:
                 return f"result {position} would be {b.dtype} {list(b.shape)} instead of {a.dtype} {list(a.shape)}"
             if position in strict_outputs and a.stride() != b.stride():
@@ -39,32 +51,26 @@ def same_results(before: Program, after: Program, *, strict_outputs: frozenset[i
     return None
 
 
-def _size(low: int, high: int, number: int) -> int:
-    return max(low, min(high, _TYPICAL[number % len(_TYPICAL)]))
+def check_form(made: Rewritten, captured: Program) -> None:
+    """Raise InternalError where a rewritten program is none, or doesn't say what of the captured one it is made of.
 
-
-def _run(program: Program, sizes: Mapping[str, int]) -> list[torch.Tensor]:
-    tables: dict[str, list[Any]] = {
-        "n": [],
-        "i": [_meta(spec, sizes) for spec in program.inputs],
-        "c": [_meta(spec, sizes) for spec in program.constants],
-    }
-
-    def reference(kind: str, index: int) -> Any:
-        return tables[kind][index]
-
-    for call in program.calls:
-        function = resolve_target(call.target)
-        kwargs = {name: decode(value, reference) for name, value in call.kwargs.items()}
-        if "device" in kwargs:
-            kwargs["device"] = torch.device("meta")
-        tables["n"].append(function(*(decode(argument, reference) for argument in call.args), **kwargs))
-    return [decode(output, reference) for output in program.outputs]
-
-
-def _meta(spec: TensorSpec, sizes: Mapping[str, int]) -> torch.Tensor:
-    def value(dim: int | str) -> int:
-        return dim if isinstance(dim, int) else size_expression(dim)(sizes)
-
-    shape, stride = [value(d) for d in spec.shape], [value(d) for d in spec.stride]
-    return torch.empty_strided(shape, stride, dtype=getattr(torch, spec.dtype), device="meta")
+    Every call reads only what is there before it, every constant is made of captured ones, each of which is used once,
+    and origins are numbers of captured calls.
+    """
+    program = made.program
+    limits = {"i": len(program.inputs), "c": len(program.constants)}
+    for number, call in enumerate(program.calls):
+        for kind, index in references([*call.args, *call.kwargs.values()]):
+            if not 0 <= index < (number if kind == "n" else limits[kind]):
+                raise InternalError(f"call {number}, {call.target}, reads {kind} {index}")
+    for output in program.outputs:
+        for kind, index in references(output):
+            if not 0 <= index < (len(program.calls) if kind == "n" else limits[kind]):
+                raise InternalError(f"a result of the piece is {kind} {index}")
+    made_of = sorted(index for constants in made.constants for index in constants)
+    if len(made.constants) != limits["c"] or made_of != list(range(len(captured.constants))):
+        raise InternalError(f"constants are made of {made.constants}, of {len(captured.constants)}")
+    if len(made.origins) != len(program.calls):
+        raise InternalError(f"{len(made.origins)} origins of {len(program.calls)} calls")
+    if any(not 0 <= k < len(captured.calls) for origin in made.origins for k in origin):
+        raise InternalError("an origin that is no captured call")

@@ -14,7 +14,8 @@ import piecework
 from piecework.compiler.options import BackendName, CompileOptions
 from piecework.ops.program import Call, Program, TensorSpec, constant_name
 from piecework.ops.weight_source import Concat
-from piecework.passes.merge_linear import merge_linear
+from piecework.passes.names import MERGE_LINEAR
+from piecework.passes.pipeline import Passed, Pipeline
 from piecework.runtime.eager import EagerRunner
 from piecework.store.plan import Plan
 
@@ -46,6 +47,10 @@ QKV = Program(
 )
 
 
+def _merged(program: Program, *, strict_outputs: frozenset[int] = frozenset()) -> Passed:
+    return Pipeline([MERGE_LINEAR]).run(program, strict_outputs=strict_outputs)
+
+
 def _results(program: Program, constants: list[Tensor], x: Tensor) -> list[Tensor]:
     runner = EagerRunner(program)
     runner.bind({constant_name(i): tensor for i, tensor in enumerate(constants)})
@@ -53,15 +58,16 @@ def _results(program: Program, constants: list[Tensor], x: Tensor) -> list[Tenso
 
 
 def test_layers_that_read_the_same_tensor_become_one() -> None:
-    merged = merge_linear(QKV, strict_outputs=frozenset())
-    assert merged.constants == ((0, 1, 2), (3,))
-    assert [spec.shape for spec in merged.program.constants] == [(24, 8), (6, 8)]
-    assert sum(call.target == "piecework.linear.default" for call in merged.program.calls) == 2
-    assert merged.notes == ("merged 3 linear layers of 16 + 4 + 4 outputs",)
+    merged = _merged(QKV)
+    assert merged.rewritten.constants == ((0, 1, 2), (3,))
+    assert [spec.shape for spec in merged.rewritten.program.constants] == [(24, 8), (6, 8)]
+    assert sum(call.target == "piecework.linear.default" for call in merged.rewritten.program.calls) == 2
+    assert merged.reports[0].matches == ("merged 3 linear layers of 16 + 4 + 4 outputs",)
+    assert merged.rewritten.origins == ((0, 2, 4), (0,), (1,), (2,), (3,), (4,), (5,))
     weights = [torch.randn(*spec.shape) for spec in QKV.constants]  # type: ignore[arg-type]
     x = torch.randn(5, 8)
     expected = _results(QKV, weights, x)
-    found = _results(merged.program, [torch.cat(weights[:3]), weights[3]], x)
+    found = _results(merged.rewritten.program, [torch.cat(weights[:3]), weights[3]], x)
     for a, b in zip(expected, found, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -74,11 +80,11 @@ def test_biases_are_merged_with_their_weights() -> None:
         calls=(_linear(0, bias=1), _linear(2, bias=3)),
         outputs=({"n": 0}, {"n": 1}),
     )
-    merged = merge_linear(program, strict_outputs=frozenset())
-    assert merged.constants == ((0, 2), (1, 3))
+    merged = _merged(program)
+    assert merged.rewritten.constants == ((0, 2), (1, 3))
     constants = [torch.randn(*spec.shape) for spec in program.constants]  # type: ignore[arg-type]
     x = torch.randn(3, 8)
-    found = _results(merged.program, [torch.cat([constants[0], constants[2]]), torch.cat(constants[1::2])], x)
+    found = _results(merged.rewritten.program, [torch.cat([constants[0], constants[2]]), torch.cat(constants[1::2])], x)
     for a, b in zip(_results(program, constants, x), found, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -90,20 +96,20 @@ def test_two_groups_in_one_piece() -> None:
         calls=(_linear(0), _linear(1), _linear(2, of={"n": 1}), _linear(3, of={"n": 1})),
         outputs=({"n": 0}, {"n": 2}, {"n": 3}),
     )
-    merged = merge_linear(program, strict_outputs=frozenset())
-    assert merged.constants == ((0, 1), (2, 3))
+    merged = _merged(program)
+    assert merged.rewritten.constants == ((0, 1), (2, 3))
     weights = [torch.randn(8, 8) for _ in range(4)]
     x = torch.randn(3, 8)
-    found = _results(merged.program, [torch.cat(weights[:2]), torch.cat(weights[2:])], x)
+    found = _results(merged.rewritten.program, [torch.cat(weights[:2]), torch.cat(weights[2:])], x)
     for a, b in zip(_results(program, weights, x), found, strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_a_result_that_another_piece_reads_keeps_its_strides() -> None:
-    merged = merge_linear(QKV, strict_outputs=frozenset({1}))
-    assert merged.program == QKV
-    assert "another piece reads result 1" in merged.notes[0]
-    assert merge_linear(QKV, strict_outputs=frozenset({3})).program != QKV  # its layer isn't one of those
+    merged = _merged(QKV, strict_outputs=frozenset({1}))
+    assert merged.rewritten.program == QKV
+    assert "another piece reads result 1" in merged.reports[0].near_misses[0]
+    assert _merged(QKV, strict_outputs=frozenset({3})).rewritten.program != QKV  # its layer isn't one of those
 
 
 @pytest.mark.parametrize(
@@ -113,22 +119,22 @@ def test_a_result_that_another_piece_reads_keeps_its_strides() -> None:
 def test_weights_that_differ_stay_apart(change: str, value: object) -> None:
     program = replace(QKV, constants=(_weight(4), replace(_weight(4), **{change: value})))  # type: ignore[arg-type]
     program = replace(program, calls=(_linear(0), _linear(1)), outputs=({"n": 0}, {"n": 1}))
-    assert merge_linear(program, strict_outputs=frozenset()).program == program
+    assert _merged(program).rewritten.program == program
 
 
 def test_a_weight_with_other_uses_stays_apart() -> None:
     lookup = Call("aten.embedding.default", ({"c": 0}, {"i": 0}), {})
     program = replace(QKV, constants=(_weight(4), _weight(4)), calls=(_linear(0), _linear(1), lookup))
     program = replace(program, outputs=({"n": 0}, {"n": 1}))
-    assert merge_linear(program, strict_outputs=frozenset()).program == program
+    assert _merged(program).rewritten.program == program
 
 
 def test_what_needs_contiguous_results_is_left_alone() -> None:
     flat = Call("aten.view.default", ({"n": 0}, [-1]), {})
     program = replace(QKV, constants=(_weight(4), _weight(4)), calls=(_linear(0), _linear(1), flat))
-    merged = merge_linear(replace(program, outputs=({"n": 2}, {"n": 1})), strict_outputs=frozenset())
-    assert merged.constants == ((0,), (1,))
-    assert "view" in merged.notes[0]
+    merged = _merged(replace(program, outputs=({"n": 2}, {"n": 1})))
+    assert merged.rewritten.constants == ((0,), (1,))
+    assert "view" in merged.reports[0].near_misses[0]
 
 
 class _Block(nn.Module):

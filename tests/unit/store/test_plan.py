@@ -151,7 +151,7 @@ def plan_of(wanted: CaptureRequest) -> Plan:
     captured = capture(wanted)
     steps = split(captured)
     dtypes = packed_dtypes(CompileOptions(), target=read_target(), device="cpu")
-    pieces = deduplicate([Forward(captured, steps)], merge=False, pack_dtypes=dtypes)
+    pieces = deduplicate([Forward(captured, steps)], pack_dtypes=dtypes)
     return make_plan([Forward(captured, steps)], pieces, artifacts=[[] for _ in pieces.unique])
 
 
@@ -198,7 +198,7 @@ def assert_slots_hold_what_is_read(wanted: CaptureRequest) -> None:
     """Run the plan with the graph's nodes as values: every step must find its own operands in its slots."""
     captured = capture(wanted)
     steps = split(captured)
-    pieces = deduplicate([Forward(captured, steps)], merge=False, pack_dtypes=frozenset())
+    pieces = deduplicate([Forward(captured, steps)])
     plan = make_plan([Forward(captured, steps)], pieces, artifacts=[[] for _ in pieces.unique])
     slots: list[object] = [None] * plan.num_slots
     for number, given_input in enumerate(i for i in captured.inputs if i.kind.value == "argument"):
