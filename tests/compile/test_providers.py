@@ -33,7 +33,11 @@ _PACKAGE = """
             normed, total = add_rms_norm.native(x, residual, weight, eps, offset, round_first)
             return x.copy_(normed), residual.copy_(total)
 
-        @quantize_dynamic_per_token.implement("made_in_place")
+        @quantize_dynamic_per_token.implement(
+            "made_in_place", supports=lambda x, dtype: dtype.itemsize == 1 and (
+                x.shape[-1] % 16 == 0 or f"hidden size {x.shape[-1]} not a multiple of 16"
+            )
+        )
         def quantize(x, dtype=quantize_dynamic_per_token.signature.parameters["dtype"].default):
             CALLS.append("quantize")
             return quantize_dynamic_per_token.native(x, dtype)
@@ -73,17 +77,29 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_native_code_calls_a_packages_operators(package: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = Block().requires_grad_(False)
-    options = piecework.CompileOptions(providers=piecework.ProviderOrder.parse("made_in_place,native"))
+    order = "nobody,sgl_kernel,made_in_place,native"
+    options = piecework.CompileOptions(providers=piecework.ProviderOrder.parse(order))
     example = (torch.randn(3, 16), torch.randn(3, 16))
     bundle = piecework.compile(
         module, example, dynamic={"rows": piecework.Dim(1, 64)}, options=options, out=tmp_path / "bundle"
     )
-    sites = [(call.op, call.provider) for call in describe_ops(bundle).calls]
+    report = describe_ops(bundle)
+    assert report.order == order
+    sites = [(call.op, call.provider) for call in report.calls]
     assert sites == [
         ("add_rms_norm", "made_in_place"),
         ("add_rms_norm", "native"),
         ("quantize_dynamic_per_token", "made_in_place"),
     ]
+    first, second, last = (call.rejected for call in report.calls)
+    assert first == {
+        "nobody": "no installed package has an entry point 'nobody' in the group 'piecework.providers'",
+        "sgl_kernel": "the package sgl_kernel is not installed",
+        "native": "made_in_place comes before it",
+    }
+    assert second["made_in_place"] == "it writes to residual, which the piece or its caller still reads"
+    assert list(last) == ["nobody", "sgl_kernel", "native"]
+    assert "      not sgl_kernel: the package sgl_kernel is not installed" in report.to_text().splitlines()
     (artifact,) = (bundle.artifact_path(name) for name in bundle.artifacts)
     assert sorted(called_operators(read_calls(artifact))) == [
         "piecework__made_in_place::add_rms_norm",
@@ -103,6 +119,27 @@ def test_native_code_calls_a_packages_operators(package: Path, tmp_path: Path) -
     (package / "made_in_place-1.0.dist-info" / "METADATA").write_text("Name: made-in-place\nVersion: 2.0\n")
     with pytest.raises(piecework.StaleBundle, match=r"provider made-in-place: bundle 1\.0, here 2\.0"):
         piecework.load(bundle, weights=module)
+
+
+def test_why_a_package_does_not_take_a_call(package: Path, tmp_path: Path) -> None:
+    options = piecework.CompileOptions(
+        backend="eager", providers=piecework.ProviderOrder.parse("quantize_dynamic_per_token=made_in_place,native")
+    )
+
+    class Quantize(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return quantize_dynamic_per_token(x, torch.int8)
+
+    bundle = piecework.compile(
+        Quantize(),
+        (torch.randn(3, 20),),
+        dynamic={"rows": piecework.Dim(1, 64)},
+        options=options,
+        out=tmp_path / "bundle",
+    )
+    (call,) = describe_ops(bundle).calls
+    assert call.provider == "native"
+    assert call.rejected["made_in_place"] == "supports() said: hidden size 20 not a multiple of 16"
 
 
 def _check_another_process(path: Path) -> None:

@@ -14,8 +14,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "doctor",
         help="say what of this machine is missing or slow, with the fix",
-        description="Check Python, torch, the other packages, the C++ compiler, the CPU and the cache directory. "
-        "Exit code 1 where something is missing.",
+        description="Check Python, torch, other packages, the C++ compiler, the CPU and the cache directory, and tell "
+        "which providers of ops are there. Exit code 1 where something is missing.",
     )
     parser.add_argument("--json", action="store_true", help="print every check as one JSON object")
 

@@ -113,7 +113,7 @@ def _load(name: str) -> _Loaded:
     if len(set(packages)) > 1:
         raise OpError(
             asked=f"load the provider {name}",
-            found=f"several packages that have one of that name: {', '.join(packages)}",
+            found=f"several packages that have one of that name: {', '.join(sorted(packages))}",
             try_="uninstall all of them but one",
         )
     try:

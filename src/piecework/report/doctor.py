@@ -19,6 +19,7 @@ from piecework.errors import StoreError
 from piecework.foundation import files
 from piecework.foundation.environment import Environment
 from piecework.foundation.target import Target, read_target
+from piecework.providers.known import OURS, KnownProvider, entry_points_of_others
 from piecework.store.facts import NOT_INSTALLED, package_version
 
 _TORCH_OLDEST: Final = (2, 11)
@@ -32,11 +33,15 @@ _TRIVIAL_PROGRAM: Final = '#include <cmath>\n#include <omp.h>\nextern "C" int f(
 
 
 class Status(Enum):
-    """How a check came out: `SLOW` works, but slower than it could or untested; `MISSING` doesn't work."""
+    """How a check came out: `SLOW` works, but slower than it could or untested; `MISSING` doesn't work.
+
+    What is `ABSENT` nothing needs that doesn't name it.
+    """
 
     OK = "ok"
     SLOW = "slow"
     MISSING = "missing"
+    ABSENT = "absent"
 
 
 @dataclass(frozen=True)
@@ -68,10 +73,11 @@ class DoctorReport:
     def to_text(self) -> str:
         """Return the report as lines for people."""
         lines = []
+        width = max((len(check.name) for check in self.checks), default=0)
         for check in self.checks:
-            lines.append(f"{check.status.value:<8} {check.name:<16} {check.found}")
+            lines.append(f"{check.status.value:<8} {check.name:<{width}} {check.found}")
             if check.fix:
-                lines.append(f"{'':<8} {'':<16} → {check.fix}")
+                lines.append(f"{'':<8} {'':<{width}} → {check.fix}")
         return "\n".join(lines)
 
 
@@ -86,6 +92,12 @@ def examine(environment: Environment, *, target: Target | None = None) -> Doctor
             check_compiler(environment.compiler),
             check_cpu(target or read_target()),
             check_store(environment.store_root),
+            *(check_provider(known) for known in OURS),
+            *(
+                Check(f"provider {entry.name}", Status.OK, f"{entry.dist.name} {entry.dist.version}")
+                for entry in entry_points_of_others()
+                if entry.dist is not None
+            ),
         )
     )
 
@@ -117,6 +129,15 @@ def check_package(name: str, *, version: str) -> Check:
     if version == NOT_INSTALLED:
         return Check(name, Status.MISSING, version, fix=f"pip install {name}")
     return Check(name, Status.OK, version)
+
+
+def check_provider(known: KnownProvider) -> Check:
+    """Check whether what a provider of IR ops needs is installed; it is not imported."""
+    name = f"provider {known.name}"
+    if known.why_absent:
+        return Check(name, Status.ABSENT, known.why_absent)
+    package = known.distribution or known.needs
+    return Check(name, Status.OK, f"{package} {package_version(package)}" if package else "torch's own operators")
 
 
 def check_compiler(

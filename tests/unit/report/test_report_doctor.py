@@ -9,11 +9,13 @@ from types import SimpleNamespace
 import pytest
 
 from piecework.foundation.target import make_target
+from piecework.providers.known import OURS, KnownProvider
 from piecework.report import Check, DoctorReport, Status
 from piecework.report.doctor import (
     check_compiler,
     check_cpu,
     check_package,
+    check_provider,
     check_python,
     check_store,
     check_torch,
@@ -55,6 +57,23 @@ def test_torch(version: str, status: Status) -> None:
 def test_packages() -> None:
     assert check_package("tokenizers", version="0.23").status is Status.OK
     assert check_package("tokenizers", version="not installed").fix == "pip install tokenizers"
+
+
+def test_providers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    absent = KnownProvider("fast", "fast:register", "no_such_kernels", ("no-such-kernels",))
+    assert check_provider(absent) == Check(
+        "provider fast", Status.ABSENT, "the package no_such_kernels is not installed"
+    )
+    assert check_provider(OURS[0]) == Check("provider aten", Status.OK, "torch's own operators")
+    (tmp_path / "such_kernels.py").write_text("raise ValueError")
+    (tmp_path / "such_kernels-1.5.dist-info").mkdir()
+    (tmp_path / "such_kernels-1.5.dist-info" / "METADATA").write_text("Name: such-kernels\nVersion: 1.5\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    there = KnownProvider("fast", "fast:register", "such_kernels", ("other-name", "such-kernels"))
+    assert check_provider(there) == Check("provider fast", Status.OK, "such-kernels 1.5")
+    report = DoctorReport((check_provider(absent), Check("torch", Status.OK, "2.13.0")))
+    assert report.is_usable
+    assert report.to_text().splitlines()[1] == "ok       torch         2.13.0"
 
 
 @pytest.mark.parametrize(
