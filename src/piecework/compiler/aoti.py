@@ -17,6 +17,7 @@ from piecework.foundation import torch_private
 from piecework.foundation.digests import canonical_json
 from piecework.foundation.notes import KERNELS, append_note
 from piecework.foundation.traffic import Kernel, kernels_to_json
+from piecework.passes.native_matmul import native_matmul, plain_matmul
 from piecework.passes.pack_linear import pack_linear
 from piecework.providers.discovery import load_operators
 
@@ -35,21 +36,20 @@ def compile_piece(job: Job, *, directory: Path, toolchain: Toolchain) -> Path:
     Raises ShapeContractError where Inductor narrows a size, CompileError where Inductor or the C++ compiler fails.
     """
     session = torch_private.SymbolicSession()
-    program = pack_linear(job.program, constants=job.pack)
-    load_operators(call.target for call in program.calls)
-    module, inputs = rebuild(program, ranges=job.ranges, session=session)
+    packed = pack_linear(job.program, constants=job.pack)
+    native = native_matmul(packed)
+    load_operators(call.target for call in packed.calls)
+    module, inputs = rebuild(native.program, ranges=job.ranges, session=session)
     options = {**_OPTIONS, **({"aot_inductor.embed_kernel_binary": True} if _on_cuda(job) else {})}
     output = directory / "piece.so"
-    build = _AsGenerated(toolchain, directory) if _on_cuda(job) else _one_unit(toolchain, directory)
-    kernels: list[Kernel] = []
-
-    def note(found: list[Kernel]) -> None:
-        kernels[:] = found  # on a GPU the graph is generated twice
-
+    build = _AsGenerated(toolchain, directory) if _on_cuda(job) else _one_unit(toolchain, directory, native.source)
+    told: list[list[Kernel]] = []  # on a GPU a graph is generated twice; after an attempt that didn't fit as well
     try:
-        made = _compile(module, inputs, output=output, options=options, build=build, on_kernels=note, session=session)
+        options |= native.options
+        made = _compile(module, inputs, output=output, options=options, build=build, told=told, session=session)
     except _DoesNotFit:
-        made = _compile(module, inputs, output=output, options=options, build=None, on_kernels=note, session=session)
+        module, inputs = rebuild(plain_matmul(packed), ranges=job.ranges, session=session)
+        made = _compile(module, inputs, output=output, options=options, build=None, told=told, session=session)
     guards = session.narrowing_guards()
     if guards:
         raise ShapeContractError(
@@ -58,8 +58,8 @@ def compile_piece(job: Job, *, directory: Path, toolchain: Toolchain) -> Path:
             try_="declare a range in which that holds, or give shape ranges that separate the cases",
             location=next((g.location for g in guards if g.location), ""),
         )
-    if kernels:
-        append_note(made, canonical_json(kernels_to_json(kernels)).decode(), mark=KERNELS)
+    if told:
+        append_note(made, canonical_json(kernels_to_json(told[-1])).decode(), mark=KERNELS)
     called = [path for path in directory.rglob("*.json") if not path.stem.endswith("_metadata")]
     if called:  # Inductor describes operators that are called; of several files, an attempt before left the others
         torch_private.append_calls(made, max(called, key=lambda path: path.stat().st_mtime_ns).read_text())
@@ -73,7 +73,7 @@ def _compile(
     output: Path,
     options: Mapping[str, Any],
     build: Callable[[str, str, Path], bool] | None,
-    on_kernels: torch_private.OnKernels,
+    told: list[list[Kernel]],
     session: torch_private.SymbolicSession,
 ) -> Path:
     try:
@@ -83,7 +83,7 @@ def _compile(
             output=output,
             options=options,
             build=build,
-            on_kernels=on_kernels,
+            on_kernels=told.append,
             size_names=session.symbol_names,
         )
     except Exception as error:  # whatever Inductor raises; it wraps what `build` raises
@@ -137,8 +137,8 @@ def _on_cuda(job: Job) -> bool:
     return any(spec.device == "cuda" for spec in (*job.program.inputs, *job.program.constants))
 
 
-def _one_unit(toolchain: Toolchain, directory: Path) -> _OneUnit:
-    return _OneUnit(toolchain, directory, torch_private.aoti_interface_source())
+def _one_unit(toolchain: Toolchain, directory: Path, before: str) -> _OneUnit:
+    return _OneUnit(toolchain, directory, torch_private.aoti_interface_source(), before)
 
 
 class _DoesNotFit(Exception):
@@ -169,6 +169,7 @@ class _OneUnit:
     toolchain: Toolchain
     directory: Path
     interface: str
+    before: str
     sources: list[Path] = field(default_factory=list)
     flags: tuple[str, ...] = ()
 
@@ -197,7 +198,7 @@ class _OneUnit:
         texts[with_interface[0]] = texts[with_interface[0]].replace(self.interface.strip(), "")
         wrapper_first = [texts[with_interface[0]], *(t for i, t in enumerate(texts) if i != with_interface[0])]
         unit = self.directory / "piece.cpp"
-        unit.write_text("\n".join(wrapper_first))
+        unit.write_text("\n".join([self.before, *wrapper_first]))
         try:
             self.toolchain.compile(unit, flags=self.flags, target=self.directory / "piece.o")
             runtime = self.toolchain.runtime(self.flags, interface=self.interface)

@@ -8,6 +8,7 @@ from typing import Any
 
 from piecework.foundation.digests import JsonScalar, digest_json
 from piecework.ops.program import Program
+from piecework.passes.native_matmul import native_sources
 
 
 @dataclass(frozen=True)
@@ -51,4 +52,5 @@ class Job:
 
     def key(self) -> str:
         """Return the artifact's key: the digest of all that the compile depends on."""
-        return digest_json(self.to_json())
+        sources = native_sources(self.program)
+        return digest_json({**self.to_json(), **({"sources": sources} if sources else {})})

@@ -12,10 +12,11 @@ from typing import Final
 import torch
 
 from piecework.foundation.torch_private import TORCHS_NAMESPACES, operator_of
+from piecework.ops.head_matmul import HEAD_MATMUL_OP
 from piecework.ops.ir import ir_op
 from piecework.ops.linear import LINEAR_OP
 
-_INSIDE: Final = frozenset({LINEAR_OP})
+_INSIDE: Final = frozenset({LINEAR_OP, HEAD_MATMUL_OP})
 """Operators of other namespaces that stay inside pieces."""
 
 

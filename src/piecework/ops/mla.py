@@ -19,6 +19,7 @@ from torch import Tensor
 
 from piecework.errors import OpError
 from piecework.ops import mla_plain
+from piecework.ops.head_matmul import head_matmul
 from piecework.ops.mla_core import LatentCores, Regime, latent_attention
 from piecework.ops.opaque_op import opaque_op
 from piecework.ops.rows import rows
@@ -255,7 +256,7 @@ def row_view(x: Tensor, begin: int, count: int) -> Tensor:
     return x.narrow(0, begin, count)
 
 
-TRACED: Final = LatentCores(mla_write, mla_decode, mla_prefill, rows)
+TRACED: Final = LatentCores(mla_write, mla_decode, mla_prefill, rows, head_matmul)
 """Operators, which a trace keeps apart."""
 
 PLAIN: Final = LatentCores(mla_plain.write, mla_plain.decode, mla_plain.prefill, row_view)

@@ -88,14 +88,27 @@ class Rows(Protocol):
         """Return [count, ...]."""
 
 
+class Product(Protocol):
+    """Multiply every head's tokens with the head's own matrix; see `head_matmul`."""
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Return x [D, H, K] times weight [H, K, W]: [D, H, W], any strides."""
+
+
+def by_head(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply x [D, H, K] with weight [H, K, W], head by head: [D, H, W], where each head's rows lie together."""
+    return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
+
+
 @dataclass(frozen=True)
 class LatentCores:
-    """The functions that `latent_attention` is made of besides matrix products."""
+    """The functions that `latent_attention` is made of besides linear layers."""
 
     write: Write
     decode: Decode
     prefill: Prefill
     rows: Rows
+    product: Product = by_head
 
 
 def latent_attention(
@@ -150,26 +163,18 @@ def latent_attention(
     """
     rank = w_uk.shape[2]
     if regime == Regime.DECODE:
-        q_latent = absorb_query(q_nope, w_uk)  # before anything opaque, so that it is in one piece with projections
+        q_latent = cores.product(q_nope, w_uk)  # before anything opaque, so that it is in one piece with projections
     entry = cores.write(compressed, norm_weight, eps, cos, sin, latent_cache, slot_mapping)
     if regime == Regime.DECODE:
-        return expand_value(cores.decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale), w_uv)
+        latents = cores.decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale)
+        return cores.product(latents, w_uv).flatten(1)
     prompts = (kv_b_weight, latent_cache, block_tables, seq_lens, query_start)
     if regime == Regime.PREFILL:
         kv = linear(entry[:, :rank], kv_b_weight)
         return cores.prefill(q_nope, q_pe, kv, entry, *prompts, 0, scale, None)
-    q_latent = absorb_query(cores.rows(q_nope, 0, num_decode_tokens), w_uk)
+    q_latent = cores.product(cores.rows(q_nope, 0, num_decode_tokens), w_uk)
     latents = cores.decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale)
     new = cores.rows(entry, num_decode_tokens, num_prefill_tokens)
     kv = linear(new[:, :rank], kv_b_weight)
-    return cores.prefill(q_nope, q_pe, kv, entry, *prompts, num_decode_tokens, scale, expand_value(latents, w_uv))
-
-
-def absorb_query(q_nope: Tensor, w_uk: Tensor) -> Tensor:
-    """Bring queries [D, H, N] into the latents' space by w_uk [H, N, L]: [D, H, L], each head's rows together."""
-    return torch.bmm(q_nope.transpose(0, 1), w_uk).transpose(0, 1)
-
-
-def expand_value(latents: Tensor, w_uv: Tensor) -> Tensor:
-    """Bring attended latents [D, H, L] into the values' space by w_uv [H, L, V]: [D, H * V], contiguous."""
-    return torch.bmm(latents.transpose(0, 1), w_uv).transpose(0, 1).flatten(1)
+    values = cores.product(latents, w_uv).flatten(1)
+    return cores.prefill(q_nope, q_pe, kv, entry, *prompts, num_decode_tokens, scale, values)

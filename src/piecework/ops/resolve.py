@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from piecework.errors import InternalError
+from piecework.ops import head_matmul as _head_matmul  # noqa: F401  registers piecework::head_matmul
 from piecework.ops import linear as _linear  # noqa: F401  registers piecework::linear
 from piecework.ops.program import decode_scalar
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from piecework import OpError, check_ops
 from piecework.ops import mla_plain
 from piecework.ops.mla import PLAIN, TRACED, mla_attention, mla_decode, mla_prefill, mla_write, row_view
-from piecework.ops.mla_core import LatentCores, Regime, absorb_query, expand_value, latent_attention
+from piecework.ops.mla_core import LatentCores, Regime, by_head, latent_attention
 from piecework.ops.rows import rows
 from tests.unit.ops.mla_cases import (
     BATCHES,
@@ -126,10 +126,12 @@ def test_decode_of_the_first_rows_only(num: int) -> None:
     named = case.named
     entry = mla_write(*(named[n] for n in WRITES))
     rest = (named["latent_cache"], named["block_tables"], named["seq_lens"], named["scale"])
-    q_latent = absorb_query(named["q_nope"][:num], named["w_uk"])
+    q_latent = by_head(named["q_nope"][:num], named["w_uk"])
     out = mla_decode.check(q_latent, named["q_pe"], entry, *rest)
     assert out.shape == (num, 3, 10)
-    torch.testing.assert_close(expand_value(out, named["w_uv"]).double(), reference(case)[:num], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        by_head(out, named["w_uv"]).flatten(1).double(), reference(case)[:num], atol=1e-5, rtol=1e-5
+    )
     assert torch.equal(out, mla_decode(q_latent, named["q_pe"], None, *rest))
 
 
@@ -181,11 +183,14 @@ def test_traces_whole_with_no_more_than_the_regime_needs(regime: str) -> None:
     assert (
         called
         == {
-            "decode": ["piecework.mla_write", "piecework.mla_decode"],
+            "decode": [
+                *("piecework.head_matmul", "piecework.mla_write", "piecework.mla_decode"),
+                "piecework.head_matmul",
+            ],
             "prefill": ["piecework.mla_write", "piecework.mla_prefill"],
             "mixed": [
-                *("piecework.mla_write", "piecework.rows", "piecework.mla_decode"),
-                *("piecework.rows", "piecework.mla_prefill"),
+                *("piecework.mla_write", "piecework.rows", "piecework.head_matmul", "piecework.mla_decode"),
+                *("piecework.rows", "piecework.head_matmul", "piecework.mla_prefill"),
             ],
         }[regime]
     )

@@ -4,7 +4,7 @@
 #if defined(__AVX512F__) && defined(__AVX512BF16__)
 #define PIECEWORK_PAIRS
 #endif
-#if defined(__AVX512F__) || (defined(__AVX__) && defined(__FMA__))
+#if defined(PIECEWORK_PAIRS) || defined(PIECEWORK_WRITTEN_FMA)
 #include <immintrin.h>
 #endif
 
@@ -63,10 +63,10 @@ PIECEWORK_INLINE Floats multiply_add(Floats to, Words a, Words b) {
 #if defined(PIECEWORK_PAIRS)
   if constexpr (Paired) return (Floats)_mm512_dpbf16_ps((__m512)to, (__m512bh)a, (__m512bh)b);
 #endif
-  // Pieces are compiled without contraction, so it is written out where machines have it.
-#if defined(__AVX512F__)
+  // Where compilers may not contract, and for no others: they do more with a sum than with an instruction.
+#if defined(PIECEWORK_WRITTEN_FMA) && defined(__AVX512F__)
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)to);
-#elif defined(__AVX__) && defined(__FMA__)
+#elif defined(PIECEWORK_WRITTEN_FMA) && defined(__AVX__) && defined(__FMA__)
   return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)to);
 #else
   return to + (Floats)a * (Floats)b;

@@ -135,8 +135,8 @@ struct HeadProducts {
     }
   }
 
-  // Words that so many blocks take.
-  int64_t words(int64_t num_blocks) const { return num_blocks * (call.depth / kRows) * 2 * kLanes; }
+  // Words that so many blocks take. A vector between them keeps their beginnings apart in a cache's sets.
+  int64_t words(int64_t num_blocks) const { return num_blocks * (call.depth / kRows * 2 + 1) * kLanes; }
 
   void pack(int64_t head, int64_t column, int64_t end, uint32_t* to) const {
     const T* row = weight(head, column);
@@ -171,6 +171,24 @@ constexpr bool fits(const HeadMatmul& call) {
   return (kPaired<T> || sizeof(T) == 4) && call.depth % HeadProducts<T>::kRows == 0 && call.width % kBlock == 0;
 }
 
+// Memory that a thread keeps from call to call, because fresh memory costs more than what is done with it.
+class Scratch {
+ public:
+  ~Scratch() { std::free(at_); }
+  uint32_t* of(int64_t words) {
+    if (words > words_) {
+      std::free(at_);
+      at_ = (uint32_t*)std::aligned_alloc(64, (words * sizeof(uint32_t) + 4095) / 4096 * 4096);
+      words_ = at_ == nullptr ? 0 : words;
+    }
+    return at_;
+  }
+
+ private:
+  uint32_t* at_ = nullptr;
+  int64_t words_ = 0;
+};
+
 // Returns false where there is no memory.
 template <class T>
 bool head_matmul(const HeadMatmul& call) {
@@ -182,21 +200,18 @@ bool head_matmul(const HeadMatmul& call) {
   bool failed = false;
 #pragma omp parallel
   {
-    uint32_t* kept = nullptr;
-    if (call.num_tokens > kFewTokens) {
-      kept = (uint32_t*)std::aligned_alloc(64, (products.words(share) * sizeof *kept + 63) / 64 * 64);
-      if (kept == nullptr) {
+    static thread_local Scratch scratch;
+    uint32_t* const kept = call.num_tokens > kFewTokens ? scratch.of(products.words(share)) : nullptr;
+    const bool able = kept != nullptr || call.num_tokens <= kFewTokens;
+    if (!able) {
 #pragma omp atomic write
-        failed = true;
-      }
+      failed = true;
     }
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < call.num_heads * parts; ++i) {
-      if (kept == nullptr && call.num_tokens > kFewTokens) continue;
       const int64_t column = i % parts * share * kBlock;
-      products.run(i / parts, column, std::min(call.width, column + share * kBlock), kept);
+      if (able) products.run(i / parts, column, std::min(call.width, column + share * kBlock), kept);
     }
-    std::free(kept);
   }
   return !failed;
 }

@@ -4,14 +4,15 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#define PIECEWORK_WRITTEN_FMA  // pieces are compiled without contraction
 #include "head_matmul.h"
 
 namespace piecework {
 
-#define PIECEWORK_TRY(call)                 \
-  do {                                      \
-    const AOTITorchError made = (call);     \
-    if (made != AOTI_TORCH_SUCCESS) return made; \
+#define PIECEWORK_TRY(call)                              \
+  do {                                                   \
+    const AOTITorchError code_ = (call);                 \
+    if (code_ != AOTI_TORCH_SUCCESS) return code_;       \
   } while (0)
 
 // As torch does it.
