@@ -121,7 +121,7 @@ def _load(name: str) -> _Loaded:
     except ImportError as error:
         raise ImportError(f"the package {packages[0]} can't be imported: {error}") from error
     except Exception as error:  # noqa: BLE001  whatever a package raises is its mistake, and is told with its name
-        return _Loaded(packages[0], f"importing {found[0].module} raised {type(error).__name__}: {error}")
+        return _Loaded(packages[0], f"importing {found[0].module} raised {_said(error)}")
     return _register(register, package=packages[0])
 
 
@@ -140,5 +140,9 @@ def _register(register: Callable[[], None], *, package: str) -> _Loaded:
     except ImportError:
         raise
     except Exception as error:  # noqa: BLE001  as above
-        return _Loaded(package, f"registering its implementations raised {type(error).__name__}: {error}")
+        return _Loaded(package, f"registering its implementations raised {_said(error)}")
     return _Loaded(package)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {'; '.join(str(error).splitlines())}"
