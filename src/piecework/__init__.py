@@ -27,6 +27,7 @@ from piecework.foundation.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from piecework.compiler.api import compile
+    from piecework.compiler.eager_ops import EagerOps, eager_ops
     from piecework.compiler.explain import explain
     from piecework.compiler.options import BackendName, CompileOptions
     from piecework.engine.completion import Completion, Continuation
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "compile": "piecework.compiler.api",
+    "eager_ops": "piecework.compiler.eager_ops",
+    "EagerOps": "piecework.compiler.eager_ops",
     "BackendName": "piecework.compiler.options",
     "CompileOptions": "piecework.compiler.options",
     "explain": "piecework.compiler.explain",
@@ -104,6 +107,7 @@ __all__ = [
     "Continuation",
     "CorruptBundle",
     "Dim",
+    "EagerOps",
     "EngineError",
     "ForwardBatch",
     "ForwardContext",
@@ -129,6 +133,7 @@ __all__ = [
     "__version__",
     "check_ops",
     "compile",
+    "eager_ops",
     "encode",
     "explain",
     "load",

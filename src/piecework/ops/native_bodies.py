@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from piecework.foundation.torch_private import computes_plainly
 from piecework.ops.call_form import CallForm, TensorForm
 from piecework.ops.resolve import decode
-from piecework.ops.selection import CallFacts, ProviderOrder, Selection
+from piecework.ops.selection import CallFacts, Choice, ProviderOrder, Selection
 
 if TYPE_CHECKING:
     from piecework.ops.ir import IrOp
@@ -73,6 +73,10 @@ class NativeBody:
         """Whether it is a compiled body, and not a provider's function or a note that there is none."""
         return self._run is not None
 
+    def serves(self, values: Sequence[Any]) -> bool:
+        """Whether an op's arguments are of the form; one for each of its parameters."""
+        return self._inputs(values) is not None
+
     def call(self, values: Sequence[Any]) -> Any:
         """Run on an op's arguments where they are of the form; None where they are not.
 
@@ -81,10 +85,6 @@ class NativeBody:
 
         Returns the op's results, or NOT_COMPILED.
         """
-        for position, constant in self._constants:
-            value = values[position]
-            if value is not constant and (isinstance(value, Tensor) or value != constant):
-                return None
         inputs = self._inputs(values)
         if inputs is None:
             return None
@@ -94,6 +94,10 @@ class NativeBody:
         return NOT_COMPILED if self._function is None else self._function(*values)
 
     def _inputs(self, values: Sequence[Any]) -> list[Tensor] | None:
+        for position, constant in self._constants:
+            value = values[position]
+            if value is not constant and (isinstance(value, Tensor) or value != constant):
+                return None
         sizes = [-1] * len(self._ranges)
         inputs: list[Tensor] = []
         for position, dtype, device, shape, stride in self._tensors:
@@ -112,8 +116,9 @@ class NativeBody:
         return inputs
 
 
-Missing = Callable[["IrOp", Sequence[Any], Selection], NativeBody | None]
-"""Asked, with a call's op, its arguments and the selection, for a body that serves such calls from now on."""
+Missing = Callable[["IrOp", Sequence[Any], "Choice", ProviderOrder], NativeBody | None]
+"""Asked, with a call's op, its arguments, the implementation that they get and the order that says so, for a body that
+serves such calls from now on; None where there can't be one."""
 
 
 @final
@@ -123,26 +128,35 @@ class NativeBodies:
     Args:
         order: the order of providers by which the bodies were chosen.
         bodies: those that are there from the start.
-        missing: makes bodies on first use; None: what has no body runs natively.
+        missing: makes bodies on first use, one at a time; None: what has no body runs natively.
+        most: how many bodies an op may have; what goes beyond runs uncompiled.
     """
 
     def __init__(
-        self, order: ProviderOrder, bodies: Sequence[NativeBody] = (), *, missing: Missing | None = None
+        self,
+        order: ProviderOrder,
+        bodies: Sequence[NativeBody] = (),
+        *,
+        missing: Missing | None = None,
+        most: int = 64,
     ) -> None:
         self.order = order
         self._missing = missing
+        self._most = most
+        self._making = threading.Lock()
         self._mutex = threading.Lock()
-        self._by_op: Mapping[str, tuple[NativeBody, ...]] = {}
+        self._chosen: Mapping[str, tuple[NativeBody, ...]] = {}  # by `order`, for each op
         self._by_provider: Mapping[tuple[str, str], tuple[NativeBody, ...]] = {}
         self._by_rows = frozenset(rule.op for rule in order.ranges)
         self._fallbacks: dict[str, int] = {}
         for body in bodies:
-            self.add(body)
+            self._chosen = _with(self._chosen, body.form.op, body)
+            self._by_provider = _with(self._by_provider, (body.form.op, body.provider), body)
 
     @property
     def bodies(self) -> tuple[NativeBody, ...]:
         """All bodies, as of now."""
-        return tuple(body for several in self._by_op.values() for body in several)
+        return tuple(body for several in self._by_provider.values() for body in several)
 
     @property
     def fallbacks(self) -> Mapping[str, int]:
@@ -150,17 +164,11 @@ class NativeBodies:
         with self._mutex:
             return dict(self._fallbacks)
 
-    def add(self, body: NativeBody) -> None:
-        """Take a body; who calls meanwhile sees all of it or nothing."""
-        op, key = body.form.op, (body.form.op, body.provider)
-        with self._mutex:
-            self._by_provider = {**self._by_provider, key: (*self._by_provider.get(key, ()), body)}
-            self._by_op = {**self._by_op, op: (*self._by_op.get(op, ()), body)}
-
     def clear(self) -> None:
-        """Let go of all bodies."""
-        with self._mutex:
-            self._by_op, self._by_provider, self._missing = {}, {}, None
+        """Let go of all bodies; no more are made."""
+        with self._making:
+            self._missing = None
+            self._chosen, self._by_provider = {}, {}
 
     def call(self, op: IrOp, args: Sequence[Any], kwargs: Mapping[str, Any], selection: Selection) -> Any:
         """Run a call of an op by the body that serves it; NOT_COMPILED where there is none."""
@@ -170,30 +178,61 @@ class NativeBodies:
         if values is None or _records(values):
             return NOT_COMPILED
         ours = selection.order is self.order
-        if ours and op.short_name not in self._by_rows:
-            candidates = self._by_op.get(op.name, ())
-        else:
-            choice = selection.order.resolve(op, values, facts=CallFacts(absent=selection.absent))
-            candidates = self._by_provider.get((op.name, choice.provider), ())
+        direct = ours and op.short_name not in self._by_rows
+        choice = None if direct else _choice(op, values, selection)
+        candidates = (
+            self._chosen.get(op.name, ()) if choice is None else self._by_provider.get((op.name, choice.provider), ())
+        )
         for body in candidates:
             results = body.call(values)
-            if results is NOT_COMPILED:
-                self._count(op, values)
             if results is not None:
-                return results
-        if self._missing is not None:
-            made = self._missing(op, values, selection)
-            results = None if made is None else made.call(values)
-            if results is not None and results is not NOT_COMPILED:
-                return results
+                break
+        else:
+            made = (
+                self._make(op, values, choice or _choice(op, values, selection), selection) if self._missing else None
+            )
+            results = NOT_COMPILED if made is None else made.call(values)
+        if results is not NOT_COMPILED:
+            return results
         self._count(op, values)
         return op.native(*args, **kwargs) if ours and self._missing is None else NOT_COMPILED
+
+    def _make(self, op: IrOp, values: Sequence[Any], choice: Choice, selection: Selection) -> NativeBody | None:
+        key = (op.name, choice.provider)
+        with self._making:
+            if self._missing is None:
+                return None
+            found = next((b for b in self._by_provider.get(key, ()) if b.serves(values)), None)
+            if found is None:
+                if sum(len(bodies) for (name, _), bodies in self._by_provider.items() if name == op.name) >= self._most:
+                    return None
+                found = self._missing(op, values, choice, selection.order)
+                if found is None:
+                    return None
+                self._by_provider = _with(self._by_provider, key, found)
+            if selection.order is self.order and found not in self._chosen.get(op.name, ()):
+                self._chosen = _with(self._chosen, op.name, found)
+            return found
 
     def _count(self, op: IrOp, values: Sequence[Any]) -> None:
         what = f"{op.short_name}({', '.join(map(_kind, values))})"
         with self._mutex:
             if what in self._fallbacks or len(self._fallbacks) < _MOST_KINDS:
                 self._fallbacks[what] = self._fallbacks.get(what, 0) + 1
+
+
+_Key = TypeVar("_Key")
+
+
+def _with(
+    table: Mapping[_Key, tuple[NativeBody, ...]], key: _Key, body: NativeBody
+) -> dict[_Key, tuple[NativeBody, ...]]:
+    """Return a new table with one more body: who looks one up meanwhile sees all of it or nothing."""
+    return {**table, key: (*table.get(key, ()), body)}
+
+
+def _choice(op: IrOp, values: Sequence[Any], selection: Selection) -> Choice:
+    return selection.order.resolve(op, values, facts=CallFacts(absent=selection.absent))
 
 
 def _records(values: Sequence[Any]) -> bool:

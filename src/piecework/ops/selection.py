@@ -261,12 +261,14 @@ class Selection:
         order: by which order they go.
         absent: why named providers are absent.
         bodies: compiled bodies that calls find, with no Dynamo in the way; None: calls go through the dispatcher.
-        outer: what was selected before `entering` took this one.
+        owner: who brought it by `entering`.
+        outer: what was selected before that.
     """
 
     order: ProviderOrder
     absent: Mapping[str, str] = field(default_factory=dict)
     bodies: NativeBodies | None = None
+    owner: object = None
     outer: Selection | None = None
 
     def running(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -303,12 +305,12 @@ def entering(selection: Selection) -> None:
     _CURRENT.set(replace(selection, outer=_CURRENT.get()))
 
 
-def leaving(bodies: NativeBodies) -> None:
-    """Go back to what was selected before the `entering` that brought `bodies`. Raises OpError outside of it."""
+def leaving(owner: object) -> None:
+    """Go back to what was selected before `entering` with a selection of this owner. Raises OpError elsewhere."""
     current = _CURRENT.get()
-    if current is None or current.bodies is not bodies:
+    if current is None or current.owner is not owner:
         raise OpError(
-            asked="leave a block of compiled operators",
+            asked="leave a block of selected operators",
             found="another block, entered later, is still open" if current is not None else "none is open here",
             try_="leave blocks in the thread or task in which they were entered, the innermost first",
         )

@@ -82,15 +82,16 @@ def is_stand_in(tensor: torch.Tensor) -> bool:
 
 
 def computes_plainly() -> bool:
-    """Whether an operator that is called now computes and nothing else: no mode, no trace, no functorch transform.
+    """Whether an operator that is called now computes and nothing else: no mode, trace, transform or autocast.
 
-    torch 2.11-2.13: torch/utils/_python_dispatch.py, torch/csrc/functorch/init.cpp, torch/jit/_trace.py. Vmapped
-    tensors have torch.Tensor's own type, so that looking at the arguments doesn't tell.
+    torch 2.11-2.13: torch/utils/_python_dispatch.py, torch/csrc/functorch/init.cpp, torch/jit/_trace.py,
+    torch/csrc/autograd/init.cpp. Vmapped tensors have torch.Tensor's own type: the arguments don't tell.
     """
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.maybe_current_level() is None
         and torch._C._get_tracing_state() is None
+        and not torch._C._is_any_autocast_enabled()
     )
 
 
