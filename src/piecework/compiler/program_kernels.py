@@ -3,11 +3,17 @@
 Every operator that computes is a kernel. Views, sizes, and tensors without content are free. A tensor that an operator
 takes is read once and whole, but for look-ups, which read no more than they return; of an expanded one the distinct
 elements count. An IR op counts as what its native body is made of.
+
+Tensors are measured at two choices of sizes, which is quick. Where one isn't a number times one or two sizes, all are
+measured with symbolic ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations_with_replacement
+from math import prod
 from typing import Any, Final
 
 import torch
@@ -16,69 +22,134 @@ from piecework.errors import PieceworkError
 from piecework.foundation.torch_private import expression_text, operator_of, storage_key
 from piecework.foundation.traffic import Kernel, Term
 from piecework.ops.program import Call, Program
-from piecework.ops.resolve import resolve_target
+from piecework.ops.resolve import decode, resolve_target
 from piecework.ops.selection import ProviderOrder
-from piecework.passes.fakes import FakeRun, run_on_fakes
+from piecework.passes.fakes import run_on_fakes
 from piecework.passes.lower import Lowering
+from piecework.passes.metas import ERRORS, place, run_on_metas
 from piecework.providers.discovery import load_operators
 
 _LOOK_UPS: Final = frozenset(
     ["aten.embedding.default", "aten.index.Tensor", "aten.index_select.default", "aten.gather.default"]
 )
 _WITHOUT_CONTENT: Final = ("aten.empty", "aten.new_empty")
+_TRIED: Final = ((97, 61, 79, 53, 89, 67), (31, 43, 37, 71, 29, 47))
+
+Values = Mapping[str, Sequence[Any]]
+Measure = Callable[[Sequence[torch.Tensor]], Term]
+"""Returns the bytes of a tensor, which is given as it is in every run."""
 
 
 def native_kernels(program: Program) -> tuple[Kernel, ...] | None:
-    """Return the kernels of a program whose IR ops have their native bodies; None where it can't be run on fakes."""
+    """Return the kernels of a program whose IR ops have their native bodies; None where it can't be run."""
     try:
         return program_kernels(Lowering(ProviderOrder()).lower(program).program)
-    except PieceworkError:
+    except (PieceworkError, *ERRORS):
         return program_kernels(program)
 
 
 def program_kernels(program: Program) -> tuple[Kernel, ...] | None:
-    """Return the kernels of a program as it stands; None where it can't be run on fakes."""
+    """Return the kernels of a program as it stands; None where it can't be run without values."""
     load_operators(call.target for call in program.calls)
     try:
+        return _measured_twice(program)
+    except (_Unclear, *ERRORS):
+        pass
+    try:
         run = run_on_fakes(program)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError):
+    except ERRORS:
         return None
-    weights = {storage_key(value) for value in run.values["c"]}
     names = run.sizes.session.symbol_names()
-    made = (
-        _kernel(call, run, result, weights=weights, names=names)
-        for call, result in zip(program.calls, run.values["n"], strict=True)
-    )
-    return tuple(kernel for kernel in made if kernel is not None)
+    return tuple(_kernels(program, [run.values], measure=lambda tensors: _symbolic(tensors[0], names)))
 
 
-def _kernel(call: Call, run: FakeRun, result: Any, *, weights: set[int], names: Mapping[str, str]) -> Kernel | None:
-    """Return what a call costs, or None where it is free."""
-    values = [run.decoded(value) for value in (*call.args, *call.kwargs.values())]
-    given = list({_identity(tensor): tensor for tensor in _tensors(values)}.values())
-    known = {storage_key(tensor) for tensor in given}
+class _Unclear(Exception):
+    """How a tensor's size depends on the program's sizes can't be told from two runs."""
+
+
+def _measured_twice(program: Program) -> tuple[Kernel, ...]:
+    pairs = {name: _two(low, high, number=n) for n, (name, low, high) in enumerate(program.symbols)}
+    tried = [{name: pair[run] for name, pair in pairs.items()} for run in range(2)]
+    forms = _Forms.of(tried)
+    runs = [run_on_metas(program, sizes).values for sizes in tried]
+    return tuple(_kernels(program, runs, measure=lambda tensors: (forms.text([_bytes(t) for t in tensors]),)))
+
+
+def _two(low: int, high: int, *, number: int) -> tuple[int, int]:
+    """Return two sizes within a range, different ones where there are two."""
+    first, second = (max(low, min(high, values[number % len(values)])) for values in _TRIED)
+    return first, (low if first > low else high) if first == second else second
+
+
+@dataclass(frozen=True)
+class _Forms:
+    """What sizes may make of a number: products of up to two of them, each with its values in the runs."""
+
+    values: Mapping[str, tuple[int, ...]]
+
+    @staticmethod
+    def of(tried: Sequence[Mapping[str, int]]) -> _Forms:
+        """Return the products of the sizes that were tried. Raises _Unclear where two of them can't be told apart."""
+        varying = [name for name in tried[0] if len({sizes[name] for sizes in tried}) > 1]
+        products = [names for count in range(3) for names in combinations_with_replacement(varying, count)]
+        values = {"*".join(names): tuple(prod(sizes[n] for n in names) for sizes in tried) for names in products}
+        if len({value[1] / value[0] if value[0] else None for value in values.values()}) < len(values):
+            raise _Unclear
+        return _Forms(values)
+
+    def text(self, found: Sequence[int]) -> str:
+        """Write a number that was found in the runs. Raises _Unclear."""
+        for names, values in self.values.items():
+            factor, rest = divmod(found[0], values[0])
+            if rest == 0 and all(factor * value == number for value, number in zip(values, found, strict=True)):
+                return f"{factor}*{names}" if names else str(factor)
+        raise _Unclear
+
+
+def _kernels(program: Program, runs: Sequence[Values], *, measure: Measure) -> Iterator[Kernel]:
+    weights = {storage_key(value) for value in runs[0]["c"]}
+    for number, call in enumerate(program.calls):
+        given = [list(_tensors(_arguments(call, values))) for values in runs]
+        written = [list(_tensors(values["n"][number])) for values in runs]
+        made = _kernel(call, list(zip(*given, strict=True)), list(zip(*written, strict=True)), weights, measure)
+        if made is not None:
+            yield made
+
+
+def _kernel(
+    call: Call,
+    given: Sequence[tuple[torch.Tensor, ...]],
+    results: Sequence[tuple[torch.Tensor, ...]],
+    weights: set[int],
+    measure: Measure,
+) -> Kernel | None:
+    """Return what a call costs, or None where it is free; tensors are as they are in every run."""
+    known = {storage_key(tensors[0]) for tensors in given}
     operator = operator_of(resolve_target(call.target))
     in_place = operator is not None and operator.mutates
-    written = [t for t in _tensors(result) if in_place or storage_key(t) not in known]
+    written = [tensors for tensors in results if in_place or storage_key(tensors[0]) not in known]
     if not written or call.target.startswith(_WITHOUT_CONTENT):
         return None
-    terms: list[tuple[bool, Term]] = []
-    for number, tensor in enumerate(given):
-        term = _bytes(tensor, names)
+    read: dict[Any, tuple[bool, Term]] = {}
+    for number, tensors in enumerate(given):
+        term = measure(tensors)
         if call.target in _LOOK_UPS and number == 0:
-            term = (*_bytes(written[0], names), *term)
-        terms.append((storage_key(tensor) in weights, term))
+            term = (*measure(written[0]), *term)
+        read.setdefault(_place(tensors[0]), (storage_key(tensors[0]) in weights, term))
     return Kernel(
         call.target.removesuffix(".default"),
-        weights=tuple(term for is_weight, term in terms if is_weight),
-        reads=tuple(term for is_weight, term in terms if not is_weight),
-        writes=tuple(_bytes(tensor, names) for tensor in written),
+        weights=tuple(term for is_weight, term in read.values() if is_weight),
+        reads=tuple(term for is_weight, term in read.values() if not is_weight),
+        writes=tuple(measure(tensors) for tensors in written),
     )
 
 
-def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return what views of the same elements have in common."""
-    return storage_key(tensor), str(tensor.storage_offset()), str(tensor.shape), str(tensor.stride())
+def _arguments(call: Call, values: Values) -> list[Any]:
+    return [decode(a, lambda kind, index: values[kind][index]) for a in (*call.args, *call.kwargs.values())]
+
+
+def _place(tensor: torch.Tensor) -> str:
+    return str(place(tensor))  # symbolic sizes have no hash
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -89,8 +160,14 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-def _bytes(tensor: torch.Tensor, names: Mapping[str, str]) -> Term:
+def _bytes(tensor: torch.Tensor) -> int:
     """Return the bytes of a tensor's distinct elements."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.element_size() * prod(size for size, stride in sizes if stride != 0)
+
+
+def _symbolic(tensor: torch.Tensor, names: Mapping[str, str]) -> Term:
+    """Return the bytes of a tensor's distinct elements, an expression; () where there is none that plans can read."""
     count: Any = tensor.element_size()
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         if not (isinstance(stride, int) and stride == 0):

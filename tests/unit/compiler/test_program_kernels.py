@@ -9,6 +9,7 @@ import pytest
 from piecework.compiler.program_kernels import native_kernels, program_kernels
 from piecework.foundation.traffic import Kernel
 from piecework.ops.program import Call, Program, TensorSpec
+from piecework.store.sizes import size_expression
 
 X = TensorSpec(("s0", 16), (16, 1), "float32", "cpu")
 IDS = TensorSpec(("s0",), (1,), "int64", "cpu")
@@ -86,3 +87,26 @@ def test_what_cannot_be_run_on_fakes_is_not_known() -> None:
     wrong = program(call("aten.mm.default", {"i": 0}, {"i": 0}))
     assert program_kernels(wrong) is None
     assert native_kernels(wrong) is None
+
+
+def test_products_of_sizes_and_sums() -> None:
+    product = program(
+        call("aten.mm.default", {"i": 0}, {"i": 1}), inputs=(X, TensorSpec((16, "s0"), ("s0", 1), "float32", "cpu"))
+    )
+    (kernel,) = program_kernels(product) or ()
+    assert kernel.writes == (("4*s0*s0",),)
+    # no number times sizes: measured symbolically
+    joined = program(call("aten.cat.default", [{"i": 0}, {"c": 0}]), constants=(W,))
+    (kernel,) = program_kernels(joined) or ()
+    assert (kernel.weights, kernel.reads, kernel.writes) == ((("2048",),), (("64*s0",),), (("64*s0 + 2048",),))
+
+
+@pytest.mark.parametrize("ranges", [((1, 64), (1, 64)), ((1, 2), (3, 4)), ((0, 1), (5, 5)), ((7, 7), (1, 4096))])
+def test_any_range_gives_the_same(ranges: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    symbols = tuple((f"s{n}", low, high) for n, (low, high) in enumerate(ranges))
+    given = TensorSpec(("s0", "s1", 16), ("16*s1", 16, 1), "float32", "cpu")
+    calls = call("aten.transpose.int", {"i": 0}, 0, 1), call("aten.clone.default", {"n": 0})
+    (kernel,) = program_kernels(Program(symbols, (given,), (), calls, ({"n": 1},))) or ()
+    for first in ranges[0]:
+        for second in ranges[1]:
+            assert size_expression(kernel.reads[0][0])({"s0": first, "s1": second}) == 64 * first * second
