@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from piecework.ops.catalogue import CHOSEN, VIEWS
+from piecework.ops.catalogue import CHOSEN, VIEWS, kv_write, running
 from piecework.ops.ir import IrOp
 from piecework.ops.selection import IR_OPS
 from piecework.providers.discovery import load_providers
@@ -40,10 +40,13 @@ def test_implementations_agree_with_the_native_function(op: IrOp, provider: str,
     assert compared, "no case that it supports"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=_name)
 @pytest.mark.parametrize("op", [*CHOSEN, *VIEWS], ids=_name)
-def test_the_operator_does_what_it_declares(op: IrOp) -> None:
+def test_the_operator_does_what_it_declares(op: IrOp, dtype: torch.dtype) -> None:
     for seed in SEEDS:
-        op.check(*op.make_inputs(seed, dtype=torch.float32))
+        args = op.make_inputs(seed, dtype=dtype)
+        with running(op, args):
+            op.check(*args)
 
 
 @pytest.mark.parametrize("op", [op for op in CHOSEN if not op.short_name.startswith(("quantize", "moe"))], ids=_name)
@@ -60,7 +63,22 @@ def test_narrow_types_are_as_close_to_float32_as_their_rounding(op: IrOp) -> Non
 @pytest.mark.parametrize("op", [*CHOSEN, *VIEWS], ids=_name)
 def test_opcheck(op: IrOp) -> None:
     for seed in (0, 1, 4):
-        torch.library.opcheck(op.overload, op.make_inputs(seed, dtype=torch.float32))
+        args = op.make_inputs(seed, dtype=torch.float32)
+        with running(op, args):
+            torch.library.opcheck(op.overload, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=_name)
+def test_kv_write_fills_the_batchs_slots_of_the_layers_cache(dtype: torch.dtype) -> None:
+    for seed in SEEDS:
+        key, value, layer = args = kv_write.make_inputs(seed, dtype=dtype)
+        with running(kv_write, args) as context:
+            token = kv_write(*args)
+            cache, slots = context.layer(layer).kv_cache, context.batch.slot_mapping
+        assert (token.shape, token.dtype) == ((0,), dtype)
+        for stored, given in zip(cache.flatten(1, 2), (key, value), strict=True):
+            assert torch.equal(stored[slots], given)
+            assert not stored[[i for i in range(len(stored)) if i not in slots]].any()
 
 
 @pytest.mark.parametrize("op", CHOSEN, ids=_name)
