@@ -101,13 +101,20 @@ def test_static_fp8_rounds_to_even_and_saturates() -> None:
 
 @pytest.mark.parametrize("dtype", [FP8, torch.int8])
 def test_each_row_has_the_scale_that_its_largest_value_needs(dtype: torch.dtype) -> None:
-    x = torch.randn(4, 33) * torch.tensor([[1e-3], [1.0], [1e3], [0.0]])
+    x = torch.randn(4, 33) * torch.tensor([[1e-2], [1.0], [1e3], [0.0]])
     quantized, scale = quantize_dynamic_per_token(x, dtype)
     assert scale.shape == (4, 1)
     largest = quantized.float().abs().amax(-1)
     assert largest.tolist() == [448.0 if dtype == FP8 else 127.0] * 3 + [0.0]
     step = scale / 2 if dtype == torch.int8 else x.abs() / 16 + scale * 2**-10
     assert bool(((quantized.float() * scale - x).abs() <= step * 1.001).all())
+
+
+def test_scales_have_a_least_value() -> None:
+    x = torch.full((1, 128), 1e-12)
+    assert quantize_dynamic_per_token(x)[1].item() == pytest.approx(1 / (448 * 512))
+    assert quantize_dynamic_per_token(x, torch.int8)[1].item() == pytest.approx(1e-12)
+    assert quantize_group_fp8(x)[1].item() == pytest.approx(1e-10 / 448)
 
 
 def test_groups_are_rows_of_their_own() -> None:
