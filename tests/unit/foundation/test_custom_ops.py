@@ -14,6 +14,7 @@ from piecework.foundation.torch_private import (
     is_stand_in,
     withdraw,
 )
+from piecework.foundation.torch_private.custom_ops import has_device_kernel
 
 
 def define(name: str, by: int) -> torch.library.Library:
@@ -28,6 +29,17 @@ def test_operators_are_found_by_name() -> None:
     assert find_overload("aten::relu") is torch.ops.aten.relu.default
     for name in ["aten::no_such", "aten::relu.no_such", "nowhere::relu", "relu", "::", ""]:
         assert find_overload(name) is None
+
+
+def test_which_devices_an_operator_has_kernels_for() -> None:
+    library = torch.library.Library("custom_ops_test", "FRAGMENT")
+    library.define("somewhere(Tensor x) -> Tensor")
+    assert not has_device_kernel("custom_ops_test::somewhere", device="cpu")
+    library.impl("somewhere", lambda x: x + 1, "CPU")
+    assert has_device_kernel("custom_ops_test::somewhere", device="cpu")
+    assert not has_device_kernel("custom_ops_test::somewhere", device="cuda")
+    assert not has_device_kernel("custom_ops_test::nowhere", device="cpu")
+    withdraw(library)
 
 
 def test_a_declaration_stays_with_the_operator() -> None:

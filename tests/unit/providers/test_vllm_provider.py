@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,37 @@ with piecework.providers(["rms_norm=vllm,native"]) as order:
 assert not {"vllm", "torch._dynamo", "torch._inductor"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def use_stand_ins(version: str) -> None:
+    """Compare operators that builds for CPUs lack, on stand-ins; in a process of its own, since they stay."""
+    from tests.unit.providers.packages import vllm_like
+
+    vllm_like.define(*vllm_like.NORMS, *getattr(vllm_like, version))
+    compared = _compare("cpu")
+    norms = {"rms_norm", "add_rms_norm"}
+    if version == "EARLIEST":
+        assert set(compared) == norms
+    else:
+        expected = {"quantize_static_fp8", "quantize_dynamic_per_token", "quantize_group_fp8", "moe_route"}
+        assert set(compared) == norms | expected
+    assert min(compared.values()) >= 4, compared
+    x, weight = torch.ones(2, 8).bfloat16(), torch.ones(8).bfloat16()
+    supports, adds = (op.implementations["vllm"].supports for op in (rms_norm, add_rms_norm))
+    assert supports(x) == "this version's kernel needs a weight"
+    assert supports(x, weight) is True
+    assert adds(x, x, weight) == "the kernel rounds to bfloat16 after the weight, the call before the weight"
+    if version != "EARLIEST":
+        quantizes = quantize_dynamic_per_token.implementations["vllm"].supports
+        assert quantizes(x, torch.int8) == "this build of vLLM quantizes to no int8"
+
+
+@pytest.mark.parametrize("version", ["LATER", "EARLIER", "EARLIEST"])
+def test_operators_of_other_builds_and_versions(tmp_path: Path, version: str) -> None:
+    (tmp_path / "vllm.py").write_text("raise AssertionError('vLLM itself was imported')")
+    code = f"from tests.unit.providers import test_vllm_provider as t; t.use_stand_ins({version!r})"
+    path = os.pathsep.join([str(tmp_path), *(entry or "." for entry in sys.path)])
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": path}, timeout=300)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,6 @@ def _register_static(operators: Operators) -> None:
     quantize = operators.find("_C::static_scaled_fp8_quant")
     if quantize is None:
         return
-    shapes = (None,) if "group_shape" in operators.parameters("_C::static_scaled_fp8_quant") else ()
 
     def supports(x: Tensor, scale: Tensor) -> bool | str:
         return first_of(_why_not(operators, x, scale))
@@ -51,7 +50,7 @@ def _register_static(operators: Operators) -> None:
     def static(x: Tensor, scale: Tensor) -> Tensor:
         out = torch.empty(x.shape, dtype=FP8, device=x.device)
         if x.numel():
-            quantize(rows(out), rows(x), scale, *shapes)
+            quantize(rows(out), rows(x), scale)
         return out
 
 

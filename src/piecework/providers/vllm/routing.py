@@ -17,9 +17,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def register(operators: Operators) -> None:
     """Register the implementation."""
     topk_softmax = operators.find(_OPERATOR)
-    if topk_softmax is None:
+    parameters = operators.parameters(_OPERATOR)
+    if topk_softmax is None or "renormalize" not in parameters:
         return
-    nothing = [None] * (len(operators.parameters(_OPERATOR)) - 5)  # later versions: a bias, and which rows are padding
+    nothing = [None] * (len(parameters) - 5)  # later versions: a bias, and which rows are padding
 
     def supports(
         logits: Tensor,
@@ -49,8 +50,8 @@ def register(operators: Operators) -> None:
         scale: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         weights = torch.empty((logits.shape[0], top_k), dtype=torch.float32, device=logits.device)
-        experts = torch.empty((logits.shape[0], top_k), dtype=torch.int64, device=logits.device)
+        experts = torch.empty((logits.shape[0], top_k), dtype=torch.int32, device=logits.device)
         if logits.shape[0]:
-            sources = torch.empty((logits.shape[0], top_k), dtype=torch.int32, device=logits.device)
+            sources = torch.empty_like(experts)  # of no use here
             topk_softmax(weights, experts, sources, logits.float().contiguous(), renormalize, *nothing)
-        return weights if scale == 1.0 else weights * scale, experts
+        return weights if scale == 1.0 else weights * scale, experts.long()
