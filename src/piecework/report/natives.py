@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,13 +54,14 @@ def native_reports(bundle: Bundle, plan: Plan) -> tuple[NativeReport, ...]:
     )
 
 
-def native_lines(reports: Sequence[NativeReport], *, spell: Any) -> Iterator[str]:
+def native_lines(reports: Sequence[NativeReport], *, spell: Callable[[int], str]) -> Iterator[str]:
     """Write them for people; `spell` writes a number of bytes."""
     for report in reports:
         sizes = ", ".join(f"{name} {low} to {high}" for name, (low, high) in report.sizes.items())
         yield report.call + (f", {sizes}" if sizes else "")
         served = f"compiled, {report.artifact[:12]}…, {spell(report.size_bytes)}" if report.artifact else "called"
-        kernels = f", {report.num_kernels} kernels" if report.num_kernels is not None else ""
+        count = report.num_kernels
+        kernels = f", {count} kernel{'' if count == 1 else 's'}" if count is not None else ""
         yield f"  in {', '.join(report.callers)}: {report.provider}, {served}{kernels}"
 
 
