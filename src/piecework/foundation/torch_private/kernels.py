@@ -9,7 +9,7 @@ more than the tensor; what is made and used up within a nest of loops counts not
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,11 +95,21 @@ class _Reader:
         read = sorted({dep.name for dep in node.read_writes.reads} - written)
         constants = self._graph.constants
         return Kernel(
-            "loops: " + " ".join(sorted(set(_origins(node)))),
+            "loops: " + " ".join(sorted(self._operators(node, read))),
             tuple(self._dependence(node.read_writes.reads, n) for n in read if n in constants),
             tuple(self._dependence(node.read_writes.reads, n) for n in read if n not in constants),
             tuple(self._dependence(node.read_writes.writes, n) for n in kept),
         )
+
+    def _operators(self, node: Any, read: Sequence[str]) -> set[str]:
+        """Return the operators that loops stand for, without those that made what they read.
+
+        Functions that Inductor put into an operator's place have no lasting names, and are left out.
+        """
+        own = {origin for part in node.get_nodes() for origin in part.node.origins}
+        before = [self._graph.name_to_buffer[name] for name in read if name in self._graph.name_to_buffer]
+        own -= {origin for buffer in before for origin in buffer.origins}
+        return {str(origin.target) for origin in own if isinstance(origin.target, torch._ops.OpOverload)}
 
     def _dependence(self, dependences: Any, name: str) -> Term:
         """Return how much of a buffer is read or written: the distinct parts, or all of it."""
@@ -127,14 +137,6 @@ class _Reader:
             return tuple(expression_text(count * dtype.itemsize, self._names) for count in counts)
         except ValueError:
             return ()
-
-
-def _origins(node: Any) -> Iterator[str]:
-    """Yield the operators that loops stand for; functions that Inductor put in their place have no lasting names."""
-    for part in node.get_nodes():
-        for origin in getattr(part.node, "origins", ()):
-            if isinstance(origin.target, torch._ops.OpOverload):
-                yield str(origin.target)
 
 
 def _flat(values: Any) -> Iterator[Any]:
