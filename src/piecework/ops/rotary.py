@@ -56,16 +56,33 @@ def rotary(
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    size = cos.shape[-1]
-    part = x if size == x.shape[-1] else x[..., :size]
-    if interleaved:
-        even, odd = part.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((-odd, even), dim=-1).flatten(-2)
-    else:
-        first, second = part.chunk(2, dim=-1)
-        turned = torch.cat((-second, first), dim=-1)
-    made = (part * cos + turned * sin).to(x.dtype)
-    return made if size == x.shape[-1] else torch.cat((made, x[..., size:]), dim=-1)
+    size, pair = cos.shape[-1], (-1, 2) if interleaved else (2, -1)
+    if size != x.shape[-1]:
+        return torch.cat((_rotated_whole(x[..., :size], cos, sin, pair=pair), x[..., size:]), dim=-1)
+    if _is_transposed(x):
+        # a compiler writes results in the order of the axes that they are computed over
+        in_order = [t[(None,) * (4 - t.ndim)].transpose(1, 2) for t in (x, cos, sin)]
+        return _rotated_whole(*in_order, pair=pair).transpose(1, 2)
+    return _rotated_whole(x, cos, sin, pair=pair)
+
+
+def _is_transposed(x: Tensor) -> bool:
+    """Whether x is [batch, heads, tokens, D] of what lies in memory as [batch, tokens, heads, D]."""
+    inner, outer = (x.stride(1), x.stride(2)) if x.ndim == 4 else (0, 0)
+    return isinstance(inner, int) and isinstance(outer, int) and inner < outer
+
+
+def _rotated_whole(x: Tensor, cos: Tensor, sin: Tensor, *, pair: tuple[int, int]) -> Tensor:
+    """Rotate x, whose last axis is the two axes `pair`; that of length 2 has the elements of a pair.
+
+    Each element is multiplied with its cosine, and the pair's other one with the sine, of which the first element gets
+    the negative. Nothing is put together of parts, so that a compiler has no reason to write parts to memory.
+    """
+    axis = pair.index(2) - 2
+    first = (torch.arange(2, device=x.device) == 0).view([2 if n == 2 else 1 for n in pair])
+    x, cos, sin = (tensor.unflatten(-1, pair) for tensor in (x, cos, sin))
+    made = x * cos + x.flip(axis) * torch.where(first, -sin, sin)
+    return made.flatten(-2).to(x.dtype)
 
 
 def _pair_inputs(draw: Draw) -> Sequence[Any]:

@@ -234,10 +234,8 @@ def _dtype(value: Any) -> str:
 
 
 def _described(tensor: Any) -> str:
-    shape, strides, dtype = form(tensor)
-    plain = torch.empty(shape, device="meta").stride() == strides
-    layout = "" if plain else f" of strides {list(strides)}"
-    return f"{str(dtype).removeprefix('torch.')}{list(shape)}{layout}"
+    layout = "" if tensor.is_contiguous() else f" of strides {list(tensor.stride())}"
+    return f"{_dtype(tensor)}{list(tensor.shape)}{layout}"
 
 
 def _plain(value: Any) -> str:

@@ -41,8 +41,9 @@ Form = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 def form(tensor: torch.Tensor) -> Form:
-    """Return shape, strides and dtype."""
-    return tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype
+    """Return shape, strides (0 for axes of length 1, whose strides mean nothing) and dtype."""
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tuple(tensor.shape), tuple(0 if size == 1 else stride for size, stride in sizes), tensor.dtype
 
 
 def place(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -1,0 +1,194 @@
+"""How long a decode step takes with all passes, with merged linear layers only, and with none.
+
+  python benchmarks/passes.py --out benchmarks/passes.json
+
+The model is a Llama of 100 M random weights. All bundles of a dtype are loaded into one process and take turns, block
+by block; a block is the median of some steps, each of one token per sequence with 160 tokens cached. A round of blocks
+during which something else computed on the machine is not counted, and taken again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from piecework.bench.contention import read_cpu_times, share_of_others
+from piecework.bench.machine import commit, machine, versions
+from piecework.bench.random_models import RANDOM_MODELS
+from piecework.compiler.model import compile_model
+from piecework.compiler.options import CompileOptions
+from piecework.foundation.environment import read_environment
+from piecework.foundation.process import keep_freed_memory
+from piecework.models.config import read_config
+from piecework.passes.names import MERGE_LINEAR, PASS_NAMES
+from piecework.record import Recorder
+from piecework.runtime import load
+from piecework.store.bundle import Bundle
+from piecework.store.directory_store import DirectoryStore
+
+CACHED = 160
+BLOCK = 16
+GOAL = 1.1
+QUIET = 0.03  # of the machine that others may take during a round
+LIMIT_S = 240.0  # for the rounds of a case
+MODEL = "llama-100m"
+CHOICES = {
+    "all passes": frozenset(),
+    "merged linear layers only": frozenset(PASS_NAMES) - {MERGE_LINEAR},
+    "no passes": frozenset(PASS_NAMES),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: sequences that decode, and the model's dtype."""
+
+    seqs: int
+    dtype: str
+
+
+def decode_inputs(seqs: int, *, vocab: int) -> dict[str, Tensor | int]:
+    """Return a batch of sequences with `CACHED` tokens, one of them new each."""
+    width = -(-CACHED // BLOCK)
+    tables = torch.arange(seqs * width).view(seqs, width)
+    last = CACHED - 1
+    return {
+        "input_ids": torch.arange(seqs) * 7919 % vocab,
+        "positions": torch.full((seqs,), last),
+        "slot_mapping": tables[:, last // BLOCK] * BLOCK + last % BLOCK,
+        "block_tables": tables,
+        "seq_lens": torch.full((seqs,), CACHED),
+        "query_start": torch.arange(seqs + 1),
+        "logits_indices": torch.arange(seqs),
+        "num_decode_tokens": seqs,
+    }
+
+
+def compiled(model_dir: Path, *, dtype: str, off: frozenset[str], out: Path) -> Bundle:
+    """Compile into `out`."""
+    root = read_environment().store_root
+    return compile_model(
+        read_config(model_dir),
+        dtype=dtype,
+        max_tokens=2048,
+        options=CompileOptions(passes_off=off),
+        check_weights=False,
+        store=DirectoryStore(root),
+        toolchain_root=root / "toolchain",
+        compiler=None,
+        out=out,
+        recorder=Recorder(),
+        on_progress=lambda _text, _done, _total: None,
+    ).bundle
+
+
+def step_times(step: Callable[[], object], *, steps: int) -> float:
+    """Return the median milliseconds of some steps."""
+    found = []
+    for _ in range(steps):
+        begun = time.perf_counter()
+        step()
+        found.append(1e3 * (time.perf_counter() - begun))
+    return statistics.median(found)
+
+
+def measure(dtype: str, *, directory: Path, rounds: int, steps: int) -> list[dict[str, Any]]:
+    """Return rows: for each number of sequences and each choice, the step's milliseconds."""
+    model_dir = RANDOM_MODELS[MODEL].write(directory / dtype, dtype=dtype)
+    vocab = read_config(model_dir).vocab_size
+    models = {}
+    for number, (name, off) in enumerate(CHOICES.items()):
+        bundle = compiled(model_dir, dtype=dtype, off=off, out=directory / f"{dtype}{number}")
+        models[name] = load(bundle, weights=model_dir / "model.safetensors")
+        models[name].make_states({"blocks": 32 * CACHED // BLOCK})
+    rows: list[dict[str, Any]] = []
+    for seqs in (1, 32):
+        inputs = decode_inputs(seqs, vocab=vocab)
+        times: dict[str, list[float]] = {name: [] for name in models}
+        wanted = models["no passes"].run(inputs)[0]
+        for name, model in models.items():
+            off_by = (model.run(inputs)[0] - wanted).abs().max() / wanted.abs().max()
+            assert off_by < (1e-4 if dtype == "float32" else 3e-2), (name, float(off_by))
+            step_times(partial(model.run, inputs), steps=steps)
+        until = time.monotonic() + LIMIT_S
+        while len(times["no passes"]) < rounds and time.monotonic() < until:
+            before = read_cpu_times()
+            round_ = {name: step_times(partial(model.run, inputs), steps=steps) for name, model in models.items()}
+            if share_of_others(before, read_cpu_times()) > QUIET:
+                time.sleep(0.2)
+                continue
+            for name, found in round_.items():
+                times[name].append(found)
+        rows += [row(Case(seqs, dtype), name, times) for name in models]
+    for model in models.values():
+        model.close()
+    return rows
+
+
+def row(case: Case, name: str, times: Mapping[str, list[float]]) -> dict[str, Any]:
+    """Return the figures of a choice; its speed is compared within each round."""
+    ratios = [a / b for a, b in zip(times["no passes"], times[name], strict=True)]
+    return {
+        "system": name,
+        "metric": "decode_step_ms",
+        "seqs": case.seqs,
+        "dtype": case.dtype,
+        "value": round(statistics.median(times[name]), 4),
+        "unit": "ms",
+        "n": len(ratios),
+        "min": round(min(times[name]), 4),
+        "max": round(max(times[name]), 4),
+        "speedup": round(statistics.median(ratios), 3),
+        "speedup_min": round(min(ratios), 3),
+        "speedup_max": round(max(ratios), 3),
+    }
+
+
+def main() -> None:
+    """Measure, print, and write the figures where that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=15, metavar="N", help="steps of a block (default: %(default)s)")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], metavar="DTYPE")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures to FILE as JSON")
+    args = parser.parse_args()
+    keep_freed_memory()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="piecework-bench-") as made, torch.inference_mode():
+        gc.disable()
+        for dtype in args.dtypes:
+            rows += measure(dtype, directory=Path(made), rounds=args.rounds, steps=args.steps)
+    for each in rows:
+        print(each)
+    goals = [
+        {
+            "what": f"decode step, {each['seqs']} sequences, {each['dtype']}: all passes against none",
+            "value": each["speedup"],
+            "limit": GOAL if each["seqs"] == 1 else 1.0,
+            "met": each["speedup"] >= (GOAL if each["seqs"] == 1 else 1.0),
+        }
+        for each in rows
+        if each["system"] == "all passes"
+    ]
+    for goal in goals:
+        print(goal)
+    settings = {"model": MODEL, "rounds": args.rounds, "steps": args.steps, "cached": CACHED}
+    about = {"machine": machine(), "versions": versions(), "commit": commit(), "settings": settings}
+    if args.out is not None:
+        args.out.write_text(json.dumps({**about, "rows": rows, "goals": goals}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
