@@ -27,7 +27,7 @@ class ExplainReport:
     Args:
         name: what was explained.
         origin: where its pieces come from.
-        num_pieces: how many of the plan's steps run a piece.
+        num_pieces: how many of the plan's steps run a piece, those of all forwards.
         has_programs: whether the pieces' operators are known, or only how many they are.
         pieces: the pieces that are structurally different.
         stacks: layers, and which of them share their pieces.
@@ -98,7 +98,7 @@ def explain_subject(subject: Subject, *, layers: tuple[int, int] | None = None) 
     return ExplainReport(
         name=subject.name,
         origin=subject.origin,
-        num_pieces=sum(isinstance(step, PieceStep) for step in subject.plan.steps),
+        num_pieces=sum(isinstance(step, PieceStep) for step in subject.plan.all_steps),
         has_programs=subject.explanation is not None,
         pieces=share_pieces(subject, find_stacks(subject.plan)),
         stacks=share_layers(subject),

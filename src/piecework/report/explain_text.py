@@ -30,6 +30,7 @@ def pieces_section(pieces: Sequence[PieceSharing], stacks: Sequence[StackSharing
         users = [f"{_layers(numbers)}{_of(stack, among=stacks)}" for stack, numbers in piece.layers.items()]
         users += [f"leads into layer {number}{_of(stack, among=stacks)}" for stack, number in piece.leads_into.items()]
         users += [f"with {_few(piece.others)}"] if piece.others else []
+        users += [f"for {' and '.join(piece.forwards)} only"] if piece.forwards else []
         head = f"  {piece.letter:<{width}} {piece.num_uses:>4} × {piece.fingerprint[:12]}"
         size = f"{_count(piece.num_ops, 'op')}, {_count(piece.num_constants, 'constant')}"
         lines.append(f"{head}  {size:<24} {', '.join(users)}".rstrip())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from piecework.report.layers import Layer, Stack, find_stacks, layer_of_name, step_names
 from piecework.report.parts import layer_of_call
 from piecework.report.subject import Subject, piece_letter
-from piecework.store.plan import PieceStep
+from piecework.store.plan import PieceStep, Step
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,14 @@ class PieceSharing:
     Args:
         letter: its name in the report, "A".
         fingerprint: of its structure.
-        num_uses: how many of the plan's steps run it.
+        num_uses: how many of the plan's steps run it, those of all forwards.
         num_ops: how many operators it has.
         num_constants: how many tensors each use binds.
         layers: by stack, the layers whose own it is, or that have part in it and no piece of their own.
         leads_into: by stack, the layer whose beginning it ends with.
         others: names of tensors that one of its uses binds and that belong to no layer.
+        forwards: where only forwards for some kinds of batches use it, their names. Layers are those of the forward for
+            all other batches.
     """
 
     letter: str
@@ -34,6 +37,7 @@ class PieceSharing:
     layers: dict[str, tuple[int, ...]]
     leads_into: dict[str, int]
     others: tuple[str, ...]
+    forwards: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,8 @@ def share_pieces(subject: Subject, stacks: Sequence[Stack]) -> tuple[PieceSharin
     for step, found in enumerate(subject.plan.steps):
         if isinstance(found, PieceStep):
             steps[subject.piece(step)].append(step)
+    instances = subject.plan.instances
+    uses = Counter(instances[s.instance].piece for s in subject.plan.all_steps if isinstance(s, PieceStep))
     made = []
     for index, piece in enumerate(subject.plan.pieces):
         used = set(steps[index])
@@ -112,15 +118,23 @@ def share_pieces(subject: Subject, stacks: Sequence[Stack]) -> tuple[PieceSharin
             PieceSharing(
                 letter=piece_letter(index),
                 fingerprint=piece.fingerprint,
-                num_uses=len(steps[index]),
+                num_uses=uses[index],
                 num_ops=piece.num_ops,
                 num_constants=piece.num_constants,
                 layers={name: numbers for name, numbers in owners.items() if numbers},
                 leads_into={s.name: s.holders[s.entry][0] for s in stacks if s.entry in steps[index]},
                 others=_others(subject, steps[index][0], stacks) if steps[index] else (),
+                forwards=() if steps[index] else _forwards(subject, index),
             )
         )
     return tuple(made)
+
+
+def _forwards(subject: Subject, piece: int) -> tuple[str, ...]:
+    def runs(step: Step) -> bool:
+        return isinstance(step, PieceStep) and subject.plan.instances[step.instance].piece == piece
+
+    return tuple(variant.name for variant in subject.plan.variants if any(runs(step) for step in variant.steps))
 
 
 def share_layers(subject: Subject) -> tuple[StackSharing, ...]:

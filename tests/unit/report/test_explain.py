@@ -11,11 +11,14 @@ import torch
 from torch import nn
 
 import piecework
+from piecework.compiler.explain import captured_subject
 from piecework.errors import BundleError, CaptureError, CorruptBundle, PieceworkError, UnsupportedModelError
+from piecework.models.adapter import build_causal_lm
 from piecework.report import explain_bundle
-from piecework.report.explain import ExplainReport
+from piecework.report.explain import ExplainReport, explain_subject
 from piecework.store import Bundle, write_bundle
 from piecework.store.format import EXPLANATION
+from tests.unit.models.tiny import write_config
 from tests.unit.report.layered import Block, Gated, Model, Sum, Two, compiled, explained, model
 
 HERE = "tests/unit/report/layered.py"
@@ -262,6 +265,17 @@ def test_bad_targets(tmp_path: Path) -> None:
         piecework.explain(model())
     with pytest.raises(CaptureError, match="with example arguments"):
         piecework.explain(tmp_path, (torch.zeros(1),))
+
+
+def test_pieces_that_only_some_batches_need(tmp_path: Path) -> None:
+    request = build_causal_lm(write_config(tmp_path, "deepseek_v2"), max_tokens=64)
+    subject = captured_subject(request, name="deepseek")
+    report = explain_subject(subject)
+    assert report.num_pieces == sum(piece.num_uses for piece in report.pieces) == 27
+    forwards = {piece.forwards for piece in report.pieces if not piece.layers and not piece.leads_into}
+    assert ("decode",) in forwards
+    assert all(piece.num_uses for piece in report.pieces)
+    assert any(line.endswith("  for decode only") for line in report.to_text().splitlines())
 
 
 class InPlace(Block):
