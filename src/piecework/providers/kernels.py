@@ -10,7 +10,15 @@ from typing import Any, Final
 from piecework.errors import BundleError
 from piecework.ops.attention import ATTENTION_OP
 from piecework.ops.layer_attention import LAYER_ATTENTION_OP, LayerAttention
-from piecework.ops.mla import MLA_ATTENTION_OP, MLA_DECODE_OP, MLA_PREFILL_OP, MLA_WRITE_OP, LatentAttention, row_view
+from piecework.ops.mla import (
+    MLA_ATTENTION_OP,
+    MLA_DECODE_OP,
+    MLA_PREFILL_OP,
+    MLA_WRITE_DECODE_OP,
+    MLA_WRITE_OP,
+    LatentAttention,
+    row_view,
+)
 from piecework.ops.mla_core import LatentCores
 from piecework.providers.cpu_attention import kernel as cpu_attention
 from piecework.providers.cpu_mla import kernel as cpu_mla
@@ -47,7 +55,7 @@ CPU_ATTENTION: Final = Kernel(
 )
 CPU_MLA: Final = Kernel(
     name="cpu_mla",
-    operators=frozenset({MLA_WRITE_OP, MLA_DECODE_OP, MLA_PREFILL_OP, MLA_ATTENTION_OP}),
+    operators=frozenset({MLA_WRITE_OP, MLA_DECODE_OP, MLA_WRITE_DECODE_OP, MLA_PREFILL_OP, MLA_ATTENTION_OP}),
     main=cpu_mla.SOURCES / "mla.cpp",
     dtypes=cpu_mla.DTYPES,
 )
@@ -68,8 +76,11 @@ def open_kernel(name: str, library: Path) -> Mapping[str, Callable[..., Any]]:
             return {
                 MLA_WRITE_OP: mla.write,
                 MLA_DECODE_OP: mla.decode,
+                MLA_WRITE_DECODE_OP: mla.write_decode,
                 MLA_PREFILL_OP: mla.prefill,
-                MLA_ATTENTION_OP: LatentAttention(LatentCores(mla.write, mla.decode, mla.prefill, row_view)),
+                MLA_ATTENTION_OP: LatentAttention(
+                    LatentCores(mla.write, mla.decode, mla.write_decode, mla.prefill, row_view)
+                ),
             }
         found = "this piecework knows no kernel of that name"
     except (OSError, AttributeError) as error:

@@ -56,7 +56,7 @@ def test_what_a_library_does_not_support_plain_torch_does(batch: str) -> None:
     idle._write = idle._decode = idle._prefill = lambda call: 1
     idle._gather = lambda call: 0  # of bytes, whatever their type
     case, twin = (make_mla_case(BATCHES[batch]) for _ in range(2))
-    cores = LatentCores(idle.write, idle.decode, idle.prefill, row_view)
+    cores = LatentCores(idle.write, idle.decode, idle.write_decode, idle.prefill, row_view)
     out = latent_attention(case.regime, cores, num_prefill_tokens=case.num_prefill_tokens, **case.named)
     expected = latent_attention(case.regime, PLAIN, num_prefill_tokens=case.num_prefill_tokens, **twin.named)
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)

@@ -30,7 +30,7 @@ struct WriteCall {
   Paged paged;  // without tables
   const void *compressed, *norm_weight, *cos, *sin;  // [T, L + R], [L], [T, R / 2] twice
   const int64_t* slots;                              // [T]
-  void* entry;                                       // [T, L + R]
+  void* entry;                                       // [T, L + R], or null
   int64_t compressed_token, cos_token, sin_token;    // strides in elements
   int64_t num_tokens, rank, rope;
   int64_t plain_angles;  // cos and sin are float32; else they have the type of the others
@@ -47,6 +47,13 @@ struct DecodeCall {
   int64_t num_seqs, num_heads, rank, rope;
   int64_t dtype, num_threads;
   double scale;
+};
+
+// The tokens are written, and then each of them is decoded.
+struct WriteDecodeCall {
+  WriteCall write;
+  DecodeCall decode;
+  int64_t turned;  // whether queries are rotated; else they are by the angles of `write`
 };
 
 // Entries `begin` … of a sequence become rows of `latents` and `keys`, one slice after the other.

@@ -30,6 +30,7 @@ DTYPES: Final = ("float32", "bfloat16", "float16")  # in the order of their numb
 _PAGED: Final = "2P3q"
 _WRITE: Final = ("piecework_mla_write_1", struct.Struct(_PAGED + "6P9qd"))
 _DECODE: Final = ("piecework_mla_decode_1", struct.Struct(_PAGED + "4P10qd"))
+_WRITE_DECODE: Final = ("piecework_mla_write_decode_1", struct.Struct(_PAGED + "6P9qd" + _PAGED + "4P10qdq"))
 _GATHER: Final = ("piecework_mla_gather_1", struct.Struct(_PAGED + "3P6q"))
 _PREFILL: Final = ("piecework_mla_prefill_1", struct.Struct("11P18qd"))
 
@@ -46,7 +47,7 @@ _EXPANDED_BYTES: Final = 1 << 23  # of context's keys and values, expanded at on
 
 @final
 class CpuMla:
-    """`mla_write`, `mla_decode` and `mla_prefill` over a library built from `SOURCES`.
+    """`mla_write`, `mla_decode`, `mla_write_decode` and `mla_prefill` over a library built from `SOURCES`.
 
     Args:
         library: the shared library. Raises OSError where it can't be opened, AttributeError where it is of another
@@ -55,8 +56,8 @@ class CpuMla:
 
     def __init__(self, library: Path) -> None:
         opened = ctypes.CDLL(str(library))
-        self._write, self._decode, self._gather, self._prefill = (
-            _entry(opened, name) for name, _ in (_WRITE, _DECODE, _GATHER, _PREFILL)
+        self._write, self._decode, self._write_decode, self._gather, self._prefill = (
+            _entry(opened, name) for name, _ in (_WRITE, _DECODE, _WRITE_DECODE, _GATHER, _PREFILL)
         )
 
     def write(
@@ -72,19 +73,7 @@ class CpuMla:
         """Do what `mla_write` does. Raises OpError where slots don't fit the cache."""
         num_tokens, width = compressed.shape
         rank = norm_weight.shape[0]
-        if not (
-            _pageable(compressed, latent_cache)
-            and compressed.stride(1) == 1
-            and norm_weight.dtype is compressed.dtype
-            and norm_weight.is_contiguous()
-            and cos.dtype is sin.dtype
-            and (cos.dtype is torch.float32 or cos.dtype is compressed.dtype)
-            and cos.shape == sin.shape == (num_tokens, (width - rank) // 2)
-            and cos.stride(1) == sin.stride(1) == 1
-            and slot_mapping.shape == (num_tokens,)
-            and _dense_numbers(slot_mapping)
-            and latent_cache.shape[2] == width
-        ):
+        if not _writes(compressed, norm_weight, cos, sin, latent_cache, slot_mapping):
             return mla_plain.write(compressed, norm_weight, eps, cos, sin, latent_cache, slot_mapping)
         entry = torch.empty_like(compressed, memory_format=torch.contiguous_format)
         call = _WRITE[1].pack(
@@ -126,18 +115,7 @@ class CpuMla:
         """Do what `mla_decode` does. Raises OpError where blocks or lengths don't fit the cache."""
         num_seqs, num_heads, rank = q_latent.shape
         rope = q_pe.shape[2]
-        if not (
-            _pageable(q_latent, latent_cache)
-            and q_pe.dtype is q_latent.dtype
-            and q_pe.shape[0] >= num_seqs
-            and q_pe.shape[1] == num_heads
-            and q_latent.stride(2) == q_pe.stride(2) == 1
-            and latent_cache.shape[2] == rank + rope
-            and block_tables.shape[0] >= num_seqs
-            and seq_lens.shape[0] >= num_seqs
-            and _dense_numbers(block_tables)
-            and _dense_numbers(seq_lens)
-        ):
+        if not _decodes(q_latent, q_pe, latent_cache, block_tables, seq_lens):
             return mla_plain.decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale)
         out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
         if num_seqs == 0:
@@ -164,6 +142,53 @@ class CpuMla:
         if _ran(self._decode(call), asked=f"mla_decode of {num_seqs} sequences over {latent_cache.shape[0]} blocks"):
             return out
         return mla_plain.decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale)
+
+    def write_decode(
+        self,
+        q_latent: Tensor,
+        q_pe: Tensor,
+        turned: bool,  # noqa: FBT001  an operator's arguments come in order
+        compressed: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        latent_cache: Tensor,
+        slot_mapping: Tensor,
+        block_tables: Tensor,
+        seq_lens: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Do what `mla_write_decode` does. Raises OpError where slots, blocks or lengths don't fit the cache."""
+        num_tokens, num_heads, rank = q_latent.shape
+        width = compressed.shape[1]
+        written = (compressed, norm_weight, eps, cos, sin, latent_cache, slot_mapping)
+        if not (
+            num_tokens == compressed.shape[0]
+            and rank == norm_weight.shape[0]
+            and q_latent.dtype is compressed.dtype
+            and _writes(compressed, norm_weight, cos, sin, latent_cache, slot_mapping)
+            and _decodes(q_latent, q_pe, latent_cache, block_tables, seq_lens)
+        ):
+            return mla_plain.write_decode(q_latent, q_pe, turned, *written, block_tables, seq_lens, scale)
+        out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
+        if num_tokens == 0:
+            return out
+        cache, (num_blocks, block_size, _) = latent_cache.data_ptr(), latent_cache.shape
+        dtype, num_threads = _NUMBERS[q_latent.dtype], torch.get_num_threads()
+        token, head, _ = q_latent.stride()
+        pe_token, pe_head, _ = q_pe.stride()
+        call = _WRITE_DECODE[1].pack(
+            *(cache, 0, num_blocks, block_size, 0, compressed.data_ptr(), norm_weight.data_ptr(), cos.data_ptr()),
+            *(sin.data_ptr(), slot_mapping.data_ptr(), 0, compressed.stride(0), cos.stride(0), sin.stride(0)),
+            *(num_tokens, rank, width - rank, cos.dtype is torch.float32, dtype, num_threads, eps),
+            *(cache, block_tables.data_ptr(), num_blocks, block_size, block_tables.shape[1], q_latent.data_ptr()),
+            *(q_pe.data_ptr(), seq_lens.data_ptr(), out.data_ptr(), token, head, pe_token, pe_head),
+            *(num_tokens, num_heads, rank, width - rank, dtype, num_threads, scale, turned),
+        )
+        if _ran(self._write_decode(call), asked=f"mla_write_decode of {num_tokens} tokens over {num_blocks} blocks"):
+            return out
+        return mla_plain.write_decode(q_latent, q_pe, turned, *written, block_tables, seq_lens, scale)
 
     def prefill(
         self,
@@ -363,6 +388,43 @@ def _pageable(tensor: Tensor, latent_cache: Tensor) -> bool:
         and tensor.dtype is latent_cache.dtype
         and tensor.device.type == latent_cache.device.type == "cpu"
         and latent_cache.is_contiguous()
+    )
+
+
+def _writes(
+    compressed: Tensor, norm_weight: Tensor, cos: Tensor, sin: Tensor, latent_cache: Tensor, slot_mapping: Tensor
+) -> bool:
+    """Whether the library can norm, rotate and store these."""
+    num_tokens, width = compressed.shape
+    return (
+        _pageable(compressed, latent_cache)
+        and compressed.stride(1) == 1
+        and norm_weight.dtype is compressed.dtype
+        and norm_weight.is_contiguous()
+        and cos.dtype is sin.dtype
+        and (cos.dtype is torch.float32 or cos.dtype is compressed.dtype)
+        and cos.shape == sin.shape == (num_tokens, (width - norm_weight.shape[0]) // 2)
+        and cos.stride(1) == sin.stride(1) == 1
+        and slot_mapping.shape == (num_tokens,)
+        and _dense_numbers(slot_mapping)
+        and latent_cache.shape[2] == width
+    )
+
+
+def _decodes(q_latent: Tensor, q_pe: Tensor, latent_cache: Tensor, block_tables: Tensor, seq_lens: Tensor) -> bool:
+    """Whether the library can attend with these."""
+    num_seqs, num_heads, rank = q_latent.shape
+    return (
+        _pageable(q_latent, latent_cache)
+        and q_pe.dtype is q_latent.dtype
+        and q_pe.shape[0] >= num_seqs
+        and q_pe.shape[1] == num_heads
+        and q_latent.stride(2) == q_pe.stride(2) == 1
+        and latent_cache.shape[2] == rank + q_pe.shape[2]
+        and block_tables.shape[0] >= num_seqs
+        and seq_lens.shape[0] >= num_seqs
+        and _dense_numbers(block_tables)
+        and _dense_numbers(seq_lens)
     )
 
 

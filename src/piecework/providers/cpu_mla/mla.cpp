@@ -42,21 +42,19 @@ Result check(const Paged& paged, int64_t seq, int64_t len) {
 
 bool fits(int64_t rank, int64_t rope) { return rank > 0 && rope > 0 && rope % 2 == 0 && rank + rope <= kMaxWidth; }
 
-template <class T, class Angle>
-void write_all(const WriteCall& call) {
-  const bool alone = call.num_tokens * (call.rank + call.rope) < 1 << 15;
-#pragma omp parallel for schedule(static) num_threads(call.num_threads) if (!alone && call.num_threads > 1)
-  for (int64_t t = 0; t < call.num_tokens; ++t) write<T, Angle>(call, t);
+Result check(const WriteCall& call) {
+  for (int64_t t = 0; t < call.num_tokens; ++t)
+    if (call.slots[t] < 0 || call.slots[t] >= call.paged.num_blocks * call.paged.block_size) return kBadSlot;
+  return kDone;
 }
 
 template <class T>
 Result run(const WriteCall& call) {
-  for (int64_t t = 0; t < call.num_tokens; ++t)
-    if (call.slots[t] < 0 || call.slots[t] >= call.paged.num_blocks * call.paged.block_size) return kBadSlot;
-  if (call.plain_angles)
-    write_all<T, float>(call);
-  else
-    write_all<T, T>(call);
+  const Result checked = check(call);
+  if (checked != kDone) return checked;
+  const bool alone = call.num_tokens * (call.rank + call.rope) < 1 << 15;
+#pragma omp parallel for schedule(static) num_threads(call.num_threads) if (!alone && call.num_threads > 1)
+  for (int64_t t = 0; t < call.num_tokens; ++t) write<T>(call, t);
   return kDone;
 }
 
@@ -86,9 +84,14 @@ int64_t plan(const DecodeCall& call, std::vector<Part>& work, std::vector<Split>
   return num_parts;
 }
 
+// Writes `before`'s tokens first, where there are any; `turn` is as in `Decode`.
 template <class T>
-Result run(const DecodeCall& call) {
+Result decode(const DecodeCall& call, const WriteCall* before, const WriteCall* turn) {
   if (kPaired<T> && call.rank % 2) return kUnsupported;
+  if (before != nullptr) {
+    const Result checked = check(*before);
+    if (checked != kDone) return checked;
+  }
   for (int64_t s = 0; s < call.num_seqs; ++s) {
     const Result checked = check(call.paged, s, call.lens[s]);
     if (checked != kDone) return checked;
@@ -105,11 +108,15 @@ Result run(const DecodeCall& call) {
 #pragma omp parallel num_threads(call.num_threads) if (!alone)
   {
     float* mine = parts + num_parts * size + omp_get_thread_num() * own;
+    if (before != nullptr) {
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < before->num_tokens; ++t) write<T>(*before, t);
+    }
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < work.size(); ++i) {
       const Part& w = work[i];
       float* at = w.part >= 0 ? parts + w.part * size : mine;
-      Decode<T>(call, w.seq, Partial(call, at), mine + size).run(w.begin, w.begin + w.count);
+      Decode<T>(call, turn, w.seq, Partial(call, at), mine + size).run(w.begin, w.begin + w.count);
       if (w.part < 0)
         for (int64_t h = 0; h < call.num_heads; ++h) finish<T>(call, w.seq, h, at, 1);
     }
@@ -120,6 +127,16 @@ Result run(const DecodeCall& call) {
     }
   }
   return kDone;
+}
+
+template <class T>
+Result run(const DecodeCall& call) {
+  return decode<T>(call, nullptr, nullptr);
+}
+
+template <class T>
+Result run(const WriteDecodeCall& call) {
+  return decode<T>(call.decode, &call.write, call.turned ? nullptr : &call.write);
 }
 
 Result run(const GatherCall& call) {
@@ -206,10 +223,16 @@ Result run(const PrefillCall& call) {
   return kDone;
 }
 
+template <class Call>
+int64_t dtype_of(const Call& call) {
+  return call.dtype;
+}
+int64_t dtype_of(const WriteDecodeCall& call) { return call.decode.dtype; }
+
 // Types that this library was not built for are not supported.
 template <class Call>
 Result of_type(const Call& call) {
-  switch (call.dtype) {
+  switch (dtype_of(call)) {
 #if defined(PIECEWORK_FLOAT32)
     case 0: return run<float>(call);
 #endif
@@ -234,6 +257,11 @@ PIECEWORK_ENTRY piecework_mla_write_1(const piecework::WriteCall* call) {
 
 PIECEWORK_ENTRY piecework_mla_decode_1(const piecework::DecodeCall* call) {
   return piecework::fits(call->rank, call->rope) ? piecework::of_type(*call) : piecework::kUnsupported;
+}
+
+PIECEWORK_ENTRY piecework_mla_write_decode_1(const piecework::WriteDecodeCall* call) {
+  const auto& [rank, rope] = std::pair(call->decode.rank, call->decode.rope);
+  return piecework::fits(rank, rope) ? piecework::of_type(*call) : piecework::kUnsupported;
 }
 
 PIECEWORK_ENTRY piecework_mla_gather_1(const piecework::GatherCall* call) { return piecework::run(*call); }

@@ -1,6 +1,7 @@
-"""Rotary embedding of a package, in place, whose kernels read angles from a table by each token's position.
+"""Rotary embedding of a package, whose kernels work in place, and read angles from a table by each token's position.
 
-The op is given the cosines and sines of its tokens; they become a table of as many rows, and positions count them.
+They are given copies: queries and keys are parts of one tensor as a rule, with values beside them that are read
+afterwards. The cosines and sines of the call's tokens become a table of as many rows, and positions count them.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def implement_rotary(provider: str, kernels: RotaryKernels) -> None:
     ) -> bool | str:
         return first_of(kernels.why_not(q, k, cos), why_not_layout(q, k, cos, sin))
 
-    @rotary.implement(provider, supports=supports, reuses=("q", "k"), batch_invariant=True)
+    @rotary.implement(provider, supports=supports, batch_invariant=True)
     def rotate(
         q: Tensor,
         k: Tensor,
@@ -54,11 +55,15 @@ def implement_rotary(provider: str, kernels: RotaryKernels) -> None:
         sin: Tensor,
         interleaved: bool = False,  # noqa: FBT001, FBT002  the op's
     ) -> tuple[Tensor, Tensor]:
+        queries, keys = by_token(q), by_token(k)
         if q.numel() or k.numel():
             positions = torch.arange(q.shape[-2], device=q.device)
             table = angles(cos, sin, interleaved=interleaved).to(kernels.table_dtype or q.dtype)
-            kernels.rotate(positions, by_token(q), by_token(k), q.shape[-1], table, not interleaved)
-        return q, k
+            kernels.rotate(positions, queries[0].flatten(1), keys[0].flatten(1), q.shape[-1], table, not interleaved)
+        made = queries.transpose(1, 2), keys.transpose(1, 2)
+        # strides as the op's: those of its arguments, but contiguous where the rest of a head is put beside
+        whole = cos.shape[-1] == q.shape[-1]
+        return made if whole else (made[0].contiguous(), made[1].contiguous())
 
 
 def why_not_layout(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> str:
@@ -77,8 +82,8 @@ def why_not_layout(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> str:
 
 
 def by_token(x: Tensor) -> Tensor:
-    """Return [1, heads, T, D], whose heads lie side by side, as [T, heads * D], a view."""
-    return x[0].transpose(0, 1).flatten(1)
+    """Return a copy [1, T, heads, D], contiguous, of [1, heads, T, D]."""
+    return x.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def angles(cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:

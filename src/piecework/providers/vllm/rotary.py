@@ -1,4 +1,4 @@
-"""Rotary embedding by `_C::rotary_embedding`, in place; its table has the queries' dtype."""
+"""Rotary embedding by `_C::rotary_embedding`; its table has the queries' dtype."""
 
 from __future__ import annotations
 
