@@ -15,6 +15,7 @@ from piecework.report.kernels import (
     moved_table,
     piece_kernels,
     spell_bytes,
+    spell_count,
     table_lines,
     typical_sizes,
 )
@@ -145,11 +146,15 @@ class BundleReport:
             _section("forwards", [_forward_line(f) for f in self.forwards] if len(self.forwards) > 1 else []),
             _section(
                 "unique pieces",
-                [line for piece in self.unique_pieces for line in _piece_lines(piece, primary=self.primary)],
+                [
+                    line
+                    for piece, kernels in zip(self.unique_pieces, self.kernels, strict=True)
+                    for line in _piece_lines(piece, kernels, primary=self.primary)
+                ],
             ),
             _section(MOVED, [line for table in self.moved for line in table_lines(table)]),
             _section("passes", pass_lines(self.passes, everything=all_passes)),
-            _section("IR ops inside opaque ops", list(native_lines(self.natives, spell=spell_bytes))),
+            _section("IR ops inside opaque ops", list(native_lines(self.natives))),
             _section("opaque ops", [f"{count:>6} × {name}" for name, count in self.opaque_ops.items()]),
             _section("recipes", [f"{count:>6} × {kind}" for kind, count in self.recipes.items()]),
             _section("states", _state_lines(self.states)),
@@ -266,12 +271,13 @@ def _section(title: str, lines: Sequence[str]) -> str:
     return "\n".join([title, *(f"  {line}" for line in lines)]) if lines else ""
 
 
-def _piece_lines(piece: PieceReport, *, primary: str) -> list[str]:
+def _piece_lines(piece: PieceReport, kernels: PieceKernels, *, primary: str) -> list[str]:
     title = f"{piece.num_uses:>6} × {piece.fingerprint[:12]}"
     lines = [f"{title}: {piece.num_ops} ops, {piece.num_constants} constants, {piece.device}"]
-    for artifact in piece.artifacts:
+    for artifact, (_, _, compiled) in zip(piece.artifacts, kernels.compiled, strict=True):
         span = f"{primary or 'size'} {artifact.min} to {artifact.max}"
-        lines.append(f"         {span}: {artifact.file[:12]}…, {spell_bytes(artifact.size_bytes)}")
+        count = f", {spell_count(len(compiled), 'kernel')}" if compiled is not None else ""
+        lines.append(f"         {span}: {artifact.file[:12]}…, {spell_bytes(artifact.size_bytes)}{count}")
     return lines
 
 

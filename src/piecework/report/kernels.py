@@ -194,6 +194,11 @@ def spell_bytes(size: int) -> str:
     return f"{size} bytes"
 
 
+def spell_count(number: int, noun: str) -> str:
+    """Write a number of things for people: "1 kernel", "2 kernels"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _forward_rows(plan: Plan, pieces: Sequence[PieceKernels], name: str, sizes: Sizes) -> list[MovedRow]:
     primary = sizes.get(plan.primary, 0)
     known = {

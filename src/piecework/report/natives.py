@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from piecework.foundation.notes import KERNELS, read_note
+from piecework.report.kernels import spell_bytes, spell_count
 from piecework.store import Bundle
 from piecework.store.format import EXPLANATION
 from piecework.store.manifest import corrupt
@@ -54,14 +55,13 @@ def native_reports(bundle: Bundle, plan: Plan) -> tuple[NativeReport, ...]:
     )
 
 
-def native_lines(reports: Sequence[NativeReport], *, spell: Callable[[int], str]) -> Iterator[str]:
-    """Write them for people; `spell` writes a number of bytes."""
+def native_lines(reports: Sequence[NativeReport]) -> Iterator[str]:
+    """Write them for people."""
     for report in reports:
         sizes = ", ".join(f"{name} {low} to {high}" for name, (low, high) in report.sizes.items())
         yield report.call + (f", {sizes}" if sizes else "")
-        served = f"compiled, {report.artifact[:12]}…, {spell(report.size_bytes)}" if report.artifact else "called"
-        count = report.num_kernels
-        kernels = f", {count} kernel{'' if count == 1 else 's'}" if count is not None else ""
+        served = f"compiled, {report.artifact[:12]}…, {spell_bytes(report.size_bytes)}" if report.artifact else "called"
+        kernels = f", {spell_count(report.num_kernels, 'kernel')}" if report.num_kernels is not None else ""
         yield f"  in {', '.join(report.callers)}: {report.provider}, {served}{kernels}"
 
 

@@ -64,7 +64,7 @@ class _Reader:
 
     def kernels(self, node: Any) -> Iterator[Kernel]:
         kind = type(node).__name__
-        if kind.startswith(("Grouped", "Foreach")):
+        if kind.startswith("Grouped"):
             for inner in node.snodes:
                 yield from self.kernels(inner)
         elif kind.startswith("ExternKernel"):
