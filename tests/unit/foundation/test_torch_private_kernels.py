@@ -97,6 +97,35 @@ def test_parts_of_a_tensor_count_once_each(tmp_path: Path) -> None:
     assert kernel.writes == (("16*rows",),)
 
 
+@pytest.mark.parametrize(
+    ("other", "read"),
+    [
+        ((aten.flip.default, [1]), "64*rows"),
+        ((aten.flip.default, [2]), "64*rows"),
+        ((aten.flip.default, [1, 2]), "64*rows"),
+        ((aten.slice.Tensor, 1, 1, 2), "64*rows"),
+        ((aten.slice.Tensor, 2, 3, 4), "64*rows"),
+        ((aten.mul.Scalar, 2), "64*rows"),
+    ],
+)
+def test_what_lies_within_another_part_counts_nothing(tmp_path: Path, other: tuple[Any, ...], read: str) -> None:
+    graph = Graph()
+    stored = graph.call(aten.mm.default, graph.x, graph.weight("w", 16, 64))  # [rows, 64], of which 16 columns are read
+    columns = graph.call(aten.slice.Tensor, stored, 1, 16, 32)
+    halves = graph.call(aten.view.default, columns, [-1, 2, 8])
+    operator, *arguments = other
+    total = graph.call(aten.add.Tensor, halves, graph.call(operator, halves, *arguments))
+    _, kernel = graph.lowered(tmp_path, total)
+    assert kernel.reads == ((read, "256*rows"),)
+
+
+def test_parts_that_overlap_count_both(tmp_path: Path) -> None:
+    graph = Graph()
+    parts = [graph.call(aten.slice.Tensor, graph.x, 1, low, low + 4) for low in (0, 2)]
+    (kernel,) = graph.lowered(tmp_path, graph.call(aten.add.Tensor, *parts))
+    assert kernel.reads == (("32*rows", "64*rows"),)
+
+
 def test_several_results_of_a_call_and_views_of_them(tmp_path: Path) -> None:
     graph = Graph()
     made = graph.call(aten.topk.default, graph.x, 4)

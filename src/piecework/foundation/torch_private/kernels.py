@@ -3,13 +3,15 @@
 Inductor's own figure (`metrics.num_bytes_accessed`) leaves out the constants of AOTInductor's libraries, which are the
 weights, and is for one example size. So its scheduler's nodes are asked here, after fusion, what each nest of loops or
 call of a library depends on. Of a tensor that is read in several places the distinct parts count once each, but not
-more than the tensor; what is made and used up within a nest of loops counts nothing.
+more than the tensor; a part counts as another's where it lies between its first and last element and isn't larger. What
+is made and used up within a nest of loops counts nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,6 +52,42 @@ def watching_kernels(on_kernels: OnKernels, *, names: Callable[[], Mapping[str, 
         yield
     finally:
         known.codegen = original
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of a buffer: how many elements, and the first and the last of them, None where that isn't told."""
+
+    count: Any
+    first: Any = None
+    last: Any = None
+
+    @staticmethod
+    def of(dep: Any) -> _Part:
+        """Return what a dependence of a nest of loops is about."""
+        import sympy
+
+        if dep.is_indirect():
+            return _Part(_product(dep.size))
+        first = last = dep.get_offset()
+        for variable, size in zip(dep.var_names, dep.size, strict=True):
+            step = dep.index.coeff(variable)
+            first += step * (size - 1) if step.is_negative else 0
+            last += 0 if step.is_negative else step * (size - 1)
+        linear = dep.get_offset() + sum(dep.index.coeff(variable) * variable for variable in dep.var_names)
+        if sympy.expand(dep.index - linear) != 0:
+            return _Part(dep.get_numel())
+        return _Part(dep.get_numel(), first, last)
+
+    def within(self, other: _Part, is_later: bool) -> bool:  # noqa: FBT001
+        """Whether another part, most likely, has all of this one's elements; of equal parts only the later one is."""
+        import sympy
+
+        if self.first is None or other.first is None:
+            return False
+        room = (self.first - other.first, other.last - self.last, other.count - self.count)
+        room = tuple(sympy.expand(r) for r in room)
+        return all(r.is_nonnegative for r in room) and (is_later or any(r != 0 for r in room))
 
 
 class _Reader:
@@ -113,17 +151,18 @@ class _Reader:
 
     def _dependence(self, dependences: Any, name: str) -> Term:
         """Return how much of a buffer is read or written: the distinct parts, or all of it."""
-        parts: dict[Any, Any] = {}
+        whole = self._graph.get_numel(name)
+        parts: list[_Part] = []
         for dep in dependences:
             if dep.name != name:
                 continue
             if not hasattr(dep, "size"):  # depends on the whole
-                return self._term(name, self._graph.get_numel(name))
-            if dep.is_indirect():
-                parts[dep] = _product(dep.size)
-            else:
-                parts[dep.get_numel(), dep.get_offset()] = dep.get_numel()
-        total, whole = sum(parts.values()), self._graph.get_numel(name)
+                return self._term(name, whole)
+            parts.append(_Part.of(dep))
+        distinct = [
+            p for n, p in enumerate(parts) if not any(p.within(q, n > m) for m, q in enumerate(parts) if m != n)
+        ]
+        total = sum(part.count for part in distinct)
         return self._term(name, total) if total == whole else self._term(name, total, whole)
 
     def _term(self, name: str, *counts: Any) -> Term:
