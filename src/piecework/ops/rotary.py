@@ -91,7 +91,7 @@ def _pair_inputs(draw: Draw) -> Sequence[Any]:
     dtype = draw.choose((draw.dtype, torch.float32))
     heads = draw.choose((4, 1, 3))
     x = draw.tensor(tokens, heads, dim + 8)[..., 8:]  # a part of each head, as latent attention has them
-    return x, angles.cos().to(dtype), angles.sin().to(dtype), draw.choose((False, True))
+    return x, angles.cos().to(dtype), angles.sin().to(dtype), draw.choose((False, True, True, False, False))
 
 
 @op(

@@ -16,8 +16,8 @@ from piecework.providers.discovery import load_providers
 from tests.unit.ops.ir_cases import SEEDS, assert_close
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
-_KERNELS = {"rms_norm", "add_rms_norm", "layer_norm", "silu_mul", "gelu_mul", "rotary", "quantize_static_fp8",
-            "quantize_dynamic_per_token", "quantize_group_fp8"}  # fmt: skip
+_KERNELS = {"rms_norm", "add_rms_norm", "layer_norm", "silu_mul", "gelu_mul", "rotary", "rotate_pairs",
+            "quantize_static_fp8", "quantize_dynamic_per_token", "quantize_group_fp8"}  # fmt: skip
 
 
 def compare(device: str, report: Callable[[str], None] = print) -> None:

@@ -12,21 +12,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from piecework.ops.rotary import rotary
+from piecework.ops.rotary import rotary, rotate_pairs
 from piecework.providers.triton.support import DTYPES, NAME, block_of, interpreted
 
 _MOST_AXES: Final = 4
 
 
 def register() -> None:
-    """Register the implementation."""
+    """Register the implementations."""
     rotary.implement(NAME, supports=_supports, batch_invariant=True)(_rotary)
+    rotate_pairs.implement(NAME, supports=_pairs_support, batch_invariant=True)(_rotate_pairs)
 
 
 @triton.jit
 def _rotary_kernel(
     x, cos, sin, out, inner, innermost, x0, x1, x2, cos0, cos1, cos2, out0, out1, out2,
-    num_pairs, width, apart, second, block: tl.constexpr, rest: tl.constexpr,
+    num_pairs, width, apart, second, angle_apart, out_apart, out_second, block: tl.constexpr, rest: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     i0, i1, i2 = row // (inner * innermost), row // innermost % inner, row % innermost
@@ -38,11 +39,11 @@ def _rotary_kernel(
     at = pair * apart
     a = tl.load(x + at, mask=inside, other=0.0)
     b = tl.load(x + at + second, mask=inside, other=0.0).to(tl.float32)
-    c = tl.load(cos + angle + at, mask=inside, other=0.0).to(tl.float32)
-    s = tl.load(sin + angle + at, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(cos + angle + pair * angle_apart, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(sin + angle + pair * angle_apart, mask=inside, other=0.0).to(tl.float32)
     wide = a.to(tl.float32)
-    tl.store(out + at, (wide * c - b * s).to(a.dtype), mask=inside)
-    tl.store(out + at + second, (b * c + wide * s).to(a.dtype), mask=inside)
+    tl.store(out + pair * out_apart, (wide * c - b * s).to(a.dtype), mask=inside)
+    tl.store(out + pair * out_apart + out_second, (b * c + wide * s).to(a.dtype), mask=inside)
     if rest:
         left = 2 * num_pairs + tl.arange(0, rest)
         tl.store(out + left, tl.load(x + left, mask=left < width, other=0.0), mask=left < width)
@@ -55,9 +56,22 @@ def _supports(
     sin: Tensor,
     interleaved: bool = False,  # noqa: FBT001, FBT002  the op's
 ) -> bool | str:
-    if not q.is_cuda and not interpreted():
-        return f"the call is on {q.device.type}, Triton's kernels run on a GPU"
-    for tensor in (q, k, cos, sin):
+    return _supported(q, k, cos, sin)
+
+
+def _pairs_support(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,  # noqa: FBT001, FBT002  the op's
+) -> bool | str:
+    return _supported(x, cos, sin)
+
+
+def _supported(*tensors: Tensor) -> bool | str:
+    if not tensors[0].is_cuda and not interpreted():
+        return f"the call is on {tensors[0].device.type}, Triton's kernels run on a GPU"
+    for tensor in tensors:
         if tensor.dtype not in DTYPES:
             return f"a tensor is {str(tensor.dtype).removeprefix('torch.')}"
         if tensor.dim() > _MOST_AXES:
@@ -74,22 +88,57 @@ def _rotary(
     sin: Tensor,
     interleaved: bool = False,  # noqa: FBT001, FBT002  the op's
 ) -> tuple[Tensor, Tensor]:
-    return _rotated(q, cos, sin, interleaved=interleaved), _rotated(k, cos, sin, interleaved=interleaved)
+    num_pairs = cos.shape[-1] // 2
+    places = (2, 1) if interleaved else (1, num_pairs)
+    made = []
+    for x in (q, k):
+        # strides as the op's: those of its arguments, but contiguous where the rest of a head is put beside
+        out = torch.empty_like(x) if cos.shape[-1] == x.shape[-1] else x.new_empty(x.shape)
+        made.append(_launch(x, cos, sin, out, num_pairs=num_pairs, read=places, angle_apart=places[0], written=places))
+    return made[0], made[1]
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
-    size, width = cos.shape[-1], x.shape[-1]
-    # strides as the op's: those of its arguments, but contiguous where a part of each head is put to the rotated one
-    out = torch.empty_like(x) if size == width else x.new_empty(x.shape)
+def _rotate_pairs(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,  # noqa: FBT001, FBT002  the op's
+) -> Tensor:
+    half = x.shape[-1] // 2
+    read = (2, 1) if interleaved else (1, half)
+    out = x.new_empty(x.shape)
+    return _launch(x, cos, sin, out, num_pairs=half, read=read, angle_apart=1, written=(1, half))
+
+
+def _launch(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    out: Tensor,
+    *,
+    num_pairs: int,
+    read: tuple[int, int],
+    angle_apart: int,
+    written: tuple[int, int],
+) -> Tensor:
+    """Write x, rotated, to `out`, and return that.
+
+    Args:
+        x, cos, sin, out: the op's; cosines are broadcast.
+        num_pairs: of a row; elements after them stay as they are.
+        read, written: how far pairs are apart, and their second elements from the first, in x and in `out`.
+        angle_apart: how far the cosines of two pairs are apart.
+    """
     if x.numel():
         ones = (1,) * (_MOST_AXES - x.dim())
-        views = [t.reshape(ones + tuple(t.shape)) for t in (x, out)]
-        angles = [t.expand(*views[0].shape[:-1], size) for t in (cos, sin)]
+        wide, made = (t.reshape(ones + tuple(t.shape)) for t in (x, out))
+        angles = [t.expand(*wide.shape[:-1], t.shape[-1]) for t in (cos, sin)]
         assert angles[0].stride() == angles[1].stride(), "cosines and sines are made alike"
-        strides = [stride for t in (views[0], angles[0], views[1]) for stride in t.stride()[:-1]]
-        pairs = (2, 1) if interleaved else (1, size // 2)
+        strides = [stride for t in (wide, angles[0], made) for stride in t.stride()[:-1]]
+        width = x.shape[-1]
+        left = width - 2 * num_pairs
         _rotary_kernel[(x.numel() // width,)](
-            x, cos, sin, out, views[0].shape[1], views[0].shape[2], *strides, size // 2, width, *pairs,
-            block=block_of(size // 2), rest=block_of(width - size) if size < width else 0,
+            x, cos, sin, out, wide.shape[1], wide.shape[2], *strides, num_pairs, width, *read, angle_apart, *written,
+            block=block_of(num_pairs), rest=block_of(left) if left else 0,
         )  # fmt: skip
     return out
