@@ -24,7 +24,8 @@ class Unique:
 
     Attributes:
         captured: the piece as it was captured.
-        lowered: the piece after passes, which is what a backend compiles.
+        passed: the piece after passes; its IR ops are not lowered yet.
+        lowered: the piece after passes and lowering, which is what a backend compiles.
         primary: the program's symbol for the primary size, or None where the piece doesn't have it.
         pack: constants of the lowered program that are bound packed.
         uses: how many pieces are equal to it.
@@ -33,6 +34,7 @@ class Unique:
     """
 
     captured: Program
+    passed: Program
     lowered: Rewritten
     primary: str | None
     pack: frozenset[int]
@@ -125,5 +127,6 @@ def deduplicate(
             lowered = lowering.lower(made.program, strict_outputs=strictly, origins=made.origins)
         pack = packable_constants(lowered.program, dtypes=pack_dtypes)
         after = replace(made, program=lowered.program)
-        unique.append(Unique(piece.program, after, primary, pack, count, lowered.sites, passed.reports))
+        sites, reports = lowered.sites, passed.reports
+        unique.append(Unique(piece.program, made.program, after, primary, pack, count, sites, reports))
     return Deduplicated(tuple(unique), index_of)

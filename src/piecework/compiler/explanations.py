@@ -71,11 +71,12 @@ def _site(site: CallSite, piece: Piece) -> dict[str, Any]:
 
 
 def _kernels(unique: Unique) -> dict[str, Any]:
-    captured, lowered = native_kernels(unique.captured), program_kernels(unique.program)
-    return {
-        "captured": None if captured is None else kernels_to_json(captured),
-        "lowered": None if lowered is None else kernels_to_json(lowered),
+    stages = {
+        "captured": native_kernels(unique.captured),
+        "passed": program_kernels(unique.passed),
+        "lowered": program_kernels(unique.program),
     }
+    return {stage: None if found is None else kernels_to_json(found) for stage, found in stages.items()}
 
 
 def _distinct(locations: Sequence[str]) -> list[str]:

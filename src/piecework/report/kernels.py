@@ -1,9 +1,10 @@
 """How many kernels run and how many bytes they move: per layer, before and after passes, and as compiled.
 
-Three stages are compared. *Captured*: every operator of the model's graph by itself, as eager torch runs it. *After
-passes*: the same of the program that the backend is given. *Compiled*: what the backend made of that, nests of loops
-and calls of libraries. A kernel moves what it reads of weights, what else it reads, and what it writes, each tensor
-once (foundation/traffic.py). What opaque ops move is not known here: each is one call.
+Four stages are compared. *Captured*: every operator of the model's graph by itself, as eager torch runs it. *After
+passes*: the same of the piece that passes left, where an IR op is one kernel. *Lowered*: of the program that the
+backend is given, in which native bodies are written out. *Compiled*: what the backend made of that, nests of loops and
+calls of libraries. A kernel moves what it reads of weights, what else it reads, and what it writes, each tensor once
+(foundation/traffic.py). What opaque ops move is not known here: each is one call.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from piecework.store.plan import OpStep, PieceStep, Plan, PlanVariant
 from piecework.store.sizes import size_expression
 
 MOVED: Final = "kernels: bytes of weights + of all else"
-STAGES: Final = ("captured", "after passes", "compiled")
+STAGES: Final = ("captured", "after passes", "lowered", "compiled")
+_SHOWN: Final = (0, 1, 3)
+"""The stages in the text: lowering by itself is of interest to backends only."""
+
 TYPICAL: Final = (1, 32)
 """Values of the primary size that are shown where none are asked for: one token, and a small batch."""
 
@@ -66,7 +70,7 @@ class MovedRow:
     part: str
     stack: str
     layers: tuple[int, ...]
-    stages: tuple[Moved, Moved, Moved]
+    stages: tuple[Moved, ...]
     num_calls: int
 
 
@@ -80,29 +84,32 @@ class MovedTable:
 
 @dataclass(frozen=True)
 class PieceKernels:
-    """The kernels of a unique piece in the three stages; None is not known. Sizes have the model's names.
+    """The kernels of a unique piece in all stages; None is not known. Sizes have the model's names.
 
     Args:
         captured: of the piece as it was captured.
-        lowered: after passes.
+        passed: after passes.
+        lowered: of what the backend is given.
         compiled: by the range of the primary size, (min, max).
     """
 
     captured: tuple[Kernel, ...] | None
+    passed: tuple[Kernel, ...] | None
     lowered: tuple[Kernel, ...] | None
     compiled: tuple[tuple[int, int, tuple[Kernel, ...] | None], ...]
 
-    def moved(self, sizes: Sizes, *, primary: int) -> tuple[Moved, Moved, Moved]:
-        """Return what the piece moves at some sizes, the primary one among them."""
+    def moved(self, sizes: Sizes, *, primary: int) -> tuple[Moved, ...]:
+        """Return what the piece moves in each stage at some sizes, the primary one among them."""
         forms = [kernels for low, high, kernels in self.compiled if low <= primary <= high]
         compiled = forms[0] if forms else None
-        return _moved(self.captured, sizes), _moved(self.lowered, sizes), _moved(compiled, sizes)
+        return tuple(_moved(kernels, sizes) for kernels in (self.captured, self.passed, self.lowered, compiled))
 
     def to_json(self) -> dict[str, object]:
         """Return the kernels as JSON: each as name, bytes of weights, of what else is read, and of what is written."""
         return {
             "captured": _kernels_json(self.captured),
-            "after_passes": _kernels_json(self.lowered),
+            "after_passes": _kernels_json(self.passed),
+            "lowered": _kernels_json(self.lowered),
             "compiled": [[low, high, _kernels_json(kernels)] for low, high, kernels in self.compiled],
         }
 
@@ -120,7 +127,8 @@ def piece_kernels(bundle: Bundle, plan: Plan) -> tuple[PieceKernels, ...]:
                 (form.min, form.max, _of_artifact(bundle, form.artifact, names=names, lowered=lowered))
                 for form in piece.ranges
             ]
-            made.append(PieceKernels(_read(noted.get("captured"), names), lowered, tuple(compiled)))
+            captured, passed = (_read(noted.get(stage), names) for stage in ("captured", "passed"))
+            made.append(PieceKernels(captured, passed, lowered, tuple(compiled)))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise corrupt(EXPLANATION, bundle=str(bundle.path), found="does not say which kernels pieces have") from error
     return tuple(made)
@@ -165,7 +173,7 @@ def table_lines(table: MovedTable) -> list[str]:
     at = ", ".join(f"{name} = {value}" for name, value in table.sizes.items())
     named = len({row.forward for row in table.rows}) > 1
     stacks = len({row.stack for row in table.rows if row.layers}) > 1
-    cells: list[tuple[str, ...]] = [("at " + at if at else "", *STAGES, "opaque ops")]
+    cells: list[tuple[str, ...]] = [("at " + at if at else "", *(STAGES[n] for n in _SHOWN), "opaque ops")]
     for row in table.rows:
         label = f"{row.forward or 'rest'}: " if named else ""
         if row.layers:
@@ -174,7 +182,7 @@ def table_lines(table: MovedTable) -> list[str]:
             label += ", each" if len(row.layers) > 1 else ""
         else:
             label += row.part
-        cells.append((f"  {label}", *(_cell(moved) for moved in row.stages), str(row.num_calls)))
+        cells.append((f"  {label}", *(_cell(row.stages[n]) for n in _SHOWN), str(row.num_calls)))
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     return ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells]
 
@@ -211,7 +219,7 @@ def _forward_rows(plan: Plan, pieces: Sequence[PieceKernels], name: str, sizes: 
         stages = [known[plan.instances[s.instance].piece] for s in found if isinstance(s, PieceStep)]
         sums = tuple(_sum(stage[number] for stage in stages) for number in range(len(STAGES)))
         calls = sum(isinstance(s, OpStep) and s.op not in _VIEWS for s in found)
-        return MovedRow(name, part, stack, layers, (sums[0], sums[1], sums[2]), calls)
+        return MovedRow(name, part, stack, layers, sums, calls)
 
     rows: list[MovedRow] = []
     rest = set(range(len(plan.steps)))

@@ -24,8 +24,8 @@ class Explanation:
         op_locations: source lines that call each opaque op.
         ir_ops: for each unique piece, its calls of IR ops, as `passes.lower.CallSite.to_json` writes them.
         passes: for each unique piece, what each pass did, as `passes.interface.PassReport.to_json` writes it.
-        kernels: for each unique piece, those that it would have as it was captured and after passes, each operator by
-            itself (report/kernels.py): {"captured": …, "lowered": …}, None for what is not known.
+        kernels: for each unique piece, those that it would have with each operator by itself (report/kernels.py), as it
+            was captured, after passes and lowered: {"captured": …, "passed": …, "lowered": …}; None is not known.
     """
 
     listings: tuple[Listing, ...]
