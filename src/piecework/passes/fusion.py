@@ -86,7 +86,7 @@ class _Fusing:
 
     def _at(self, anchor: int, patterns: Sequence[Pattern]) -> _Match | str:
         """Return the match at an anchor, or the near miss, or ""."""
-        best: tuple[float, str] = (0.5, "")  # more than half of a spelling must be there
+        best: tuple[float, str] = (0.5, "")  # more than half of a spelling must be there, of its first result's part
         for pattern in patterns:
             search = Search(pattern, self._terms, dtype_of=self._dtype_of, named=self._named)
             for found in search.at(anchor, target=self._anchor):
@@ -94,8 +94,9 @@ class _Fusing:
                 if why is None:
                     return self._match(pattern, found)
                 best = max(best, (2.0, self._near_miss(pattern, Failure(frozenset(found.calls.values()), why))))
-            if search.failure.why and len(search.failure.fitted) > best[0] * pattern.size:
-                best = (len(search.failure.fitted) / pattern.size, self._near_miss(pattern, search.failure))
+            share = len(search.failure.fitted) * len(pattern.results) / pattern.size
+            if search.failure.why and share > best[0]:
+                best = (share, self._near_miss(pattern, search.failure))
         return best[1]
 
     def _near_miss(self, pattern: Pattern, failure: Failure) -> str:

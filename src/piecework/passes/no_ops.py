@@ -24,6 +24,25 @@ from piecework.passes.metas import ERRORS, MetaRun, form, place, run_on_metas
 from piecework.passes.rewritten import fuse
 
 _COPIES: Final = frozenset({"aten._to_copy.default", "aten.clone.default"})
+_VIEWS: Final = frozenset(
+    f"aten.{name}"
+    for name in (
+        "alias.default",
+        "detach.default",
+        "lift_fresh.default",
+        "view.default",
+        "_unsafe_view.default",
+        "reshape.default",
+        "expand.default",
+        "slice.Tensor",
+        "squeeze.default",
+        "squeeze.dim",
+        "squeeze.dims",
+        "unsqueeze.default",
+        "transpose.int",
+        "permute.default",
+    )
+)
 _FACTORS: Final = frozenset({"aten.mul.Tensor", "aten.mul.Scalar", "aten.div.Tensor", "aten.div.Scalar"})
 
 
@@ -76,6 +95,8 @@ def _earlier(program: Program, number: int, runs: Sequence[MetaRun]) -> Any:
         return None
     if call.target in _COPIES or (call.target in _FACTORS and _is_one(call)):
         return source if all(_alike(run.of(source), run.values["n"][number]) for run in runs) else None
+    if call.target not in _VIEWS:
+        return None
     for reference in _sources(program, source):
         if all(_is_same(run.of(reference), run.values["n"][number]) for run in runs):
             return reference
@@ -98,12 +119,8 @@ def _is_same(given: Any, result: torch.Tensor) -> bool:
 def _sources(program: Program, source: Any) -> list[Any]:
     """Return a value and what it may be a view of, the first of all first."""
     chain = [source]
-    while "n" in chain[-1]:
-        args = program.calls[chain[-1]["n"]].args
-        first = args[0] if args else None
-        if not (isinstance(first, Mapping) and any(kind in first for kind in "nic")):
-            break
-        chain.append(first)
+    while "n" in chain[-1] and program.calls[chain[-1]["n"]].target in _VIEWS:
+        chain.append(program.calls[chain[-1]["n"]].args[0])
     return chain[::-1]
 
 

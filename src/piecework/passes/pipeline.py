@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import final
 
 from piecework.errors import InternalError
+from piecework.foundation.torch_private import operator_of
 from piecework.ops.program import Program
+from piecework.ops.resolve import resolve_target
 from piecework.ops.selection import IR_OPS
 from piecework.passes import add_rms_norm, gated, layer_norm, merge_linear, no_ops, rms_norm, rotary, rotate_pairs
 from piecework.passes.interface import Outcome, Pass, PassReport, Subject
@@ -69,12 +71,10 @@ class Pipeline:
         passes = [one for one in self._passes if one.name in self.names]
         if not passes:
             return Passed(made, ())
-        try:
-            runs = _runs(program, program)
-        except ERRORS as error:  # operators that know no meta tensors
-            why = f"the piece can't be run without values: {str(error).splitlines()[0]}"
+        runs = _runs_of_captured(program)
+        if isinstance(runs, str):
             unchanged = len(program.calls), len(program.calls)
-            return Passed(made, tuple(PassReport(one.name, (), (why,), *unchanged) for one in passes))
+            return Passed(made, tuple(PassReport(one.name, (), (runs,), *unchanged) for one in passes))
         outcomes: list[tuple[Pass, Subject, Outcome]] = []
         for one in passes:
             subject = Subject(made, runs, strict_outputs)
@@ -85,6 +85,18 @@ class Pipeline:
             made = outcome.rewritten
         fused = {origin for number in _ops(made.program) for origin in made.origins[number]}
         return Passed(made, tuple(_report(*given, fused=fused) for given in outcomes))
+
+
+def _runs_of_captured(program: Program) -> tuple[MetaRun, ...] | str:
+    """Return the runs of a program, or why no pass may touch it."""
+    for number, call in enumerate(program.calls):
+        operator = operator_of(resolve_target(call.target))
+        if operator is not None and operator.mutates:
+            return f"call {number}, {call.target}, writes to its argument, so that no call may move"
+    try:
+        return _runs(program, program)
+    except ERRORS as error:  # operators that know no tensors without values
+        return f"the piece can't be run without values: {str(error).splitlines()[0]}"
 
 
 def _ops(program: Program) -> list[int]:

@@ -174,7 +174,7 @@ class Search:
         if made == dtype:
             yield replace(found, tensors={**found.tensors, own: value})
         else:
-            self._fail(found, f"{name} of {self._named(other)} is {made or _shown(value)}, where it is {dtype}")
+            self._fail(found, f"{name} of {self._named(other)} is {made or _shown(value)}, no tensor of {dtype}")
 
     def _number(self, own: float, value: Any, other: int, found: Found) -> Iterator[Found]:
         name = self._pattern.numbers.get(own)

@@ -1,0 +1,231 @@
+"""Passes over whole models: what each family's spellings become, and that logits stay as without any pass."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import piecework
+from piecework.compiler.deduplicate import Deduplicated, Forward, deduplicate
+from piecework.compiler.driver import capture_variants
+from piecework.compiler.model import compile_model
+from piecework.compiler.options import BackendName, CompileOptions
+from piecework.graph.split import split
+from piecework.models.adapter import build_causal_lm
+from piecework.models.config import read_config
+from piecework.ops.selection import IR_OPS
+from piecework.passes.names import PASS_NAMES
+from piecework.record import Recorder
+from piecework.runtime import load
+from piecework.store.bundle import Bundle
+from piecework.store.directory_store import DirectoryStore
+from tests.unit.models.tiny import FAMILIES, LATENT_FAMILIES, reference_model, write_config
+
+Compile = Callable[..., Bundle]
+
+ANCHORS = ("aten.rsqrt.default", "aten.silu.default", "aten.gelu.default", "aten.neg.default", "aten.sub.Tensor")
+"""Operators that only norms, gates and rotations have in these models."""
+
+SPELLED = {
+    "llama": {"rms_norm": 2, "add_rms_norm": 3, "silu_mul": 2, "rotary": 2},
+    "mistral": {"rms_norm": 2, "add_rms_norm": 3, "silu_mul": 2, "rotary": 2},
+    "qwen2": {"rms_norm": 2, "add_rms_norm": 3, "silu_mul": 2, "rotary": 2},
+    "qwen3": {"rms_norm": 6, "add_rms_norm": 3, "silu_mul": 2, "rotary": 2},  # queries and keys have norms too
+}
+"""Ops in a family's three unique pieces: the last norm's sum is read by nothing else."""
+
+
+@pytest.fixture
+def compile_tiny(home: Path) -> Compile:
+    def made(model_dir: Path, *, backend: BackendName = BackendName.EAGER, **options: Any) -> Bundle:
+        return compile_model(
+            read_config(model_dir),
+            dtype="float32",
+            max_tokens=64,
+            options=CompileOptions(backend=backend, **options),
+            check_weights=False,
+            store=DirectoryStore(home),
+            toolchain_root=home / "toolchain",
+            compiler=None,
+            out=None,
+            recorder=Recorder(),
+            on_progress=lambda text, done, total: None,
+        ).bundle
+
+    return made
+
+
+def _pieces(model_dir: Path, *, dtype: str) -> Deduplicated:
+    request = build_causal_lm(model_dir, dtype=dtype, max_tokens=64)
+    paths = [Forward(captured, split(captured), variant) for captured, variant in capture_variants(request)]
+    return deduplicate(paths, passes=PASS_NAMES)
+
+
+def _ops(pieces: Deduplicated) -> Counter[str]:
+    called = [call.target.split(".")[1] for unique in pieces.unique for call in unique.program.calls]
+    return Counter(name for name in called if name in IR_OPS)
+
+
+def _left(pieces: Deduplicated) -> list[str]:
+    return [call.target for unique in pieces.unique for call in unique.program.calls if call.target in ANCHORS]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_norm_activation_and_rotation_is_an_op(family: str, dtype: str, tmp_path: Path) -> None:
+    pieces = _pieces(write_config(tmp_path, family), dtype=dtype)
+    assert _ops(pieces) == SPELLED[family]
+    assert _left(pieces) == []
+    misses = [why for unique in pieces.unique for found in unique.passes for why in found.near_misses]
+    assert len(misses) == 1
+    assert misses[0].endswith("nothing else reads the sum")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", LATENT_FAMILIES)
+def test_latent_families_have_ops_too(family: str, dtype: str, tmp_path: Path) -> None:
+    pieces = _pieces(write_config(tmp_path, family), dtype=dtype)
+    assert _left(pieces) == []
+    ops = _ops(pieces)
+    assert set(ops) == {"rms_norm", "add_rms_norm", "silu_mul", "rotate_pairs"}
+    assert all(count >= 2 for count in ops.values())
+
+
+def test_origins_are_the_spellings_calls(tmp_path: Path) -> None:
+    pieces = _pieces(write_config(tmp_path, "llama"), dtype="bfloat16")
+    for unique in pieces.unique:
+        made = unique.lowered
+        assert len(made.origins) == len(made.program.calls)
+        for call, origins in zip(made.program.calls, made.origins, strict=True):
+            stood = {unique.captured.calls[number].target for number in origins}
+            if "rms_norm" in call.target:
+                assert {"aten.rsqrt.default", "aten.mean.dim", "aten._to_copy.default"} <= stood
+            elif "silu_mul" in call.target:
+                assert stood == {"aten.silu.default", "aten.mul.Tensor"}
+            elif "rotary" in call.target:
+                assert {"aten.neg.default", "aten.cat.default", "aten.mul.Tensor", "aten.add.Tensor"} <= stood
+            elif call.target != "operator.getitem":
+                assert stood <= {call.target, "piecework.linear.default"}
+
+
+def _logits(bundle: Bundle, weights: Any) -> list[Tensor]:
+    """Return the logits of a prompt of 21 tokens, and of the 22nd."""
+    model = load(bundle, weights=weights)
+    model.make_states({"blocks": 8})
+    ids = torch.randint(5, 130, (22,), generator=torch.Generator().manual_seed(1))
+    found = []
+    for begin, end in ((0, 21), (21, 22)):
+        inputs = {
+            "input_ids": ids[begin:end],
+            "positions": torch.arange(begin, end),
+            "slot_mapping": torch.arange(16 + begin, 16 + end),
+            "block_tables": torch.arange(1, 3)[None],
+            "seq_lens": torch.tensor([end]),
+            "query_start": torch.tensor([0, end - begin]),
+            "logits_indices": torch.arange(end - begin),
+            "num_decode_tokens": int(end - begin == 1),
+            "num_prefill_tokens": 0 if end - begin == 1 else end - begin,
+        }
+        found.append(model.run({name: inputs[name] for name in (given.name for given in model.plan.inputs)})[0])
+    model.close()
+    return found
+
+
+def _weights(model_dir: Path) -> Path:
+    model: Any = reference_model(model_dir)
+    model.save_pretrained(model_dir)
+    return model_dir / "model.safetensors"
+
+
+def _assert_close(found: list[Tensor], wanted: list[Tensor]) -> None:
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *LATENT_FAMILIES])
+def test_logits_are_the_same_with_each_pass_on_and_off(family: str, compile_tiny: Compile, tmp_path: Path) -> None:
+    weights = _weights(write_config(tmp_path, family))
+    wanted = _logits(compile_tiny(tmp_path, passes_off=frozenset(PASS_NAMES)), weights)
+    every = compile_tiny(tmp_path, merge_linear=True)
+    _assert_close(_logits(every, weights), wanted)
+    explained = json.loads((every.path / "explain.json").read_text())
+    applied = {found["name"] for reports in explained["passes"] for found in reports if found["matches"]}
+    assert {"no_ops", "rms_norm", "silu_mul", "add_rms_norm", "merge_linear"} <= applied
+    for name in applied:
+        without = compile_tiny(tmp_path, merge_linear=True, passes_off=frozenset({name}))
+        _assert_close(_logits(without, weights), wanted)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v2_groups"])
+def test_native_code_gives_the_same_logits(family: str, compile_tiny: Compile, tmp_path: Path) -> None:
+    weights = _weights(write_config(tmp_path, family))
+    on, off = (
+        _logits(compile_tiny(tmp_path, backend=BackendName.AOTI, passes_off=frozenset(names)), weights)
+        for names in ((), PASS_NAMES)
+    )
+    _assert_close(on, off)
+
+
+def test_a_bundle_says_what_each_pass_did(compile_tiny: Compile, tmp_path: Path) -> None:
+    write_config(tmp_path, "llama")
+    bundle = compile_tiny(tmp_path, passes_off=frozenset({"rotary"}))
+    explained = json.loads((bundle.path / "explain.json").read_text())
+    for reports in explained["passes"]:
+        names = [found["name"] for found in reports]
+        assert names == [name for name in PASS_NAMES if name not in {"rotary", "merge_linear"}]
+    assert sum(len(found["matches"]) for found in explained["passes"][1]) == 5
+    assert ("option", "passes_off", "rotary") in {(f.kind, f.name, f.value) for f in bundle.facts}
+    sites = explained["ir_ops"][1]
+    assert [site["op"] for site in sites] == ["add_rms_norm", "silu_mul", "add_rms_norm"]
+    assert sites[1]["origins"] == [12, 14]
+
+
+class _Norm(nn.Module):
+    """An RMS norm that somebody wrote by hand."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean_of_squares = (x * x).mean(dim=2, keepdim=True)
+        return x * torch.rsqrt(mean_of_squares + 1e-5) * self.scale
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = _Norm(width)
+        self.both = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(2 * width, width)
+        self.last = nn.RMSNorm(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = self.both(self.norm(x)).chunk(2, dim=-1)
+        x = x + self.down(nn.functional.gelu(gate) * up)
+        return self.last(x), x
+
+
+@pytest.mark.parametrize("backend", [BackendName.EAGER, BackendName.AOTI])
+def test_a_users_own_module(backend: BackendName, home: Path, tmp_path: Path) -> None:
+    module = _Block(16).eval()
+    bundle = piecework.compile(
+        module,
+        (torch.randn(1, 4, 16),),
+        dynamic={"rows": piecework.Dim(1, 64, axes={"x": 1})},
+        options=CompileOptions(backend=backend),
+        out=tmp_path / "b",
+    )
+    explained = json.loads((tmp_path / "b" / "explain.json").read_text())
+    assert [site["op"] for site in explained["ir_ops"][0]] == ["rms_norm", "gelu_mul", "add_rms_norm"]
+    loaded = piecework.load(bundle, weights=module)
+    x = torch.randn(1, 7, 16)
+    for found, wanted in zip(loaded(x), module(x), strict=True):
+        torch.testing.assert_close(found, wanted)
