@@ -53,12 +53,12 @@ def no_plain_torch(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReque
         pytest.fail("plain torch was called")
 
     if "falls_back" not in request.node.name:
-        for name in ("write", "decode", "prefill"):
+        for name in ("write", "decode", "write_decode", "prefill"):
             monkeypatch.setattr(mla_plain, name, refuse)
 
 
 def cores_of(mla: CpuMla) -> LatentCores:
-    return LatentCores(mla.write, mla.decode, mla.prefill, row_view)
+    return LatentCores(mla.write, mla.decode, mla.write_decode, mla.prefill, row_view)
 
 
 def run(mla: CpuMla, case: MlaCase, regime: str | None = None) -> Tensor:
@@ -93,6 +93,26 @@ def test_a_mixed_forward_is_right_for_every_batch(mla: CpuMla, batch: str) -> No
 def test_true_sizes(mla: CpuMla, batch: list[tuple[int, int]], dtype: torch.dtype) -> None:
     case = make_mla_case(batch, sizes=LITE, dtype=dtype, block_size=16)
     check(mla, case)
+
+
+@pytest.mark.parametrize("sizes", [LITE, Sizes(heads=3), Sizes(2, 2, 2, 2, 2), Sizes(heads=1, rope=20)])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_decoding_rotates_queries_where_they_are_not(mla: CpuMla, sizes: Sizes, dtype: torch.dtype) -> None:
+    """Pairs that lie apart in a wider tensor, as in what a projection makes; angles of both types."""
+    cases = [make_mla_case(BATCHES["decodes"], sizes=sizes, dtype=dtype) for _ in range(3)]
+    named = cases[0].named
+    wide = torch.randn(named["q_pe"].shape[0], sizes.heads, sizes.rope + 6).to(dtype)
+    pairs = wide[:, :, 3:-3]
+    for case, angles in zip(cases, (torch.float32, torch.float32, dtype), strict=True):
+        case.named["cos"], case.named["sin"] = case.named["cos"].to(angles), case.named["sin"].to(angles)
+    rotary = cases[0].named["cos"], cases[0].named["sin"]
+    cases[0].named["q_pe"] = mla_plain.rotate(pairs, *rotary)
+    found = [run(mla, cases[0])]
+    for case in cases[1:]:
+        case.named["q_pe"] = pairs
+        found.append(latent_attention("decode", cores_of(mla), num_prefill_tokens=0, turned=False, **case.named))
+        tolerance = TOLERANCES[dtype]
+        torch.testing.assert_close(found[-1], found[0], atol=tolerance, rtol=tolerance)
 
 
 @given(case=drawn_mla_cases())

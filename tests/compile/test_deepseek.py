@@ -159,7 +159,7 @@ def test_a_batch_of_one_kind_takes_one_path(compile_family: Compile, references:
     steps = {v.name: [s.op for s in v.steps if isinstance(s, OpStep)] for v in plan.variants}
     steps["mixed"] = [s.op for s in plan.steps if isinstance(s, OpStep)]
     layer = {
-        "decode": ["mla_write", "mla_decode"],
+        "decode": ["mla_write_decode"],
         "prefill": ["mla_write", "mla_prefill"],
         "mixed": ["mla_write", "rows", "mla_decode", "rows", "mla_prefill"],
     }

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from piecework.models.batch import BLOCK_SIZE, ForwardBatch
 from piecework.models.latent_config import DEFAULT_MLA, MLA_MODES, LatentSizes
 from piecework.ops.mla import TRACED, mla_attention
-from piecework.ops.mla_core import latent_attention
+from piecework.ops.mla_core import Regime, latent_attention
 from piecework.ops.weight_source import HeadRows, Sources, Take
 
 LATENT_CACHE: Final = "latent_cache"
@@ -141,10 +141,16 @@ class MultiHeadLatentAttention(nn.Module):
         compressed = self.kv_a_proj_with_mqa(hidden)
         if not options.interleaved:
             compressed = torch.cat([compressed[:, : sizes.kv_rank], paired(compressed[:, sizes.kv_rank :])], dim=-1)
+        # Where all tokens decode, the step that stores keys rotates queries as well.
+        turned = options.mla == "opaque" or batch.regime != Regime.DECODE
+        if turned:
+            q_pe = rotated(q_pe, cos, sin, interleaved=options.interleaved)
+        elif not options.interleaved:
+            q_pe = paired(q_pe)
         norm = self.kv_a_layernorm
         given = {
             "q_nope": q_nope,
-            "q_pe": rotated(q_pe, cos, sin, interleaved=options.interleaved),
+            "q_pe": q_pe,
             "compressed": compressed,
             "norm_weight": norm.weight,
             "eps": norm.eps,
@@ -165,7 +171,7 @@ class MultiHeadLatentAttention(nn.Module):
             attended = mla_attention(**given)
         else:
             attended = latent_attention(
-                batch.regime, TRACED, num_prefill_tokens=batch.num_prefill_tokens, **cast("Any", given)
+                batch.regime, TRACED, num_prefill_tokens=batch.num_prefill_tokens, turned=turned, **cast("Any", given)
             )
         out: Tensor = self.o_proj(attended)
         return out
@@ -225,7 +231,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor
 
 
 def paired(x: Tensor) -> Tensor:
-    """Bring the halves (i, i + R / 2) of x [T, R] together as pairs (2i, 2i + 1)."""
+    """Bring the halves (i, i + R / 2) of x [..., R] together as pairs (2i, 2i + 1)."""
     pairs: Tensor = x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
     return pairs
 

@@ -1,6 +1,6 @@
-"""Operators of multi-head latent attention: `mla_write`, `mla_decode`, `mla_prefill`, and `mla_attention`, all in one.
+"""Operators of multi-head latent attention: `mla_write`, `mla_decode`, `mla_prefill`, and more of these in one.
 
-The first three are what `latent_attention` (ops/mla_core.py) is traced with, so that projections, matrix products and
+They are what `latent_attention` (ops/mla_core.py) is traced with, so that projections, matrix products and
 slices between them stay visible. `mla_attention` is the same description, run within one operator. What they mean is
 written in plain torch, in `ops/mla_plain.py`; on the CPU a bundle may have kernels for them (providers/cpu_mla).
 
@@ -26,6 +26,7 @@ from piecework.ops.rows import rows
 
 MLA_WRITE_OP: Final = "piecework::mla_write"
 MLA_DECODE_OP: Final = "piecework::mla_decode"
+MLA_WRITE_DECODE_OP: Final = "piecework::mla_write_decode"
 MLA_PREFILL_OP: Final = "piecework::mla_prefill"
 MLA_ATTENTION_OP: Final = "piecework::mla_attention"
 
@@ -115,6 +116,62 @@ def _mla_decode_fake(
     _same("heads of q_latent and q_pe", q_latent.shape[1], q_pe.shape[1], asked="mla_decode")
     width = q_latent.shape[2] + q_pe.shape[2]
     _same("q_latent with q_pe, against latent_cache", width, latent_cache.shape[2], asked="mla_decode")
+    return q_latent.new_empty(q_latent.shape)
+
+
+@opaque_op(MLA_WRITE_DECODE_OP, mutates=("latent_cache",))
+def mla_write_decode(
+    q_latent: Tensor,
+    q_pe: Tensor,
+    turned: bool,  # noqa: FBT001  an operator's arguments come in order
+    compressed: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    latent_cache: Tensor,
+    slot_mapping: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+) -> Tensor:
+    """Do what `mla_write` and then `mla_decode` do, where every sequence has one new token: T = S = D.
+
+    Args:
+        q_latent: as `mla_decode` takes it.
+        q_pe: [T, H, R], any strides but the last; rotated as `mla_decode` takes it, or pairs (2i, 2i + 1) yet to be
+            rotated, by the angles of the new keys.
+        turned: which of the two.
+        compressed: this and the others are as `mla_write` and `mla_decode` take them.
+
+    Returns:
+        [T, H, L], contiguous, dtype of the queries.
+    """
+    written = (compressed, norm_weight, eps, cos, sin, latent_cache, slot_mapping)
+    return mla_plain.write_decode(q_latent, q_pe, turned, *written, block_tables, seq_lens, scale)
+
+
+@mla_write_decode.fake
+def _mla_write_decode_fake(
+    q_latent: Tensor,
+    q_pe: Tensor,
+    turned: bool,  # noqa: FBT001
+    compressed: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    latent_cache: Tensor,
+    slot_mapping: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+) -> Tensor:
+    width, rank = compressed.shape[1], norm_weight.shape[0]
+    _same("heads of q_latent and q_pe", q_latent.shape[1], q_pe.shape[1], asked="mla_write_decode")
+    _same("q_latent and norm_weight", q_latent.shape[2], rank, asked="mla_write_decode")
+    _same("compressed and latent_cache", width, latent_cache.shape[2], asked="mla_write_decode")
+    _same("norm_weight and 2 * cos, against compressed", rank + 2 * cos.shape[1], width, asked="mla_write_decode")
     return q_latent.new_empty(q_latent.shape)
 
 
@@ -256,10 +313,10 @@ def row_view(x: Tensor, begin: int, count: int) -> Tensor:
     return x.narrow(0, begin, count)
 
 
-TRACED: Final = LatentCores(mla_write, mla_decode, mla_prefill, rows, head_matmul)
+TRACED: Final = LatentCores(mla_write, mla_decode, mla_write_decode, mla_prefill, rows, head_matmul)
 """Operators, which a trace keeps apart."""
 
-PLAIN: Final = LatentCores(mla_plain.write, mla_plain.decode, mla_plain.prefill, row_view)
+PLAIN: Final = LatentCores(mla_plain.write, mla_plain.decode, mla_plain.write_decode, mla_plain.prefill, row_view)
 """What they mean, for use within one operator."""
 
 _PLAIN_ATTENTION: Final = LatentAttention(PLAIN)

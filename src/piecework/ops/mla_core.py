@@ -60,6 +60,28 @@ class Decode(Protocol):
         """Return [D, H, L]."""
 
 
+class WriteDecode(Protocol):
+    """Do what `Write` and then `Decode` do, where all tokens are decode tokens; see `mla_write_decode`."""
+
+    def __call__(
+        self,
+        q_latent: Tensor,
+        q_pe: Tensor,
+        turned: bool,  # noqa: FBT001  an operator's arguments come in order
+        compressed: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        latent_cache: Tensor,
+        slot_mapping: Tensor,
+        block_tables: Tensor,
+        seq_lens: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Return [D, H, L]."""
+
+
 class Prefill(Protocol):
     """Attend prompts' new tokens over expanded keys and values; see `mla_prefill`."""
 
@@ -106,6 +128,7 @@ class LatentCores:
 
     write: Write
     decode: Decode
+    write_decode: WriteDecode
     prefill: Prefill
     rows: Rows
     product: Product = by_head
@@ -133,6 +156,7 @@ def latent_attention(
     kv_b_weight: Tensor,
     w_uk: Tensor,
     w_uv: Tensor,
+    turned: bool = True,
 ) -> Tensor:
     """Store the new tokens' latents, then attend causally, each sequence over its own cached tokens.
 
@@ -140,7 +164,7 @@ def latent_attention(
         regime: `decode` where all tokens are decode tokens, `prefill` where none is; `mixed` is right for any batch.
         cores: see there.
         q_nope: [T, H, N], any strides; tokens grouped by sequence, decode sequences first.
-        q_pe: [T, H, R], rotated, halves apart (see `mla_write`).
+        q_pe: [T, H, R], rotated, halves apart (see `mla_write`), unless it says otherwise in `turned`.
         compressed: [T, L + R], latents before their norm and keys before their rotation.
         norm_weight: [L].
         eps: of the norm.
@@ -157,17 +181,19 @@ def latent_attention(
         kv_b_weight: [H * (N + V), L], which expands latents to each head's key and value.
         w_uk: [H, N, L], the keys' part of it.
         w_uv: [H, L, V], the values' part of it.
+        turned: False where `q_pe` are pairs (2i, 2i + 1) yet to be rotated; in the regime `decode` only.
 
     Returns:
         [T, H * V], contiguous, dtype of the queries.
     """
     rank = w_uk.shape[2]
+    written = (compressed, norm_weight, eps, cos, sin, latent_cache, slot_mapping)
     if regime == Regime.DECODE:
-        q_latent = cores.product(q_nope, w_uk)  # before anything opaque, so that it is in one piece with projections
-    entry = cores.write(compressed, norm_weight, eps, cos, sin, latent_cache, slot_mapping)
-    if regime == Regime.DECODE:
-        latents = cores.decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale)
+        q_latent = cores.product(q_nope, w_uk)
+        latents = cores.write_decode(q_latent, q_pe, turned, *written, block_tables, seq_lens, scale)
         return cores.product(latents, w_uv).flatten(1)
+    assert turned
+    entry = cores.write(*written)
     prompts = (kv_b_weight, latent_cache, block_tables, seq_lens, query_start)
     if regime == Regime.PREFILL:
         kv = linear(entry[:, :rank], kv_b_weight)

@@ -45,6 +45,34 @@ def write(
     return entry
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (2i, 2i + 1) of x [T, H, R] as `write` does keys: all firsts, then all seconds."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1).to(x.dtype)
+
+
+def write_decode(
+    q_latent: Tensor,
+    q_pe: Tensor,
+    turned: bool,  # noqa: FBT001  an operator's arguments come in order
+    compressed: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    latent_cache: Tensor,
+    slot_mapping: Tensor,
+    block_tables: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+) -> Tensor:
+    """Do what `mla_write_decode` does."""
+    entry = write(compressed, norm_weight, eps, cos, sin, latent_cache, slot_mapping)
+    q_pe = q_pe if turned else rotate(q_pe, cos, sin)
+    return decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale)
+
+
 def decode(
     q_latent: Tensor,
     q_pe: Tensor,

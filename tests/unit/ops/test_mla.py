@@ -11,7 +11,16 @@ from torch import Tensor
 
 from piecework import OpError, check_ops
 from piecework.ops import mla_plain
-from piecework.ops.mla import PLAIN, TRACED, mla_attention, mla_decode, mla_prefill, mla_write, row_view
+from piecework.ops.mla import (
+    PLAIN,
+    TRACED,
+    mla_attention,
+    mla_decode,
+    mla_prefill,
+    mla_write,
+    mla_write_decode,
+    row_view,
+)
 from piecework.ops.mla_core import LatentCores, Regime, by_head, latent_attention
 from piecework.ops.rows import rows
 from tests.unit.ops.mla_cases import (
@@ -135,6 +144,20 @@ def test_decode_of_the_first_rows_only(num: int) -> None:
     assert torch.equal(out, mla_decode(q_latent, named["q_pe"], None, *rest))
 
 
+@pytest.mark.parametrize("turned", [True, False])
+def test_writing_and_decoding_in_one_is_both(turned: bool) -> None:
+    case, other = make_mla_case(BATCHES["decodes"]), make_mla_case(BATCHES["decodes"])
+    named, wanted = case.named, other.named
+    q_latent = by_head(named["q_nope"], named["w_uk"])
+    q_pe = named["q_pe"] if turned else mla_plain.rotate(named["q_pe"], named["cos"], named["sin"])
+    entry = mla_write(*(wanted[n] for n in WRITES))
+    rest = ("block_tables", "seq_lens", "scale")
+    expected = mla_decode(q_latent, q_pe, entry, wanted["latent_cache"], *(wanted[n] for n in rest))
+    given = [named[n] for n in (*WRITES, *rest)]
+    torch.testing.assert_close(mla_write_decode.check(q_latent, named["q_pe"], turned, *given), expected)
+    assert torch.equal(named["latent_cache"].nan_to_num(), wanted["latent_cache"].nan_to_num())
+
+
 def test_decoded_rows_are_copied_into_the_result() -> None:
     case = make_mla_case(BATCHES["mixed"])
     named = case.named
@@ -183,10 +206,7 @@ def test_traces_whole_with_no_more_than_the_regime_needs(regime: str) -> None:
     assert (
         called
         == {
-            "decode": [
-                *("piecework.head_matmul", "piecework.mla_write", "piecework.mla_decode"),
-                "piecework.head_matmul",
-            ],
+            "decode": ["piecework.head_matmul", "piecework.mla_write_decode", "piecework.head_matmul"],
             "prefill": ["piecework.mla_write", "piecework.mla_prefill"],
             "mixed": [
                 *("piecework.mla_write", "piecework.rows", "piecework.head_matmul", "piecework.mla_decode"),

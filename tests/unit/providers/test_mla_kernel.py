@@ -53,7 +53,7 @@ def test_is_built_for_every_operator_and_the_types_it_is_called_with() -> None:
 @pytest.mark.parametrize("batch", BATCHES)
 def test_what_a_library_does_not_support_plain_torch_does(batch: str) -> None:
     idle = CpuMla.__new__(CpuMla)
-    idle._write = idle._decode = idle._prefill = lambda call: 1
+    idle._write = idle._decode = idle._write_decode = idle._prefill = lambda call: 1
     idle._gather = lambda call: 0  # of bytes, whatever their type
     case, twin = (make_mla_case(BATCHES[batch]) for _ in range(2))
     cores = LatentCores(idle.write, idle.decode, idle.write_decode, idle.prefill, row_view)
