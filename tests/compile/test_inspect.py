@@ -86,4 +86,4 @@ def test_libraries_that_were_compiled_before_counts_were_noted(float32: Compiled
     )
     *before, compiled = layers(old_bundle).stages
     assert compiled == Moved(None, None, None)
-    assert tuple(before) == layers(bundle).stages[:2]
+    assert tuple(before) == layers(bundle).stages[:3]
