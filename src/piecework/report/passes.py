@@ -13,6 +13,7 @@ from piecework.store.format import EXPLANATION
 from piecework.store.manifest import corrupt
 from piecework.store.plan import Plan
 
+_SYMBOL: Final = re.compile(r"\bs\d+\b")
 _CALLS: Final = re.compile(r"\bcalls? (\d[\d, -]*)")
 
 
@@ -62,9 +63,9 @@ def pass_uses(bundle: Bundle, plan: Plan) -> tuple[PassUse, ...]:
     explanation = bundle.explanation() or {}
     try:
         pieces = [list(reports) for reports in explanation.get("passes", ())][: len(plan.pieces)]
-        lines = [_lines(explanation, index) for index in range(len(pieces))]
+        noted = [_Piece.of(explanation, index) for index in range(len(pieces))]
         names = dict.fromkeys(str(report["name"]) for reports in pieces for report in reports)
-        return tuple(_use(name, pieces, lines) for name in names)
+        return tuple(_use(name, pieces, noted) for name in names)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise corrupt(EXPLANATION, bundle=str(bundle.path), found="does not say what passes did") from error
 
@@ -93,7 +94,27 @@ def _finding_lines(sign: str, finding: Finding) -> Iterator[str]:
         yield f"      at {finding.source}"
 
 
-def _use(name: str, pieces: Sequence[Sequence[Mapping[str, Any]]], lines: Sequence[Sequence[str]]) -> PassUse:
+@dataclass(frozen=True)
+class _Piece:
+    """What is known of a unique piece: the source line of each call, "" where it isn't known, and its sizes' names."""
+
+    lines: Sequence[str]
+    sizes: Mapping[str, str]
+
+    @staticmethod
+    def of(explanation: Mapping[str, Any], index: int) -> _Piece:
+        pieces, lines = explanation.get("pieces", ()), explanation.get("locations", ())
+        piece = pieces[index] if index < len(pieces) else {"at": ()}
+        return _Piece(
+            [str(lines[number]) if number >= 0 else "" for number in piece["at"]], dict(piece.get("sizes", {}))
+        )
+
+    def named(self, text: str) -> str:
+        """Return a text with the sizes' names in place of symbols."""
+        return _SYMBOL.sub(lambda m: self.sizes.get(m.group(0), m.group(0)), text)
+
+
+def _use(name: str, pieces: Sequence[Sequence[Mapping[str, Any]]], noted: Sequence[_Piece]) -> PassUse:
     found: dict[str, list[tuple[int, str]]] = {"matches": [], "near_misses": []}
     before = after = 0
     for index, reports in enumerate(pieces):
@@ -101,11 +122,11 @@ def _use(name: str, pieces: Sequence[Sequence[Mapping[str, Any]]], lines: Sequen
             before += int(report["ops_before"])
             after += int(report["ops_after"])
             for kind, texts in found.items():
-                texts += [(index, str(text)) for text in report[kind]]
+                texts += [(index, noted[index].named(str(text)).removeprefix(f"{name}: ")) for text in report[kind]]
     return PassUse(
         name=name,
-        matches=_findings(found["matches"], lines),
-        near_misses=_findings(found["near_misses"], lines),
+        matches=_findings(found["matches"], noted),
+        near_misses=_findings(found["near_misses"], noted),
         num_matches=len(found["matches"]),
         num_near_misses=len(found["near_misses"]),
         ops_before=before,
@@ -113,11 +134,11 @@ def _use(name: str, pieces: Sequence[Sequence[Mapping[str, Any]]], lines: Sequen
     )
 
 
-def _findings(texts: Sequence[tuple[int, str]], lines: Sequence[Sequence[str]]) -> tuple[Finding, ...]:
+def _findings(texts: Sequence[tuple[int, str]], noted: Sequence[_Piece]) -> tuple[Finding, ...]:
     """Join what is said of the same source lines with the same words but for the calls' numbers."""
     groups: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for index, text in texts:
-        source = _source(text, lines[index])
+        source = _source(text, noted[index].lines)
         groups.setdefault((_CALLS.sub("", text) if source else text, source), []).append((index, text))
     return tuple(
         Finding(group[0][1], source, tuple(dict.fromkeys(piece_letter(index) for index, _ in group)))
@@ -142,13 +163,6 @@ def _source(text: str, lines: Sequence[str]) -> str:
         f"{file}:{min(found)}" + (f"-{max(found)}" if max(found) > min(found) else "")
         for file, found in numbers.items()
     )
-
-
-def _lines(explanation: Mapping[str, Any], index: int) -> list[str]:
-    """Return the source line of each call of a piece, "" where it isn't known."""
-    pieces, lines = explanation.get("pieces", ()), explanation.get("locations", ())
-    at = pieces[index]["at"] if index < len(pieces) else ()
-    return [str(lines[number]) if number >= 0 else "" for number in at]
 
 
 def _count(number: int, one: str, several: str) -> str:

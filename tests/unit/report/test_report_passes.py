@@ -33,11 +33,11 @@ def bundle(plain: Bundle, tmp_path: Path) -> Bundle:
         [report("norms", ops=(3, 3)), report("sums", ops=(3, 3))],
         [
             report("norms", near=("norms: no norm for calls 1-2, 4: eps is a tensor",), ops=(9, 9)),
-            report("sums", matches=("sums: calls 0-1 are one", "sums: call 5"), ops=(9, 7)),
+            report("sums", matches=("sums: calls 0-1 are one", "sums: call 5, s0 wide"), ops=(9, 7)),
         ],
         [
             report("norms", near=("norms: no norm for calls 1-2, 4: eps is a tensor",), ops=(9, 9)),
-            report("sums", matches=("sums: call 5",), ops=(9, 8)),
+            report("sums", matches=("sums: call 5, s0 wide",), ops=(9, 8)),
         ],
     ]
     explanation = {**(plain.explanation() or {}), "passes": passes}
@@ -61,12 +61,12 @@ def test_every_place(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None
     mix, mlp = line_of("self.out(torch.ops"), line_of("return x + self.down(self.act(self.up(x)))")
     assert lines[start + 1 : start + 9] == [
         "  norms  0 matches, 2 near misses",
-        "    - B C: norms: no norm for calls 1-2, 4: eps is a tensor",
+        "    - B C: no norm for calls 1-2, 4: eps is a tensor",
         f"        at {HERE}:{mix}-{mlp}",
         "  sums   3 matches, 21 → 18 operators",
-        "    + B: sums: calls 0-1 are one",
+        "    + B: calls 0-1 are one",
         f"        at {HERE}:{mix}",
-        "    + B C: sums: call 5",
+        "    + B C: call 5, rows wide",
         f"        at {HERE}:{mlp}",
     ]
 
