@@ -63,6 +63,9 @@ class CallForm:
     arguments: tuple[Any, ...]
     sizes: tuple[tuple[str, int, int], ...] = ()
 
+    def __hash__(self) -> int:
+        return hash((self.text(), self.sizes))  # encoded constants may be mappings
+
     def text(self) -> str:
         """Return the call for people: "silu_mul(bfloat16[s0, 64], bfloat16[s0, 64])"."""
         given = ", ".join(a.text() if isinstance(a, TensorForm) else _shown(a) for a in self.arguments)

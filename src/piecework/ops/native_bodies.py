@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, final
 import torch
 from torch import Tensor
 
-from piecework.foundation.torch_private import computes_plainly
+from piecework.foundation.torch_private import computes_plainly, is_stand_in
 from piecework.ops.call_form import CallForm, TensorForm
 from piecework.ops.resolve import decode
 from piecework.ops.selection import CallFacts, Choice, ProviderOrder, Selection
@@ -188,6 +188,8 @@ class NativeBodies:
             if results is not None:
                 break
         else:
+            if any(isinstance(v, Tensor) and is_stand_in(v) for v in values):
+                return NOT_COMPILED
             made = (
                 self._make(op, values, choice or _choice(op, values, selection), selection) if self._missing else None
             )
@@ -206,7 +208,9 @@ class NativeBodies:
             if found is None:
                 if sum(len(bodies) for (name, _), bodies in self._by_provider.items() if name == op.name) >= self._most:
                     return None
-                found = self._missing(op, values, choice, selection.order)
+                # what is traced meanwhile calls ops as well, and must not ask for bodies
+                alone = Selection(selection.order, selection.absent)
+                found = alone.running(self._missing, op, values, choice, selection.order)
                 if found is None:
                     return None
                 self._by_provider = _with(self._by_provider, key, found)

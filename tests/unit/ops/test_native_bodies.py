@@ -278,6 +278,19 @@ def test_missing_bodies_are_made_once_whatever_the_number_of_threads() -> None:
     assert len(made) == 1
 
 
+def test_what_is_called_while_a_body_is_made_asks_for_none() -> None:
+    def make(op: Any, values: Any, choice: Any, order: Any) -> NativeBody:
+        assert silu_mul(*(value.to("meta") for value in values)).is_meta
+        silu_mul(*values)
+        return Ran().body
+
+    owned = NativeBodies(NATIVE, missing=make)
+    selection = Selection(NATIVE, bodies=owned)
+    assert selection.running(silu_mul, *halves(3)).item() == 7.0
+    assert selection.running(silu_mul, *halves(3, device="meta")).is_meta
+    assert owned.fallbacks == {}
+
+
 def test_an_op_has_only_so_many_bodies() -> None:
     asked = []
 
@@ -317,6 +330,7 @@ def test_forms_are_json() -> None:
         "mine::op", (HALF, None, 2.5, {"dtype": "int8"}, TensorForm((8,), (None,), "bfloat16", "cpu")), (("s0", 1, 5),)
     )
     assert CallForm.from_json(form.to_json()) == form
+    assert len({form, CallForm.from_json(form.to_json()), SILU}) == 2
     assert form.text() == "mine::op(float32[s0, 8], None, 2.5, int8, bfloat16[8])"
     assert HALF.spec().stride == (16, 1)
     assert TensorForm(("s0", "s1", 8), (None, None, None), "float32", "cpu").spec().stride == ("8*s1", 8, 1)
