@@ -223,6 +223,54 @@ def test_stacked_experts_and_layers_of_token_prediction(
     assert torch.equal(*found)
 
 
+@pytest.fixture(scope="session")
+def wide_values(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
+    """A model whose up-projection of values and output projection take less work as one weight."""
+    model_dir = write_config(tmp_path_factory.mktemp("wide"), "deepseek_v3_halves", eos_token_id=None, v_head_dim=32)
+    reference: Any = reference_model(model_dir)
+    config = (model_dir / "config.json").read_text()
+    reference.save_pretrained(model_dir)
+    (model_dir / "config.json").write_text(config)
+    return model_dir, reference
+
+
+@pytest.mark.parametrize("backend", [BackendName.EAGER, BackendName.AOTI])
+def test_values_and_output_are_projected_as_one(
+    backend: BackendName, compile_family: Compile, wide_values: tuple[Path, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_dir, reference = wide_values
+    bundle = compile_family(model_dir, backend=backend).bundle
+    counted = "are one weight: 0.0164 MFLOP per token and layer; apart it were 0.0246 MFLOP"
+    assert [note for note in bundle.record().notes if counted in note]
+    weights = model_dir / "model.safetensors"
+    model = load(bundle, weights=weights)
+    folded = [recipe.name for recipe in model.plan.recipes if "o_proj.weight * kv_b_proj.weight" in recipe.name]
+    assert len(folded) == 3
+    found = caches_and_logits(model, every_regime())
+    model.make_states({"blocks": 12})
+    for step in every_regime():
+        assert error(run(model, step), expected(reference, step)) <= 1e-4
+    monkeypatch.setattr(LoadedModel, "_path", lambda self, _sizes: self._rest)  # where they are two
+    for one, two in zip(found, caches_and_logits(load(bundle, weights=weights), every_regime()), strict=True):
+        assert error(one, two) <= 1e-5
+    monkeypatch.undo()
+    if backend is BackendName.EAGER:
+        prompts = mixed_prompts(8)
+        with LLM(model_dir, bundle=bundle.path, kv_cache_memory=60 * BLOCK_BYTES) as llm:
+            for prompt, completion in zip(prompts, llm.generate(prompts, PARAMS), strict=True):
+                assert_greedy(reference, prompt, list(completion.tokens))
+
+
+def test_the_decision_is_told_where_they_are_two(
+    compile_family: Compile, references: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = compile_family("deepseek_v3").bundle
+    assert main(["inspect", str(bundle.path)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "stay apart: 0.00922 MFLOP per token and layer; as one weight it were 0.0164 MFLOP" in said
+    assert not [note for note in compile_family("deepseek_v3", mla="opaque").bundle.record().notes if "MFLOP" in note]
+
+
 @pytest.mark.parametrize("mla", MLA_MODES)
 def test_the_command_compiles_either_way(
     mla: str, references: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]

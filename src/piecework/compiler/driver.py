@@ -156,7 +156,9 @@ def _note_capture(recorder: Recorder, paths: Sequence[Forward], pieces: Deduplic
         recorder.count("blocks_stamped", by=path.captured.stacks.stamped)
         recorder.count("pieces", by=sum(isinstance(s, Piece) for s in path.steps))
     recorder.count("unique_pieces", by=len(pieces.unique))
-    for note in dict.fromkeys(note for path in paths for note in path.captured.stacks.notes):
+    for note in dict.fromkeys(
+        (*paths[-1].captured.request.notes, *(note for path in paths for note in path.captured.stacks.notes))
+    ):
         recorder.note(note)
     recorder.count("ir_ops", by=sum(len(unique.sites) for unique in pieces.unique))
 

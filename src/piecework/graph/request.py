@@ -83,6 +83,7 @@ class CaptureRequest:
         device: device type that the compiled model runs on.
         variants: forwards for some kinds of batches, first come first; `call` is for all the others.
         sources: how parameters are made from checkpoint tensors; one that is not here is taken under its own name.
+        notes: what was decided while the module was built, for people; they go into the bundle's record.
     """
 
     module: nn.Module
@@ -94,3 +95,4 @@ class CaptureRequest:
     device: str = "cpu"
     variants: tuple[Variant, ...] = ()
     sources: Sources = field(default_factory=dict)
+    notes: tuple[str, ...] = ()

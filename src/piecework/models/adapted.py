@@ -19,8 +19,10 @@ class AdaptedModel:
         module: parameters on the meta device; takes transformers' arguments and a `ForwardBatch` named `batch`.
         states: its caches, by qualified name.
         sources: how those parameters are made that a checkpoint has in another form.
+        notes: what was decided about it, for people.
     """
 
     module: nn.Module
     states: Mapping[str, TensorInput]
     sources: Sources = field(default_factory=dict)
+    notes: tuple[str, ...] = ()

@@ -84,6 +84,7 @@ def build_causal_lm(
         device=device,
         variants=_VARIANTS if regimes else (),
         sources=model.sources,
+        notes=model.notes,
     )
 
 

@@ -57,7 +57,8 @@ def adapt_deepseek(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: t
     )
     with torch.device("meta"):
         model.layers = nn.ModuleList(_decoder_layer(layer, config, options, dtype=dtype) for layer in model.layers)
-    return AdaptedModel(module, latent_caches(module, dtype=str(dtype).removeprefix("torch.")), weight_sources(module))
+    caches = latent_caches(module, dtype=str(dtype).removeprefix("torch."))
+    return AdaptedModel(module, caches, weight_sources(module), decisions(module))
 
 
 @final
@@ -127,6 +128,12 @@ def weight_sources(module: nn.Module) -> Sources:
             made = expert_sources(part.experts, name=f"{name}.experts")
         sources.update(made)
     return sources
+
+
+def decisions(module: nn.Module) -> tuple[str, ...]:
+    """Return what was decided for a model's layers, a note each."""
+    layers = (part for part in module.modules() if isinstance(part, MultiHeadLatentAttention))
+    return tuple(dict.fromkeys(note for layer in layers for note in layer.decisions()))
 
 
 def _decoder_layer(layer: Any, config: ModelConfig, options: LatentOptions, *, dtype: torch.dtype) -> DecoderLayer:

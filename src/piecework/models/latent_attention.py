@@ -14,12 +14,13 @@ from typing import Any, Final, cast, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from piecework.models.batch import BLOCK_SIZE, ForwardBatch
 from piecework.models.latent_config import DEFAULT_MLA, MLA_MODES, LatentSizes
 from piecework.ops.mla import TRACED, mla_attention
 from piecework.ops.mla_core import Regime, latent_attention
-from piecework.ops.weight_source import HeadRows, Sources, Take
+from piecework.ops.weight_source import HeadProduct, HeadRows, Source, Sources, Take
 
 LATENT_CACHE: Final = "latent_cache"
 
@@ -54,7 +55,8 @@ class MultiHeadLatentAttention(nn.Module):
 
     Prompts' new tokens are attended over keys and values expanded from latents. Decode tokens are attended over the
     latents themselves, by `w_uk` [H, N, L] and `w_uv` [H, L, V]: parts of `kv_b_proj`, laid out for that. They are
-    filled from it whenever a state dict is loaded, and by `absorb`.
+    filled from it whenever a state dict is loaded, and by `absorb`. Where it takes fewer operations, decode tokens go
+    from latents to the hidden state by one weight, `w_vo` [X, H * L], which is the product of `o_proj` and `w_uv`.
 
     Args:
         hidden_size: X.
@@ -85,6 +87,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     w_uk: Tensor
     w_uv: Tensor
+    w_vo: Tensor | None
     latent_cache: Tensor
 
     def __init__(self, hidden_size: int, num_heads: int, *, sizes: LatentSizes, options: LatentOptions) -> None:
@@ -104,17 +107,38 @@ class MultiHeadLatentAttention(nn.Module):
         # made from kv_b_proj, so they are in no state dict
         self.register_buffer("w_uk", None, persistent=False)
         self.register_buffer("w_uv", None, persistent=False)
+        self.register_buffer("w_vo", None, persistent=False)
+        self.output = OutputOperations.of(hidden_size, num_heads, sizes)
+        self.folds = options.mla == "exposed" and self.output.folded < self.output.apart
         self.absorb()
         self.register_load_state_dict_post_hook(_absorb)  # type: ignore[no-untyped-call]
         cache = torch.empty(1, BLOCK_SIZE, sizes.entry, dtype=self.kv_b_proj.weight.dtype, device="meta")
         self.register_buffer(LATENT_CACHE, cache, persistent=False)
 
     def absorb(self) -> None:
-        """Fill `w_uk` and `w_uv` from `kv_b_proj`, after that was changed. Values are moved, not computed with."""
+        """Fill `w_uk`, `w_uv` and, where it is used, `w_vo`, after `kv_b_proj` or `o_proj` was changed.
+
+        Values are moved; for `w_vo` they are multiplied in float32, and rounded once.
+        """
         sizes = self.sizes
         weight = self.kv_b_proj.weight.detach().unflatten(0, (self.num_heads, sizes.nope_dim + sizes.value_dim))
         self.w_uk = weight[:, : sizes.nope_dim].contiguous()
         self.w_uv = weight[:, sizes.nope_dim :].transpose(1, 2).contiguous()
+        if self.folds:
+            out = self.o_proj.weight.detach().unflatten(1, (self.num_heads, sizes.value_dim))
+            product = torch.einsum("xhv,hlv->xhl", out.float(), self.w_uv.float())
+            self.w_vo = product.flatten(1).to(weight.dtype)
+
+    def decisions(self) -> tuple[str, ...]:
+        """Return what was decided for this layer by counting, for people."""
+        if self.options.mla != "exposed":
+            return ()
+        apart, folded = (f"{count / 1e6:.3g} MFLOP" for count in (self.output.apart, self.output.folded))
+        if self.folds:
+            text = f"are one weight: {folded} per token and layer; apart it were {apart}"
+        else:
+            text = f"stay apart: {apart} per token and layer; as one weight it were {folded}"
+        return (f"decode: the values' up-projection and the output projection {text}",)
 
     def allocate_cache(self, num_blocks: int, *, block_size: int = BLOCK_SIZE) -> None:
         """Give the layer an empty cache [num_blocks, block_size, L + R], where and of what type its weights are."""
@@ -147,6 +171,7 @@ class MultiHeadLatentAttention(nn.Module):
             q_pe = rotated(q_pe, cos, sin, interleaved=options.interleaved)
         elif not options.interleaved:
             q_pe = paired(q_pe)
+        folded = self.w_vo if self.folds and batch.regime == Regime.DECODE else None
         norm = self.kv_a_layernorm
         given = {
             "q_nope": q_nope,
@@ -165,7 +190,7 @@ class MultiHeadLatentAttention(nn.Module):
             "scale": options.scale,
             "kv_b_weight": self.kv_b_proj.weight,
             "w_uk": self.w_uk,
-            "w_uv": self.w_uv,
+            "w_uv": self.w_uv if folded is None else None,
         }
         if options.mla == "opaque":
             attended = mla_attention(**given)
@@ -173,7 +198,7 @@ class MultiHeadLatentAttention(nn.Module):
             attended = latent_attention(
                 batch.regime, TRACED, num_prefill_tokens=batch.num_prefill_tokens, turned=turned, **cast("Any", given)
             )
-        out: Tensor = self.o_proj(attended)
+        out: Tensor = self.o_proj(attended) if folded is None else linear(attended, folded, self.o_proj.bias)
         return out
 
     def _query(self, hidden: Tensor) -> Tensor:
@@ -183,6 +208,27 @@ class MultiHeadLatentAttention(nn.Module):
         else:
             query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
         return query
+
+
+@dataclass(frozen=True)
+class OutputOperations:
+    """Floating-point operations per decode token from attended latents to the hidden state.
+
+    Attributes:
+        apart: latents to values, H * L * V, and values to the hidden state, H * V * X; each is a product and a sum.
+        folded: by one weight, H * L * X.
+    """
+
+    apart: int
+    folded: int
+
+    @staticmethod
+    def of(hidden_size: int, num_heads: int, sizes: LatentSizes) -> OutputOperations:
+        """Count them."""
+        rank, value = sizes.kv_rank, sizes.value_dim
+        return OutputOperations(
+            apart=2 * num_heads * value * (rank + hidden_size), folded=2 * num_heads * rank * hidden_size
+        )
 
 
 @final
@@ -237,14 +283,18 @@ def paired(x: Tensor) -> Tensor:
 
 
 def latent_sources(layer: MultiHeadLatentAttention, *, name: str) -> Sources:
-    """Say how `w_uk` and `w_uv` of a layer of that qualified name are made of a checkpoint's tensors."""
+    """Say how absorbed weights of a layer of that qualified name are made of a checkpoint's tensors."""
     sizes, heads = layer.sizes, layer.num_heads
     end = sizes.nope_dim + sizes.value_dim
     whole = Take(f"{name}.kv_b_proj.weight", (heads * end, sizes.kv_rank))
-    return {
+    sources: dict[str, Source] = {
         f"{name}.w_uk": HeadRows(whole, heads, 0, sizes.nope_dim),
         f"{name}.w_uv": HeadRows(whole, heads, sizes.nope_dim, end, transpose=True),
     }
+    if layer.folds:
+        out = Take(f"{name}.o_proj.weight", tuple(layer.o_proj.weight.shape))
+        sources[f"{name}.w_vo"] = HeadProduct(out, HeadRows(whole, heads, sizes.nope_dim, end), heads)
+    return sources
 
 
 def _absorb(layer: nn.Module, _keys: object) -> None:

@@ -155,7 +155,7 @@ def latent_attention(
     scale: float,
     kv_b_weight: Tensor,
     w_uk: Tensor,
-    w_uv: Tensor,
+    w_uv: Tensor | None,
     turned: bool = True,
 ) -> Tensor:
     """Store the new tokens' latents, then attend causally, each sequence over its own cached tokens.
@@ -180,19 +180,21 @@ def latent_attention(
         scale: factor of the scores before the softmax.
         kv_b_weight: [H * (N + V), L], which expands latents to each head's key and value.
         w_uk: [H, N, L], the keys' part of it.
-        w_uv: [H, L, V], the values' part of it.
+        w_uv: [H, L, V], the values' part of it. None where that is folded into what comes after; in the regime `decode`
+            only.
         turned: False where `q_pe` are pairs (2i, 2i + 1) yet to be rotated; in the regime `decode` only.
 
     Returns:
-        [T, H * V], contiguous, dtype of the queries.
+        [T, H * V], or without `w_uv` [T, H * L], contiguous, dtype of the queries.
     """
     rank = w_uk.shape[2]
     written = (compressed, norm_weight, eps, cos, sin, latent_cache, slot_mapping)
     if regime == Regime.DECODE:
         q_latent = cores.product(q_nope, w_uk)
         latents = cores.write_decode(q_latent, q_pe, turned, *written, block_tables, seq_lens, scale)
-        return cores.product(latents, w_uv).flatten(1)
+        return (latents if w_uv is None else cores.product(latents, w_uv)).flatten(1)
     assert turned
+    assert w_uv is not None
     entry = cores.write(*written)
     prompts = (kv_b_weight, latent_cache, block_tables, seq_lens, query_start)
     if regime == Regime.PREFILL:

@@ -1,6 +1,6 @@
 """How a parameter is made from checkpoint tensors, as data; `runtime/constants.py` does it, once, at load.
 
-Only what moves values is here: nothing computes with them, so every dtype keeps its bits.
+What is here moves values, so that every dtype keeps its bits; only `HeadProduct` computes with them.
 """
 
 from __future__ import annotations
@@ -68,7 +68,24 @@ class HeadRows:
         return (self.heads, width, rows) if self.transpose else (self.heads, rows, width)
 
 
-Source = Take | Concat | Stack | HeadRows
+@dataclass(frozen=True)
+class HeadProduct:
+    """Two linear layers as one, head by head: [X, heads * V] times [heads, V, L] is [X, heads * L].
+
+    Computed in float32, and rounded once.
+    """
+
+    left: Source
+    right: Source
+    heads: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        return (self.left.shape[0], self.heads * self.right.shape[2])
+
+
+Source = Take | Concat | Stack | HeadRows | HeadProduct
 
 
 def takes(source: Source) -> Iterator[Take]:
@@ -84,6 +101,9 @@ def takes(source: Source) -> Iterator[Take]:
                 yield from takes(numbered(of, number))
         case HeadRows(of):
             yield from takes(of)
+        case HeadProduct(left, right):
+            yield from takes(left)
+            yield from takes(right)
 
 
 def numbered(source: Source, number: int) -> Source:
@@ -102,6 +122,8 @@ def renamed(source: Source, change: Callable[[str], str]) -> Source:
             return replace(source, of=renamed(of, change), whole=change(whole) if whole else "")
         case HeadRows(of):
             return replace(source, of=renamed(of, change))
+        case HeadProduct(left, right):
+            return replace(source, left=renamed(left, change), right=renamed(right, change))
 
 
 def resolved(source: Source, names: Container[str]) -> Source:
@@ -115,6 +137,8 @@ def resolved(source: Source, names: Container[str]) -> Source:
             return Take(whole, source.shape)
         case Stack(of) | HeadRows(of):
             return replace(source, of=resolved(of, names))
+        case HeadProduct(left, right):
+            return replace(source, left=resolved(left, names), right=resolved(right, names))
 
 
 def source_to_json(source: Source) -> list[Any]:
@@ -128,6 +152,8 @@ def source_to_json(source: Source) -> list[Any]:
             return ["stack", source_to_json(of), count, *([whole] if whole else [])]
         case HeadRows(of, heads, begin, end, transpose):
             return ["heads", source_to_json(of), heads, begin, end, transpose]
+        case HeadProduct(left, right, heads):
+            return ["product", source_to_json(left), source_to_json(right), heads]
 
 
 def source_from_json(data: Any) -> Source:
@@ -145,6 +171,9 @@ def source_from_json(data: Any) -> Source:
     elif kind == "heads":
         of, heads, begin, end, transpose = rest
         made = HeadRows(source_from_json(of), int(heads), int(begin), int(end), transpose is True)
+    elif kind == "product":
+        left, right, heads = rest
+        made = HeadProduct(source_from_json(left), source_from_json(right), int(heads))
     else:
         raise ValueError(f"a weight's source of kind {kind!r}")
     if not all(size >= 0 for size in made.shape):
@@ -164,6 +193,9 @@ def label(source: Source) -> str:
             return f"{label(of)}[0:{count}]"
         case HeadRows(of, heads, begin, end):
             return f"{label(of)}[{heads} heads, {begin}:{end}]"
+        case HeadProduct(left, right):
+            first = label(left)
+            return f"{first} * {_shortened(label(right), beside=first)}"
 
 
 def _shortened(name: str, *, beside: str) -> str:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from piecework.ops.weight_source import Concat, HeadRows, Stack
+from piecework.ops.weight_source import Concat, HeadProduct, HeadRows, Stack
 from piecework.record import Record
 from piecework.report.kernels import (
     MOVED,
@@ -258,6 +258,8 @@ def _recipe_kind(recipe: Recipe) -> str:
             source = f"stack {count}"
         case HeadRows():
             source = "rows of heads"
+        case HeadProduct():
+            source = "product by head"
         case _:
             source = "literal" if recipe.literal else "take"
     return f"{source} {recipe.dtype}" + (f", pack {recipe.pack}" if recipe.pack else "")

@@ -13,7 +13,7 @@ from torch import nn
 
 from piecework.errors import WeightsError
 from piecework.foundation import torch_private
-from piecework.ops.weight_source import Concat, HeadRows, Source, Stack, Take, numbered, resolved
+from piecework.ops.weight_source import Concat, HeadProduct, HeadRows, Source, Stack, Take, numbered, resolved
 from piecework.store.plan import Recipe
 
 
@@ -170,6 +170,13 @@ def _fill(target: torch.Tensor, what: Source, source: TensorSource) -> None:
                 _fill(whole, of, source)
             rows = whole.unflatten(0, (heads, -1))[:, begin:end]
             target.copy_(rows.transpose(1, 2) if transpose else rows)
+        case HeadProduct(left, right, heads):
+            a, b = (torch.empty(part.shape, device=target.device) for part in (left, right))  # float32
+            _fill(a, left, source)
+            _fill(b, right, source)
+            target.unflatten(1, (heads, -1)).copy_(
+                torch.bmm(a.unflatten(1, (heads, -1)).transpose(0, 1), b).transpose(0, 1)
+            )
 
 
 def _taken(take: Take, source: TensorSource) -> torch.Tensor:

@@ -17,7 +17,7 @@ from piecework.models.batch import ForwardBatch
 from piecework.models.latent_attention import LatentNorm, LatentOptions, LatentRotary, latent_sources, paired, rotated
 from piecework.models.latent_config import MLA_MODES, LatentSizes
 from piecework.ops.mla_core import Regime
-from piecework.runtime.constants import make_constants
+from piecework.runtime.constants import as_source, make_constants
 from piecework.store.plan import Recipe
 
 HIDDEN, HEADS = 24, 3
@@ -130,6 +130,54 @@ def test_its_sources_make_what_absorb_does() -> None:
     assert list(sources) == ["layers.3.attention.w_uk", "layers.3.attention.w_uv"]
     assert torch.equal(made[0], layer.w_uk)
     assert torch.equal(made[1], layer.w_uv)
+
+
+WIDE_VALUES = LatentSizes(kv_rank=20, rope_dim=6, nope_dim=10, value_dim=13, query_rank=9)  # of 24 by 20 only 11
+
+
+def test_up_projection_and_output_are_one_weight_where_that_is_less_work() -> None:
+    layer = make_layer(sizes=WIDE_VALUES, bias=True)
+    assert (layer.output.apart, layer.output.folded) == (2 * 3 * 13 * (20 + 24), 2 * 3 * 20 * 24)
+    assert layer.folds
+    (note,) = layer.decisions()
+    assert "are one weight: 0.00288 MFLOP" in note
+    assert "apart it were 0.00343 MFLOP" in note
+    hidden, rotary = torch.randn(40, HIDDEN), LatentRotary(0.1 ** torch.arange(3.0), scaling=1.0)
+    layer.allocate_cache(4)
+    layer(hidden[:39], *rotary(torch.arange(39)), batch_of(0, 39))
+    angles = rotary(torch.tensor([39]))
+    found = layer(hidden[39:], *angles, batch_of(39, 1, regime=Regime.DECODE, decode=True))
+    apart = layer(hidden[39:], *angles, batch_of(39, 1, regime=Regime.MIXED, decode=True))
+    torch.testing.assert_close(found, apart, rtol=1e-5, atol=1e-5)
+    layer.w_vo.zero_()  # it is used, and the bias is still added
+    found = layer(hidden[39:], *angles, batch_of(39, 1, regime=Regime.DECODE, decode=True))
+    assert torch.equal(found, layer.o_proj.bias.unsqueeze(0))
+
+
+def test_they_stay_apart_elsewhere() -> None:
+    layer = make_layer()
+    assert layer.output.apart < layer.output.folded
+    assert layer.w_vo is None
+    (note,) = layer.decisions()
+    assert "stay apart: 0.00185 MFLOP per token and layer; as one weight it were 0.00288 MFLOP" in note
+    assert list(latent_sources(layer, name="a")) == ["a.w_uk", "a.w_uv"]
+    opaque = make_layer(sizes=WIDE_VALUES, mla="opaque")
+    assert opaque.w_vo is None
+    assert opaque.decisions() == ()
+
+
+def test_the_folded_weight_is_computed_in_float32() -> None:
+    layer = make_layer(sizes=WIDE_VALUES).to(torch.bfloat16)
+    layer.absorb()
+    checkpoint = {f"a.{name}": value for name, value in layer.state_dict().items()}
+    source = latent_sources(layer, name="a")["a.w_vo"]
+    recipe = Recipe("a.w_vo", source.shape, "bfloat16", source=source)
+    (made,) = make_constants([recipe], source=as_source(checkpoint), literals={}, device="cpu")
+    out = layer.o_proj.weight.double().unflatten(1, (HEADS, -1))
+    exact = torch.einsum("xhv,hlv->xhl", out, layer.w_uv.double()).flatten(1)
+    for weight in (made, layer.w_vo):
+        assert weight.dtype is torch.bfloat16
+        torch.testing.assert_close(weight.double(), exact, rtol=2**-8, atol=1e-6)
 
 
 def test_the_example_runs() -> None:

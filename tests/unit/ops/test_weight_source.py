@@ -10,6 +10,7 @@ import torch
 from piecework.errors import WeightsError
 from piecework.ops.weight_source import (
     Concat,
+    HeadProduct,
     HeadRows,
     Source,
     Stack,
@@ -26,8 +27,9 @@ from piecework.store.plan import Recipe
 
 A, B = torch.arange(12.0).view(4, 3), 100 + torch.arange(6.0).view(2, 3)
 EXPERTS = {f"e.{n}.{part}": torch.randn(2, 3) for n in range(3) for part in ("gate", "up")}
-TENSORS = {"l.0.a": A, "l.0.b": B, **EXPERTS}
-TAKE_A, TAKE_B = Take("l.0.a", (4, 3)), Take("l.0.b", (2, 3))
+C = torch.arange(20.0).view(5, 4) - 7
+TENSORS = {"l.0.a": A, "l.0.b": B, "l.0.c": C, **EXPERTS}
+TAKE_A, TAKE_B, TAKE_C = Take("l.0.a", (4, 3)), Take("l.0.b", (2, 3)), Take("l.0.c", (5, 4))
 EXPERT = Concat((Take("e.*.gate", (2, 3)), Take("e.*.up", (2, 3))))
 CASES: list[tuple[Source, torch.Tensor, str]] = [
     (TAKE_A, A, "l.0.a"),
@@ -39,6 +41,11 @@ CASES: list[tuple[Source, torch.Tensor, str]] = [
     ),
     (HeadRows(TAKE_A, 2, 1, 2), A.view(2, 2, 3)[:, 1:2], "l.0.a[2 heads, 1:2]"),
     (HeadRows(TAKE_A, 2, 0, 2, transpose=True), A.view(2, 2, 3).transpose(1, 2), "l.0.a[2 heads, 0:2]"),
+    (
+        HeadProduct(TAKE_C, HeadRows(TAKE_A, 2, 0, 2), 2),
+        torch.einsum("xhv,hvl->xhl", C.view(5, 2, 2), A.view(2, 2, 3)).flatten(1),
+        "l.0.c * a[2 heads, 0:2]",
+    ),
     (
         Concat((HeadRows(TAKE_A, 2, 1, 2), HeadRows(TAKE_B, 1, 0, 1))),
         torch.cat([A.view(2, 2, 3)[:, 1:], B[None, :1]]),
