@@ -42,6 +42,10 @@ SPELLED = {
 """Ops in a family's three unique pieces: the last norm's sum is read by nothing else."""
 
 
+PASS_BY_PASS = {*FAMILIES, "deepseek_v2_groups", "deepseek_v3_halves"}
+"""Other forms of latent attention differ in what no pass looks at."""
+
+
 @pytest.fixture
 def compile_tiny(home: Path) -> Compile:
     def made(model_dir: Path, *, backend: BackendName = BackendName.EAGER, **options: Any) -> Bundle:
@@ -122,7 +126,7 @@ def _logits(bundle: Bundle, weights: Any) -> list[Tensor]:
     ids = torch.randint(5, 130, (22,), generator=torch.Generator().manual_seed(1))
     found = []
     for begin, end in ((0, 21), (21, 22)):
-        inputs = {
+        inputs: dict[str, Any] = {
             "input_ids": ids[begin:end],
             "positions": torch.arange(begin, end),
             "slot_mapping": torch.arange(16 + begin, 16 + end),
@@ -158,7 +162,7 @@ def test_logits_are_the_same_with_each_pass_on_and_off(family: str, compile_tiny
     explained = json.loads((every.path / "explain.json").read_text())
     applied = {found["name"] for reports in explained["passes"] for found in reports if found["matches"]}
     assert {"no_ops", "rms_norm", "silu_mul", "add_rms_norm", "merge_linear"} <= applied
-    for name in applied:
+    for name in sorted(applied) if family in PASS_BY_PASS else ():
         without = compile_tiny(tmp_path, merge_linear=True, passes_off=frozenset({name}))
         _assert_close(_logits(without, weights), wanted)
 
