@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from piecework.foundation.torch_private import SymbolicSession, size_oblivious
 from piecework.graph.encode import encode_torch_type
-from piecework.ops.program import Program, TensorSpec, encode_float
+from piecework.ops.program import Call, Program, TensorSpec, encode_float
 from piecework.ops.resolve import decode, resolve_target
 
 Symbols = Sequence[tuple[str, int, int]]
@@ -107,8 +107,13 @@ class FakeRun:
         return _described(self.decoded(value), self.sizes)
 
 
-def run_on_fakes(program: Program) -> FakeRun:
-    """Run a program on fake tensors."""
+def run_on_fakes(program: Program, *, known: Callable[[Call, FakeRun], Any] | None = None) -> FakeRun:
+    """Run a program on fake tensors.
+
+    Args:
+        program: what.
+        known: returns a call's result where it is known without running the call, else None.
+    """
     sizes = declare(program.symbols, session=SymbolicSession())
     results: list[Any] = []
     run = FakeRun(
@@ -121,9 +126,12 @@ def run_on_fakes(program: Program) -> FakeRun:
     )
     with torch.no_grad(), sizes.session.fake_mode, size_oblivious():
         for call in program.calls:
-            args = [run.decoded(a) for a in call.args]
-            kwargs = {name: run.decoded(value) for name, value in call.kwargs.items()}
-            results.append(resolve_target(call.target)(*args, **kwargs))
+            found = None if known is None else known(call, run)
+            if found is None:
+                args = [run.decoded(a) for a in call.args]
+                kwargs = {name: run.decoded(value) for name, value in call.kwargs.items()}
+                found = resolve_target(call.target)(*args, **kwargs)
+            results.append(found)
     return run
 
 

@@ -114,7 +114,7 @@ class Lowering:
         ops = [_op_of(call) for call in program.calls]
         if not any(ops):
             return Lowered(program)
-        run = run_on_fakes(program)
+        run = run_on_fakes(program, known=lambda call, run: self._known(call, run, program.symbols))
         out = Splice()
         sites = []
         for index, (call, op) in enumerate(zip(program.calls, ops, strict=True)):
@@ -135,6 +135,15 @@ class Lowering:
         if wrong is not None:
             raise InternalError(f"lowering {[site.op for site in sites]} changed a piece: {wrong}")
         return Lowered(made, tuple(sites))
+
+    def _known(self, call: Call, run: FakeRun, symbols: Symbols) -> Any:
+        """Return an IR op's results by its native body, which is traced once for all calls that are alike."""
+        op = _op_of(call)
+        body = None if op is None else self._body(op, op.implementations["native"], call, run, symbols)
+        if not isinstance(body, Body):
+            return None
+        results = tuple(run.sizes.tensor(spec) for spec in body.specs)
+        return results if len(results) > 1 else results[0]
 
     def _choose(self, op: IrOp, index: int, program: Program, run: FakeRun) -> Choice:
         call = program.calls[index]
