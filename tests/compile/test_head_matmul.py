@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import piecework
 from piecework.ops.head_matmul import head_matmul, head_matmul_native
 from piecework.runtime import LoadedModel
+from piecework.store.bundle import open_bundle
 
 HEADS, DEPTH = 3, 70
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
@@ -55,6 +56,8 @@ def model(products: Products, bundle: Path) -> LoadedModel:
 def test_the_piece_has_the_code(bundle: Path) -> None:
     (library,) = bundle.rglob("*.so")
     assert b"aoti_torch_cpu_head_matmul_cpu" in library.read_bytes()
+    facts = {fact.name.rpartition("/")[2] for fact in open_bundle(bundle).facts if fact.kind == "source"}
+    assert {"head_matmul.h", "head_matmul_shim.h", "elements.h", "vectors.h"} <= facts
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

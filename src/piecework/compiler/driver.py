@@ -14,7 +14,7 @@ from piecework.compiler.deduplicate import Deduplicated, Forward, deduplicate
 from piecework.compiler.explanations import explain_pieces
 from piecework.compiler.kernels import KernelBuilds, kernel_jobs
 from piecework.compiler.natives import Native, collect_natives
-from piecework.compiler.options import CompileOptions, chosen_passes, packed_dtypes
+from piecework.compiler.options import BackendName, CompileOptions, chosen_passes, packed_dtypes
 from piecework.compiler.planning import make_plan
 from piecework.foundation.process import garbage_collection_off
 from piecework.foundation.target import Target
@@ -22,6 +22,7 @@ from piecework.graph.capture import CapturedGraph, capture
 from piecework.graph.request import CaptureRequest, Variant
 from piecework.graph.split import Piece, split
 from piecework.passes.lower import Lowering
+from piecework.passes.native_matmul import native_paths
 from piecework.providers.discovery import Providers, load_providers
 from piecework.record import Recorder
 from piecework.store.facts import Fact, environment_facts, option_facts, package_version, source_facts
@@ -119,7 +120,13 @@ def compile_request(
             *option_facts(options.facts()),
             *facts,
             *_provider_facts(pieces, natives, providers),
-            *sorted({*source_facts(called.union(*(path.captured.sources for path in paths))), *kernels.facts()}),
+            *sorted(
+                {
+                    *source_facts(called.union(*(path.captured.sources for path in paths))),
+                    *kernels.facts(),
+                    *_inlined_facts(pieces, options),
+                }
+            ),
         )
     files = {artifact.name: artifact.path for forms in artifacts for artifact in forms.values()}
     files |= {artifact.name: artifact.path for artifact in built.values()}
@@ -148,6 +155,13 @@ def _provider_facts(pieces: Deduplicated, natives: Sequence[Native], providers: 
     chosen = {site.provider for sites in several for site in sites}
     packages = sorted({package for name, package in providers.packages.items() if name in chosen})
     return [Fact("provider", package, package_version(package)) for package in packages]
+
+
+def _inlined_facts(pieces: Deduplicated, options: CompileOptions) -> tuple[Fact, ...]:
+    """Return the facts of the files that are compiled into pieces besides their own code."""
+    if options.backend is not BackendName.AOTI:
+        return ()
+    return source_facts({path for unique in pieces.unique for path in native_paths(unique.program)})
 
 
 def _note_capture(recorder: Recorder, paths: Sequence[Forward], pieces: Deduplicated) -> None:

@@ -52,5 +52,5 @@ class Job:
 
     def key(self) -> str:
         """Return the artifact's key: the digest of all that the compile depends on."""
-        sources = native_sources(self.program)
+        sources = native_sources(self.program) if self.options.get("backend") != "eager" else {}
         return digest_json({**self.to_json(), **({"sources": sources} if sources else {})})

@@ -62,14 +62,18 @@ def plain_matmul(program: Program) -> Program:
     return replace(program, calls=tuple(_renamed(call, _PLAIN) for call in program.calls))
 
 
-def native_sources(program: Program) -> dict[str, str]:
-    """Return the digests, by name, of what is compiled into a program's piece besides its own code."""
-    if not any(call.target == _PRODUCT for call in program.calls):
-        return {}
+def native_paths(program: Program) -> tuple[Path, ...]:
+    """Return the files that are compiled into a program's piece besides its own code."""
+    if not any(_fits(program, call) for call in program.calls):
+        return ()
     own = Path(cpu_pieces.__file__).resolve().parent
     shared = own.parent / "cpu_common"
-    paths = [*own.glob("*.h"), shared / "elements.h", shared / "vectors.h"]
-    return {path.name: digest_file(path) for path in sorted(paths)}
+    return tuple(sorted([*own.glob("*.h"), shared / "elements.h", shared / "vectors.h"]))
+
+
+def native_sources(program: Program) -> dict[str, str]:
+    """Return the digests of `native_paths`, by name."""
+    return {path.name: digest_file(path) for path in native_paths(program)}
 
 
 def _renamed(call: Call, target: str) -> Call:

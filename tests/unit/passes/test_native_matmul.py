@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from piecework.compiler.job import Job
+from piecework.foundation.digests import digest_json
 from piecework.ops.head_matmul import head_matmul, head_matmul_native
 from piecework.ops.program import Call, Program, TensorSpec
 from piecework.passes.native_matmul import native_matmul, native_sources, plain_matmul
@@ -58,7 +59,10 @@ def test_a_piece_is_compiled_again_when_the_code_changes() -> None:
     assert {"head_matmul.h", "head_matmul_shim.h", "elements.h", "vectors.h"} <= set(sources)
     without = replace(PROGRAM, calls=(replace(_PRODUCT, target="aten.bmm.default"),))
     assert native_sources(without) == {}
-    assert Job(PROGRAM).key() != Job(without).key()
+    assert Job(PROGRAM).key() != digest_json(Job(PROGRAM).to_json())
+    assert Job(without).key() == digest_json(Job(without).to_json())
+    eager = Job(PROGRAM, options={"backend": "eager"})  # which compiles nothing
+    assert eager.key() == digest_json(eager.to_json())
 
 
 def test_the_operator_is_torchs_bmm_with_tokens_first() -> None:
