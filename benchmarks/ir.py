@@ -3,7 +3,8 @@
   python benchmarks/ir.py --out benchmarks/ir.json
 
 A module with an opaque op is compiled and loaded; the clock runs inside that op, while the model runs. The systems take
-turns in each repeat. The first run compiles, which takes a minute; the store and Inductor's cache have it then.
+turns in each repeat. All is measured twice: freed memory is returned to the system first, and then it is kept. A first
+run compiles, which takes a minute; the store and Inductor's cache have it then.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 import piecework
 from piecework.bench.machine import commit, machine, versions
+from piecework.foundation.process import keep_freed_memory
 from piecework.ops.activations import silu_mul
 from piecework.ops.declared_calls import DynamicSizes
 from piecework.ops.ir import IrOp
@@ -33,6 +35,7 @@ TOKENS = (1, 8, 64, 512, 4096)
 HIDDEN, INNER, NARROW = 4096, 11008, 64
 LEAST_SPEEDUP = 2.0
 MOST_OVERHEAD_US = 30.0
+FREED = ("returned", "kept")  # by malloc: what a program has as it comes, and what our servers ask for
 SYSTEMS = ("piecework", "eager", "torch.compile")
 
 
@@ -182,9 +185,9 @@ def measure(
     return times(functions, args, repeats=repeats, seconds=seconds)
 
 
-def rows_of(case: Case, tokens: int, found: dict[str, list[float]]) -> list[dict[str, Any]]:
+def rows_of(case: Case, tokens: int, found: dict[str, list[float]], *, freed: str) -> list[dict[str, Any]]:
     """Return a row per system: the median of the repeats, and their spread."""
-    key = {"op": case.name, "tokens": tokens, "width": case.width, "dtype": "bfloat16"}
+    key = {"op": case.name, "tokens": tokens, "width": case.width, "dtype": "bfloat16", "freed_memory": freed}
     return [
         {
             "system": system,
@@ -200,7 +203,7 @@ def rows_of(case: Case, tokens: int, found: dict[str, list[float]]) -> list[dict
     ]
 
 
-def run(model: piecework.LoadedModel, *, repeats: int, seconds: float) -> list[dict[str, Any]]:
+def run(model: piecework.LoadedModel, *, freed: str, repeats: int, seconds: float) -> list[dict[str, Any]]:
     """Measure all cases inside the model's opaque op."""
     rows: list[dict[str, Any]] = []
 
@@ -209,7 +212,7 @@ def run(model: piecework.LoadedModel, *, repeats: int, seconds: float) -> list[d
             wrapped = torch.compile(case.plain, dynamic=True)
             for tokens in counts:
                 found = measure(case, tokens, wrapped, repeats=repeats, seconds=seconds)
-                rows.extend(rows_of(case, tokens, found))
+                rows.extend(rows_of(case, tokens, found, freed=freed))
                 print(case.name, tokens, {row["system"]: row["value"] for row in rows[-len(SYSTEMS) :]}, flush=True)
 
     INSIDE.work = work
@@ -220,6 +223,10 @@ def run(model: piecework.LoadedModel, *, repeats: int, seconds: float) -> list[d
 
 def goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return what is asked for, and whether it is reached."""
+    return [goal for freed in FREED for goal in _goals([row for row in rows if row["freed_memory"] == freed], freed)]
+
+
+def _goals(rows: Sequence[dict[str, Any]], freed: str) -> list[dict[str, Any]]:
     value = {(row["op"], row["tokens"], row["system"]): row["value"] for row in rows}
     made = []
     for case in CASES:
@@ -228,6 +235,7 @@ def goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         made.append(
             {
                 "what": f"{case.name}: times faster than eager, the least of {TOKENS[0]} to {TOKENS[-1]} tokens",
+                "freed_memory": freed,
                 "value": worst,
                 "limit": LEAST_SPEEDUP,
                 "met": worst >= LEAST_SPEEDUP,
@@ -236,9 +244,11 @@ def goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         )
     ours, wrapper = value[OVERHEAD.name, 1, "piecework"], value[OVERHEAD.name, 1, "torch.compile"]
     what = f"microseconds of a call of one token of {NARROW} values"
-    made.append({"what": what, "value": ours, "limit": MOST_OVERHEAD_US, "met": ours <= MOST_OVERHEAD_US})
+    made.append(
+        {"what": what, "value": ours, "freed_memory": freed, "limit": MOST_OVERHEAD_US, "met": ours <= MOST_OVERHEAD_US}
+    )
     what = f"{what}, beside a torch.compile wrapper's"
-    made.append({"what": what, "value": ours, "limit": wrapper, "met": ours <= wrapper})
+    made.append({"what": what, "value": ours, "freed_memory": freed, "limit": wrapper, "met": ours <= wrapper})
     return made
 
 
@@ -251,7 +261,9 @@ def main() -> None:
     args = parser.parse_args()
     about = {"machine": machine(), "versions": versions(), "commit": commit()}
     model = load()
-    rows = run(model, repeats=args.repeats, seconds=args.seconds)
+    rows = run(model, freed=FREED[0], repeats=args.repeats, seconds=args.seconds)
+    keep_freed_memory()
+    rows += run(model, freed=FREED[1], repeats=args.repeats, seconds=args.seconds)
     if model.native_fallbacks:
         raise SystemExit(f"calls without a body: {model.native_fallbacks}")
     reached = goals(rows)

@@ -12,11 +12,14 @@ import torch
 from piecework.compiler.job import Job
 from piecework.compiler.rebuild import rebuild
 from piecework.compiler.toolchain import Toolchain, flags_of, libraries_of, sources_of
+from piecework.compiler.vector_exp import exp_source
 from piecework.errors import CompileError, InternalError, PieceworkError, ShapeContractError
 from piecework.foundation import torch_private
 from piecework.foundation.digests import canonical_json
 from piecework.foundation.notes import KERNELS, append_note
 from piecework.foundation.traffic import Kernel, kernels_to_json
+from piecework.ops.program import Program
+from piecework.ops.resolve import resolve_target
 from piecework.passes.native_matmul import native_matmul, plain_matmul
 from piecework.passes.pack_linear import pack_linear
 from piecework.providers.discovery import load_operators
@@ -28,6 +31,14 @@ _OPTIONS: Mapping[str, Any] = {
     "aot_inductor.precompile_headers": False,
     "cpp.dynamic_threads": True,
 }
+_FEW_ROWS: Mapping[str, Any] = {"cpp.threads": 64, "cpp.min_chunk_size": 64}
+"""For programs that compute each element by itself: their loops are divided along rows and columns together, and not
+along rows only, so that one row keeps all cores busy. Inductor decides that by the number of threads it is told; how
+many run is decided when they do. (A sum along a row stays with one thread: waiting for each other costs more.)"""
+
+_MOVES: frozenset[str] = frozenset(
+    f"aten.{name}" for name in ("_to_copy", "clone", "expand", "permute", "select", "slice", "unsqueeze", "view")
+)
 
 
 def compile_piece(job: Job, *, directory: Path, toolchain: Toolchain) -> Path:
@@ -41,8 +52,10 @@ def compile_piece(job: Job, *, directory: Path, toolchain: Toolchain) -> Path:
     load_operators(call.target for call in packed.calls)
     module, inputs = rebuild(native.program, ranges=job.ranges, session=session)
     options = {**_OPTIONS, **({"aot_inductor.embed_kernel_binary": True} if _on_cuda(job) else {})}
+    options |= _FEW_ROWS if _by_element(native.program) else {}
     output = directory / "piece.so"
-    build = _AsGenerated(toolchain, directory) if _on_cuda(job) else _one_unit(toolchain, directory, native.source)
+    before = native.source + exp_source(native.program)
+    build = _AsGenerated(toolchain, directory) if _on_cuda(job) else _one_unit(toolchain, directory, before)
     told: list[list[Kernel]] = []  # on a GPU a graph is generated twice; after an attempt that didn't fit as well
     try:
         options |= native.options
@@ -106,7 +119,7 @@ def _meant(error: BaseException) -> Exception:
 
 def warm_up(*, directory: Path) -> None:
     """Run a tiny piece through Inductor's Python without compiling C++, so that processes forked later start warm."""
-    from piecework.ops.program import Call, Program, TensorSpec  # noqa: PLC0415  in workers only
+    from piecework.ops.program import Call, TensorSpec  # noqa: PLC0415  in workers only
 
     x = TensorSpec(("s0", 32), (32, 1), "float32", "cpu")
     w = TensorSpec((32, 32), (32, 1), "float32", "cpu")
@@ -131,6 +144,15 @@ def warm_up(*, directory: Path) -> None:
 def _touch(target: Path) -> bool:
     target.write_bytes(b"\x00" * 2048)
     return True
+
+
+def _by_element(program: Program) -> bool:
+    """Whether each element of the results is computed from elements of the inputs, without sums or products of rows."""
+    return all(
+        call.target.rpartition(".")[0] in _MOVES
+        or torch.Tag.pointwise in getattr(resolve_target(call.target), "tags", ())
+        for call in program.calls
+    )
 
 
 def _on_cuda(job: Job) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from piecework.compiler import aoti, rebuild, toolchain
+from piecework.compiler import aoti, rebuild, toolchain, vector_exp
 from piecework.compiler.backends import Backend
 from piecework.compiler.job import Job
 from piecework.compiler.options import BackendName, CompileOptions
@@ -173,7 +173,7 @@ def _generator_digest() -> str:
     """Return the digest of our own code between a program and its library: an artifact of other code is another one."""
     sources = [
         Path(module.__file__ or "")
-        for module in (aoti, rebuild, fakes, toolchain, inductor, kernels, symbolic, pack_linear, resolve)
+        for module in (aoti, rebuild, fakes, toolchain, vector_exp, inductor, kernels, symbolic, pack_linear, resolve)
     ]
     return digest_json([digest_file(source) for source in sources])
 

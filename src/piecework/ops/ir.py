@@ -85,6 +85,9 @@ class IrOp:
         self._names = tuple(p.name for p in parameters)
         self._defaults = tuple(p.default for p in parameters)
         self._num_by_position = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+        num_required = sum(p.default is p.empty for p in parameters)
+        # by the number of arguments that are given, those that are not: for calls without names
+        self._tails = {n: self._defaults[n:] for n in range(num_required, self._num_by_position + 1)}
         self._mutex = threading.Lock()
         self._implementations = {NATIVE: Implementation(self.name, NATIVE, native, inlined=True)}
         self._libraries: list[torch.library.Library] = []  # operators exist for as long as these do
@@ -110,8 +113,8 @@ class IrOp:
     def bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
         """Return a call's arguments, one for each parameter and in their order, or None where it can't be called so."""
         given = len(args)
-        if not kwargs and given == self._num_by_position == len(self._names):
-            return tuple(args)
+        if not kwargs and given in self._tails:
+            return (*args, *self._tails[given])
         if given > self._num_by_position:
             return None
         names = self._names[given:]

@@ -28,6 +28,7 @@ NOT_COMPILED: Final = object()
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
 _PLAIN: Final = frozenset({Tensor, torch.nn.Parameter})
 _MOST_KINDS: Final = 64
+_MOST_SEEN: Final = 4096
 
 
 @final
@@ -42,7 +43,7 @@ class NativeBody:
             compiled and go through the dispatcher.
     """
 
-    __slots__ = ("_constants", "_function", "_ranges", "_run", "_tensors", "form", "provider")
+    __slots__ = ("_constants", "_function", "_ranges", "_run", "_seen", "_tensors", "form", "provider")
 
     def __init__(
         self, form: CallForm, *, provider: str, run: Run | None = None, function: Callable[..., Any] | None = None
@@ -55,10 +56,12 @@ class NativeBody:
         self._ranges = [(low, high) for _, low, high in form.sizes]
         arguments = list(enumerate(form.arguments))
         self._constants = [(i, decode(a, _no_reference)) for i, a in arguments if not isinstance(a, TensorForm)]
+        self._seen: set[tuple[Any, ...]] = set()
         self._tensors = [
             (
                 i,
                 getattr(torch, a.dtype),
+                a.device == "cpu",
                 a.device,
                 # a dynamic size by its number, as -1, -2 …
                 tuple(d if isinstance(d, int) else -1 - numbers[d] for d in a.shape),
@@ -98,22 +101,39 @@ class NativeBody:
             value = values[position]
             if value is not constant and (isinstance(value, Tensor) or value != constant):
                 return None
-        sizes = [-1] * len(self._ranges)
         inputs: list[Tensor] = []
-        for position, dtype, device, shape, stride in self._tensors:
+        layouts: list[Any] = []
+        for position, dtype, on_cpu, device, _, stride in self._tensors:
             value = values[position]
-            if type(value) not in _PLAIN or value.dtype is not dtype or value.device.type != device:
+            if type(value) not in _PLAIN or value.dtype is not dtype:
                 return None
-            found = value.shape
-            if not _agrees(found, shape, sizes):
+            if not (value.is_cpu if on_cpu else value.device.type == device):
                 return None
-            if not (value.is_contiguous() if stride is None else _lies(found, value.stride(), stride)):
+            if stride is not None:
+                layouts.append(value.stride())
+            elif not value.is_contiguous():
                 return None
+            layouts.append(value.shape)
             inputs.append(value)
-        for number, (low, high) in enumerate(self._ranges):
-            if not low <= sizes[-1 - number] <= high:
-                return None
+        key = tuple(layouts)
+        if key in self._seen:  # decode steps repeat themselves
+            return inputs
+        if not self._fits(inputs):
+            return None
+        if len(self._seen) >= _MOST_SEEN:
+            self._seen = set()
+        self._seen.add(key)
         return inputs
+
+    def _fits(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether tensors of the right dtypes have the sizes and the layouts of the form."""
+        sizes = [-1] * len(self._ranges)
+        for value, (_, _, _, _, shape, stride) in zip(inputs, self._tensors, strict=True):
+            if not _agrees(value.shape, shape, sizes):
+                return False
+            if stride is not None and not _lies(value.shape, value.stride(), stride):
+                return False
+        return all(low <= sizes[-1 - number] <= high for number, (low, high) in enumerate(self._ranges))
 
 
 Missing = Callable[["IrOp", Sequence[Any], "Choice", ProviderOrder], NativeBody | None]
@@ -175,10 +195,10 @@ class NativeBodies:
         if not computes_plainly():
             return NOT_COMPILED
         values = op.bound(args, kwargs)
-        if values is None or _records(values):
+        if values is None or (torch.is_grad_enabled() and _records(values)):
             return NOT_COMPILED
         ours = selection.order is self.order
-        direct = ours and op.short_name not in self._by_rows
+        direct = ours and (not self._by_rows or op.short_name not in self._by_rows)
         choice = None if direct else _choice(op, values, selection)
         candidates = (
             self._chosen.get(op.name, ()) if choice is None else self._by_provider.get((op.name, choice.provider), ())
@@ -240,8 +260,8 @@ def _choice(op: IrOp, values: Sequence[Any], selection: Selection) -> Choice:
 
 
 def _records(values: Sequence[Any]) -> bool:
-    """Whether a call is recorded for a backward pass, which compiled bodies don't have."""
-    return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
+    """Whether autograd records a call, where it is on: compiled bodies have no backward pass."""
+    return any(isinstance(v, Tensor) and v.requires_grad for v in values)
 
 
 def _agrees(found: Sequence[int], wanted: Sequence[int], sizes: list[int]) -> bool:
