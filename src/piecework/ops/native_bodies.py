@@ -162,6 +162,7 @@ class NativeBodies:
     ) -> None:
         self.order = order
         self._missing = missing
+        self._complete = missing is None
         self._most = most
         self._making = threading.Lock()
         self._mutex = threading.Lock()
@@ -217,7 +218,7 @@ class NativeBodies:
         if results is not NOT_COMPILED:
             return results
         self._count(op, values)
-        return op.native(*args, **kwargs) if ours and self._missing is None else NOT_COMPILED
+        return op.native(*args, **kwargs) if ours and self._complete else NOT_COMPILED
 
     def _make(self, op: IrOp, values: Sequence[Any], choice: Choice, selection: Selection) -> NativeBody | None:
         key = (op.name, choice.provider)

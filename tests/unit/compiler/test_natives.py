@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import piecework
 from piecework.errors import OpError
 from piecework.ops.activations import silu_mul
+from piecework.ops.moe import MoeWeights, moe_forward
 from piecework.ops.norms import rms_norm
 from piecework.ops.selection import current_selection
 from piecework.store.plan import Plan
@@ -242,3 +243,23 @@ def test_sizes_are_bounded_by_the_arguments() -> None:
     )
     plan = Plan.from_json(compiled(module).plan())
     assert [n.form.sizes for n in plan.natives] == [(("s0", 1, 48),), (("s0", 2, 32),), ()]
+
+
+def test_experts_that_are_found_by_name_are_declared_where_a_context_runs() -> None:
+    weights = MoeWeights(torch.randn(4, 16, WIDTH), torch.randn(4, WIDTH, 8), top_k=2)
+
+    class Around(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = moe_forward(x * 1, x[:, :4], "experts")
+            return made + 1
+
+    context = piecework.ForwardContext({"experts": weights})
+    assert Plan.from_json(compiled(Around()).plan()).natives == ()
+    with context.running():
+        bundle = compiled(Around())
+        (native,) = Plan.from_json(bundle.plan()).natives
+        assert native.form.text() == "silu_mul(float32[s0, 8], float32[s0, 8])"
+        assert native.form.sizes == (("s0", 1, 32),)
+        model, x = piecework.load(bundle, weights={}), torch.randn(5, WIDTH)
+        torch.testing.assert_close(model(x), Around()(x), atol=1e-4, rtol=1e-4)
+        assert model.native_fallbacks == {}
