@@ -70,7 +70,7 @@ struct HeadProducts {
   // N tokens, B blocks.
   template <int N, int B>
   PIECEWORK_INLINE void direct(int64_t head, int64_t column) const {
-    constexpr int kAhead = 1024;  // bytes
+    const int64_t ahead = 8 * kRows * call.width;
     const T *rows = weight(head, column), *from = x(0, head);
     Floats sum[N][B][2] = {};
     for (int64_t k = 0; k < call.depth; k += kRows, rows += kRows * call.width) {
@@ -78,8 +78,8 @@ struct HeadProducts {
 #pragma GCC unroll 4
       for (int b = 0; b < B; ++b) {
         take(rows + b * kBlock, words[b]);
-        __builtin_prefetch((const char*)(rows + b * kBlock) + kAhead);
-        __builtin_prefetch((const char*)(rows + b * kBlock + (kPair ? call.width : kLanes)) + kAhead);
+        __builtin_prefetch(rows + b * kBlock + ahead);
+        __builtin_prefetch(rows + b * kBlock + (kPair ? call.width : kLanes) + ahead);
       }
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {
