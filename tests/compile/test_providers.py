@@ -92,7 +92,8 @@ def test_native_code_calls_a_packages_operators(package: Path, tmp_path: Path) -
         ("quantize_dynamic_per_token", "made_in_place"),
     ]
     first, second, last = (call.rejected for call in report.calls)
-    assert first == {
+    # providers that another test has loaded into this process are listed as well
+    assert {name: why for name, why in first.items() if why != "not in the order of providers"} == {
         "nobody": "no installed package has an entry point 'nobody' in the group 'piecework.providers'",
         "sgl_kernel": "the package sgl_kernel is not installed",
         "native": "made_in_place comes before it",
