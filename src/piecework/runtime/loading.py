@@ -20,8 +20,9 @@ from piecework.record import Record
 from piecework.runtime.constants import TensorSource, as_source, make_constants, pack_constants
 from piecework.runtime.eager import EagerRunner
 from piecework.runtime.instances import open_instance, read_calls
-from piecework.runtime.model import LoadedModel, RangeForm, Run
+from piecework.runtime.model import LoadedModel, RangeForm
 from piecework.runtime.natives import open_natives
+from piecework.runtime.step_calls import Run
 from piecework.store.bundle import Bundle, open_bundle
 from piecework.store.facts import option_facts, require
 from piecework.store.plan import Plan, UniquePiece

@@ -18,12 +18,10 @@ from piecework.ops.selection import Selection
 from piecework.record import Record
 from piecework.runtime.arguments import bind_arguments
 from piecework.runtime.states import zeros
+from piecework.runtime.step_calls import Run, StepCall, op_call, piece_call
 from piecework.runtime.structure import match, unflatten
 from piecework.store.plan import OpStep, PieceStep, Plan, PlanInput, PlanVariant, Step
 from piecework.store.sizes import size_expression
-
-Run = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
-StepCall = Callable[[list[Any], Mapping[str, int]], None]
 
 
 @dataclass(frozen=True)
@@ -201,7 +199,7 @@ class LoadedModel:
         for path in (*self.plan.variants, self._rest):
             labels = None if self._labels is None else self._labels[begin : begin + len(path.steps)]
             begin += len(path.steps)
-            ops = {i: self._selecting(s, self._op(s)) for i, s in enumerate(path.steps) if isinstance(s, OpStep)}
+            ops = {i: self._op(s) for i, s in enumerate(path.steps) if isinstance(s, OpStep)}
             self._programs[path.name] = [
                 (form.min, form.max, _labelled(_calls(path.steps, form, ops), labels)) for form in self._forms
             ]
@@ -211,66 +209,10 @@ class LoadedModel:
         selection = self._natives.get(step.op.partition(".")[0])
         return call if selection is None else partial(selection.running, call)
 
-    def _op(self, step: OpStep) -> Callable[[list[Any], Mapping[str, int]], None]:
+    def _op(self, step: OpStep) -> StepCall:
         assert self._states is not None
         function = self._kernels.get(step.op.partition(".")[0]) or implementation(step.op)
-        fixed: list[Any] = []
-        from_slots: list[tuple[int, int]] = []
-        from_sizes: list[tuple[int, Callable[[Mapping[str, int]], int]]] = []
-        for position, argument in enumerate([*step.args, *step.kwargs.values()]):
-            fixed.append(None if _varies(argument) else self._fixed(argument))
-            if "slot" in argument:
-                from_slots.append((position, argument["slot"]))
-            elif "size" in argument:
-                from_sizes.append((position, size_expression(argument["size"])))
-            elif "list" in argument and _varies(argument):
-                return self._op_with_lists(step, function)
-        names = tuple(step.kwargs)
-        outputs = step.outputs
-
-        def call(slots: list[Any], sizes: Mapping[str, int]) -> None:
-            values = fixed.copy()
-            for position, slot in from_slots:
-                values[position] = slots[slot]
-            for position, compute in from_sizes:
-                values[position] = compute(sizes)
-            if names:
-                count = len(values) - len(names)
-                result = function(*values[:count], **dict(zip(names, values[count:], strict=True)))
-            else:
-                result = function(*values)
-            if len(outputs) == 1:
-                slots[outputs[0]] = result if not isinstance(result, (tuple, list)) else result[0]
-            else:
-                for slot, value in zip(outputs, result, strict=False) if outputs else ():
-                    if slot >= 0:
-                        slots[slot] = value
-
-        return call
-
-    def _op_with_lists(
-        self, step: OpStep, function: Callable[..., Any]
-    ) -> Callable[[list[Any], Mapping[str, int]], None]:
-        """Like `_op`, for the rare ops that take lists of tensors or sizes."""
-
-        def resolve(argument: Mapping[str, Any], slots: list[Any], sizes: Mapping[str, int]) -> Any:
-            if "slot" in argument:
-                return slots[argument["slot"]]
-            if "size" in argument:
-                return size_expression(argument["size"])(sizes)
-            if "list" in argument:
-                return [resolve(a, slots, sizes) for a in argument["list"]]
-            return self._fixed(argument)
-
-        def call(slots: list[Any], sizes: Mapping[str, int]) -> None:
-            args = [resolve(a, slots, sizes) for a in step.args]
-            result = function(*args, **{k: resolve(v, slots, sizes) for k, v in step.kwargs.items()})
-            results = result if isinstance(result, (tuple, list)) else [result]
-            for slot, value in zip(step.outputs, results, strict=False):
-                if slot >= 0:
-                    slots[slot] = value
-
-        return call
+        return self._selecting(step, op_call(step, function, fixed=self._fixed))
 
     def _fixed(self, argument: Mapping[str, Any]) -> Any:
         if "state" in argument:
@@ -342,7 +284,7 @@ class LoadedModel:
 
 
 def _calls(steps: Sequence[Step], form: RangeForm, ops: Mapping[int, StepCall]) -> list[StepCall]:
-    return [_piece_call(s, form.runs[s.instance]) if isinstance(s, PieceStep) else ops[i] for i, s in enumerate(steps)]
+    return [piece_call(s, form.runs[s.instance]) if isinstance(s, PieceStep) else ops[i] for i, s in enumerate(steps)]
 
 
 def _labelled(calls: list[StepCall], labels: Sequence[str] | None) -> list[StepCall]:
@@ -351,33 +293,11 @@ def _labelled(calls: list[StepCall], labels: Sequence[str] | None) -> list[StepC
     return [_labelled_call(call, label) for call, label in zip(calls, labels, strict=True)]
 
 
-def _varies(argument: Mapping[str, Any]) -> bool:
-    """Whether an op's argument differs from call to call."""
-    return "slot" in argument or "size" in argument or any(_varies(a) for a in argument.get("list", ()))
-
-
 def _no_reference(kind: str, index: int) -> Any:
     raise InternalError(f"a plan step with an argument of kind {kind!r}")
 
 
-def _piece_call(step: PieceStep, run: Run) -> Callable[[list[Any], Mapping[str, int]], None]:
-    inputs, outputs = step.inputs, step.outputs
-    if len(outputs) == 1:
-        (only,) = outputs
-
-        def call_one(slots: list[Any], sizes: Mapping[str, int]) -> None:
-            slots[only] = run([slots[i] for i in inputs])[0]
-
-        return call_one
-
-    def call(slots: list[Any], sizes: Mapping[str, int]) -> None:
-        for slot, value in zip(outputs, run([slots[i] for i in inputs]), strict=True):
-            slots[slot] = value
-
-    return call
-
-
-def _labelled_call(call: Callable[..., None], label: str) -> Callable[[list[Any], Mapping[str, int]], None]:
+def _labelled_call(call: StepCall, label: str) -> StepCall:
     def labelled(slots: list[Any], sizes: Mapping[str, int]) -> None:
         with torch.profiler.record_function(label):
             call(slots, sizes)
