@@ -15,7 +15,8 @@ from torch import Tensor
 from piecework.compiler.toolchain import find_toolchain
 from piecework.errors import OpError
 from piecework.ops import mla_plain
-from piecework.ops.mla import MLA_ATTENTION_OP, PLAIN, LatentAttention, row_view
+from piecework.ops.mla import PLAIN, row_view
+from piecework.ops.mla_attention import MLA_ATTENTION_OP, LatentAttention
 from piecework.ops.mla_core import LatentCores, latent_attention
 from piecework.providers.cpu_mla import kernel, rounds
 from piecework.providers.cpu_mla.kernel import CpuMla

@@ -18,7 +18,8 @@ from torch.nn.functional import linear
 
 from piecework.models.batch import BLOCK_SIZE, ForwardBatch
 from piecework.models.latent_config import DEFAULT_MLA, MLA_MODES, LatentSizes
-from piecework.ops.mla import TRACED, mla_attention
+from piecework.ops.mla import TRACED
+from piecework.ops.mla_attention import mla_attention
 from piecework.ops.mla_core import Regime, latent_attention
 from piecework.ops.weight_source import HeadProduct, HeadRows, Source, Sources, Take
 

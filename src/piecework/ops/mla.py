@@ -1,26 +1,29 @@
-"""Operators of multi-head latent attention: `mla_write`, `mla_decode`, `mla_prefill`, and more of these in one.
+"""Operators of multi-head latent attention: `mla_write`, `mla_decode`, `mla_prefill`, and two of these in one.
 
 They are what `latent_attention` (ops/mla_core.py) is traced with, so that projections, matrix products and
-slices between them stay visible. `mla_attention` is the same description, run within one operator. What they mean is
-written in plain torch, in `ops/mla_plain.py`; on the CPU a bundle may have kernels for them (providers/cpu_mla).
+slices between them stay visible. `mla_attention` (ops/mla_attention.py) is the same description, run within one
+operator. What they mean is written in plain torch, in `ops/mla_plain.py`; on the CPU a bundle may have kernels for them
+(providers/cpu_mla).
 
-The cache [blocks, B, L + R] holds, per token, the normed latent and the rotated key. Reading is ordered after writing
-by data: `mla_write` returns what it stored, and the others take it.
+The cache [blocks, B, E] holds, per token, the normed latent and the rotated key: E is L + R in a cache of the model's
+type; in one of uint8, latents are fp8 and E is the bytes of an `Fp8Entry` (ops/mla_cache.py). Reading is ordered after
+writing by data: `mla_write` returns what the cache then holds, and the others take it.
 
 Shape suffixes as in `ops/mla_core.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final
 
+import torch
 from torch import Tensor
 
 from piecework.errors import OpError
 from piecework.ops import mla_plain
 from piecework.ops.head_matmul import head_matmul
-from piecework.ops.mla_core import LatentCores, Regime, latent_attention
+from piecework.ops.mla_cache import entry_width
+from piecework.ops.mla_core import LatentCores
 from piecework.ops.opaque_op import opaque_op
 from piecework.ops.rows import rows
 
@@ -28,7 +31,6 @@ MLA_WRITE_OP: Final = "piecework::mla_write"
 MLA_DECODE_OP: Final = "piecework::mla_decode"
 MLA_WRITE_DECODE_OP: Final = "piecework::mla_write_decode"
 MLA_PREFILL_OP: Final = "piecework::mla_prefill"
-MLA_ATTENTION_OP: Final = "piecework::mla_attention"
 
 
 @opaque_op(MLA_WRITE_OP, mutates=("latent_cache",))
@@ -49,11 +51,12 @@ def mla_write(
         eps: of the norm.
         cos: [T, R / 2], of each token's angles, with a model's attention scaling; float32 or the dtype of `compressed`.
         sin: [T, R / 2].
-        latent_cache: [blocks, B, L + R], dtype of `compressed`.
+        latent_cache: [blocks, B, E], of the dtype of `compressed` or uint8.
         slot_mapping: [T] int64, block * B + offset of each new token.
 
     Returns:
-        [T, L + R], contiguous: what was stored. Rotated pairs are halves there: all firsts, then all seconds.
+        [T, L + R], contiguous, dtype of `compressed`: what the cache holds now, latents as fp8 left them where it is
+        uint8. Rotated pairs are halves there: all firsts, then all seconds.
     """
     return mla_plain.write(compressed, norm_weight, eps, cos, sin, latent_cache, slot_mapping)
 
@@ -68,9 +71,7 @@ def _mla_write_fake(
     latent_cache: Tensor,
     slot_mapping: Tensor,
 ) -> Tensor:
-    width, rank = compressed.shape[1], norm_weight.shape[0]
-    _same("compressed and latent_cache", width, latent_cache.shape[2], asked="mla_write")
-    _same("norm_weight and 2 * cos, against compressed", rank + 2 * cos.shape[1], width, asked="mla_write")
+    _check_write(compressed, norm_weight, cos, latent_cache, asked="mla_write")
     return compressed.new_empty(compressed.shape)
 
 
@@ -92,7 +93,7 @@ def mla_decode(
         q_latent: [D, H, L], float32 | bfloat16 | float16, any strides; D may be 0.
         q_pe: [D or more, H, R], rotated as `mla_write` leaves keys; the first D rows are used.
         entry: what `mla_write` returned, which says that the cache holds the new tokens; or None.
-        latent_cache: [blocks, B, L + R], dtype of the queries. Slots without a visible token may hold anything.
+        latent_cache: [blocks, B, E], as `mla_write` takes it. Slots without a visible token may hold anything.
         block_tables: [D or more, W] int64.
         seq_lens: [D or more] int64, tokens in the cache, at least 1.
         scale: factor of the scores before the softmax.
@@ -113,9 +114,9 @@ def _mla_decode_fake(
     seq_lens: Tensor,
     scale: float,
 ) -> Tensor:
-    _same("heads of q_latent and q_pe", q_latent.shape[1], q_pe.shape[1], asked="mla_decode")
-    width = q_latent.shape[2] + q_pe.shape[2]
-    _same("q_latent with q_pe, against latent_cache", width, latent_cache.shape[2], asked="mla_decode")
+    check_same("heads of q_latent and q_pe", q_latent.shape[1], q_pe.shape[1], asked="mla_decode")
+    sizes = {"rank": q_latent.shape[2], "rope": q_pe.shape[2]}
+    _check_cache("q_latent with q_pe", latent_cache, q_latent, **sizes, asked="mla_decode")
     return q_latent.new_empty(q_latent.shape)
 
 
@@ -167,11 +168,9 @@ def _mla_write_decode_fake(
     seq_lens: Tensor,
     scale: float,
 ) -> Tensor:
-    width, rank = compressed.shape[1], norm_weight.shape[0]
-    _same("heads of q_latent and q_pe", q_latent.shape[1], q_pe.shape[1], asked="mla_write_decode")
-    _same("q_latent and norm_weight", q_latent.shape[2], rank, asked="mla_write_decode")
-    _same("compressed and latent_cache", width, latent_cache.shape[2], asked="mla_write_decode")
-    _same("norm_weight and 2 * cos, against compressed", rank + 2 * cos.shape[1], width, asked="mla_write_decode")
+    check_same("heads of q_latent and q_pe", q_latent.shape[1], q_pe.shape[1], asked="mla_write_decode")
+    check_same("q_latent and norm_weight", q_latent.shape[2], norm_weight.shape[0], asked="mla_write_decode")
+    _check_write(compressed, norm_weight, cos, latent_cache, asked="mla_write_decode")
     return q_latent.new_empty(q_latent.shape)
 
 
@@ -201,7 +200,7 @@ def mla_prefill(
         kv: [P, H * (N + V)], the prompts' new latents expanded by `kv_b_weight`.
         entry: [T, L + R], what `mla_write` returned.
         kv_b_weight: [H * (N + V), L].
-        latent_cache: [blocks, B, L + R]. Slots without a visible token may hold anything.
+        latent_cache: [blocks, B, E]. Slots without a visible token may hold anything.
         block_tables: [S, W] int64.
         seq_lens: [S] int64, tokens in the cache after this step.
         query_start: [S + 1] int64, prefix sums of the new tokens per sequence.
@@ -244,68 +243,11 @@ def _mla_prefill_fake(
     decode_out: Tensor | None = None,
 ) -> Tensor:
     num_tokens, num_heads, nope = q_nope.shape
-    _same("heads of q_nope and q_pe", num_heads, q_pe.shape[1], asked="mla_prefill")
-    _same("kv and the rows of kv_b_weight", kv.shape[1], kv_b_weight.shape[0], asked="mla_prefill")
-    width = kv_b_weight.shape[1] + q_pe.shape[2]
-    _same("latents with q_pe, against latent_cache", width, latent_cache.shape[2], asked="mla_prefill")
+    check_same("heads of q_nope and q_pe", num_heads, q_pe.shape[1], asked="mla_prefill")
+    check_same("kv and the rows of kv_b_weight", kv.shape[1], kv_b_weight.shape[0], asked="mla_prefill")
+    sizes = {"rank": kv_b_weight.shape[1], "rope": q_pe.shape[2]}
+    _check_cache("latents with q_pe", latent_cache, q_nope, **sizes, asked="mla_prefill")
     return q_nope.new_empty(num_tokens, kv_b_weight.shape[0] - num_heads * nope)
-
-
-@dataclass(frozen=True)
-class LatentAttention:
-    """`piecework::mla_attention` over functions that `latent_attention` is made of, which it is called like."""
-
-    cores: LatentCores
-
-    def __call__(
-        self,
-        q_nope: Tensor,
-        q_pe: Tensor,
-        compressed: Tensor,
-        norm_weight: Tensor,
-        eps: float,
-        cos: Tensor,
-        sin: Tensor,
-        latent_cache: Tensor,
-        slot_mapping: Tensor,
-        block_tables: Tensor,
-        seq_lens: Tensor,
-        query_start: Tensor,
-        num_decode_tokens: int,
-        scale: float,
-        kv_b_weight: Tensor,
-        w_uk: Tensor,
-        w_uv: Tensor,
-    ) -> Tensor:
-        """See `mla_attention`."""
-        num_prefill_tokens = q_nope.shape[0] - num_decode_tokens
-        regime = Regime.MIXED
-        if num_prefill_tokens == 0:
-            regime = Regime.DECODE
-        elif num_decode_tokens == 0:
-            regime = Regime.PREFILL
-        return latent_attention(
-            regime,
-            self.cores,
-            q_nope=q_nope,
-            q_pe=q_pe,
-            compressed=compressed,
-            norm_weight=norm_weight,
-            eps=eps,
-            cos=cos,
-            sin=sin,
-            latent_cache=latent_cache,
-            slot_mapping=slot_mapping,
-            block_tables=block_tables,
-            seq_lens=seq_lens,
-            query_start=query_start,
-            num_decode_tokens=num_decode_tokens,
-            num_prefill_tokens=num_prefill_tokens,
-            scale=scale,
-            kv_b_weight=kv_b_weight,
-            w_uk=w_uk,
-            w_uv=w_uv,
-        )
 
 
 def row_view(x: Tensor, begin: int, count: int) -> Tensor:
@@ -319,85 +261,23 @@ TRACED: Final = LatentCores(mla_write, mla_decode, mla_write_decode, mla_prefill
 PLAIN: Final = LatentCores(mla_plain.write, mla_plain.decode, mla_plain.write_decode, mla_plain.prefill, row_view)
 """What they mean, for use within one operator."""
 
-_PLAIN_ATTENTION: Final = LatentAttention(PLAIN)
 
-
-@opaque_op(MLA_ATTENTION_OP, mutates=("latent_cache",))
-def mla_attention(
-    q_nope: Tensor,
-    q_pe: Tensor,
-    compressed: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    latent_cache: Tensor,
-    slot_mapping: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    query_start: Tensor,
-    num_decode_tokens: int,
-    scale: float,
-    kv_b_weight: Tensor,
-    w_uk: Tensor,
-    w_uv: Tensor,
-) -> Tensor:
-    """Do all of `latent_attention` (see its arguments) in one operator; which regime it is, the batch says.
-
-    Returns:
-        [T, H * V], contiguous, dtype of the queries.
-    """
-    return _PLAIN_ATTENTION(
-        q_nope,
-        q_pe,
-        compressed,
-        norm_weight,
-        eps,
-        cos,
-        sin,
-        latent_cache,
-        slot_mapping,
-        block_tables,
-        seq_lens,
-        query_start,
-        num_decode_tokens,
-        scale,
-        kv_b_weight,
-        w_uk,
-        w_uv,
-    )
-
-
-@mla_attention.fake
-def _mla_attention_fake(
-    q_nope: Tensor,
-    q_pe: Tensor,
-    compressed: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    latent_cache: Tensor,
-    slot_mapping: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    query_start: Tensor,
-    num_decode_tokens: int,
-    scale: float,
-    kv_b_weight: Tensor,
-    w_uk: Tensor,
-    w_uv: Tensor,
-) -> Tensor:
-    num_tokens, num_heads, nope = q_nope.shape
-    rank, value = w_uv.shape[1:]
-    _same(
-        "kv_b_weight, against w_uk with w_uv", kv_b_weight.shape[0], num_heads * (nope + value), asked="mla_attention"
-    )
-    _same("compressed, against w_uv and q_pe", compressed.shape[1], rank + q_pe.shape[2], asked="mla_attention")
-    return q_nope.new_empty(num_tokens, num_heads * value)
-
-
-def _same(what: str, found: int, wanted: int, *, asked: str) -> None:
+def check_same(what: str, found: int, wanted: int, *, asked: str) -> None:
     """Raise OpError where two sizes, which a trace knows, differ."""
     if found != wanted:
         raise OpError(asked=f"trace {asked}", found=f"{what}: sizes {found} and {wanted}", try_="tensors of one layer")
+
+
+def _check_write(compressed: Tensor, norm_weight: Tensor, cos: Tensor, latent_cache: Tensor, *, asked: str) -> None:
+    rank, width = norm_weight.shape[0], compressed.shape[1]
+    check_same("norm_weight and 2 * cos, against compressed", rank + 2 * cos.shape[1], width, asked=asked)
+    _check_cache("compressed", latent_cache, compressed, rank=rank, rope=width - rank, asked=asked)
+
+
+def _check_cache(what: str, latent_cache: Tensor, like: Tensor, *, rank: int, rope: int, asked: str) -> None:
+    """Raise OpError where a cache isn't one of such entries, in the dtype of `like` or in fp8."""
+    if latent_cache.dtype not in (like.dtype, torch.uint8):
+        found = f"a latent_cache of {latent_cache.dtype} for tensors of {like.dtype}"
+        raise OpError(asked=f"trace {asked}", found=found, try_="a cache of the same dtype, or of uint8 for fp8")
+    wanted = entry_width(latent_cache.dtype, like.dtype, rank=rank, rope=rope)
+    check_same(f"{what}, against latent_cache", wanted, latent_cache.shape[2], asked=asked)

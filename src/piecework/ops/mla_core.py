@@ -6,7 +6,8 @@ query, and the value projection comes after. What the steps are is written here 
 they are done is the caller's: operators that a trace keeps apart, or plain and native functions within one operator.
 
 Shape suffixes: T new tokens, D of them decode and first, P prefill; S sequences, H heads, N dimensions of a head
-without rotation, R with, V of a value, L of a latent; B block size, W blocks per row of the block table.
+without rotation, R with, V of a value, L of a latent; B block size, W blocks per row of the block table, E
+the length of an entry in the cache (ops/mla_cache.py).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Write(Protocol):
         latent_cache: Tensor,
         slot_mapping: Tensor,
     ) -> Tensor:
-        """Return what was stored, [T, L + R]."""
+        """Return what the cache then holds, [T, L + R]."""
 
 
 class Decode(Protocol):
@@ -170,7 +171,7 @@ def latent_attention(
         eps: of the norm.
         cos: [T, R / 2], and `sin`: of each token's position, attention scaling included.
         sin: see `cos`.
-        latent_cache: [blocks, B, L + R], written in place.
+        latent_cache: [blocks, B, E], written in place.
         slot_mapping: [T] int64, block * B + offset of each new token.
         block_tables: [S, W] int64; row s lists the blocks of sequence s, padded with any valid block.
         seq_lens: [S] int64, tokens in the cache after this step, at least 1.

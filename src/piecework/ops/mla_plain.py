@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 
+from piecework.ops import mla_cache
+
 CONTEXT_CHUNK: Final = 2048  # tokens that are expanded at once, of all sequences together
 _GATHERED: Final = 4096  # latents that are gathered at once; more would leave the caches on the way
 _UNEVEN: Final = 4  # sequences shorter than the longest by this factor are attended apart, so that padding stays small
@@ -41,8 +43,7 @@ def write(
     half = even.shape[1]
     entry[:, rank : rank + half] = even * cos - odd * sin
     entry[:, rank + half :] = odd * cos + even * sin
-    latent_cache.flatten(0, 1).index_copy_(0, slot_mapping, entry)
-    return entry
+    return mla_cache.put(entry, rank, latent_cache, slot_mapping)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ def decode(
             last = seq_lens[:num][which].unsqueeze(1) - 1
             mask = (positions <= last).unsqueeze(1).unsqueeze(1)
             positions = torch.minimum(positions, last)
-        keys = _gather(latent_cache, block_tables[:num][which], positions).unsqueeze(1)
+        keys = _gather(latent_cache, block_tables[:num][which], positions, rank=rank, like=query).unsqueeze(1)
         # All heads share a key: they are the rows of one matrix. The last R of the values are of no use.
         attended = scaled_dot_product_attention(query[which].unsqueeze(1), keys, keys, attn_mask=mask, scale=scale)
         out[which] = attended.squeeze(1)[..., :rank]
@@ -145,7 +146,7 @@ def prefill(
         so_far = _attend(query, keys, values, scale, causal=True)
         for begin in range(0, context, CONTEXT_CHUNK):
             positions = torch.arange(begin, min(begin + CONTEXT_CHUNK, context), device=query.device).unsqueeze(0)
-            cached = _gather(latent_cache, block_tables[index : index + 1], positions)[0]
+            cached = _gather(latent_cache, block_tables[index : index + 1], positions, rank=rank, like=entry)[0]
             keys, values = expand.heads(linear(cached[:, :rank], kv_b_weight), cached[:, rank:])
             so_far = so_far.merged(_attend(query, keys, values, scale, causal=False))
         out[tokens] = so_far.out.transpose(0, 1)
@@ -226,9 +227,13 @@ def _alike(lengths: list[int]) -> Iterator[list[int]]:
         yield group
 
 
-def _gather(latent_cache: Tensor, block_tables: Tensor, positions: Tensor) -> Tensor:
-    """Copy the entries at `positions` [S, C] of sequences out of their blocks: [S, C, L + R]."""
+def _gather(latent_cache: Tensor, block_tables: Tensor, positions: Tensor, *, rank: int, like: Tensor) -> Tensor:
+    """Copy the entries at `positions` [S, C] of sequences out of their blocks: [S, C, L + R], of the type of `like`.
+
+    `like` is [..., L + R].
+    """
     block_size = latent_cache.shape[1]
     slots = block_tables.gather(1, positions // block_size) * block_size + positions % block_size
-    entries = latent_cache.flatten(0, 1).index_select(0, slots.flatten())
+    rope = like.shape[-1] - rank
+    entries = mla_cache.take(latent_cache, slots.flatten(), rank=rank, rope=rope, dtype=like.dtype)
     return entries.view(*positions.shape, -1)

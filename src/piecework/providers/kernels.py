@@ -11,14 +11,13 @@ from piecework.errors import BundleError
 from piecework.ops.attention import ATTENTION_OP
 from piecework.ops.layer_attention import LAYER_ATTENTION_OP, LayerAttention
 from piecework.ops.mla import (
-    MLA_ATTENTION_OP,
     MLA_DECODE_OP,
     MLA_PREFILL_OP,
     MLA_WRITE_DECODE_OP,
     MLA_WRITE_OP,
-    LatentAttention,
     row_view,
 )
+from piecework.ops.mla_attention import MLA_ATTENTION_OP, LatentAttention
 from piecework.ops.mla_core import LatentCores
 from piecework.providers.cpu_attention import kernel as cpu_attention
 from piecework.providers.cpu_mla import kernel as cpu_mla

@@ -14,13 +14,13 @@ from piecework.ops import mla_plain
 from piecework.ops.mla import (
     PLAIN,
     TRACED,
-    mla_attention,
     mla_decode,
     mla_prefill,
     mla_write,
     mla_write_decode,
     row_view,
 )
+from piecework.ops.mla_attention import mla_attention
 from piecework.ops.mla_core import LatentCores, Regime, by_head, latent_attention
 from piecework.ops.rows import rows
 from tests.unit.ops.mla_cases import (
