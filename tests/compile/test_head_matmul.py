@@ -32,6 +32,18 @@ class Products(nn.Module):
         return made, head_matmul(made, self.second).flatten(1)
 
 
+class Apart(nn.Module):
+    """A product of rows whose elements lie apart."""
+
+    def __init__(self, first: nn.Parameter) -> None:
+        super().__init__()
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, DEPTH, HEADS]."""
+        return head_matmul(x.transpose(1, 2), self.first)
+
+
 @pytest.fixture(scope="module", params=list(TOLERANCES), ids=str)
 def products(request: pytest.FixtureRequest) -> Products:
     torch.manual_seed(0)
@@ -53,6 +65,11 @@ def model(products: Products, bundle: Path) -> LoadedModel:
     return piecework.load(bundle, weights=products)
 
 
+def test_matrices_of_whole_blocks_are_packed_at_load(model: LoadedModel) -> None:
+    packing = {recipe.name: recipe.pack for recipe in model.plan.recipes}
+    assert packing == {"first": "head_columns", "second": ""}
+
+
 def test_the_piece_has_the_code(bundle: Path) -> None:
     (library,) = bundle.rglob("*.so")
     assert b"aoti_torch_cpu_head_matmul_cpu" in library.read_bytes()
@@ -70,6 +87,17 @@ def test_products_are_those_of_torch(products: Products, model: LoadedModel, tok
     torch.testing.assert_close(first.double(), wanted, rtol=tolerance, atol=tolerance)
     wanted = head_matmul_native(first.double(), products.second.double()).flatten(1)
     torch.testing.assert_close(second.double(), wanted, rtol=tolerance, atol=2 * tolerance)
+
+
+def test_elements_of_a_row_may_lie_apart(products: Products, home: Path, tmp_path: Path) -> None:
+    module, dtype = Apart(products.first), products.first.dtype
+    x = torch.randn(11, DEPTH, HEADS, dtype=dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PIECEWORK_HOME", str(home))
+        piecework.compile(module, (x,), dynamic={"tokens": piecework.Dim(1, 64)}, out=tmp_path / "bundle")
+    made = piecework.load(tmp_path / "bundle", weights=module)(x)
+    wanted = head_matmul_native(x.transpose(1, 2).double(), products.first.double())
+    torch.testing.assert_close(made.double(), wanted, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
 
 
 def test_a_number_that_is_none_stays_in_its_token(products: Products, model: LoadedModel) -> None:

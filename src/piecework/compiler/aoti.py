@@ -23,6 +23,7 @@ from piecework.ops.resolve import resolve_target
 from piecework.passes.native_matmul import native_matmul, plain_matmul
 from piecework.passes.pack_linear import pack_linear
 from piecework.providers.discovery import load_operators
+from piecework.store.packings import HEAD_COLUMNS, MKLDNN_LINEAR
 
 _OPTIONS: Mapping[str, Any] = {
     # else Inductor writes the values of scalars and of vectors of up to 8 elements into the code; ours have none yet
@@ -47,8 +48,9 @@ def compile_piece(job: Job, *, directory: Path, toolchain: Toolchain) -> Path:
     Raises ShapeContractError where Inductor narrows a size, CompileError where Inductor or the C++ compiler fails.
     """
     session = torch_private.SymbolicSession()
-    packed = pack_linear(job.program, constants=job.pack)
-    native = native_matmul(packed)
+    packed = pack_linear(job.program, constants=job.packed(MKLDNN_LINEAR))
+    matrices = job.packed(HEAD_COLUMNS)
+    native = native_matmul(packed, constants=matrices)
     load_operators(call.target for call in packed.calls)
     module, inputs = rebuild(native.program, ranges=job.ranges, session=session)
     options = {**_OPTIONS, **({"aot_inductor.embed_kernel_binary": True} if _on_cuda(job) else {})}
@@ -61,7 +63,7 @@ def compile_piece(job: Job, *, directory: Path, toolchain: Toolchain) -> Path:
         options |= native.options
         made = _compile(module, inputs, output=output, options=options, build=build, told=told, session=session)
     except _DoesNotFit:
-        module, inputs = rebuild(plain_matmul(packed), ranges=job.ranges, session=session)
+        module, inputs = rebuild(plain_matmul(packed, constants=matrices), ranges=job.ranges, session=session)
         made = _compile(module, inputs, output=output, options=options, build=None, told=told, session=session)
     guards = session.narrowing_guards()
     if guards:

@@ -43,8 +43,8 @@ class Compiled(Protocol):
         """The program's symbol for the primary size, or None where it doesn't have it."""
 
     @property
-    def pack(self) -> frozenset[int]:
-        """Constants that are bound packed."""
+    def pack(self) -> Mapping[int, str]:
+        """Constants that are bound packed, and how."""
 
 
 @dataclass(frozen=True)

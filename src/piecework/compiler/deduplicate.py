@@ -13,7 +13,7 @@ from piecework.ops.program import Program
 from piecework.ops.rows import ROWS_OP
 from piecework.passes.interface import PassReport
 from piecework.passes.lower import CallSite, Lowered, Lowering
-from piecework.passes.pack_linear import packable_constants
+from piecework.passes.packing import Packing
 from piecework.passes.pipeline import Pipeline
 from piecework.passes.rewritten import Rewritten
 
@@ -27,7 +27,7 @@ class Unique:
         passed: the piece after passes; its IR ops are not lowered yet.
         lowered: the piece after passes and lowering, which is what a backend compiles.
         primary: the program's symbol for the primary size, or None where the piece doesn't have it.
-        pack: constants of the lowered program that are bound packed.
+        pack: constants of the lowered program that are bound packed, and how.
         uses: how many pieces are equal to it.
         sites: its calls of IR ops, and which provider each has.
         passes: what each pass did with it.
@@ -37,7 +37,7 @@ class Unique:
     passed: Program
     lowered: Rewritten
     primary: str | None
-    pack: frozenset[int]
+    pack: Mapping[int, str]
     uses: int
     sites: tuple[CallSite, ...] = ()
     passes: tuple[PassReport, ...] = ()
@@ -75,7 +75,7 @@ def deduplicate(
     paths: Sequence[Forward],
     *,
     passes: Collection[str] = (),
-    pack_dtypes: frozenset[str] = frozenset(),
+    packing: Packing | None = None,
     lowering: Lowering | None = None,
 ) -> Deduplicated:
     """Group pieces by fingerprint, and run the passes over each unique one.
@@ -86,7 +86,7 @@ def deduplicate(
     Args:
         paths: a model's forwards; they share pieces.
         passes: names of the passes that run (passes/pipeline.py).
-        pack_dtypes: dtypes of weights that are packed (passes/pack_linear.py).
+        packing: which weights are packed; None: none are.
         lowering: chooses providers of IR ops (passes/lower.py); None leaves the ops as they are.
 
     Raises OpError where no provider that is asked for supports a call.
@@ -125,7 +125,7 @@ def deduplicate(
         lowered = Lowered(made.program)
         if lowering is not None:
             lowered = lowering.lower(made.program, strict_outputs=strictly, origins=made.origins)
-        pack = packable_constants(lowered.program, dtypes=pack_dtypes)
+        pack = packing.of(lowered.program) if packing is not None else {}
         after = replace(made, program=lowered.program)
         sites, reports = lowered.sites, passed.reports
         unique.append(Unique(piece.program, made.program, after, primary, pack, count, sites, reports))

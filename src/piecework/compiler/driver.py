@@ -14,7 +14,8 @@ from piecework.compiler.deduplicate import Deduplicated, Forward, deduplicate
 from piecework.compiler.explanations import explain_pieces
 from piecework.compiler.kernels import KernelBuilds, kernel_jobs
 from piecework.compiler.natives import Native, collect_natives
-from piecework.compiler.options import BackendName, CompileOptions, chosen_passes, packed_dtypes
+from piecework.compiler.options import CompileOptions, chosen_passes
+from piecework.compiler.packing import packing_of
 from piecework.compiler.planning import make_plan
 from piecework.foundation.process import garbage_collection_off
 from piecework.foundation.target import Target
@@ -26,6 +27,7 @@ from piecework.passes.native_matmul import native_paths
 from piecework.providers.discovery import Providers, load_providers
 from piecework.record import Recorder
 from piecework.store.facts import Fact, environment_facts, option_facts, package_version, source_facts
+from piecework.store.packings import HEAD_COLUMNS
 from piecework.store.plan import Plan, ShapeRange
 from piecework.store.stores import BundleContent, Store
 
@@ -78,7 +80,7 @@ def compile_request(
             pieces = deduplicate(
                 paths,
                 passes=chosen_passes(options),
-                pack_dtypes=packed_dtypes(options, target=target, device=request.device),
+                packing=packing_of(options, target=target, device=request.device),
                 lowering=lowering,
             )
             called = set[Path]()
@@ -124,7 +126,7 @@ def compile_request(
                 {
                     *source_facts(called.union(*(path.captured.sources for path in paths))),
                     *kernels.facts(),
-                    *_inlined_facts(pieces, options),
+                    *_inlined_facts(pieces),
                 }
             ),
         )
@@ -157,11 +159,10 @@ def _provider_facts(pieces: Deduplicated, natives: Sequence[Native], providers: 
     return [Fact("provider", package, package_version(package)) for package in packages]
 
 
-def _inlined_facts(pieces: Deduplicated, options: CompileOptions) -> tuple[Fact, ...]:
+def _inlined_facts(pieces: Deduplicated) -> tuple[Fact, ...]:
     """Return the facts of the files that are compiled into pieces besides their own code."""
-    if options.backend is not BackendName.AOTI:
-        return ()
-    return source_facts({path for unique in pieces.unique for path in native_paths(unique.program)})
+    inlined = any(HEAD_COLUMNS in unique.pack.values() for unique in pieces.unique)
+    return source_facts(native_paths()) if inlined else ()
 
 
 def _note_capture(recorder: Recorder, paths: Sequence[Forward], pieces: Deduplicated) -> None:

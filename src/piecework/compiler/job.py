@@ -9,6 +9,7 @@ from typing import Any
 from piecework.foundation.digests import JsonScalar, digest_json
 from piecework.ops.program import Program
 from piecework.passes.native_matmul import native_sources
+from piecework.store.packings import HEAD_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -18,14 +19,14 @@ class Job:
     Attributes:
         program: the piece.
         ranges: symbol → (min, max) where narrower than the program declares.
-        pack: constants that are bound packed for oneDNN.
+        pack: constants that are bound packed, and how (store/packings.py).
         options: backend options that change the artifact.
         target: what the artifact runs on (`Target.fact`, torch's version).
     """
 
     program: Program
     ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    pack: frozenset[int] = frozenset()
+    pack: Mapping[int, str] = field(default_factory=dict)
     options: Mapping[str, JsonScalar] = field(default_factory=dict)
     target: Mapping[str, str] = field(default_factory=dict)
 
@@ -34,7 +35,7 @@ class Job:
         return {
             "program": self.program.to_json(),
             "ranges": {s: list(r) for s, r in sorted(self.ranges.items())},
-            "pack": sorted(self.pack),
+            "pack": [[index, how] for index, how in sorted(self.pack.items())],
             "options": dict(self.options),
             "target": dict(self.target),
         }
@@ -45,12 +46,16 @@ class Job:
         return Job(
             program=Program.from_json(data["program"]),
             ranges={s: (int(lo), int(hi)) for s, (lo, hi) in data["ranges"].items()},
-            pack=frozenset(data["pack"]),
+            pack={int(index): str(how) for index, how in data["pack"]},
             options=data["options"],
             target=data["target"],
         )
 
+    def packed(self, how: str) -> frozenset[int]:
+        """Return the constants that are bound packed in that way."""
+        return frozenset(index for index, name in self.pack.items() if name == how)
+
     def key(self) -> str:
         """Return the artifact's key: the digest of all that the compile depends on."""
-        sources = native_sources(self.program) if self.options.get("backend") != "eager" else {}
+        sources = native_sources() if HEAD_COLUMNS in self.pack.values() else {}
         return digest_json({**self.to_json(), **({"sources": sources} if sources else {})})

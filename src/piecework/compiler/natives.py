@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,7 +41,7 @@ class NativePiece:
 
     program: Program
     primary: str | None = None
-    pack: frozenset[int] = frozenset()
+    pack: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from enum import Enum
 
 from piecework.errors import CompileError
 from piecework.foundation.digests import JsonScalar
-from piecework.foundation.target import Target
 from piecework.ops.selection import ProviderOrder
 from piecework.passes.names import MERGE_LINEAR, PASS_NAMES
 
@@ -86,12 +85,3 @@ def parse_ranges(text: str) -> tuple[tuple[int, int], ...]:
             raise ValueError(f"{part!r} does not follow on {ranges[-1][0]}:{ranges[-1][1]}")
         ranges.append((lo, hi))
     return tuple(ranges)
-
-
-def packed_dtypes(options: CompileOptions, *, target: Target, device: str) -> frozenset[str]:
-    """Return the weight dtypes that are packed for oneDNN on `target`: what its x86 kernels support and gain from."""
-    if device != "cpu" or options.backend is not BackendName.AOTI or options.pack_linear is False:
-        return frozenset()
-    if target.machine != "x86_64" or target.isa == "baseline":
-        return frozenset()
-    return frozenset({"float32", "bfloat16"} if target.isa != "avx2" else {"float32"})

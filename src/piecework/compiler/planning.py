@@ -19,7 +19,6 @@ from piecework.graph.split import OpaqueCall, Piece
 from piecework.ops.layer import LayerName
 from piecework.ops.program import encode_float
 from piecework.ops.weight_source import Concat, Source, Take, label
-from piecework.passes.pack_linear import PACKING
 from piecework.store.plan import (
     Instance,
     OpStep,
@@ -133,7 +132,7 @@ class _Constants:
     @staticmethod
     def _of_piece(piece: Piece, unique: Unique) -> list[_Wanted]:
         return [
-            _Wanted(tuple(piece.constants[old] for old in made_of), PACKING if i in unique.pack else "")
+            _Wanted(tuple(piece.constants[old] for old in made_of), unique.pack.get(i, ""))
             for i, made_of in enumerate(unique.lowered.constants)
         ]
 

@@ -4,12 +4,13 @@ before: piecework::head_matmul(x, w)
 after:  piecework::head_matmul_cpu(x, w)     a function of providers/cpu_pieces, compiled into the piece
 or:     piecework::head_matmul_plain(x, w)   torch's bmm
 
-Applies on CPUs to float32 and bfloat16 where w is a constant of even depth, whose width is whole blocks of columns. The
-function itself leaves what the machine has no instructions for to torch.
+Applies to matrices that are bound packed: constants on CPUs, in float32 or bfloat16, of even depth and of whole blocks
+of columns, that nothing else uses. The plan's recipe says that they are packed once, at load (DESIGN.md 4.7).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -17,16 +18,18 @@ from typing import Any, Final
 import torch
 
 from piecework.foundation.digests import digest_file
+from piecework.ops.head_matmul import BLOCK_COLUMNS
 from piecework.ops.program import Call, Program
+from piecework.passes.pack_linear import constants_used_as
 from piecework.providers import cpu_pieces
 
 _PRODUCT: Final = "piecework.head_matmul.default"
 _NATIVE: Final = "piecework.head_matmul_cpu.default"
 _PLAIN: Final = "piecework.head_matmul_plain.default"
+_UNPACKED: Final = "piecework.head_matmul_unpacked.default"
 _DECLARED: Final = (
     "AOTITorchError aoti_torch_cpu_head_matmul_cpu(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*)"
 )
-_BLOCK: Final = 32  # columns; a multiple of what any machine takes at once
 _DTYPES: Final = ("float32", "bfloat16")
 
 
@@ -45,50 +48,57 @@ class NativeProducts:
     options: dict[str, Any]
 
 
-def native_matmul(program: Program) -> NativeProducts:
-    """Have products done natively where that is possible, and by torch elsewhere."""
-    found = {_dtype(program, call) for call in program.calls if _fits(program, call)}
-    made = replace(program, calls=tuple(_renamed(c, _NATIVE if _fits(program, c) else _PLAIN) for c in program.calls))
-    if not found:
+def packable_matrices(program: Program) -> frozenset[int]:
+    """Return the constants that are heads' matrices and nothing else, and of which packed ones can be made."""
+    return frozenset(c for c in constants_used_as(_PRODUCT, program) if _fits(program, c))
+
+
+def native_matmul(program: Program, *, constants: Collection[int]) -> NativeProducts:
+    """Have products with the matrices among `constants`, which are packed, done natively, and others by torch."""
+    made = _renamed(program, constants, _NATIVE)
+    if not constants:
         return NativeProducts(made, "", {})
+    found = {program.constants[index].dtype for index in constants}
     shim = Path(cpu_pieces.__file__).resolve().parent / "head_matmul_shim.h"
     lines = [*(f"#define PIECEWORK_{dtype.upper()}" for dtype in sorted(found)), f'#include "{shim}"', ""]
     shims = {torch.ops.piecework.head_matmul_cpu.default: [_DECLARED]}
     return NativeProducts(made, "\n".join(lines), {"aot_inductor.custom_ops_to_c_shims": shims})
 
 
-def plain_matmul(program: Program) -> Program:
-    """Have all products done by torch."""
-    return replace(program, calls=tuple(_renamed(call, _PLAIN) for call in program.calls))
+def plain_matmul(program: Program, *, constants: Collection[int]) -> Program:
+    """Have all products done by torch; the matrices among `constants`, which are packed, are unpacked every time."""
+    return _renamed(program, constants, _UNPACKED)
 
 
-def native_paths(program: Program) -> tuple[Path, ...]:
-    """Return the files that are compiled into a program's piece besides its own code."""
-    if not any(_fits(program, call) for call in program.calls):
-        return ()
+def native_paths() -> tuple[Path, ...]:
+    """Return the files that are compiled, besides its own code, into a piece with packed matrices."""
     own = Path(cpu_pieces.__file__).resolve().parent
     shared = own.parent / "cpu_common"
     return tuple(sorted([*own.glob("*.h"), shared / "elements.h", shared / "vectors.h"]))
 
 
-def native_sources(program: Program) -> dict[str, str]:
+def native_sources() -> dict[str, str]:
     """Return the digests of `native_paths`, by name."""
-    return {path.name: digest_file(path) for path in native_paths(program)}
+    return {path.name: digest_file(path) for path in native_paths()}
 
 
-def _renamed(call: Call, target: str) -> Call:
-    return replace(call, target=target) if call.target == _PRODUCT else call
+def _renamed(program: Program, constants: Collection[int], packed: str) -> Program:
+    def renamed(call: Call) -> Call:
+        if call.target != _PRODUCT:
+            return call
+        return replace(call, target=packed if call.args[1].get("c") in constants else _PLAIN)
+
+    return replace(program, calls=tuple(renamed(call) for call in program.calls))
 
 
-def _fits(program: Program, call: Call) -> bool:
-    if call.target != _PRODUCT or "c" not in call.args[1]:
-        return False
-    weight = program.constants[call.args[1]["c"]]
+def _fits(program: Program, constant: int) -> bool:
+    weight = program.constants[constant]
     _, depth, width = (int(size) for size in weight.shape)
     contiguous = weight.stride == (depth * width, width, 1)
-    return weight.device == "cpu" and weight.dtype in _DTYPES and contiguous and not depth % 2 and not width % _BLOCK
-
-
-def _dtype(program: Program, call: Call) -> str:
-    weight: int = call.args[1]["c"]
-    return program.constants[weight].dtype
+    return (
+        weight.device == "cpu"
+        and weight.dtype in _DTYPES
+        and contiguous
+        and not depth % 2
+        and not width % BLOCK_COLUMNS
+    )

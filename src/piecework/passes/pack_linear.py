@@ -17,21 +17,24 @@ from piecework.ops.program import Call, Program, references
 _LINEAR = "piecework.linear.default"
 _PLAIN = "aten.linear.default"
 _PACKED = "mkldnn._linear_pointwise.default"
-PACKING = "mkldnn_linear"
 
 
 def packable_constants(program: Program, *, dtypes: frozenset[str]) -> frozenset[int]:
     """Return the constants that are weights of linear layers and nothing else."""
+    return frozenset(c for c in constants_used_as(_LINEAR, program) if _fits(program, c, dtypes=dtypes))
+
+
+def constants_used_as(target: str, program: Program) -> frozenset[int]:
+    """Return the constants that are the second argument, the weight, of calls of `target`, and nothing else."""
     weights: set[int] = set()
-    others: set[int] = set()
+    others = {index for output in program.outputs for kind, index in references(output) if kind == "c"}
     for call in program.calls:
-        is_linear = call.target == _LINEAR
         for position, argument in enumerate(call.args):
             found = {index for kind, index in references(argument) if kind == "c"}
-            (weights if is_linear and position == 1 else others).update(found)
+            (weights if call.target == target and position == 1 else others).update(found)
         for argument in call.kwargs.values():
             others.update(index for kind, index in references(argument) if kind == "c")
-    return frozenset(c for c in weights - others if _fits(program, c, dtypes=dtypes))
+    return frozenset(weights - others)
 
 
 def _fits(program: Program, constant: int, *, dtypes: frozenset[str]) -> bool:

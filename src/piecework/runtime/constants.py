@@ -6,15 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from piecework.errors import WeightsError
 from piecework.foundation import torch_private
+from piecework.ops.head_matmul import packed_matrices
 from piecework.ops.weight_source import Concat, HeadProduct, HeadRows, Source, Stack, Take, numbered, resolved
+from piecework.store.packings import HEAD_COLUMNS, MKLDNN_LINEAR
 from piecework.store.plan import Recipe
+
+_PACKED: Final = {MKLDNN_LINEAR: torch_private.pack_linear_weight, HEAD_COLUMNS: packed_matrices}
 
 
 @runtime_checkable
@@ -103,13 +107,13 @@ def pack_constants(recipes: Sequence[Recipe], constants: list[torch.Tensor]) -> 
     packed = [i for i, r in enumerate(recipes) if r.pack]
     if packed:
         with ThreadPoolExecutor(max_workers=min(8, torch.get_num_threads())) as pool:
-            for i, tensor in zip(packed, pool.map(lambda i: _pack(constants[i]), packed), strict=True):
+            for i, tensor in zip(packed, pool.map(lambda i: _pack(constants[i], recipes[i].pack), packed), strict=True):
                 constants[i] = tensor
 
 
-def _pack(weight: torch.Tensor) -> torch.Tensor:
+def _pack(weight: torch.Tensor, how: str) -> torch.Tensor:
     with torch.no_grad():
-        return torch_private.pack_linear_weight(weight)
+        return _PACKED[how](weight)
 
 
 def _take(recipe: Recipe, *, source: TensorSource, literals: Mapping[str, torch.Tensor], device: str) -> torch.Tensor:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from piecework.compiler.job import Job
 from piecework.foundation.digests import digest_json
-from piecework.ops.head_matmul import head_matmul, head_matmul_native
+from piecework.ops.head_matmul import head_matmul, head_matmul_native, packed_matrices, unpacked_matrices
 from piecework.ops.program import Call, Program, TensorSpec
-from piecework.passes.native_matmul import native_matmul, native_sources, plain_matmul
+from piecework.passes.native_matmul import native_matmul, native_sources, packable_matrices, plain_matmul
+from piecework.passes.packing import Packing
+from piecework.store.packings import HEAD_COLUMNS
 
 _X = TensorSpec(("s0", 4, 8), (32, 8, 1), "float32", "cpu")
 _W = TensorSpec((4, 8, 64), (512, 64, 1), "float32", "cpu")
@@ -20,8 +23,10 @@ PROGRAM = Program((("s0", 0, 64),), (_X,), (_W,), (_PRODUCT,), ({"n": 0},))
 PLAIN = "piecework.head_matmul_plain.default"
 
 
-def test_a_constant_of_whole_blocks_is_multiplied_natively() -> None:
-    made = native_matmul(PROGRAM)
+def test_a_constant_of_whole_blocks_is_packed_and_multiplied_natively() -> None:
+    assert Packing(matrices=True).of(PROGRAM) == {0: HEAD_COLUMNS}
+    assert Packing().of(PROGRAM) == {}
+    made = native_matmul(PROGRAM, constants={0})
     assert [call.target for call in made.program.calls] == ["piecework.head_matmul_cpu.default"]
     assert made.program.calls[0].args == _PRODUCT.args
     assert made.source.startswith("#define PIECEWORK_FLOAT32\n#include ")
@@ -40,29 +45,42 @@ def test_a_constant_of_whole_blocks_is_multiplied_natively() -> None:
     ],
 )
 def test_others_are_torchs(weight: TensorSpec) -> None:
-    made = native_matmul(replace(PROGRAM, constants=(weight,)))
+    program = replace(PROGRAM, constants=(weight,))
+    assert packable_matrices(program) == frozenset()
+    made = native_matmul(program, constants=())
     assert [call.target for call in made.program.calls] == [PLAIN]
     assert (made.source, made.options) == ("", {})
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"calls": (_PRODUCT, Call("aten.neg.default", ({"c": 0},), {}))},
+        {"outputs": ({"n": 0}, {"c": 0})},
+    ],
+)
+def test_a_matrix_that_something_else_reads_stays_as_it_is(change: dict[str, Any]) -> None:
+    assert packable_matrices(replace(PROGRAM, **change)) == frozenset()
+
+
 def test_a_matrix_that_differs_from_call_to_call_is_torchs() -> None:
     given = replace(PROGRAM, inputs=(_X, _W), constants=(), calls=(replace(_PRODUCT, args=({"i": 0}, {"i": 1})),))
-    assert [call.target for call in native_matmul(given).program.calls] == [PLAIN]
+    assert packable_matrices(given) == frozenset()
+    assert [call.target for call in native_matmul(given, constants=()).program.calls] == [PLAIN]
 
 
 def test_all_can_be_torchs() -> None:
-    assert [call.target for call in plain_matmul(PROGRAM).calls] == [PLAIN]
+    assert [call.target for call in plain_matmul(PROGRAM, constants=()).calls] == [PLAIN]
+    (unpacked,) = plain_matmul(PROGRAM, constants={0}).calls
+    assert unpacked.target == "piecework.head_matmul_unpacked.default"
 
 
 def test_a_piece_is_compiled_again_when_the_code_changes() -> None:
-    sources = native_sources(PROGRAM)
-    assert {"head_matmul.h", "head_matmul_shim.h", "elements.h", "vectors.h"} <= set(sources)
-    without = replace(PROGRAM, calls=(replace(_PRODUCT, target="aten.bmm.default"),))
-    assert native_sources(without) == {}
-    assert Job(PROGRAM).key() != digest_json(Job(PROGRAM).to_json())
-    assert Job(without).key() == digest_json(Job(without).to_json())
-    eager = Job(PROGRAM, options={"backend": "eager"})  # which compiles nothing
-    assert eager.key() == digest_json(eager.to_json())
+    assert {"head_matmul.h", "head_matmul_shim.h", "elements.h", "vectors.h"} <= set(native_sources())
+    native, plain = Job(PROGRAM, pack={0: HEAD_COLUMNS}), Job(PROGRAM)
+    assert native.key() != digest_json(native.to_json())
+    assert plain.key() == digest_json(plain.to_json())  # it has none of that code
+    assert Job.from_json(native.to_json()) == native
 
 
 def test_the_operator_is_torchs_bmm_with_tokens_first() -> None:
@@ -70,5 +88,20 @@ def test_the_operator_is_torchs_bmm_with_tokens_first() -> None:
     made = head_matmul(x, weight)
     assert made.is_contiguous()
     torch.testing.assert_close(made, torch.einsum("thk,hkw->thw", x, weight))
-    for other in (torch.ops.piecework.head_matmul_cpu, torch.ops.piecework.head_matmul_plain, head_matmul_native):
+    for other in (torch.ops.piecework.head_matmul_plain, head_matmul_native):
         torch.testing.assert_close(other(x, weight), made)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_matrices_are_blocks_of_columns(dtype: torch.dtype) -> None:
+    weight = torch.arange(2 * 4 * 64).reshape(2, 4, 64).to(dtype)
+    packed = packed_matrices(weight)
+    assert packed.shape == weight.shape
+    block = packed.flatten()[2 * 4 * 32 : 3 * 4 * 32]  # of the second head, its first 32 columns
+    columns = weight[1, :, :32]
+    expected = columns.flatten() if dtype is torch.float32 else columns.unflatten(0, (2, 2)).transpose(1, 2).flatten()
+    assert block.equal(expected)
+    assert unpacked_matrices(packed).equal(weight)
+    x = torch.randn(3, 2, 4).to(dtype)
+    for name in ("head_matmul_cpu", "head_matmul_unpacked"):
+        assert getattr(torch.ops.piecework, name)(x, packed).equal(head_matmul(x, weight))

@@ -12,7 +12,8 @@ from tests.unit.graph.graphs import NAMED, TWO, Encoder, NamedBlock, Stack, requ
 from tests.unit.models.tiny import write_config
 
 from piecework.compiler.deduplicate import Forward, deduplicate
-from piecework.compiler.options import CompileOptions, packed_dtypes
+from piecework.compiler.options import CompileOptions
+from piecework.compiler.packing import packing_of
 from piecework.compiler.planning import make_plan
 from piecework.errors import CorruptBundle
 from piecework.foundation.target import read_target
@@ -46,7 +47,7 @@ recipes = st.builds(
     shape=st.lists(st.integers(0, 9), max_size=2).map(tuple),
     dtype=st.sampled_from(["float32", "bfloat16"]),
     literal=st.booleans(),
-    pack=st.sampled_from(["", "mkldnn_linear"]),
+    pack=st.sampled_from(["", "mkldnn_linear", "head_columns"]),
 )
 composed = st.builds(
     lambda a, b, n: Recipe(f"{a} + {b}", (2 * n, 3), "float32", source=Concat((Take(a, (n, 3)), Take(b, (n, 3))))),
@@ -150,8 +151,8 @@ def test_a_run_of_absurd_length_is_refused() -> None:
 def plan_of(wanted: CaptureRequest) -> Plan:
     captured = capture(wanted)
     steps = split(captured)
-    dtypes = packed_dtypes(CompileOptions(), target=read_target(), device="cpu")
-    pieces = deduplicate([Forward(captured, steps)], pack_dtypes=dtypes)
+    packing = packing_of(CompileOptions(), target=read_target(), device="cpu")
+    pieces = deduplicate([Forward(captured, steps)], packing=packing)
     return make_plan([Forward(captured, steps)], pieces, artifacts=[[] for _ in pieces.unique])
 
 

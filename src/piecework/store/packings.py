@@ -1,0 +1,11 @@
+"""Names of the forms that recipes bring weights into, at load, for what reads them (runtime/constants.py)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+MKLDNN_LINEAR: Final = "mkldnn_linear"
+"""A linear layer's weight [out, in] in oneDNN's blocked layout."""
+
+HEAD_COLUMNS: Final = "head_columns"
+"""Heads' matrices [H, K, W] in blocks of columns (ops/head_matmul.py)."""
