@@ -31,6 +31,9 @@ def _fresh() -> Iterator[None]:
 
 
 as_objects = pytest.mark.skipif(not IS_OBJECT, reason="layer names are strings here")
+exports_objects = pytest.mark.skipif(
+    torch.__version__ < "2.13", reason="torch.export takes modules' objects from torch 2.13"
+)
 
 
 class Block(nn.Module):
@@ -120,6 +123,7 @@ class TestUnderTorch:
         torch.testing.assert_close(run(x), block(x))
         assert len(graphs) == 1
 
+    @exports_objects
     @pytest.mark.parametrize("strict", [False, True])
     def test_export_and_its_file(self, strict: bool) -> None:
         model, x = stack(), torch.randn(3, 4)
@@ -173,9 +177,10 @@ torch.manual_seed(0)
 torch.set_grad_enabled(False)
 model, x = stack(), torch.ones(3, 4)
 eager = model(x)
-assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), eager)
 assert torch.equal(torch.export.export(model, (x,)).module()(x), eager)
-for block in model: block.compile(backend="eager", fullgraph=True)
+whole = torch.__version__ >= "2.12"  # before that, Dynamo ends its graph at a string of a class of one's own
+assert torch.equal(torch.compile(model, backend="eager", fullgraph=whole)(x), eager)
+for block in model: block.compile(backend="eager", fullgraph=whole)
 assert torch.equal(model(x), eager)
 print(eager.sum().item())
 """

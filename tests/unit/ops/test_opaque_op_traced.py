@@ -98,6 +98,7 @@ def test_torch_compile_keeps_an_operator_that_only_writes(x: Tensor) -> None:
     assert torch.equal(cache, x)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch.export takes modules' objects from torch 2.13")
 @torch.no_grad()
 @pytest.mark.parametrize("strict", [False, True])
 def test_torch_export_keeps_it(x: Tensor, strict: bool) -> None:
@@ -138,7 +139,8 @@ x, layer = torch.zeros(2), LayerName("abc")
 with torch.no_grad():
     assert add_length(x, layer).tolist() == [3.0, 3.0]
     assert add_length.check(x, layer).tolist() == [3.0, 3.0]
-    compiled = torch.compile(lambda x: add_length(x, layer), backend="eager", fullgraph=True)
+    whole = torch.__version__ >= "2.12"  # before that, Dynamo ends its graph at a string of a class of one's own
+    compiled = torch.compile(lambda x: add_length(x, layer), backend="eager", fullgraph=whole)
     assert compiled(x).tolist() == [3.0, 3.0]
 """
 
