@@ -18,7 +18,7 @@ from piecework.ops import mla_plain
 from piecework.ops.mla import PLAIN, row_view
 from piecework.ops.mla_attention import MLA_ATTENTION_OP, LatentAttention
 from piecework.ops.mla_core import LatentCores, latent_attention
-from piecework.providers.cpu_mla import kernel, rounds
+from piecework.providers.cpu_mla import prefill, rounds
 from piecework.providers.cpu_mla.kernel import CpuMla
 from piecework.providers.kernels import CPU_MLA, open_kernel
 from tests.compile.native_kernels import MACHINES, build
@@ -125,9 +125,9 @@ def test_equals_the_reference_whatever_the_batch(mla: CpuMla, case: MlaCase) -> 
 @pytest.mark.parametrize("chunk", [1, 5, 64, 10_000])
 @pytest.mark.parametrize("batch", [b for b in BATCHES if BATCHES[b][-1][1] > 1])
 def test_context_in_rounds_of_any_size(mla: CpuMla, batch: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "LEAST_CHUNK", chunk)
+    monkeypatch.setattr(prefill, "LEAST_CHUNK", chunk)
     monkeypatch.setattr(rounds, "LEAST_CHUNK", 1)
-    monkeypatch.setattr(kernel, "_EXPANDED_BYTES", 1)
+    monkeypatch.setattr(prefill, "_EXPANDED_BYTES", 1)
     check(mla, make_mla_case(BATCHES[batch], sizes=Sizes(heads=2), large=4.0))
 
 

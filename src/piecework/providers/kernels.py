@@ -20,6 +20,7 @@ from piecework.ops.mla import (
 from piecework.ops.mla_attention import MLA_ATTENTION_OP, LatentAttention
 from piecework.ops.mla_core import LatentCores
 from piecework.providers.cpu_attention import kernel as cpu_attention
+from piecework.providers.cpu_mla import calls as cpu_mla_calls
 from piecework.providers.cpu_mla import kernel as cpu_mla
 
 
@@ -56,7 +57,7 @@ CPU_MLA: Final = Kernel(
     name="cpu_mla",
     operators=frozenset({MLA_WRITE_OP, MLA_DECODE_OP, MLA_WRITE_DECODE_OP, MLA_PREFILL_OP, MLA_ATTENTION_OP}),
     main=cpu_mla.SOURCES / "mla.cpp",
-    dtypes=cpu_mla.DTYPES,
+    dtypes=cpu_mla_calls.DTYPES,
 )
 KERNELS: Final = (CPU_ATTENTION, CPU_MLA)
 

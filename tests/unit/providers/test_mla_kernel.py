@@ -19,6 +19,7 @@ from piecework.graph.split import OpaqueCall
 from piecework.ops.mla import PLAIN, row_view
 from piecework.ops.mla_core import LatentCores, latent_attention
 from piecework.providers.cpu_mla.kernel import CpuMla
+from piecework.providers.cpu_mla.prefill import Rounds
 from piecework.providers.cpu_mla.rounds import share_out
 from piecework.providers.kernels import CPU_MLA, open_kernel
 from tests.unit.ops.mla_cases import BATCHES, make_mla_case
@@ -51,10 +52,11 @@ def test_is_built_for_every_operator_and_the_types_it_is_called_with() -> None:
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-def test_what_a_library_does_not_support_plain_torch_does(batch: str) -> None:
+@pytest.mark.parametrize("gathered", [0, 1])
+def test_what_a_library_does_not_support_plain_torch_does(batch: str, gathered: int) -> None:
     idle = CpuMla.__new__(CpuMla)
-    idle._write = idle._decode = idle._write_decode = idle._prefill = lambda call: 1
-    idle._gather = lambda call: 0  # of bytes, whatever their type
+    idle._write = idle._decode = idle._write_decode = lambda call: 1
+    idle._rounds = Rounds(gather=lambda call: gathered, attend=lambda call: 1)
     case, twin = (make_mla_case(BATCHES[batch]) for _ in range(2))
     cores = LatentCores(idle.write, idle.decode, idle.write_decode, idle.prefill, row_view)
     out = latent_attention(case.regime, cores, num_prefill_tokens=case.num_prefill_tokens, **case.named)

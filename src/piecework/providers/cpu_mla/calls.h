@@ -11,9 +11,10 @@ constexpr int kMaxHeadDim = 256;
 // T tokens, D decode tokens, S sequences, H heads, N dimensions of a head without rotation, R with, V of a value,
 // L of a latent; blocks of B tokens, W of them in a table's row.
 struct Paged {
-  void* cache;            // [blocks, B, L + R]
+  void* cache;            // [blocks, B], entries
   const int64_t* tables;  // [S, W]
   int64_t num_blocks, block_size, table_width;
+  int64_t fp8;            // whether entries are `Fp8Entries`; else `PlainEntries`
 
   // Where entries first … first + count - 1 of a sequence lie in the cache, counted in entries.
   void locate(int64_t seq, int64_t first, int64_t count, int64_t* slots) const {
@@ -66,7 +67,7 @@ struct GatherCall {
   const Slice* slices;
   void *latents, *keys;  // [C, L], [C, R]
   int64_t num_slices, num_seqs, rank, rope;
-  int64_t item_size, num_threads;
+  int64_t dtype, num_threads;
 };
 
 // A sequence's new tokens, which see rows `begin` … of the context, and then each other.

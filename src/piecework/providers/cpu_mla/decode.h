@@ -8,6 +8,7 @@
 #include "../cpu_common/dots.h"
 #include "../cpu_common/tiles.h"
 #include "calls.h"
+#include "entries.h"
 #include "write.h"
 
 namespace piecework {
@@ -87,20 +88,24 @@ struct Decode {
   const DecodeCall& call;
   const WriteCall* turn;  // whose angles the rotary queries are yet to be rotated by, or null
   const int64_t seq, width, padded;
-  const int64_t words, value_words;  // in an entry, and in its latent
+  const int64_t words, value_words;  // in an entry as it is read, and in its latent
   const int64_t query_stride;
   const Partial into;
   // Memory that the caller gives, of `room` words.
-  uint32_t* queries;  // [H, query_stride]
-  float* scores;      // [H, kChunk]; then weights, or pairs of them
-  float* decay;       // [H]
-  float* converted;   // [kChunk, width], where entries aren't read in place
+  uint32_t* queries;   // [H, query_stride]
+  float* scores;       // [H, kChunk]; then weights, or pairs of them
+  float* decay;        // [H]
+  Item<T>* converted;  // [kChunk, width], where entries aren't read in place
 
-  const uint32_t *entries[kChunk], *next[kChunk];
+  const uint32_t* entries[kChunk];
+  const char *here[kChunk], *next[kChunk];  // in the cache
+  int64_t bytes_ahead;                      // of kLanes entries there; 0 where none are fetched ahead
+  void (Decode::*convert)(int64_t first, int64_t last);  // or null, where entries are read in place
 
   static int64_t room(const DecodeCall& call) {
     const int64_t width = call.rank + call.rope;
-    return in_vectors(call.num_heads * (in_vectors(width) + kChunk + 1)) + (kInPlace<T> ? 0 : kChunk * width);
+    const bool in_place = kInPlace<T> && !call.paged.fp8;
+    return in_vectors(call.num_heads * (in_vectors(width) + kChunk + 1)) + (in_place ? 0 : kChunk * width);
   }
 
   Decode(const DecodeCall& call, const WriteCall* turn, int64_t seq, Partial into, float* memory)
@@ -108,26 +113,34 @@ struct Decode {
         words(kPair ? width / 2 : width), value_words(kPair ? call.rank / 2 : call.rank),
         query_stride(in_vectors(words)), into(into), queries((uint32_t*)memory),
         scores(memory + call.num_heads * query_stride), decay(scores + call.num_heads * kChunk),
-        converted(memory + in_vectors(call.num_heads * (in_vectors(width) + kChunk + 1))) {}
+        converted((Item<T>*)(memory + in_vectors(call.num_heads * (in_vectors(width) + kChunk + 1)))) {}
 
+  // Entries are E.
+  template <class E>
   void run(int64_t begin, int64_t end) {
     std::fill_n(into.top, call.num_heads, kNone);
     std::fill_n(into.total, call.num_heads, 0.f);
     std::fill_n(into.sums, call.num_heads * padded, 0.f);
     take_queries();
     int64_t slots[kChunk];
-    const T* cache = (const T*)call.paged.cache;
+    const char* cache = (const char*)call.paged.cache;
+    const int64_t bytes = E::bytes(call.rank, call.rope);
+    bytes_ahead = kInPlace<T> ? kLanes * bytes : 0;
+    convert = kInPlace<T> && !E::kFp8 ? nullptr : &Decode::take<E>;
     const auto find = [&](int64_t first, int64_t num) {
       call.paged.locate(seq, first, num, slots);
-      for (int64_t i = 0; i < num; ++i) next[i] = (const uint32_t*)(cache + slots[i] * width);
+      for (int64_t i = 0; i < num; ++i) next[i] = cache + slots[i] * bytes;
     };
     find(begin, std::min<int64_t>(kChunk, end - begin));
     for (int64_t at = begin; at < end; at += kChunk) {
       const int64_t num = std::min<int64_t>(kChunk, end - at), num_next = std::min<int64_t>(kChunk, end - at - num);
-      for (int64_t i = 0; i < num; ++i) entries[i] = take(next[i], i);
+      for (int64_t i = 0; i < num; ++i) {
+        here[i] = next[i];
+        entries[i] = convert ? (const uint32_t*)(converted + i * width) : (const uint32_t*)next[i];
+      }
       for (int64_t i = num; i < kChunk; ++i) entries[i] = entries[num - 1];  // their scores are not used
       find(at + num, num_next);
-      for (int64_t i = num_next; i < kChunk; ++i) next[i] = entries[num - 1];
+      for (int64_t i = num_next; i < kChunk; ++i) next[i] = (const char*)entries[num - 1];
       score(num);
       for (int64_t h = 0; h < call.num_heads; ++h) soften(h, num);
       weigh(num);
@@ -153,11 +166,12 @@ struct Decode {
     }
   }
 
-  PIECEWORK_INLINE const uint32_t* take(const uint32_t* entry, int64_t i) {
-    if constexpr (kInPlace<T>) return entry;
-    float* to = converted + i * width;
-    to_floats((const T*)entry, width, to);
-    return (const uint32_t*)to;
+  template <class E>
+  void take(int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      Item<T>* to = converted + i * width;
+      E::read(here[i], call.rank, call.rope, to, to + call.rank);
+    }
   }
 
   // A block of entries and one of heads stay in the nearest cache while all of their scores are made.
@@ -166,7 +180,8 @@ struct Decode {
     for (int64_t first = 0; first < call.num_heads; first += kBlockHeads) {
       const int64_t last = std::min<int64_t>(first + kBlockHeads, call.num_heads);
       for (int64_t k = 0; k < num; k += kLanes) {
-        if (!kInPlace<T> || first > 0)
+        if (convert && first == 0) (this->*convert)(k, std::min(k + kLanes, num));
+        if (bytes_ahead == 0 || first > 0)
           score_heads<0>(first, last, k);
         else if (tiles >= kAhead)
           score_heads<1>(first, last, k);
@@ -185,7 +200,7 @@ struct Decode {
   // Fetches `Ahead` lines of the entries that come next in every step; they lie together, but for a block's end.
   template <int Ahead>
   PIECEWORK_INLINE void score_heads(int64_t h, int64_t last, int64_t key) {
-    const char *line = (const char*)next[key], *end = line + kLanes * 4 * words;
+    const char *line = next[key], *end = line + bytes_ahead;
     for (; h + 4 <= last; h += 4) line = score_some<4, Ahead>(h, key, line, end);
     if (h + 2 <= last) line = score_some<2, Ahead>(h, key, line, end), h += 2;
     if (h < last) score_some<1, Ahead>(h, key, line, end);

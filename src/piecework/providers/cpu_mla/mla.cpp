@@ -48,13 +48,13 @@ Result check(const WriteCall& call) {
   return kDone;
 }
 
-template <class T>
+template <class T, class E>
 Result run(const WriteCall& call) {
   const Result checked = check(call);
   if (checked != kDone) return checked;
   const bool alone = call.num_tokens * (call.rank + call.rope) < 1 << 15;
 #pragma omp parallel for schedule(static) num_threads(call.num_threads) if (!alone && call.num_threads > 1)
-  for (int64_t t = 0; t < call.num_tokens; ++t) write<T>(call, t);
+  for (int64_t t = 0; t < call.num_tokens; ++t) write<T, E>(call, t);
   return kDone;
 }
 
@@ -85,7 +85,7 @@ int64_t plan(const DecodeCall& call, std::vector<Part>& work, std::vector<Split>
 }
 
 // Writes `before`'s tokens first, where there are any; `turn` is as in `Decode`.
-template <class T>
+template <class T, class E>
 Result decode(const DecodeCall& call, const WriteCall* before, const WriteCall* turn) {
   if (kPaired<T> && call.rank % 2) return kUnsupported;
   if (before != nullptr) {
@@ -110,13 +110,13 @@ Result decode(const DecodeCall& call, const WriteCall* before, const WriteCall* 
     float* mine = parts + num_parts * size + omp_get_thread_num() * own;
     if (before != nullptr) {
 #pragma omp for schedule(static)
-      for (int64_t t = 0; t < before->num_tokens; ++t) write<T>(*before, t);
+      for (int64_t t = 0; t < before->num_tokens; ++t) write<T, E>(*before, t);
     }
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < work.size(); ++i) {
       const Part& w = work[i];
       float* at = w.part >= 0 ? parts + w.part * size : mine;
-      Decode<T>(call, turn, w.seq, Partial(call, at), mine + size).run(w.begin, w.begin + w.count);
+      Decode<T>(call, turn, w.seq, Partial(call, at), mine + size).template run<E>(w.begin, w.begin + w.count);
       if (w.part < 0)
         for (int64_t h = 0; h < call.num_heads; ++h) finish<T>(call, w.seq, h, at, 1);
     }
@@ -129,16 +129,17 @@ Result decode(const DecodeCall& call, const WriteCall* before, const WriteCall* 
   return kDone;
 }
 
-template <class T>
+template <class T, class E>
 Result run(const DecodeCall& call) {
-  return decode<T>(call, nullptr, nullptr);
+  return decode<T, E>(call, nullptr, nullptr);
 }
 
-template <class T>
+template <class T, class E>
 Result run(const WriteDecodeCall& call) {
-  return decode<T>(call.decode, &call.write, call.turned ? nullptr : &call.write);
+  return decode<T, E>(call.decode, &call.write, call.turned ? nullptr : &call.write);
 }
 
+template <class T, class E>
 Result run(const GatherCall& call) {
   for (int64_t i = 0; i < call.num_slices; ++i) {
     const Slice& s = call.slices[i];
@@ -146,21 +147,19 @@ Result run(const GatherCall& call) {
     const Result checked = check(call.paged, s.seq, s.begin + s.count);
     if (checked != kDone) return checked;
   }
-  const int64_t latent = call.rank * call.item_size, key = call.rope * call.item_size;
-  char *latents = (char*)call.latents, *keys = (char*)call.keys;
+  const int64_t rank = call.rank, rope = call.rope, bytes = E::bytes(rank, rope);
+  T *latents = (T*)call.latents, *keys = (T*)call.keys;
   for (int64_t i = 0; i < call.num_slices; ++i) {
     const Slice& s = call.slices[i];
-    const bool alone = call.num_threads < 2 || s.count * latent < 1 << 18;
+    const bool alone = call.num_threads < 2 || s.count * bytes < 1 << 18;
 #pragma omp parallel for schedule(static) num_threads(call.num_threads) if (!alone)
     for (int64_t t = 0; t < s.count; ++t) {
       int64_t slot;
       call.paged.locate(s.seq, s.begin + t, 1, &slot);
-      const char* from = (const char*)call.paged.cache + slot * (latent + key);
-      std::memcpy(latents + t * latent, from, latent);
-      std::memcpy(keys + t * key, from + latent, key);
+      E::read((const char*)call.paged.cache + slot * bytes, rank, rope, latents + t * rank, keys + t * rope);
     }
-    latents += s.count * latent;
-    keys += s.count * key;
+    latents += s.count * rank;
+    keys += s.count * rope;
   }
   return kDone;
 }
@@ -223,24 +222,40 @@ Result run(const PrefillCall& call) {
   return kDone;
 }
 
+// What each call says of its tensors' type, and of its cache's entries.
 template <class Call>
 int64_t dtype_of(const Call& call) {
   return call.dtype;
 }
 int64_t dtype_of(const WriteDecodeCall& call) { return call.decode.dtype; }
 
+template <class Call>
+bool fp8_of(const Call& call) {
+  return call.paged.fp8;
+}
+bool fp8_of(const WriteDecodeCall& call) { return call.decode.paged.fp8; }
+
+template <class T, class Call>
+Result of_entries(const Call& call) {
+  return fp8_of(call) ? run<T, Fp8Entries<T>>(call) : run<T, PlainEntries<T>>(call);
+}
+template <class T>
+Result of_entries(const PrefillCall& call) {
+  return run<T>(call);
+}
+
 // Types that this library was not built for are not supported.
 template <class Call>
 Result of_type(const Call& call) {
   switch (dtype_of(call)) {
 #if defined(PIECEWORK_FLOAT32)
-    case 0: return run<float>(call);
+    case 0: return of_entries<float>(call);
 #endif
 #if defined(PIECEWORK_BFLOAT16)
-    case 1: return run<BFloat16>(call);
+    case 1: return of_entries<BFloat16>(call);
 #endif
 #if defined(PIECEWORK_FLOAT16) && defined(__FLT16_MAX__)
-    case 2: return run<Half>(call);
+    case 2: return of_entries<Half>(call);
 #endif
     default: return kUnsupported;
   }
@@ -251,20 +266,20 @@ Result of_type(const Call& call) {
 // Names tell the layout of what is given.
 #define PIECEWORK_ENTRY extern "C" __attribute__((visibility("default"))) int32_t
 
-PIECEWORK_ENTRY piecework_mla_write_1(const piecework::WriteCall* call) {
+PIECEWORK_ENTRY piecework_mla_write_2(const piecework::WriteCall* call) {
   return piecework::fits(call->rank, call->rope) ? piecework::of_type(*call) : piecework::kUnsupported;
 }
 
-PIECEWORK_ENTRY piecework_mla_decode_1(const piecework::DecodeCall* call) {
+PIECEWORK_ENTRY piecework_mla_decode_2(const piecework::DecodeCall* call) {
   return piecework::fits(call->rank, call->rope) ? piecework::of_type(*call) : piecework::kUnsupported;
 }
 
-PIECEWORK_ENTRY piecework_mla_write_decode_1(const piecework::WriteDecodeCall* call) {
+PIECEWORK_ENTRY piecework_mla_write_decode_2(const piecework::WriteDecodeCall* call) {
   const auto& [rank, rope] = std::pair(call->decode.rank, call->decode.rope);
   return piecework::fits(rank, rope) ? piecework::of_type(*call) : piecework::kUnsupported;
 }
 
-PIECEWORK_ENTRY piecework_mla_gather_1(const piecework::GatherCall* call) { return piecework::run(*call); }
+PIECEWORK_ENTRY piecework_mla_gather_2(const piecework::GatherCall* call) { return piecework::of_type(*call); }
 
 PIECEWORK_ENTRY piecework_mla_prefill_1(const piecework::PrefillCall* call) {
   using namespace piecework;

@@ -5,10 +5,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
 
 #include "../cpu_common/tiles.h"
 #include "calls.h"
+#include "entries.h"
 
 namespace piecework {
 
@@ -19,26 +19,18 @@ constexpr int kGroup = 4;  // tiles of rows that share what is done for a tile o
 template <class T>
 struct Keys {
   static constexpr bool kPair = kPaired<T>;
-  using Item = typename std::conditional<kInPlace<T>, T, float>::type;  // of keys that were brought together
 
-  alignas(64) Item keys[kTileKeys * kMaxHeadDim];
+  alignas(64) Item<T> keys[kTileKeys * kMaxHeadDim];
   alignas(64) uint32_t pairs[kPair ? kTileKeys / 2 * kMaxHeadDim : 1];
   alignas(64) float converted[kInPlace<T> ? 1 : kTileKeys * kMaxHeadDim];
   const uint32_t *rows[kTileKeys], *values[kTileKeys];
 
-  PIECEWORK_INLINE static void copy(const T* from, int64_t num, Item* to) {
-    if constexpr (kInPlace<T>)
-      std::memcpy(to, from, num * sizeof(T));
-    else
-      to_floats(from, num, to);
-  }
-
   void take(const PrefillCall& call, const T* kv, int64_t kv_stride, const T* pe, int64_t pe_stride, int64_t num) {
     const int64_t width = call.nope + call.rope;
     for (int64_t i = 0; i < num; ++i) {
-      Item* to = keys + i * width;
-      copy(kv + i * kv_stride, call.nope, to);
-      copy(pe + i * pe_stride, call.rope, to + call.nope);
+      Item<T>* to = keys + i * width;
+      convert(kv + i * kv_stride, call.nope, to);
+      convert(pe + i * pe_stride, call.rope, to + call.nope);
       rows[i] = (const uint32_t*)to;
     }
     take_values(kv + call.nope, kv_stride, call.value, num);
@@ -69,7 +61,6 @@ template <class T, int V>
 struct Tile {
   static constexpr bool kPair = kPaired<T>;
   static constexpr int kRows = V * kLanes;
-  using Item = typename Keys<T>::Item;
 
   alignas(64) uint32_t queries[(kPair ? kMaxHeadDim / 2 : kMaxHeadDim) * kRows];
   alignas(64) float out[kMaxHeadDim * kRows];
@@ -85,14 +76,14 @@ struct Tile {
 
   void take_queries(const PrefillCall& call, int64_t token, int64_t head) {
     const int64_t width = call.nope + call.rope;
-    alignas(64) Item joined[kLanes * kMaxHeadDim];
+    alignas(64) Item<T> joined[kLanes * kMaxHeadDim];
     for (int v = 0; v < V; ++v) {
       const uint32_t* rows[kLanes];
       for (int i = 0; i < kLanes; ++i) {
         const int64_t from = token + std::min<int64_t>(v * kLanes + i, count - 1);
-        Item* to = joined + i * width;
-        Keys<T>::copy((const T*)call.q_nope + from * call.nope_token + head * call.nope_head, call.nope, to);
-        Keys<T>::copy((const T*)call.q_pe + from * call.pe_token + head * call.pe_head, call.rope, to + call.nope);
+        Item<T>* to = joined + i * width;
+        convert((const T*)call.q_nope + from * call.nope_token + head * call.nope_head, call.nope, to);
+        convert((const T*)call.q_pe + from * call.pe_token + head * call.pe_head, call.rope, to + call.nope);
         rows[i] = (const uint32_t*)to;
       }
       take_rows<V>(rows, kPair ? width / 2 : width, queries + v * kLanes);

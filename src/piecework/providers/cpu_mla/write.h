@@ -3,48 +3,10 @@
 
 #include <cmath>
 
-#include "../cpu_common/elements.h"
 #include "calls.h"
+#include "entries.h"
 
 namespace piecework {
-
-// As T, and back.
-template <class T>
-PIECEWORK_INLINE float rounded(float value) {
-  T made;
-  from_float(value, made);
-  return to_float(made);
-}
-
-PIECEWORK_INLINE void store_as(Floats value, float* to) { store(value, to); }
-PIECEWORK_INLINE Floats load_as(const float* from) { return load(from); }
-PIECEWORK_INLINE Floats rounded_as(Floats value, const float*) { return value; }
-
-typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
-
-PIECEWORK_INLINE void store_as(Floats value, BFloat16* to) {
-  store(__builtin_convertvector(joined(value, value) & 0xffffu, Halves), to);
-}
-PIECEWORK_INLINE Floats load_as(const BFloat16* from) {
-  return (Floats)(__builtin_convertvector(load<Halves>(from), Words) << 16);
-}
-PIECEWORK_INLINE Floats rounded_as(Floats value, const BFloat16*) { return high(joined(value, value)); }
-
-template <class T>
-PIECEWORK_INLINE void store_as(Floats value, T* to) {
-  for (int i = 0; i < kLanes; ++i) from_float(value[i], to[i]);
-}
-template <class T>
-PIECEWORK_INLINE Floats load_as(const T* from) {
-  Floats made;
-  for (int i = 0; i < kLanes; ++i) made[i] = to_float(from[i]);
-  return made;
-}
-template <class T>
-PIECEWORK_INLINE Floats rounded_as(Floats value, const T*) {
-  for (int i = 0; i < kLanes; ++i) value[i] = rounded<T>(value[i]);
-  return value;
-}
 
 template <int... J>
 PIECEWORK_INLINE Floats evens(Floats a, Floats b, std::integer_sequence<int, J...>) {
@@ -83,12 +45,15 @@ PIECEWORK_INLINE void rotate(const WriteCall& call, int64_t token, const T* pair
     rotate(pairs, (const T*)call.cos + at_cos, (const T*)call.sin + at_sin, half, to);
 }
 
-template <class T>
+// Entries are E.
+template <class T, class E>
 void write(const WriteCall& call, int64_t token) {
-  const int64_t rank = call.rank, width = call.rank + call.rope;
+  const int64_t rank = call.rank, rope = call.rope, width = rank + rope;
   const T* from = (const T*)call.compressed + token * call.compressed_token;
   const T* weight = (const T*)call.norm_weight;
-  T* stored = (T*)call.paged.cache + call.slots[token] * width;
+  char* entry = (char*)call.paged.cache + call.slots[token] * E::bytes(rank, rope);
+  T exact[E::kFp8 ? kMaxWidth : 1];
+  T* made = E::kFp8 ? exact : (T*)entry;
   Floats squares = {};
   float rest = 0;
   int64_t i = 0;
@@ -96,10 +61,12 @@ void write(const WriteCall& call, int64_t token) {
   for (; i < rank; ++i) rest += to_float(from[i]) * to_float(from[i]);
   const float factor = 1 / std::sqrt((sum(squares) + rest) / (float)rank + (float)call.eps);
   for (i = 0; i + kLanes <= rank; i += kLanes)
-    store_as(rounded_as(load_as(from + i) * factor, from) * load_as(weight + i), stored + i);
-  for (; i < rank; ++i) from_float(rounded<T>(to_float(from[i]) * factor) * to_float(weight[i]), stored[i]);
-  rotate(call, token, from + rank, stored + rank);
-  if (call.entry != nullptr) std::memcpy((T*)call.entry + token * width, stored, width * sizeof(T));
+    store_as(rounded_as(load_as(from + i) * factor, from) * load_as(weight + i), made + i);
+  for (; i < rank; ++i) from_float(rounded<T>(to_float(from[i]) * factor) * to_float(weight[i]), made[i]);
+  rotate(call, token, from + rank, made + rank);
+  if constexpr (E::kFp8) E::write(made, made + rank, rank, rope, entry);
+  T* stored = (T*)call.entry + token * width;
+  if (call.entry != nullptr) E::read(entry, rank, rope, stored, stored + rank);
 }
 
 }  // namespace piecework
