@@ -1,0 +1,49 @@
+"""What a GPU's bundle is made of, without a GPU: nothing on the host, and none of the CPU's own operators."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from piecework.compiler.model import compile_model
+from piecework.compiler.options import BackendName, CompileOptions
+from piecework.models.config import read_config
+from piecework.record import Recorder
+from piecework.store.directory_store import DirectoryStore
+from piecework.store.plan import Plan
+from tests.unit.models.tiny import write_config
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch knows no CUDA, not even of fake tensors")
+@pytest.mark.parametrize(
+    ("family", "mla"), [("llama", "exposed"), ("deepseek_v3", "exposed"), ("deepseek_v3", "opaque")]
+)
+def test_all_of_a_bundle_is_on_the_gpu(home: Path, tmp_path: Path, family: str, mla: str) -> None:
+    made = compile_model(
+        read_config(write_config(tmp_path / "model", family)),
+        dtype="bfloat16",
+        max_tokens=64,
+        options=CompileOptions(backend=BackendName.EAGER, merge_linear=True, pack_linear=True, device="cuda"),
+        check_weights=False,
+        store=DirectoryStore(home),
+        toolchain_root=home / "toolchain",
+        compiler=None,
+        out=None,
+        recorder=Recorder(),
+        on_progress=lambda text, done, total: None,
+        mla=mla,
+    )
+    plan = Plan.from_json(made.bundle.plan())
+    assert {piece.device for piece in plan.pieces} | {state.device for state in plan.states} == {"cuda"}
+    assert {given.device for given in plan.inputs if given.shape is not None} == {"cuda"}
+    assert not any(recipe.pack for recipe in plan.recipes)
+    assert not plan.kernels
+    artifacts = {made.bundle.artifact_path(form.artifact) for piece in plan.pieces for form in piece.ranges}
+    for text in (path.read_text() for path in artifacts):
+        assert '"cpu"' not in text
+        assert "mkldnn" not in text
+        assert "head_matmul_cpu" not in text
+        json.loads(text)
