@@ -181,14 +181,14 @@ def test_caches_hold_the_same_after_every_pass(family: str, mla: str, compile_fa
         assert wanted.any()
 
 
-def test_queries_whose_rows_are_taken_keep_their_strides(compile_family: Compile) -> None:
-    """The piece that reads those rows was captured with them."""
+def test_queries_and_latents_are_one_product_in_every_regime(compile_family: Compile) -> None:
+    """In mixed batches too, where another piece reads rows of the queries, whatever their strides."""
     bundle = compile_family("deepseek_v2", merge_linear=True).bundle
     explained = json.loads((bundle.path / "explain.json").read_text())
     reports = [report for passes in explained["passes"] for report in passes if report["name"] == "merge_linear"]
     told = [text for report in reports for text in (*report["matches"], *report["near_misses"])]
     queries = {text.partition(",")[0] for text in told if "96 + 40 outputs" in text}
-    assert queries == {"merged 2 linear layers of 96 + 40 outputs", "not merged"}
+    assert queries == {"merged 2 linear layers of 96 + 40 outputs"}
 
 
 @pytest.mark.parametrize("layers", [6, 14])

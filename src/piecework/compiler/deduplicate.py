@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from piecework.foundation.torch_private import operator_name
 from piecework.graph.capture import CapturedGraph
 from piecework.graph.request import Variant
 from piecework.graph.split import OpaqueCall, Piece, Step
 from piecework.ops.program import Program
-from piecework.ops.rows import ROWS_OP
 from piecework.passes.interface import PassReport
 from piecework.passes.lower import CallSite, Lowered, Lowering
 from piecework.passes.packing import Packing
@@ -97,12 +95,7 @@ def deduplicate(
     strict: list[set[int]] = []
     index_of: dict[tuple[int, int], int] = {}
     for path_number, path in enumerate(paths):
-        # they take any strides; but rows are a view, whose strides the next piece was captured with
-        opaque = {
-            step.node
-            for step in path.steps
-            if isinstance(step, OpaqueCall) and operator_name(step.node.target) != ROWS_OP
-        }
+        opaque = {step.node for step in path.steps if isinstance(step, OpaqueCall)}  # they take any strides
         for number, step in enumerate(path.steps):
             if not isinstance(step, Piece):
                 continue

@@ -1,14 +1,14 @@
 """`piecework::rows`: some rows of a tensor, as an operator of its own.
 
-A plan runs it as a view, at no cost. Called through torch it is a copy, because an operator's result may not share
-memory with its arguments; strides are those of the view in both cases.
+A plan runs it as a view where the tensor's rows lie together, else as a copy of these rows. Called through torch it is
+always a copy, because an operator's result may not share memory with its arguments. What comes out is contiguous in all
+cases, so that no piece depends on how another lays out what it gives.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-import torch
 from torch import Tensor
 
 from piecework.ops.opaque_op import opaque_op
@@ -18,19 +18,19 @@ ROWS_OP: Final = "piecework::rows"
 
 @opaque_op(ROWS_OP, cuda_graph_safe=True)
 def rows(x: Tensor, begin: int, count: int) -> Tensor:
-    """Return rows begin … begin + count - 1 of x [T, ...], any dtype: [count, ...], with the strides of x.
+    """Return rows begin … begin + count - 1 of x [T, ...], any dtype and strides: [count, ...], contiguous.
 
     Raises IndexError or RuntimeError where x has no such rows.
     """
     view = x.narrow(0, begin, count)
-    return torch.empty_strided(view.shape, view.stride(), dtype=x.dtype, device=x.device).copy_(view)
+    return view.new_empty(view.shape).copy_(view)
 
 
 def rows_view(x: Tensor, begin: int, count: int) -> Tensor:
-    """Return the same rows without copying them."""
-    return x.narrow(0, begin, count)
+    """Return the same rows, without copying them where x is contiguous."""
+    return x.narrow(0, begin, count).contiguous()
 
 
 @rows.fake
 def _rows_fake(x: Tensor, begin: int, count: int) -> Tensor:
-    return torch.empty_strided((count, *x.shape[1:]), x.stride(), dtype=x.dtype, device=x.device)
+    return x.new_empty((count, *x.shape[1:]))

@@ -18,11 +18,10 @@ from piecework.ops.mla import (
     mla_prefill,
     mla_write,
     mla_write_decode,
-    row_view,
 )
 from piecework.ops.mla_attention import mla_attention
 from piecework.ops.mla_core import LatentCores, Regime, by_head, latent_attention
-from piecework.ops.rows import rows
+from piecework.ops.rows import rows, rows_view
 from tests.unit.ops.mla_cases import (
     BATCHES,
     TOLERANCES,
@@ -175,7 +174,12 @@ def test_rows(x: Tensor) -> None:
     for begin, count in ((0, 7), (0, 0), (2, 3), (7, 0)):
         made = rows.check(x, begin, count)
         assert torch.equal(made, x[begin : begin + count])
-        assert made.stride() == row_view(x, begin, count).stride()
+        assert made.is_contiguous()
+        view = rows_view(x, begin, count)
+        assert torch.equal(view, made)
+        assert view.is_contiguous()
+        shared = view.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+        assert shared == x[begin : begin + count].is_contiguous()
     with pytest.raises((IndexError, RuntimeError)):
         rows(x, 5, 3)
 
