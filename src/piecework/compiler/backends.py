@@ -9,12 +9,14 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
-from piecework.compiler.job import Job
 from piecework.compiler.pool import Outcome, WorkerPool, end_group
 from piecework.compiler.toolchain import find_toolchain
 from piecework.foundation.target import Target
+
+if TYPE_CHECKING:
+    from piecework.compiler.job import Job  # it imports torch, and workers start before that
 
 OnEvent = Callable[[Mapping[str, Any]], None]
 

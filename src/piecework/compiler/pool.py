@@ -12,14 +12,16 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from piecework import errors
-from piecework.compiler.job import Job
 from piecework.compiler.toolchain import Toolchain, likely_flags, likely_interface
 from piecework.errors import CompileError, InternalError, PieceworkError, ShapeContractError
 from piecework.foundation.environment import child_variables
 from piecework.foundation.target import Target
+
+if TYPE_CHECKING:
+    from piecework.compiler.job import Job  # it imports torch, and the worker starts before that
 
 
 @dataclass(frozen=True)

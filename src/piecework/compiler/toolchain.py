@@ -4,13 +4,15 @@ Inductor writes, for every piece, a wrapper of which about 650 lines are the sam
 its kernels, and spends most of the time on headers. Here the interface is compiled once per toolchain (`runtime.o`),
 the headers are precompiled once (`prefix.h.gch`), and wrapper and kernels of a piece are one translation unit. What
 Inductor generates is not changed. Where any of this doesn't fit (another compiler, an unknown flag, other headers), the
-caller falls back to Inductor's own commands.
+caller falls back to Inductor's own commands. A stand-in for torch's library, which has its name and no symbols, is what
+pieces are linked with: to read those of the real one takes longer than all the rest of linking.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import shlex
 import shutil
 import subprocess
@@ -72,10 +74,10 @@ inline bool regex_match(const string& device, smatch& match, const regex&) {
 _PREFIX = (
     _STAND_IN
     + """#include <torch/csrc/inductor/aoti_include/cpu.h>
-#include <torch/csrc/inductor/aoti_runtime/model_container.h>
 #include <torch/csrc/inductor/cpp_prefix.h>
 """
 )
+_RUNTIME_LEVEL = "-O1"  # it passes pointers on: what counts is how long it takes to compile
 
 KERNEL_FLAGS: tuple[str, ...] = (
     *("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-s", "-fvisibility=hidden"),
@@ -83,6 +85,7 @@ KERNEL_FLAGS: tuple[str, ...] = (
 )
 """How our own kernels (providers/) are built."""
 
+_TORCH = "-ltorch_cpu"  # has all that a piece calls
 _KEPT = ("-D", "-f", "-m", "-std=")
 _DROPPED = frozenset({"-fno-omit-frame-pointer", "-fPIC"})
 
@@ -137,15 +140,16 @@ class Toolchain:
 
         `on_start` is as for `prefix`.
         """
-        place = self._place(flags) / f"runtime-{digest_json(interface)[:16]}"
+        place = self._place(flags) / f"runtime-{digest_json([interface, _RUNTIME_LEVEL])[:16]}"
         if not place.exists():
-            prefix = self.prefix(flags)
             with self._lock(flags, "runtime"), files.scratch(self.root) as scratch:
                 if not place.exists():
                     made = scratch / "runtime"
                     made.mkdir()
+                    (made / "stand_in.h").write_text(_STAND_IN)
                     (made / "runtime.cpp").write_text(interface)
-                    command = [*flags, "-O3", "-include", str(prefix), "-c", "runtime.cpp", "-o", "runtime.o"]
+                    source = ["-include", "stand_in.h", "-c", "runtime.cpp"]
+                    command = [*flags, _RUNTIME_LEVEL, *source, "-o", "runtime.o"]
                     self._run(command, cwd=made, on_start=on_start)
                     files.publish_directory(made, to=place, existing=files.Existing.KEEP)
         return place / "runtime.o"
@@ -164,7 +168,23 @@ class Toolchain:
     def link(self, objects: list[Path], *, libraries: tuple[str, ...], target: Path) -> None:
         """Link object files into a shared library without symbols or unused sections."""
         options = ["-shared", "-fPIC", "-s", "-Wl,--gc-sections", "-Wl,-z,noexecstack"]
+        if _TORCH in libraries:
+            own = [library for library in libraries if not library.startswith("-ltorch")]
+            libraries = (f"-L{self._stand_ins()}", *own, "-Wl,--no-as-needed", _TORCH)
         self._run([*options, *map(str, objects), *libraries, "-o", str(target)], cwd=target.parent)
+
+    def _stand_ins(self) -> Path:
+        """Return a directory with a library that has the name of torch's and no symbols."""
+        place = self.root / f"stand-ins-{digest_json([self.compiler, self.version])[:16]}"
+        if not place.exists():
+            with files.scratch(self.root) as scratch:
+                made = scratch / "stand-ins"
+                made.mkdir()
+                name = f"lib{_TORCH.removeprefix('-l')}.so"
+                command = ["-shared", "-nostdlib", f"-Wl,-soname,{name}", "-x", "c++", os.devnull, "-o", name]
+                self._run(command, cwd=made)
+                files.publish_directory(made, to=place, existing=files.Existing.KEEP)
+        return place
 
     def compile_kernel(
         self,

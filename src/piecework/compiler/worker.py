@@ -9,6 +9,7 @@ its children.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import selectors
@@ -23,11 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from piecework.compiler.aoti import compile_piece, warm_up
-from piecework.compiler.job import Job
 from piecework.compiler.toolchain import Toolchain
 from piecework.errors import InternalError, PieceworkError
-from piecework.foundation import torch_private
+
+_COLLECT_EVERY = 50_000  # objects more than before; Inductor makes some hundred thousand of them for a piece
 
 
 @dataclass
@@ -53,6 +53,11 @@ def main() -> int:
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what torch or the compiler print must not mix with the events
     toolchain = Toolchain(root=args.toolchain, compiler=args.compiler, version=args.compiler_version)
+    gc.disable()  # collecting walks all of torch and Inductor in vain while they are imported: a quarter of that time
+    # they import torch, which must come after that
+    from piecework.compiler.aoti import warm_up  # noqa: PLC0415
+    from piecework.foundation import torch_private  # noqa: PLC0415
+
     torch_private.set_inductor_options(trust_isa=True)
     if args.single:
         _send(events, _compile(json.loads(sys.stdin.readline()), toolchain=toolchain))
@@ -62,6 +67,7 @@ def main() -> int:
         warm_up(directory=args.scratch)
     except Exception as error:  # noqa: BLE001  only a warm-up: the jobs will tell what is wrong
         _send(events, {"event": "note", "text": f"warm-up: {type(error).__name__}: {error}"[:300]})
+    gc.freeze()  # children collect what is their own, and leave pages shared
     _send(events, {"event": "ready"})
     _serve(events, toolchain=toolchain, limit=args.jobs)
     return 0
@@ -146,8 +152,13 @@ def _start_alone(request: Mapping[str, Any]) -> _Child:
 
 
 def _compile(request: Mapping[str, Any], *, toolchain: Toolchain) -> dict[str, Any]:
+    from piecework.compiler.aoti import compile_piece  # noqa: PLC0415  see `main`
+    from piecework.compiler.job import Job  # noqa: PLC0415
+
     directory = Path(request["directory"])
     begun = time.perf_counter()
+    gc.set_threshold(_COLLECT_EVERY)
+    gc.enable()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         library = compile_piece(Job.from_json(request["work"]), directory=directory, toolchain=toolchain)

@@ -6,6 +6,8 @@ torch/_inductor/{compile_fx,codecache,cpp_builder}.py; imports of Inductor stand
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -170,11 +172,28 @@ def warm_up_inductor() -> None:
 
 
 def set_inductor_options(*, trust_isa: bool) -> None:
-    """Prepare this process for compiling pieces: one thread, no caches between pieces, no instruction-set probes."""
+    """Prepare this process for compiling pieces: one thread, no caches between pieces, no instruction-set probes.
+
+    Args:
+        trust_isa: believe what the CPU says of itself. torch 2.11-2.13 compile, link and load a library for each
+            instruction set, and for some of its parts although `vec_isa_ok` is set (cpu_vec_isa.py); then the compiler
+            is asked only whether it knows them.
+    """
     import torch._inductor.config as config
+    from torch._inductor import cpu_vec_isa
 
     config.compile_threads = 1
     config.fx_graph_cache = False
     config.cpp_cache_precompile_headers = False
     if trust_isa:
         config.cpp.vec_isa_ok = True
+        isa: Any = cpu_vec_isa.VecISA
+        isa.check_build = lambda self, code: compiler_knows(self.build_arch_flags())
+
+
+def compiler_knows(flags: str) -> bool:
+    """Whether Inductor's C++ compiler takes these flags."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    command = [get_cpp_compiler(), *flags.split(), "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
