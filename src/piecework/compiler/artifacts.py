@@ -17,9 +17,9 @@ from piecework.foundation.digests import digest_file, digest_json
 from piecework.foundation.target import Target
 from piecework.foundation.torch_private import inductor, kernels, symbolic
 from piecework.graph.request import Dim
-from piecework.ops import resolve
+from piecework.ops import decode, resolve
 from piecework.ops.program import Program
-from piecework.passes import fakes, pack_linear
+from piecework.passes import fakes, native_matmul, pack_linear
 from piecework.record import Recorder
 from piecework.store.facts import package_version
 from piecework.store.lookup import find_artifact
@@ -171,10 +171,8 @@ def _ranges(piece: Compiled, *, declared: Dim | None, options: CompileOptions) -
 @functools.cache
 def _generator_digest() -> str:
     """Return the digest of our own code between a program and its library: an artifact of other code is another one."""
-    sources = [
-        Path(module.__file__ or "")
-        for module in (aoti, rebuild, fakes, toolchain, vector_exp, inductor, kernels, symbolic, pack_linear, resolve)
-    ]
+    own = (aoti, rebuild, fakes, toolchain, vector_exp, pack_linear, native_matmul, decode, resolve)
+    sources = [Path(module.__file__ or "") for module in (*own, inductor, kernels, symbolic)]
     return digest_json([digest_file(source) for source in sources])
 
 

@@ -21,8 +21,9 @@ import torch
 from piecework.errors import PieceworkError
 from piecework.foundation.torch_private import expression_text, operator_of, storage_key
 from piecework.foundation.traffic import Kernel, Term
+from piecework.ops.decode import decode
 from piecework.ops.program import Call, Program
-from piecework.ops.resolve import decode, resolve_target
+from piecework.ops.resolve import resolve_target
 from piecework.ops.selection import ProviderOrder
 from piecework.passes.fakes import run_on_fakes
 from piecework.passes.lower import Lowering

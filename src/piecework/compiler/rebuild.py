@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 
 from piecework.foundation.torch_private import SymbolicSession
+from piecework.ops.decode import decode
 from piecework.ops.program import Program, constant_name
-from piecework.ops.resolve import decode, resolve_target
+from piecework.ops.resolve import resolve_target
 from piecework.passes.fakes import declare
 
 

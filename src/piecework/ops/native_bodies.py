@@ -16,7 +16,7 @@ from torch import Tensor
 
 from piecework.foundation.torch_private import computes_plainly, is_stand_in
 from piecework.ops.call_form import CallForm, TensorForm
-from piecework.ops.resolve import decode
+from piecework.ops.decode import decode
 from piecework.ops.selection import CallFacts, Choice, ProviderOrder, Selection
 
 if TYPE_CHECKING:

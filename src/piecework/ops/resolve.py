@@ -1,4 +1,4 @@
-"""From the names and tags of a program back to torch's operators and values."""
+"""From the names in a program back to torch's operators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from piecework.errors import InternalError
 from piecework.ops import head_matmul as _head_matmul  # noqa: F401  registers piecework::head_matmul
 from piecework.ops import linear as _linear  # noqa: F401  registers piecework::linear
-from piecework.ops.program import decode_scalar
 
 _PYTHON = {
     f"operator.{n}": getattr(operator, n)
@@ -54,23 +53,3 @@ def resolve_target(name: str) -> Callable[..., Any]:
         importlib.import_module("piecework.ops.catalogue")  # registers the IR's ops; a lowered program has none
     found: Callable[..., Any] = getattr(getattr(getattr(torch.ops, namespace), op), overload)
     return found
-
-
-def decode(value: Any, reference: Callable[[str, int], Any]) -> Any:
-    """Decode an argument; `reference(kind, index)` supplies what {"n": i}, {"i": i} and {"c": i} stand for."""
-    if isinstance(value, Mapping):
-        for kind in ("n", "i", "c"):
-            if kind in value:
-                return reference(kind, value[kind])
-        if "dtype" in value:
-            return getattr(torch, value["dtype"])
-        if "device" in value:
-            return torch.device(value["device"])
-        if "layout" in value:
-            return getattr(torch, value["layout"])
-        if "memory_format" in value:
-            return getattr(torch, value["memory_format"])
-        return decode_scalar(value)
-    if isinstance(value, list):
-        return [decode(v, reference) for v in value]
-    return value

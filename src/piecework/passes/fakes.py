@@ -11,8 +11,9 @@ import torch
 
 from piecework.foundation.torch_private import SymbolicSession, size_oblivious
 from piecework.graph.encode import encode_torch_type
+from piecework.ops.decode import decode
 from piecework.ops.program import Call, Program, TensorSpec, encode_float
-from piecework.ops.resolve import decode, resolve_target
+from piecework.ops.resolve import resolve_target
 
 Symbols = Sequence[tuple[str, int, int]]
 

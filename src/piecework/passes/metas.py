@@ -13,8 +13,9 @@ from typing import Any, Final
 import torch
 
 from piecework.foundation.torch_private import storage_key
+from piecework.ops.decode import decode
 from piecework.ops.program import Call, Program, TensorSpec
-from piecework.ops.resolve import decode, resolve_target
+from piecework.ops.resolve import resolve_target
 from piecework.store.sizes import size_expression
 
 _TYPICAL: Final = (7, 5, 11, 3, 13)

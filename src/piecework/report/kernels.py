@@ -35,7 +35,7 @@ TYPICAL: Final = (1, 32)
 
 _SYMBOL: Final = re.compile(r"\bs\d+\b")
 _VIEWS: Final = frozenset({"piecework::rows.default"})
-"""Opaque ops that return a part of their argument and move nothing."""
+"""Opaque ops that return a part of their argument: a view, or a copy of a few rows."""
 
 Sizes = Mapping[str, int]
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from piecework.ops.decode import decode
 from piecework.ops.program import Program, constant_name
-from piecework.ops.resolve import decode, resolve_target
+from piecework.ops.resolve import resolve_target
 from piecework.providers.discovery import load_operators
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from piecework.errors import CapacityError, InternalError, RequestError, ShapeContractError
+from piecework.ops.decode import decode
 from piecework.ops.layer import LayerName
 from piecework.ops.native_bodies import NativeBodies
 from piecework.ops.opaque import implementation
-from piecework.ops.resolve import decode
 from piecework.ops.selection import Selection
 from piecework.record import Record
 from piecework.runtime.arguments import bind_arguments
