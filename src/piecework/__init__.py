@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from piecework.ops.forward_context import Batch, ForwardContext, running_context
     from piecework.ops.ir import op
     from piecework.ops.layer import LayerName, LayerNameType, encode, resolve
+    from piecework.ops.mla_core import Regime
     from piecework.ops.opaque_op import check_ops, opaque_op
     from piecework.ops.selection import ProviderOrder
     from piecework.providers.discovery import selected_providers as providers
@@ -80,6 +81,7 @@ _LAZY = {
     "LatentOptions": "piecework.models.latent_attention",
     "LatentSizes": "piecework.models.latent_config",
     "MultiHeadLatentAttention": "piecework.models.latent_attention",
+    "Regime": "piecework.ops.mla_core",
 }
 
 
@@ -121,6 +123,7 @@ __all__ = [
     "PieceworkError",
     "ProviderOrder",
     "Recorder",
+    "Regime",
     "RequestError",
     "SamplingParams",
     "ShapeContractError",
