@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from piecework.cli import console
-from piecework.foundation.process import seconds_since_start
+from piecework.foundation.process import garbage_collection_off, seconds_since_start
 from piecework.models.bundle_key import DEFAULT_MAX_TOKENS
 from piecework.models.latent_config import DEFAULT_MLA, MLA_MODES
 from piecework.ops.selection import ProviderOrder
@@ -76,6 +76,7 @@ def chosen_providers(args: argparse.Namespace) -> ProviderOrder | None:
     return None if args.provider is None else ProviderOrder.parse(args.provider)
 
 
+@garbage_collection_off()  # the process ends with the command
 def run(args: argparse.Namespace) -> int:
     """Compile and print where the bundle is."""
     from piecework.compiler.model import compile_model  # noqa: PLC0415  `piecework --help` must not pay for it

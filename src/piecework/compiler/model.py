@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from piecework.compiler.backends import AotiBackend, Backend, EagerBackend
 from piecework.compiler.options import BackendName, CompileOptions
-from piecework.foundation.process import garbage_collection_off
 from piecework.foundation.target import Target, read_target
 from piecework.models.bundle_key import bundle_key, expected_facts
 from piecework.models.config import ModelConfig
@@ -87,7 +86,6 @@ def compile_model(
                 device=options.device,
             )
         )
-        stack.enter_context(garbage_collection_off())
         with recorder.phase("import"):
             # heavy imports, while the backend prepares in other processes
             from piecework.compiler.driver import compile_request  # noqa: PLC0415

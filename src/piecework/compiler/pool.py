@@ -78,13 +78,13 @@ class WorkerPool:
             end_group(process)
 
     def run(self, jobs: Mapping[str, Job], *, on_event: Callable[[Mapping[str, Any]], None]) -> Outcome:
-        """Compile all `jobs` (name → job); their libraries lie in the scratch directory.
+        """Compile all `jobs` (name → job), the longest first; their libraries lie in the scratch directory.
 
         Raises the first error of a job as what it was: CompileError, StoreError …
         """
         assert self._process.stdin is not None
         try:
-            for name, job in jobs.items():
+            for name, job in sorted(jobs.items(), key=lambda item: -len(item[1].program.calls)):
                 request = {"job": name, "work": job.to_json(), "directory": str(self._scratch / f"job-{name[:24]}")}
                 self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()

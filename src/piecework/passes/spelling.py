@@ -6,8 +6,8 @@
 
     Spelling("Llama's", llama, lambda x, weight, eps: (x, weight, eps), shapes={"x": (2, 3, 8), "weight": (8,)})
 
-The function is traced as models are, once for each combination of dtypes, because in float32 a spelling has no casts.
-Parameters with a shape are tensors; each of the others is a number that may be any.
+The function is run once for each combination of dtypes, because in float32 a spelling has no casts; its operators are
+noted. Parameters with a shape are tensors; each of the others is a number that may be any.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from typing import Any, Final, final
 
 import torch
 
-from piecework.errors import InternalError
-from piecework.ops.program import TensorSpec
-from piecework.passes.inline import NotTraceable, trace_body
+from piecework.passes.recorded import record_body
 from piecework.passes.terms import Terms, terms_of
 
 FLOATS: Final = ("float32", "bfloat16", "float16")
@@ -125,18 +123,11 @@ class Traced:
 def _traced(spelling: Spelling, dtypes: Mapping[str, str]) -> Pattern:
     numbers = dict(zip(spelling.numbers, _NUMBERS, strict=False))
     args = [
-        numbers[name] if name in numbers else {"tensor": _contiguous(spelling.shapes[name], dtypes[name]).to_json()}
+        numbers[name] if name in numbers else torch.ones(spelling.shapes[name], dtype=getattr(torch, dtypes[name]))
         for name in spelling.parameters
     ]
-    body = trace_body(spelling.before, args, {}, symbols=())
-    if isinstance(body, NotTraceable):
-        raise InternalError(f"{spelling.name} can't be traced: {body.why}")
+    body = record_body(spelling.before, args)
     tensors = tuple((name, dtypes[name]) for name in spelling.parameters if name in spelling.shapes)
     terms = terms_of(body.calls, body.results)
     results = tuple(terms.of(result) for result in body.results)
     return Pattern(spelling, terms, results, tensors, {value: name for name, value in numbers.items()})
-
-
-def _contiguous(shape: Sequence[int], dtype: str) -> TensorSpec:
-    strides = torch.empty(tuple(shape), device="meta").stride()
-    return TensorSpec(tuple(shape), tuple(strides), dtype, "cpu")

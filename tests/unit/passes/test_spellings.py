@@ -29,6 +29,7 @@ from transformers.models.phi3.modeling_phi3 import apply_rotary_pos_emb as phi_r
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
+from piecework.errors import InternalError
 from piecework.ops.activations import gelu_mul, silu_mul
 from piecework.ops.ir import IrOp
 from piecework.ops.norms import layer_norm, rms_norm
@@ -38,7 +39,9 @@ from piecework.passes import layer_norm as layer_norm_pass
 from piecework.passes import rms_norm as rms_norm_pass
 from piecework.passes import rotary as rotary_pass
 from piecework.passes import rotate_pairs as rotate_pairs_pass
+from piecework.passes.recorded import record_body
 from piecework.passes.spelling import FLOATS, Spelling
+from piecework.passes.terms import terms_of
 from tests.unit.passes.programs import ROWS, assert_same_results, ops_of, passed, program_of, report, spec, targets
 
 ALL: list[tuple[IrOp, Spelling]] = [
@@ -227,3 +230,23 @@ def test_a_norm_is_found_or_left_as_it_was(
         assert targets(made.rewritten.program) == ["piecework.rms_norm.default"]
     assert bool(report(made, "rms_norm").near_misses) == (not is_norm)
     assert_same_results(program, made.rewritten.program)
+
+
+@pytest.mark.parametrize(("op", "spelling", "dtypes"), CASES)
+def test_one_run_tells_what_a_trace_does(op: IrOp, spelling: Spelling, dtypes: dict[str, str]) -> None:
+    numbers = [0.25] * len(spelling.numbers)
+    program = program_of(lambda *tensors: spelling.before(*tensors, *numbers), _specs(spelling, dtypes))
+    ran = record_body(
+        spelling.before, [*_decoded(tuple({"i": n} for n in range(len(dtypes))), spelling, dtypes), *numbers]
+    )
+    ours, traced = terms_of(ran.calls, ran.results), terms_of(program.calls, program.outputs)
+    assert ours == traced
+    assert [ours.of(result) for result in ran.results] == [traced.of(result) for result in program.outputs]
+
+
+def test_a_run_that_writes_to_a_tensor_or_has_one_of_its_own_is_refused() -> None:
+    with pytest.raises(InternalError, match="writes to a tensor"):
+        record_body(lambda x: x.add_(1), [torch.ones(2)])
+    own = torch.ones(2)
+    with pytest.raises(InternalError, match="tensor of its own"):
+        record_body(lambda x: x + own, [torch.ones(2)])

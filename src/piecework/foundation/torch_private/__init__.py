@@ -81,6 +81,7 @@ from piecework.foundation.torch_private.tracing import (
     functionalized,
     is_bookkeeping,
     plain_tensors,
+    run_and_record,
     trace,
 )
 
@@ -139,6 +140,7 @@ __all__ = [
     "real_object",
     "reference_type_name",
     "register_reference_type",
+    "run_and_record",
     "set_inductor_options",
     "single_overload",
     "size_bounds",
