@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from piecework.compiler.toolchain import find_toolchain
 from piecework.errors import OpError
-from piecework.ops import mla_plain
+from piecework.ops import mla_cache, mla_plain
 from piecework.ops.mla import PLAIN, row_view
 from piecework.ops.mla_attention import MLA_ATTENTION_OP, LatentAttention
 from piecework.ops.mla_core import LatentCores, latent_attention
@@ -28,6 +30,7 @@ from tests.unit.ops.mla_cases import (
     MlaCase,
     Sizes,
     drawn_mla_cases,
+    in_fp8,
     make_mla_case,
     reference,
     reference_cache,
@@ -258,6 +261,82 @@ def test_a_library_without_the_type_falls_back(tmp_path: Path) -> None:
     find_toolchain(tmp_path, compiler=None).compile_kernel(CPU_MLA.main, macros=("PIECEWORK_BFLOAT16",), target=library)
     case, twin = (make_mla_case(BATCHES["mixed"]) for _ in range(2))
     assert torch.equal(run(CpuMla(library), case), run_plain(twin))
+
+
+FP8_CASES = (
+    (LITE, "mixed"),
+    (LITE, "uneven"),
+    (Sizes(heads=3), "chunks and decodes"),
+    (Sizes(heads=6, rope=6, rank=130), "chunks and decodes"),
+    (Sizes(heads=1, rank=300), "decodes"),
+    (Sizes(2, 2, 2, 2, 2), "mixed"),
+)
+
+
+@pytest.mark.parametrize(("sizes", "batch"), FP8_CASES)
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_caches_in_fp8(mla: CpuMla, batch: str, sizes: Sizes, dtype: torch.dtype) -> None:
+    """Entries are plain torch's, but for what rounds the other way; attention is over those that the kernel stored."""
+    before = make_mla_case(BATCHES[batch], sizes=sizes, dtype=dtype, block_size=16)
+    case, twin, exact = (in_fp8(before.twin()) for _ in range(3))
+    out = run(mla, case)
+    cores = replace(PLAIN, write=mla.write, write_decode=partial(written_and_decoded, mla))
+    wanted = latent_attention(twin.regime, cores, num_prefill_tokens=twin.num_prefill_tokens, **twin.named)
+    tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(out, wanted, atol=tolerance, rtol=tolerance)
+    assert torch.equal(case.named["latent_cache"], twin.named["latent_cache"])
+    PLAIN.write(*(exact.named[n] for n in WRITES))
+    found, plain = (
+        mla_cache.decode(c.named["latent_cache"], rank=sizes.rank, rope=sizes.rope, dtype=dtype).float()
+        for c in (case, exact)
+    )
+    torch.testing.assert_close(found, plain, rtol=1 / 7, atol=1e-6, equal_nan=True)  # a step at most
+    assert ((found - plain).abs() > 2e-2 * plain.abs()).float().mean() < 1e-2
+
+
+def written_and_decoded(mla: CpuMla, q_latent: Tensor, q_pe: Tensor, turned: bool, *args: Any) -> Tensor:
+    assert turned
+    return PLAIN.decode(q_latent, q_pe, mla.write(*args[:7]), args[5], *args[7:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_code_of_fp8_is_read_right(mla: CpuMla, dtype: torch.dtype) -> None:
+    """One sequence of one token, whose latent has all codes but NaN; then one with NaN."""
+    layout = mla_cache.Fp8Entry(256, 2, dtype.itemsize)
+    cache = torch.zeros(1, 16, layout.size, dtype=torch.uint8)
+    cache[0, 0, :256] = torch.arange(256)
+    cache[0, 0, [0x7F, 0xFF]] = 0
+    cache[0, 0, layout.scales : layout.key] = torch.tensor([2.0**-5, 2.0**40]).view(torch.uint8)
+    query, tables, lens = (
+        torch.zeros(1, 1, 256, dtype=dtype),
+        torch.zeros(1, 1, dtype=torch.int64),
+        torch.ones(1).long(),
+    )
+    wanted = mla_cache.decode(cache[0, :1], rank=256, rope=2, dtype=dtype)[:, :256]
+    found = mla.decode(query, query[..., :2], None, cache, tables, lens, 1.0)
+    assert torch.equal(found[0], wanted)
+    for code in (0x7F, 0xFF):
+        cache[0, 0, 77] = code
+        assert mla.decode(query, query[..., :2], None, cache, tables, lens, 1.0)[0, 0, 77].isnan()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_zeros_subnormals_and_nan_are_stored_in_fp8_as_plain_torch_does(mla: CpuMla, dtype: torch.dtype) -> None:
+    case = in_fp8(make_mla_case([(0, 50)], sizes=Sizes(rank=300), dtype=dtype))
+    named = case.named
+    named["norm_weight"] = torch.ones(300, dtype=dtype)
+    compressed = named["compressed"]
+    compressed[:, :300] = (torch.randn(50, 300) * 2 ** (torch.rand(50, 300) * 20 - 16)).to(dtype)
+    compressed[3], compressed[4, 7], compressed[5, 299] = 0, float("nan"), float("nan")
+    twin = case.twin()
+    entry = mla.write(*(named[n] for n in WRITES))
+    wanted = PLAIN.write(*(twin.named[n] for n in WRITES))
+    torch.testing.assert_close(entry, wanted, rtol=1 / 7, atol=1e-6, equal_nan=True)
+    assert (entry.nan_to_num() != wanted.nan_to_num())[:, :300].float().mean() < 1e-2
+    assert torch.equal(entry[3, :300], torch.zeros(300, dtype=dtype))
+    slots = named["slot_mapping"]
+    found = mla_cache.take(named["latent_cache"], slots, rank=300, rope=4, dtype=dtype)
+    assert torch.equal(found.nan_to_num(7), entry.nan_to_num(7))
 
 
 def run_plain(case: MlaCase) -> Tensor:

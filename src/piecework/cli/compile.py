@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from piecework.cli import console
 from piecework.foundation.process import garbage_collection_off, seconds_since_start
 from piecework.models.bundle_key import DEFAULT_MAX_TOKENS
-from piecework.models.latent_config import DEFAULT_MLA, MLA_MODES
+from piecework.models.latent_config import DEFAULT_KV_CACHE_DTYPE, DEFAULT_MLA, KV_CACHE_DTYPES, MLA_MODES
 from piecework.ops.selection import ProviderOrder
 
 if TYPE_CHECKING:
@@ -50,17 +50,20 @@ def add_compile_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cpu", help="what the bundle runs on (default: cpu)"
     )
-    add_mla_option(parser)
+    add_latent_options(parser)
     add_provider_option(parser)
     parser.add_argument("--backend", choices=("aoti", "eager"), default="aoti", help="aoti: native code; eager: run "
                         "the pieces operator by operator (default: aoti)")  # fmt: skip
 
 
-def add_mla_option(parser: argparse._ActionsContainer) -> None:
-    """Add the option that says how latent attention is compiled."""
+def add_latent_options(parser: argparse._ActionsContainer) -> None:
+    """Add the options that say how latent attention is compiled, and how its cache is kept."""
     parser.add_argument("--mla", choices=MLA_MODES, default=DEFAULT_MLA, help="for models with latent attention: "
                         "exposed has a layer's steps compiled, opaque hides them in one operator "
                         "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--kv-cache-dtype", choices=KV_CACHE_DTYPES, default=DEFAULT_KV_CACHE_DTYPE,
+                        help="type of the KV cache: auto is the model's, or what a given bundle has; fp8, for models "
+                        "with latent attention, keeps latents in a byte per number (default: %(default)s)")  # fmt: skip
 
 
 def add_provider_option(parser: argparse._ActionsContainer) -> None:
@@ -111,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
             recorder=recorder,
             on_progress=lambda text, done, total: progress.update(text, done=done, total=total),
             mla=args.mla,
+            kv_cache_dtype=args.kv_cache_dtype,
         )
     figures = _figures(compiled, recorder=recorder)
     if args.json:

@@ -51,6 +51,7 @@ def _report(args: argparse.Namespace) -> ExplainReport:
         max_tokens=args.max_tokens,
         options=CompileOptions(backend=BackendName(args.backend), ranges=args.ranges, device=args.device),
         mla=args.mla,
+        kv_cache_dtype=args.kv_cache_dtype,
         layers=args.layers,
     )
 

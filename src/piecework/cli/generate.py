@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from piecework.cli import console
-from piecework.cli.compile import add_mla_option, add_provider_option, chosen_providers
+from piecework.cli.compile import add_latent_options, add_provider_option, chosen_providers
 from piecework.engine.block_pool import DEFAULT_BLOCK_SIZE
 from piecework.foundation.process import keep_freed_memory, peak_rss_bytes, seconds_since_start
 from piecework.models.bundle_key import DEFAULT_MAX_TOKENS, given_bundle_facts
@@ -71,7 +71,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="most tokens in one forward pass (default: %(default)s)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
-    add_mla_option(parser)
+    add_latent_options(parser)
     add_provider_option(parser)
     parser.add_argument("--bundle", type=Path, metavar="BUNDLE", help="use this bundle instead of the store's")
     parser.add_argument("--json", action="store_true", help="print text, tokens and timings as one JSON object")
@@ -142,7 +142,7 @@ def _bundle(args: argparse.Namespace, config: ModelConfig) -> tuple[Bundle, floa
     begun = time.perf_counter()
     if args.bundle is not None:
         bundle = open_bundle(args.bundle, extract_root=root)
-        expected = given_bundle_facts(config, providers=chosen_providers(args))
+        expected = given_bundle_facts(config, providers=chosen_providers(args), kv_cache_dtype=args.kv_cache_dtype)
         require(bundle.facts, asked=f"run {args.model} from {args.bundle}", expected=expected)
         return bundle, time.perf_counter() - begun
     found = find_or_compile(
@@ -153,6 +153,7 @@ def _bundle(args: argparse.Namespace, config: ModelConfig) -> tuple[Bundle, floa
         store=DirectoryStore(root),
         on_note=console.status,
         mla=args.mla,
+        kv_cache_dtype=args.kv_cache_dtype,
         providers=chosen_providers(args),
     )
     return found.bundle, found.verify_s

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from piecework.cli.compile import add_mla_option, add_provider_option, chosen_providers
+from piecework.cli.compile import add_latent_options, add_provider_option, chosen_providers
 from piecework.engine.profile_options import DEFAULT_STEPS, ProfileOptions
 from piecework.errors import PieceworkError
 from piecework.foundation.environment import read_environment
@@ -154,6 +154,7 @@ def _model_options(args: argparse.Namespace) -> ModelOptions:
         bundle=args.bundle,
         random_weights=args.random_weights,
         mla=args.mla,
+        kv_cache_dtype=args.kv_cache_dtype,
         providers=chosen_providers(args),
         profile=None if args.profile is None else ProfileOptions(args.profile, steps=args.profile_steps),
     )
@@ -199,7 +200,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         "--dtype", choices=("float32", "bfloat16"), help="type of weights and activations (default: the config's)"
     )
     group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
-    add_mla_option(group)
+    add_latent_options(group)
     add_provider_option(group)
     group.add_argument(
         "--max-tokens",

@@ -15,7 +15,7 @@ from piecework.foundation.environment import read_environment
 from piecework.foundation.target import read_target
 from piecework.models.bundle_key import DEFAULT_MAX_TOKENS, bundle_key, expected_facts
 from piecework.models.config import ModelConfig, read_config
-from piecework.models.latent_config import DEFAULT_MLA
+from piecework.models.latent_config import DEFAULT_KV_CACHE_DTYPE, DEFAULT_MLA
 from piecework.report.explain import ExplainReport, bundle_subject, explain_bundle, explain_subject
 from piecework.report.subject import Subject
 from piecework.store.bundle import Bundle, open_bundle
@@ -93,6 +93,7 @@ def explain_path(
     max_tokens: int = DEFAULT_MAX_TOKENS,
     options: CompileOptions | None = None,
     mla: str = DEFAULT_MLA,
+    kv_cache_dtype: str = DEFAULT_KV_CACHE_DTYPE,
     layers: tuple[int, int] | None = None,
 ) -> ExplainReport:
     """Explain a bundle, or the model of a directory.
@@ -103,6 +104,7 @@ def explain_path(
         max_tokens: most tokens in one forward pass of a model.
         options: what a model's bundle was or would be compiled with.
         mla: the same, for models with latent attention: "exposed" or "opaque".
+        kv_cache_dtype: the same: "auto", or "fp8" for these models.
         layers: see `explain`.
 
     Raises as `explain`.
@@ -118,6 +120,7 @@ def explain_path(
         options=options or CompileOptions(),
         store=DirectoryStore(environment.store_root),
         mla=mla,
+        kv_cache_dtype=kv_cache_dtype,
         layers=layers,
     )
 
@@ -142,6 +145,7 @@ def explain_model(
     options: CompileOptions,
     store: Store,
     mla: str = DEFAULT_MLA,
+    kv_cache_dtype: str = DEFAULT_KV_CACHE_DTYPE,
     layers: tuple[int, int] | None = None,
 ) -> ExplainReport:
     """Explain the stored bundle of a model; where there is none that holds here, capture the model.
@@ -153,12 +157,14 @@ def explain_model(
         options: what the bundle was or would be compiled with.
         store: where its bundle may be; nothing is written to it.
         mla: for models with latent attention, "exposed" or "opaque".
+        kv_cache_dtype: "auto", or "fp8" for these models.
         layers: see `explain`.
 
     Raises as `explain`.
     """
     target = read_target()
-    expected = expected_facts(config, dtype=dtype, max_tokens=max_tokens, options=options.facts(), mla=mla)
+    latent = {"mla": mla, "kv_cache_dtype": kv_cache_dtype}
+    expected = expected_facts(config, dtype=dtype, max_tokens=max_tokens, options=options.facts(), **latent)
     try:
         bundle = store.get_bundle(bundle_key(expected, target=target))
         if bundle is None:
@@ -173,7 +179,7 @@ def explain_model(
         note = f"its bundle in the store can't be used: {error.found}"
     from piecework.models.adapter import build_causal_lm  # noqa: PLC0415  imports transformers
 
-    request = build_causal_lm(config.path, dtype=dtype, max_tokens=max_tokens, device=options.device, mla=mla)
+    request = build_causal_lm(config.path, dtype=dtype, max_tokens=max_tokens, device=options.device, **latent)
     return explain_subject(captured_subject(request, name=str(config.path), notes=(note,)), layers=layers)
 
 

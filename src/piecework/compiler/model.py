@@ -13,7 +13,7 @@ from piecework.compiler.options import BackendName, CompileOptions
 from piecework.foundation.target import Target, read_target
 from piecework.models.bundle_key import bundle_key, expected_facts
 from piecework.models.config import ModelConfig
-from piecework.models.latent_config import DEFAULT_MLA
+from piecework.models.latent_config import DEFAULT_KV_CACHE_DTYPE, DEFAULT_MLA
 from piecework.ops.weight_source import Take, resolved, takes
 from piecework.record import Recorder
 from piecework.store.bundle import Bundle, write_bundle
@@ -48,6 +48,7 @@ def compile_model(
     recorder: Recorder,
     on_progress: OnProgress,
     mla: str = DEFAULT_MLA,
+    kv_cache_dtype: str = DEFAULT_KV_CACHE_DTYPE,
 ) -> CompiledModel:
     """Return the bundle of a model, compiled unless the store has a valid one.
 
@@ -63,11 +64,13 @@ def compile_model(
         out: where to write the bundle; None for the store.
         recorder, on_progress: see `compiler.driver.compile_request`.
         mla: "exposed" or "opaque", for models with latent attention; see `models/latent_attention.py`.
+        kv_cache_dtype: "auto", or "fp8" for these models; see `ops/mla_cache.py`.
 
     Raises UnsupportedModelError, WeightsError, CaptureError, ShapeContractError, CompileError, StoreError.
     """
     target = read_target()
-    expected = expected_facts(config, dtype=dtype, max_tokens=max_tokens, options=options.facts(), mla=mla)
+    latent = {"mla": mla, "kv_cache_dtype": kv_cache_dtype}
+    expected = expected_facts(config, dtype=dtype, max_tokens=max_tokens, options=options.facts(), **latent)
     key = bundle_key(expected, target=target)
     with contextlib.ExitStack() as stack:
         if out is None:
@@ -91,7 +94,7 @@ def compile_model(
             from piecework.compiler.driver import compile_request  # noqa: PLC0415
             from piecework.models.adapter import build_causal_lm  # noqa: PLC0415
         with recorder.phase("build"):
-            request = build_causal_lm(config.path, dtype=dtype, max_tokens=max_tokens, device=options.device, mla=mla)
+            request = build_causal_lm(config.path, dtype=dtype, max_tokens=max_tokens, device=options.device, **latent)
             if check_weights:
                 _check_weights(config, request)
         sealed = compile_request(
@@ -108,7 +111,7 @@ def compile_model(
                 "layers": config.num_layers,
                 "dtype": dtype,
                 "max_tokens": max_tokens,
-                **({} if config.latent is None else {"mla": mla}),
+                **({} if config.latent is None else latent),
             },
         )
         with recorder.phase("seal"):

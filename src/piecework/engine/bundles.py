@@ -11,7 +11,7 @@ from piecework.errors import BundleError
 from piecework.foundation.target import read_target
 from piecework.models.bundle_key import DEFAULT_OPTIONS, bundle_key, expected_facts
 from piecework.models.config import ModelConfig
-from piecework.models.latent_config import DEFAULT_MLA
+from piecework.models.latent_config import DEFAULT_KV_CACHE_DTYPE, DEFAULT_MLA
 from piecework.ops.selection import ProviderOrder
 from piecework.store.bundle import Bundle, open_bundle
 from piecework.store.facts import Difference, Fact, check
@@ -31,6 +31,7 @@ class WantedBundle:
         backend: "aoti" for native code, "eager" for one that is compiled quickly and runs operator by operator.
         mla: "exposed" or "opaque", for models with latent attention.
         providers: which implementations IR ops have.
+        kv_cache_dtype: "auto", or "fp8" for models with latent attention.
     """
 
     config: ModelConfig
@@ -40,13 +41,21 @@ class WantedBundle:
     backend: str = "aoti"
     mla: str = DEFAULT_MLA
     providers: ProviderOrder = field(default_factory=ProviderOrder)
+    kv_cache_dtype: str = DEFAULT_KV_CACHE_DTYPE
 
     @property
     def expected(self) -> tuple[Fact, ...]:
         """The facts that the bundle must have."""
         chosen = {"device": self.device, "backend": self.backend, "providers": self.providers.text()}
         options = {**DEFAULT_OPTIONS, **chosen}
-        return expected_facts(self.config, dtype=self.dtype, max_tokens=self.max_tokens, options=options, mla=self.mla)
+        return expected_facts(
+            self.config,
+            dtype=self.dtype,
+            max_tokens=self.max_tokens,
+            options=options,
+            mla=self.mla,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,7 @@ def find_or_compile(
     on_note: Callable[[str], None],
     mla: str = DEFAULT_MLA,
     providers: ProviderOrder | None = None,
+    kv_cache_dtype: str = DEFAULT_KV_CACHE_DTYPE,
 ) -> FoundBundle:
     """Return the model's bundle from the store, or compile it there.
 
@@ -86,10 +96,20 @@ def find_or_compile(
         on_note: is told why a bundle was not used, and that one is being compiled.
         mla: "exposed" or "opaque", for models with latent attention.
         providers: which implementations IR ops have; None for the default.
+        kv_cache_dtype: "auto", or "fp8" for models with latent attention.
 
-    Raises what the compile fails with, as CompileError where it says no more.
+    Raises UnsupportedModelError where the model can't have such a KV cache, and what the compile fails with, as
+    CompileError where it says no more.
     """
-    wanted = WantedBundle(config, dtype, max_tokens, device, mla=mla, providers=providers or ProviderOrder())
+    wanted = WantedBundle(
+        config,
+        dtype,
+        max_tokens,
+        device,
+        mla=mla,
+        providers=providers or ProviderOrder(),
+        kv_cache_dtype=kv_cache_dtype,
+    )
     found = find(wanted, store=store, on_note=on_note)
     if found is not None:
         return found
@@ -137,6 +157,7 @@ def compile_process(wanted: WantedBundle) -> CompileProcess:
         backend=wanted.backend,
         mla=wanted.mla,
         providers=None if wanted.providers == ProviderOrder() else wanted.providers,
+        kv_cache_dtype=wanted.kv_cache_dtype,
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, final
 
 from piecework.errors import CompileError, PieceworkError
-from piecework.models.latent_config import DEFAULT_MLA
+from piecework.models.latent_config import DEFAULT_KV_CACHE_DTYPE, DEFAULT_MLA
 from piecework.ops.selection import ProviderOrder
 
 _STEP: Final = re.compile(r"\[(\d+)/(\d+)\] (.*)")
@@ -48,6 +48,7 @@ class CompileProcess:
         backend: "aoti" or "eager".
         mla: "exposed" or "opaque", for models with latent attention.
         providers: which implementations IR ops get; None for the default.
+        kv_cache_dtype: "auto", or "fp8" for models with latent attention.
     """
 
     def __init__(
@@ -60,10 +61,11 @@ class CompileProcess:
         backend: str,
         mla: str = DEFAULT_MLA,
         providers: ProviderOrder | None = None,
+        kv_cache_dtype: str = DEFAULT_KV_CACHE_DTYPE,
     ) -> None:
         self._command = [sys.executable, "-m", "piecework", "compile", str(model_dir), "--weights", "none", "--json"]
         self._command += ["--dtype", dtype, "--max-tokens", str(max_tokens), "--device", device, "--backend", backend]
-        self._command += ["--mla", mla]
+        self._command += ["--mla", mla, "--kv-cache-dtype", kv_cache_dtype]
         if providers is not None:
             self._command += ["--provider", providers.text()]
         self._mutex = threading.Lock()

@@ -7,6 +7,7 @@ a compile gives the same KV cache as one that found its bundle.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
@@ -100,7 +101,7 @@ def memory_needs(plan: Plan, config: ModelConfig) -> MemoryNeeds:
         prod(size_expression(str(dim))({"blocks": 1}) for dim in state.shape) * _itemsize(state.dtype)
         for state in plan.states
     )
-    itemsize = max((_itemsize(state.dtype) for state in plan.states), default=4)
+    itemsize = _activation_itemsize(plan)
     max_tokens, max_seqs = plan.sizes["tokens"][1], plan.sizes["seqs"][1]
     return MemoryNeeds(
         weights, activation_bytes(config, itemsize=itemsize, max_tokens=max_tokens, max_seqs=max_seqs), block
@@ -144,6 +145,20 @@ def _mlp_numbers(config: ModelConfig) -> int:
         return dense
     chosen = experts.top_k * (2 * config.hidden_size + 3 * experts.intermediate)
     return max(dense, chosen + 3 * experts.shared)
+
+
+def _activation_itemsize(plan: Plan) -> int:
+    """Return the bytes of a number of the activations, which is of the widest state's type.
+
+    Where states are bytes, as caches in fp8 are, it is of the type that most weights have.
+    """
+    numbers = [s.dtype for s in plan.states if s.dtype != "uint8"]
+    if plan.states and not numbers:
+        weights = Counter[str]()
+        for recipe in plan.recipes:
+            weights[recipe.dtype] += prod(recipe.shape)
+        numbers = [dtype for dtype, _ in weights.most_common(1)]
+    return max(map(_itemsize, numbers), default=4)
 
 
 def _itemsize(dtype: str) -> int:

@@ -26,7 +26,7 @@ from piecework.foundation.environment import read_environment
 from piecework.foundation.process import keep_freed_memory
 from piecework.models.bundle_key import DEFAULT_MAX_TOKENS, given_bundle_facts
 from piecework.models.config import read_config
-from piecework.models.latent_config import DEFAULT_MLA
+from piecework.models.latent_config import DEFAULT_KV_CACHE_DTYPE, DEFAULT_MLA
 from piecework.ops.selection import ProviderOrder, as_order
 from piecework.runtime import LoadedModel, load
 from piecework.store.bundle import Bundle, open_bundle
@@ -57,6 +57,8 @@ class LLM:
         bundle: use this one instead of the store's.
         random_weights: a seed for random weights; the directory then needs no safetensors.
         mla: for models with latent attention: "exposed" has the steps of a layer compiled, "opaque" is one operator.
+        kv_cache_dtype: "auto" caches in the model's type, or in what `bundle` was compiled for; "fp8", for models with
+            latent attention, caches latents in a byte per number, with scales.
         providers: which implementations IR ops have, as ProviderOrder or as what its `parse` reads; None for the
             default, or for what `bundle` has.
         profile: write a torch profiler trace of some forwards, with pieces and layers by name.
@@ -79,6 +81,7 @@ class LLM:
         bundle: str | Path | None = None,
         random_weights: int | None = None,
         mla: str = DEFAULT_MLA,
+        kv_cache_dtype: str = DEFAULT_KV_CACHE_DTYPE,
         providers: ProviderOrder | str | Sequence[str] | None = None,
         profile: ProfileOptions | None = None,
         on_note: Callable[[str], None] = lambda _: None,
@@ -94,7 +97,7 @@ class LLM:
             require(
                 opened.facts,
                 asked=f"run {config.path} from {bundle}",
-                expected=given_bundle_facts(config, providers=order),
+                expected=given_bundle_facts(config, providers=order, kv_cache_dtype=kv_cache_dtype),
             )
         else:
             store = DirectoryStore(read_environment().store_root)
@@ -107,6 +110,7 @@ class LLM:
                 on_note=on_note,
                 mla=mla,
                 providers=order,
+                kv_cache_dtype=kv_cache_dtype,
             ).bundle
         size = CacheSize(num_bytes=kv_cache_memory, fraction=memory_fraction)
         plan = Plan.from_json(opened.plan())

@@ -22,7 +22,7 @@ from piecework.models.adapted import AdaptedModel
 from piecework.models.batch import BLOCK_SIZE, ForwardBatch
 from piecework.models.config import DTYPES, ModelConfig, read_config
 from piecework.models.deepseek import adapt_deepseek
-from piecework.models.latent_config import DEFAULT_MLA, MLA_MODES
+from piecework.models.latent_config import DEFAULT_KV_CACHE_DTYPE, DEFAULT_MLA, MLA_MODES, check_kv_cache_dtype
 from piecework.models.paged_attention import adapt_paged
 from piecework.ops.attention import ATTENTION_OP
 from piecework.ops.mla_core import Regime
@@ -42,7 +42,13 @@ _INPUTS: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 def build_causal_lm(
-    model_dir: Path, *, dtype: str | None = None, max_tokens: int, device: str = "cpu", mla: str = DEFAULT_MLA
+    model_dir: Path,
+    *,
+    dtype: str | None = None,
+    max_tokens: int,
+    device: str = "cpu",
+    mla: str = DEFAULT_MLA,
+    kv_cache_dtype: str = DEFAULT_KV_CACHE_DTYPE,
 ) -> CaptureRequest:
     """Return what to capture for the model of a directory; only config.json (and generation_config.json) is read.
 
@@ -52,6 +58,7 @@ def build_causal_lm(
         max_tokens: most tokens in one forward pass.
         device: device type that the compiled model runs on, "cpu" or "cuda".
         mla: for models with latent attention, "exposed" or "opaque"; see models/latent_attention.py.
+        kv_cache_dtype: "auto", or for these models "fp8"; see ops/mla_cache.py.
 
     Raises UnsupportedModelError where piecework can't compile the model.
     """
@@ -64,7 +71,8 @@ def build_causal_lm(
                 found=f"a {what} that isn't supported",
                 try_=f"one of {', '.join(known)}",
             )
-    model = _adapt(config, dtype=dtype, mla=mla)
+    check_kv_cache_dtype(kv_cache_dtype, config.latent, asked=f"{model_dir}")
+    model = _adapt(config, dtype=dtype, mla=mla, kv_cache_dtype=kv_cache_dtype)
     regimes = config.latent is not None and mla == "exposed"
     sizes = _sizes(config, max_tokens=max_tokens)
     inputs: list[TensorInput | SizeInput] = [
@@ -132,14 +140,14 @@ def _sizes(config: ModelConfig, *, max_tokens: int) -> dict[str, Dim]:
     }
 
 
-def _adapt(config: ModelConfig, *, dtype: str, mla: str) -> AdaptedModel:
+def _adapt(config: ModelConfig, *, dtype: str, mla: str, kv_cache_dtype: str) -> AdaptedModel:
     asked = f"the model in {config.path}"
     hf_config = _transformers_config(config, asked=asked)
     made = getattr(torch, dtype)
     model = (
         adapt_paged(config, hf_config, dtype=made)
         if config.latent is None
-        else adapt_deepseek(config, hf_config, dtype=made, mla=mla)
+        else adapt_deepseek(config, hf_config, dtype=made, mla=mla, kv_cache_dtype=kv_cache_dtype)
     )
     module = model.module
     if type(module).__name__ != config.architecture:

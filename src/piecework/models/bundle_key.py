@@ -8,7 +8,7 @@ from piecework.foundation.digests import JsonScalar, digest_json
 from piecework.foundation.target import Target
 from piecework.foundation.version import VERSION
 from piecework.models.config import ModelConfig
-from piecework.models.latent_config import DEFAULT_MLA
+from piecework.models.latent_config import DEFAULT_KV_CACHE_DTYPE, DEFAULT_MLA, check_kv_cache_dtype
 from piecework.ops.selection import ProviderOrder
 from piecework.store.facts import Fact, config_fact, environment_facts, option_facts
 
@@ -31,6 +31,7 @@ def expected_facts(
     max_tokens: int,
     options: Mapping[str, JsonScalar] = DEFAULT_OPTIONS,
     mla: str = DEFAULT_MLA,
+    kv_cache_dtype: str = DEFAULT_KV_CACHE_DTYPE,
 ) -> tuple[Fact, ...]:
     """Return what a caller who wants this model compiled this way expects of a bundle.
 
@@ -40,21 +41,33 @@ def expected_facts(
         max_tokens: most tokens in one forward pass.
         options: `CompileOptions.facts()`.
         mla: "exposed" or "opaque"; it makes no difference to a model without latent attention.
+        kv_cache_dtype: "auto", or "fp8" for a model with latent attention.
+
+    Raises UnsupportedModelError where the model can't have such a KV cache.
     """
+    check_kv_cache_dtype(kv_cache_dtype, config.latent, asked=f"{config.path}")
     asked = {"dtype": dtype, "max_tokens": max_tokens, **options}
     if config.latent is not None:
-        asked["mla"] = mla
+        asked |= {"mla": mla, "kv_cache_dtype": kv_cache_dtype}
     return (config_fact(config.raw), *option_facts(asked))
 
 
-def given_bundle_facts(config: ModelConfig, *, providers: ProviderOrder | None) -> tuple[Fact, ...]:
-    """Return what is expected of a bundle that a caller names: its model, and the providers that are asked for.
+def given_bundle_facts(
+    config: ModelConfig, *, providers: ProviderOrder | None, kv_cache_dtype: str = DEFAULT_KV_CACHE_DTYPE
+) -> tuple[Fact, ...]:
+    """Return what is expected of a bundle that a caller names: its model, and what of its options is asked for.
 
     Args:
         config: the model's.
         providers: the order; None takes any.
+        kv_cache_dtype: "auto" takes any.
+
+    Raises UnsupportedModelError where the model can't have such a KV cache.
     """
+    check_kv_cache_dtype(kv_cache_dtype, config.latent, asked=f"{config.path}")
     asked = {} if providers is None else {"providers": providers.text()}
+    if kv_cache_dtype != DEFAULT_KV_CACHE_DTYPE:
+        asked["kv_cache_dtype"] = kv_cache_dtype
     return (config_fact(config.raw), *option_facts(asked))
 
 

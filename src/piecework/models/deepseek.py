@@ -31,14 +31,17 @@ from piecework.models.routed_experts import RoutedExperts, expert_sources
 from piecework.ops.weight_source import Source, Sources
 
 
-def adapt_deepseek(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torch.dtype, mla: str) -> AdaptedModel:
+def adapt_deepseek(
+    config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torch.dtype, mla: str, kv_cache_dtype: str
+) -> AdaptedModel:
     """Return transformers' model with our decoder layers.
 
     Args:
         config: the model directory's; it has `latent`.
         hf_config: transformers' reading of it.
         dtype: type of weights and activations; routers are float32 in any case.
-        mla: see `LatentOptions`.
+        mla: this and `kv_cache_dtype`: see `LatentOptions`.
+        kv_cache_dtype: see there.
     """
     # its attention is replaced; but with one of its own, transformers would make a mask
     AttentionInterface.register(ATTENTION, paged_attention)
@@ -54,10 +57,11 @@ def adapt_deepseek(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: t
         bias=first.kv_a_proj_with_mqa.bias is not None,
         interleaved=bool(getattr(hf_config, "rope_interleave", True)),
         mla=mla,
+        kv_cache_dtype=kv_cache_dtype,
     )
     with torch.device("meta"):
         model.layers = nn.ModuleList(_decoder_layer(layer, config, options, dtype=dtype) for layer in model.layers)
-    caches = latent_caches(module, dtype=str(dtype).removeprefix("torch."))
+    caches = latent_caches(module, dtype=dtype)
     return AdaptedModel(module, caches, weight_sources(module), decisions(module))
 
 
@@ -107,13 +111,16 @@ class DecoderLayer(nn.Module):
         return out
 
 
-def latent_caches(module: nn.Module, *, dtype: str) -> dict[str, TensorInput]:
-    """Return the latent caches of a model's layers, by qualified name, as states."""
+def latent_caches(module: nn.Module, *, dtype: torch.dtype) -> dict[str, TensorInput]:
+    """Return the latent caches of a model's layers, whose weights are of `dtype`, by qualified name, as states."""
     states = {}
     for name, part in module.named_modules():
         if isinstance(part, MultiHeadLatentAttention):
             qualified = f"{name}.{LATENT_CACHE}"
-            states[qualified] = TensorInput(qualified, ("blocks", BLOCK_SIZE, part.sizes.entry), dtype)
+            width, cached = part.cache_entry(dtype)
+            states[qualified] = TensorInput(
+                qualified, ("blocks", BLOCK_SIZE, width), str(cached).removeprefix("torch.")
+            )
     return states
 
 

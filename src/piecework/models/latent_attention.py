@@ -4,7 +4,7 @@ DeepSeek-V2 (arXiv:2405.04434), section 2.1. It is a module of its own, for any 
 cache: models/deepseek.py puts transformers' models on it. Parameters are named as transformers names them.
 
 Shape suffixes: T new tokens, S sequences, X hidden size, H heads, N dimensions of a head without position, R rotary
-ones, V of a value, L of a latent, B block size.
+ones, V of a value, L of a latent, B block size, E the length of an entry in the cache.
 """
 
 from __future__ import annotations
@@ -17,9 +17,16 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from piecework.models.batch import BLOCK_SIZE, ForwardBatch
-from piecework.models.latent_config import DEFAULT_MLA, MLA_MODES, LatentSizes
+from piecework.models.latent_config import (
+    DEFAULT_KV_CACHE_DTYPE,
+    DEFAULT_MLA,
+    KV_CACHE_DTYPES,
+    MLA_MODES,
+    LatentSizes,
+)
 from piecework.ops.mla import TRACED
 from piecework.ops.mla_attention import mla_attention
+from piecework.ops.mla_cache import entry_width
 from piecework.ops.mla_core import Regime, latent_attention
 from piecework.ops.weight_source import HeadProduct, HeadRows, Source, Sources, Take
 
@@ -37,6 +44,8 @@ class LatentOptions:
         interleaved: whether the rotary dimensions come as pairs (2i, 2i + 1), or as halves (i, i + R / 2).
         mla: "exposed" shows a compiler every step of the layer between its projections, "opaque" hides all of them in
             one operator. Both do the same steps.
+        kv_cache_dtype: "auto" caches latents in the type of the weights, "fp8" as float8_e4m3fn with scales; new tokens
+            attend each other's cached latents, not the exact ones. See `ops/mla_cache.py`.
     """
 
     scale: float
@@ -44,10 +53,13 @@ class LatentOptions:
     bias: bool = False
     interleaved: bool = True
     mla: str = DEFAULT_MLA
+    kv_cache_dtype: str = DEFAULT_KV_CACHE_DTYPE
 
     def __post_init__(self) -> None:
         if self.mla not in MLA_MODES:
             raise ValueError(f"mla={self.mla!r} is none of {', '.join(MLA_MODES)}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ValueError(f"kv_cache_dtype={self.kv_cache_dtype!r} is none of {', '.join(KV_CACHE_DTYPES)}")
 
 
 @final
@@ -66,8 +78,8 @@ class MultiHeadLatentAttention(nn.Module):
         options: the rest.
 
     Attributes:
-        latent_cache: [blocks, B, L + R], written in place; on the meta device until `allocate_cache`, or until whoever
-            keeps caches puts one there.
+        latent_cache: [blocks, B, E] (see `cache_entry`), written in place; on the meta device until `allocate_cache`,
+            or until whoever keeps caches puts one there.
 
     Example:
         >>> sizes = LatentSizes(kv_rank=512, rope_dim=64, nope_dim=128, value_dim=128, query_rank=None)
@@ -113,7 +125,8 @@ class MultiHeadLatentAttention(nn.Module):
         self.folds = options.mla == "exposed" and self.output.folded < self.output.apart
         self.absorb()
         self.register_load_state_dict_post_hook(_absorb)  # type: ignore[no-untyped-call]
-        cache = torch.empty(1, BLOCK_SIZE, sizes.entry, dtype=self.kv_b_proj.weight.dtype, device="meta")
+        width, dtype = self.cache_entry(self.kv_b_proj.weight.dtype)
+        cache = torch.empty(1, BLOCK_SIZE, width, dtype=dtype, device="meta")
         self.register_buffer(LATENT_CACHE, cache, persistent=False)
 
     def absorb(self) -> None:
@@ -141,12 +154,16 @@ class MultiHeadLatentAttention(nn.Module):
             text = f"stay apart: {apart} per token and layer; as one weight it were {folded}"
         return (f"decode: the values' up-projection and the output projection {text}",)
 
+    def cache_entry(self, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+        """Return the last size and the dtype of the cache of a layer whose weights are of `dtype`."""
+        cached = torch.uint8 if self.options.kv_cache_dtype == "fp8" else dtype
+        return entry_width(cached, dtype, rank=self.sizes.kv_rank, rope=self.sizes.rope_dim), cached
+
     def allocate_cache(self, num_blocks: int, *, block_size: int = BLOCK_SIZE) -> None:
-        """Give the layer an empty cache [num_blocks, block_size, L + R], where and of what type its weights are."""
+        """Give the layer an empty cache [num_blocks, block_size, E], where its weights are."""
         weight = self.kv_b_proj.weight
-        self.latent_cache = torch.zeros(
-            num_blocks, block_size, self.sizes.entry, dtype=weight.dtype, device=weight.device
-        )
+        width, dtype = self.cache_entry(weight.dtype)
+        self.latent_cache = torch.zeros(num_blocks, block_size, width, dtype=dtype, device=weight.device)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, batch: ForwardBatch) -> Tensor:
         """Store the new tokens' latents in the cache, and attend causally, each sequence over its own tokens.

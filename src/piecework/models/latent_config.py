@@ -1,4 +1,7 @@
-"""The part of config.json that is about latent attention and routed experts: DeepSeek-V2 and -V3. Needs no torch."""
+"""The part of config.json that is about latent attention and routed experts: DeepSeek-V2 and -V3. Needs no torch.
+
+Besides, what may be chosen for such models: `mla` and `kv_cache_dtype`.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from piecework.errors import UnsupportedModelError
+
 LATENT_MODEL_TYPES: Final = ("deepseek_v2", "deepseek_v3")
 MLA_MODES: Final = ("exposed", "opaque")
 DEFAULT_MLA: Final = "exposed"
+KV_CACHE_DTYPES: Final = ("auto", "fp8")
+DEFAULT_KV_CACHE_DTYPE: Final = "auto"
 
 # what transformers takes for a field that config.json leaves out
 _DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -90,6 +97,26 @@ class ExpertRouting:
     intermediate: int
     shared: int
     first_layer: int
+
+
+def check_kv_cache_dtype(kv_cache_dtype: str, latent: LatentSizes | None, *, asked: str) -> None:
+    """Raise UnsupportedModelError where a model of those sizes can't have such a KV cache.
+
+    Args:
+        kv_cache_dtype: one of KV_CACHE_DTYPES.
+        latent: the model's, or None where it has no latent attention.
+        asked: what the error says.
+    """
+    asked = f"{asked} with a KV cache of {kv_cache_dtype!r}"
+    if kv_cache_dtype not in KV_CACHE_DTYPES:
+        known = ", ".join(KV_CACHE_DTYPES)
+        raise UnsupportedModelError(asked=asked, found="a type that KV caches can't have", try_=f"one of {known}")
+    if kv_cache_dtype != DEFAULT_KV_CACHE_DTYPE and latent is None:
+        raise UnsupportedModelError(
+            asked=asked,
+            found="a model without latent attention, whose keys and values are cached in its own type",
+            try_=f'"{DEFAULT_KV_CACHE_DTYPE}", or a model of {" or ".join(LATENT_MODEL_TYPES)}',
+        )
 
 
 def latent_sizes(raw: Mapping[str, Any]) -> LatentSizes:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from piecework.engine.profile_options import ProfileOptions
 from piecework.models.config import ModelConfig
-from piecework.models.latent_config import DEFAULT_MLA
+from piecework.models.latent_config import DEFAULT_KV_CACHE_DTYPE, DEFAULT_MLA
 from piecework.ops.selection import ProviderOrder
 
 
@@ -36,6 +36,7 @@ class ModelOptions:
         bundle: use this one instead of the store's.
         random_weights: a seed; the directory then needs no safetensors.
         mla: "exposed" or "opaque", for models with latent attention.
+        kv_cache_dtype: "auto", or "fp8" for models with latent attention.
         providers: which implementations IR ops have; None for the default, or for what `bundle` has.
         profile: which forwards of the model that serves first are profiled; None for none.
     """
@@ -52,5 +53,6 @@ class ModelOptions:
     bundle: Path | None = None
     random_weights: int | None = None
     mla: str = DEFAULT_MLA
+    kv_cache_dtype: str = DEFAULT_KV_CACHE_DTYPE
     providers: ProviderOrder | None = None
     profile: ProfileOptions | None = None

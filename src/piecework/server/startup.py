@@ -144,6 +144,7 @@ class ModelStart:
             backend,
             mla=options.mla,
             providers=options.providers or ProviderOrder(),
+            kv_cache_dtype=options.kv_cache_dtype,
         )
 
     def _load_tokenizer(self) -> Tokenizer:
@@ -157,9 +158,9 @@ class ModelStart:
             path = self._options.bundle
             if path is None:
                 return find(self._wanted(NATIVE), store=self._store, on_note=self._note)
-            config = self._options.config
+            options, config = self._options, self._options.config
             bundle = open_bundle(path)
-            expected = given_bundle_facts(config, providers=self._options.providers)
+            expected = given_bundle_facts(config, providers=options.providers, kv_cache_dtype=options.kv_cache_dtype)
             require(bundle.facts, asked=f"serve {config.path} from {path}", expected=expected)
             return FoundBundle(bundle, compiled=False, verify_s=0.0)
 

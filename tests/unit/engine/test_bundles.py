@@ -12,7 +12,7 @@ import pytest
 
 from piecework.engine.bundles import WantedBundle, compile_process, compile_wanted, find, why_missing
 from piecework.engine.compile_process import CompileProcess, CompileStep, parse_step
-from piecework.errors import CompileError
+from piecework.errors import CompileError, UnsupportedModelError
 from piecework.foundation.target import read_target
 from piecework.models.bundle_key import bundle_key
 from piecework.models.config import read_config
@@ -69,6 +69,17 @@ def test_the_ways_of_latent_attention_are_bundles_of_their_own(store, wanted, tm
     assert WantedBundle(wanted.config, "float32", 64, mla="opaque").expected == wanted.expected
 
 
+def test_the_kinds_of_latent_caches_are_bundles_of_their_own(store, wanted, tmp_path):
+    config = read_config(write_config(tmp_path / "latent", "deepseek_v3"))
+    auto, fp8 = (WantedBundle(config, "float32", 64, kv_cache_dtype=kind) for kind in ("auto", "fp8"))
+    _put(store, auto)
+    assert find(auto, store=store, on_note=pytest.fail) is not None
+    assert find(fp8, store=store, on_note=pytest.fail) is None
+    assert "option kv_cache_dtype: bundle auto, here fp8" in why_missing(fp8, store=store)
+    with pytest.raises(UnsupportedModelError, match="a model without latent attention"):
+        _ = WantedBundle(wanted.config, "float32", 64, kv_cache_dtype="fp8").expected
+
+
 def test_another_order_of_providers_is_another_bundle(store, wanted):
     _put(store, wanted)
     other = dataclasses.replace(wanted, providers=ProviderOrder.parse(["rms_norm=aten,native"]))
@@ -121,7 +132,9 @@ def test_a_compile_says_what_it_does_and_where_the_bundle_is(tmp_path, monkeypat
     found = compile_wanted(compile_process(wanted), on_line=lines.append)
     assert (found.bundle.path, found.compiled) == (place, True)
     assert lines[0].startswith("-m piecework compile ")
-    assert lines[0].endswith("--dtype float32 --max-tokens 64 --device cpu --backend aoti --mla exposed")
+    assert lines[0].endswith(
+        "--dtype float32 --max-tokens 64 --device cpu --backend aoti --mla exposed --kv-cache-dtype auto"
+    )
     assert lines[1:] == ["[1/2] now"]
 
 

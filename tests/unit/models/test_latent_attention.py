@@ -101,6 +101,18 @@ def test_a_cache_takes_its_blocks_and_no_more() -> None:
     assert not layer.latent_cache.any()
 
 
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 20 + 4 + 6 * 4), (torch.bfloat16, 20 + 4 + 6 * 2)])
+def test_a_cache_in_fp8_follows_the_type_of_the_weights(dtype: torch.dtype, width: int) -> None:
+    exact, layer = make_layer().to(dtype), make_layer(kv_cache_dtype="fp8").to(dtype)
+    for each in (exact, layer):
+        each.absorb()
+        each.allocate_cache(4)
+    assert (layer.latent_cache.dtype, layer.latent_cache.shape) == (torch.uint8, (4, 16, width))
+    hidden, (cos, sin) = torch.randn(40, HIDDEN, dtype=dtype), angles(0, 40)
+    wanted, found = (each(hidden, cos, sin, batch_of(0, 40)) for each in (exact, layer))
+    assert 1e-4 < ((found - wanted).abs().max() / wanted.abs().max()).item() < 0.1
+
+
 def test_absorbed_weights_follow_what_is_loaded() -> None:
     layer, other = make_layer(), make_layer()
     other.kv_b_proj.weight.mul_(2)
@@ -190,6 +202,8 @@ def test_the_example_runs() -> None:
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(ValueError, match="exposed, opaque"):
         make_layer(mla="hidden")
+    with pytest.raises(ValueError, match="auto, fp8"):
+        make_layer(kv_cache_dtype="int4")
 
 
 def test_rotation_keeps_products_whatever_the_layout() -> None:

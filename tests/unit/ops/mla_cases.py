@@ -9,6 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from piecework.ops import mla_cache
 from tests.unit.ops.attention_cases import BATCHES as _BATCHES
 
 BATCHES = {
@@ -123,6 +124,13 @@ def make_mla_case(
         "w_uv": w_uv.transpose(1, 2).contiguous(),
     }
     return MlaCase(named, histories)
+
+
+def in_fp8(case: MlaCase) -> MlaCase:
+    """Return a case whose cache holds its entries in fp8, and NaN where it held NaN."""
+    cache = case.named["latent_cache"]
+    encoded = mla_cache.encode(cache.flatten(0, 1), case.named["norm_weight"].shape[0])
+    return MlaCase({**case.named, "latent_cache": encoded.view(*cache.shape[:2], -1)}, case.histories)
 
 
 def reference_entry(compressed: Tensor, cos: Tensor, sin: Tensor, *, norm_weight: Tensor, eps: float) -> Tensor:
