@@ -1,4 +1,4 @@
-"""Decode over a cache of latents on the CPU: in the model's type, and in fp8. DeepSeek-V2-Lite's shapes.
+"""Decode over a cache of latents on the CPU: in the model's type, and in fp8. DeepSeek's shapes.
 
   python benchmarks/mla_cache.py --out benchmarks/mla_cache.json
 
@@ -29,23 +29,25 @@ from piecework.providers.cpu_mla.kernel import SOURCES, CpuMla
 from piecework.runtime.states import zeros
 
 BLOCK_SIZE: Final = 16
-HEADS, RANK, ROPE = 16, 512, 64
+RANK, ROPE = 512, 64
 _CACHE_BYTES: Final = 1 << 28  # of all layers of a case together, several times what the CPU's caches hold
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: sequences, tokens of each in the cache, the model's type."""
+    """What is measured: sequences, tokens of each in the cache, the model's type, heads (V2-Lite has 16, V3 128)."""
 
     seqs: int
     length: int
     dtype: str
+    heads: int = 16
 
 
 CASES: Final = (
     Case(32, 512, "bfloat16"),
     Case(32, 4096, "bfloat16"),
     Case(1, 4096, "bfloat16"),
+    Case(32, 512, "bfloat16", heads=128),
     Case(32, 512, "float32"),
     Case(32, 4096, "float32"),
 )
@@ -75,7 +77,7 @@ class Decodes:
         tables = torch.randperm(num_blocks, generator=generator).view(case.seqs, width)
         slots = tables[:, (case.length - 1) // BLOCK_SIZE] * BLOCK_SIZE + (case.length - 1) % BLOCK_SIZE
         angles = torch.randn(case.seqs, ROPE // 2, generator=generator)
-        self._queries = randn(case.seqs, HEADS, RANK), randn(case.seqs, HEADS, ROPE)
+        self._queries = randn(case.seqs, case.heads, RANK), randn(case.seqs, case.heads, ROPE)
         self._written = randn(case.seqs, RANK + ROPE), randn(RANK), 1e-6, angles.cos(), angles.sin()
         self._rest = slots, tables, torch.full((case.seqs,), case.length), (RANK + ROPE) ** -0.5
 

@@ -332,7 +332,7 @@ def test_zeros_subnormals_and_nan_are_stored_in_fp8_as_plain_torch_does(mla: Cpu
     entry = mla.write(*(named[n] for n in WRITES))
     wanted = PLAIN.write(*(twin.named[n] for n in WRITES))
     torch.testing.assert_close(entry, wanted, rtol=1 / 7, atol=1e-6, equal_nan=True)
-    assert (entry.nan_to_num() != wanted.nan_to_num())[:, :300].float().mean() < 1e-2
+    assert ((entry - wanted).abs() > 1e-5 * wanted.abs())[:, :300].float().mean() < 1e-2
     assert torch.equal(entry[3, :300], torch.zeros(300, dtype=dtype))
     slots = named["slot_mapping"]
     found = mla_cache.take(named["latent_cache"], slots, rank=300, rope=4, dtype=dtype)

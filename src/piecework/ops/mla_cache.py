@@ -89,14 +89,13 @@ def take(latent_cache: Tensor, slots: Tensor, *, rank: int, rope: int, dtype: to
 def encode(entry: Tensor, rank: int) -> Tensor:
     """Make entries in fp8, uint8 [T, E], of entries [T, L + R] in float32, bfloat16 or float16.
 
-    A tile's scale is its largest magnitude, at least 1e-10, divided by 448, as in `quantize_group_fp8`, and then the
-    next power of two: so float32 and bfloat16 hold what fp8 means without rounding again, and kernels find it by adding
-    to exponents. A tile with a NaN or an infinity is NaN throughout.
+    A tile's scale is its largest magnitude, at least 1e-10, divided by 448, as in `quantize_group_fp8`. A tile with a
+    NaN or an infinity is NaN throughout.
     """
     layout = Fp8Entry(rank, entry.shape[1] - rank, entry.element_size())
     whole = layout.num_scales * TILE
     tiles = pad(entry[:, :rank].float(), (0, whole - rank)).unflatten(1, (-1, TILE))
-    scale = _power_of_two(tiles.abs().amax(-1).clamp_min(LEAST_MAGNITUDE) / most(FP8))
+    scale = tiles.abs().amax(-1).clamp_min(LEAST_MAGNITUDE) / most(FP8)
     codes = (tiles / scale.unsqueeze(-1)).clamp(-most(FP8), most(FP8)).to(FP8)
     made = entry.new_zeros(entry.shape[0], layout.size, dtype=torch.uint8)
     made[:, :rank] = codes.flatten(1)[:, :rank].view(torch.uint8)
@@ -107,19 +106,13 @@ def encode(entry: Tensor, rank: int) -> Tensor:
 
 
 def decode(encoded: Tensor, *, rank: int, rope: int, dtype: torch.dtype) -> Tensor:
-    """Make entries [..., L + R] of `dtype` of entries in fp8 [..., E]; only float16 may have to round."""
+    """Make entries [..., L + R] of `dtype` of entries in fp8 [..., E]: products with scales are rounded once."""
     layout = Fp8Entry(rank, rope, dtype.itemsize)
     scale = encoded[..., layout.scales : layout.key].view(torch.float32).repeat_interleave(TILE, dim=-1)[..., :rank]
     made = encoded.new_empty((*encoded.shape[:-1], rank + rope), dtype=dtype)
     made[..., :rank] = encoded[..., :rank].view(FP8).float() * scale
     made[..., rank:] = encoded[..., layout.key : layout.key + rope * dtype.itemsize].view(dtype)
     return made
-
-
-def _power_of_two(x: Tensor) -> Tensor:
-    """Round normal float32 up to powers of two; what isn't finite becomes NaN."""
-    rounded = ((x.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, torch.nan)
 
 
 def _aligned(count: int) -> int:

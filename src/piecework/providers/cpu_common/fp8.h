@@ -1,10 +1,9 @@
 // float8_e4m3fn: a sign, four bits of exponent (bias 7), three of mantissa; no infinities, and NaN is 0x7f or 0xff.
-// Scales are powers of two: with them, every value is one of float32 and of bfloat16 as well.
 #pragma once
 
 #include "lanes.h"
 
-#if defined(__AVX512BW__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -14,6 +13,8 @@ constexpr float kMostFp8 = 448.f;
 constexpr float kLeastNormalFp8 = 0x1p-6f;
 
 typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+typedef int8_t SignedBytes __attribute__((vector_size(kLanes)));
+typedef int16_t SignedHalves __attribute__((vector_size(2 * kLanes)));
 
 // The values of codes, one in each word. As float32 with its exponent set right, a code below the least normal number
 // has a leading one that it lacks; twice that less the least normal number is what it means, and is less only there.
@@ -40,75 +41,64 @@ PIECEWORK_INLINE void store_fp8(Floats values, uint8_t* to) {
   store(__builtin_convertvector(fp8_codes(values), Bytes), to);
 }
 
-#if defined(__AVX512BW__)
-
-// Codes without their sign as bfloat16.
-struct Fp8Values {
-  alignas(64) uint16_t of[128];
-
-  constexpr Fp8Values() : of() {
-    for (int code = 1; code < 127; ++code) {
-      int exponent = code >> 3, mantissa = code & 7;
-      if (exponent == 0) {
-        exponent = 1;
-        while (mantissa < 8) mantissa *= 2, --exponent;
-      }
-      of[code] = (uint16_t)((exponent + 120) << 7 | (mantissa & 7) << 4);
-    }
-    of[127] = 0x7fc0;
-  }
-};
-inline constexpr Fp8Values kFp8Values;
-
-// Values of codes times a scale, as bfloat16: looked up 32 at a time in tables that hold the scale already.
-struct ScaledFp8 {
-  static constexpr int kCodes = 32;
-  __m512i parts[4];
-
-  PIECEWORK_INLINE explicit ScaledFp8(float scale) {
-    uint32_t bits;
-    std::memcpy(&bits, &scale, 4);
-    const __m512i exponent = _mm512_set1_epi16((int16_t)(((bits >> 23) - 127) << 7));
-#pragma GCC unroll 4
-    for (int p = 0; p < 4; ++p) {
-      const __mmask32 finite = p == 0 ? ~__mmask32(1) : (p == 3 ? ~__mmask32(0) >> 1 : ~__mmask32(0));  // and not 0
-      const __m512i values = _mm512_load_si512(kFp8Values.of + kCodes * p);
-      parts[p] = _mm512_mask_add_epi16(values, finite, values, exponent);
-    }
-  }
-
-  PIECEWORK_INLINE Words operator()(const uint8_t* codes) const {
-    const __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)codes));
-    const __m512i low = _mm512_permutex2var_epi16(parts[0], code, parts[1]);
-    const __m512i high = _mm512_permutex2var_epi16(parts[2], code, parts[3]);
-    const __m512i value = _mm512_mask_mov_epi16(low, _mm512_test_epi16_mask(code, _mm512_set1_epi16(0x40)), high);
-    return (Words)value | ((Words)_mm512_slli_epi16(code, 8) & 0x80008000u);
-  }
-
-  PIECEWORK_INLINE static void put(Words values, BFloat16* to) { store(values, to); }
-  template <class T>
-  PIECEWORK_INLINE static void put(Words values, T* to) {
-    const auto half = [&](__m256i some) { return (Floats)((Words)_mm512_cvtepu16_epi32(some) << 16); };
-    store_as(half(_mm512_castsi512_si256((__m512i)values)), to);
-    store_as(half(_mm512_extracti64x4_epi64((__m512i)values, 1)), to + kLanes);
-  }
-};
-
-#else
-
+// Values of codes times a scale, kCodes at a time, as T has them.
+template <class T>
 struct ScaledFp8 {
   static constexpr int kCodes = kLanes;
   float scale;
 
   PIECEWORK_INLINE explicit ScaledFp8(float scale) : scale(scale) {}
 
-  PIECEWORK_INLINE Floats operator()(const uint8_t* codes) const {
-    return fp8_values(__builtin_convertvector(load<Bytes>(codes), Words)) * scale;
+  PIECEWORK_INLINE void operator()(const uint8_t* codes, T* to) const {
+#if defined(__AVX512F__)
+    // The same bits are a float16 of 2^-8 times the value, below the least normal one too; but not NaN.
+    const SignedHalves wide = __builtin_convertvector(load<SignedBytes>(codes), SignedHalves);
+    const SignedHalves halves = (SignedHalves)((Halves)wide << 7) & (int16_t)0xbfff;
+    const SignedHalves none = (halves & (int16_t)0x7fff) == (int16_t)(0x7f << 7);
+    store_as((Floats)_mm512_cvtph_ps((__m256i)(halves | none)) * (scale * 256.f), to);
+#else
+    store_as(fp8_values(__builtin_convertvector(load<Bytes>(codes), Words)) * scale, to);
+#endif
+  }
+};
+
+#if defined(PIECEWORK_PAIRS) && defined(__AVX512BW__)
+
+// The values of codes without their sign.
+struct Fp8Values {
+  alignas(64) float of[128];
+
+  constexpr Fp8Values() : of() {
+    for (int code = 0; code < 127; ++code) {
+      float value = code < 8 ? code : 8 + code % 8;
+      for (int i = 1; i < code / 8; ++i) value *= 2;
+      of[code] = value * 0x1p-9f;
+    }
+    of[127] = __builtin_nanf("");
+  }
+};
+inline constexpr Fp8Values kFp8Values;
+
+// Looked up in tables of values that are scaled already, of which the lower seven bits of a code choose.
+template <>
+struct ScaledFp8<BFloat16> {
+  static constexpr int kCodes = 32;
+  __m512i parts[4];
+
+  PIECEWORK_INLINE explicit ScaledFp8(float scale) {
+#pragma GCC unroll 4
+    for (int p = 0; p < 4; ++p) {
+      const float* from = kFp8Values.of + kCodes * p;
+      parts[p] = (__m512i)_mm512_cvtne2ps_pbh((__m512)(load(from + 16) * scale), (__m512)(load(from) * scale));
+    }
   }
 
-  template <class T>
-  PIECEWORK_INLINE static void put(Floats values, T* to) {
-    store_as(values, to);
+  PIECEWORK_INLINE void operator()(const uint8_t* codes, BFloat16* to) const {
+    const __m512i code = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)codes));
+    const __m512i low = _mm512_permutex2var_epi16(parts[0], code, parts[1]);
+    const __m512i high = _mm512_permutex2var_epi16(parts[2], code, parts[3]);
+    const __m512i value = _mm512_mask_mov_epi16(low, _mm512_test_epi16_mask(code, _mm512_set1_epi16(0x40)), high);
+    store((Words)value | ((Words)_mm512_slli_epi16(code, 8) & 0x80008000u), to);
   }
 };
 
@@ -117,9 +107,9 @@ struct ScaledFp8 {
 // Values of `count` codes times a scale.
 template <class T>
 PIECEWORK_INLINE void scale_fp8(const uint8_t* codes, int64_t count, float scale, T* to) {
-  const ScaledFp8 values(scale);
+  const ScaledFp8<T> values(scale);
   int64_t i = 0;
-  for (; i + values.kCodes <= count; i += values.kCodes) values.put(values(codes + i), to + i);
+  for (; i + values.kCodes <= count; i += values.kCodes) values(codes + i, to + i);
   for (; i < count; ++i) from_float(fp8_value(codes[i]) * scale, to[i]);
 }
 

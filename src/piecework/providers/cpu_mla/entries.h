@@ -71,7 +71,7 @@ struct Fp8Entries {
     std::memcpy(entry + key_at(rank), key, rope * sizeof(T));
   }
 
-  // A power of two, with which the largest number is 448 at most; NaN where any number is NaN or infinite.
+  // NaN where any number is NaN or infinite.
   static float scale_of(const T* latent, int64_t count) {
     Floats most = all(1e-10f), none = {};
     int64_t i = 0;
@@ -86,12 +86,7 @@ struct Fp8Entries {
       top = std::max(top, std::fabs(value));
       rest += value * 0.f;
     }
-    const float exact = top / kMostFp8;
-    uint32_t bits;
-    std::memcpy(&bits, &exact, 4);
-    bits = (bits + 0x7fffffu) & 0x7f800000u;
-    std::memcpy(&top, &bits, 4);
-    return top + rest;
+    return top / kMostFp8 + rest;
   }
 };
 
