@@ -19,10 +19,35 @@ import torch
 
 from piecework.foundation.notes import CALLS, append_note, read_note
 
+_CONVERTS = Path(torch.__file__).parent / "include/torch/csrc/inductor/aoti_torch/generated_enum_converters.h"
+_NUMBERS: Mapping[str, Mapping[int, int]] = {
+    "as_scalar_type": {n: n - 1 for n in range(1, 13)} | {13: 15, 28: 27, 29: 24, 30: 23, 31: 26, 32: 25},
+    "as_memory_format": {1: 0, 2: 2, 3: 3, 4: 1},
+    "as_layout": {7: 0},
+}
+"""Numbers of torch/_export/serde/schema.py → those of c10 (core/ScalarType.h, MemoryFormat.h, Layout.h)."""
+
 
 def append_calls(library: Path, description: str) -> None:
-    """Put the description of a library's calls of operators at its end."""
-    append_note(library, description, mark=CALLS)
+    """Put the description of a library's calls of operators at its end.
+
+    torch 2.11 writes dtypes with the numbers of exported programs, and its runner takes them for c10's: int8 becomes
+    int16. From 2.12 on the runner converts them.
+    """
+    append_note(library, description if _CONVERTS.exists() else c10_numbers(description), mark=CALLS)
+
+
+def c10_numbers(description: str) -> str:
+    """Return a description of calls with c10's numbers of dtypes, memory formats and layouts."""
+    if not any(kind in description for kind in _NUMBERS):
+        return description
+    described = json.loads(description)
+    for node in described["nodes"]:
+        for given in node["node"]["inputs"]:
+            for kind, value in given["arg"].items():
+                if kind in _NUMBERS:
+                    given["arg"][kind] = _NUMBERS[kind].get(value, value)
+    return json.dumps(described)
 
 
 def read_calls(library: Path) -> str:
