@@ -23,7 +23,7 @@ from piecework.ops.resolve import resolve_target
 from piecework.passes.native_matmul import native_matmul, plain_matmul
 from piecework.passes.pack_linear import pack_linear
 from piecework.providers.discovery import load_operators
-from piecework.store.packings import HEAD_COLUMNS, MKLDNN_LINEAR
+from piecework.store.packings import HEAD_COLUMNS, LINEAR_COLUMNS, MKLDNN_LINEAR
 
 _OPTIONS: Mapping[str, Any] = {
     # else Inductor writes the values of scalars and of vectors of up to 8 elements into the code; ours have none yet
@@ -52,22 +52,23 @@ def compile_piece(job: Job, *, directory: Path, toolchain: Toolchain) -> Path:
     Raises ShapeContractError where Inductor narrows a size, CompileError where Inductor or the C++ compiler fails.
     """
     session = torch_private.SymbolicSession()
-    packed = pack_linear(job.program, constants=job.packed(MKLDNN_LINEAR))
-    matrices = job.packed(HEAD_COLUMNS)
-    native = native_matmul(packed, constants=matrices)
-    load_operators(call.target for call in packed.calls)
-    module, inputs = rebuild(native.program, ranges=job.ranges, session=session)
+    onednn, own = job.packed(MKLDNN_LINEAR), job.packed(HEAD_COLUMNS) | job.packed(LINEAR_COLUMNS)
+    native = native_matmul(job.program, constants=own)
+    program = pack_linear(native.program, constants=onednn)
+    load_operators(call.target for call in program.calls)
+    module, inputs = rebuild(program, ranges=job.ranges, session=session)
     options = {**_OPTIONS, **({"aot_inductor.embed_kernel_binary": True} if _on_cuda(job) else {})}
-    options |= _FEW_ROWS if _by_element(native.program) else {}
+    options |= _FEW_ROWS if _by_element(program) else {}
     output = directory / "piece.so"
-    before = native.source + exp_source(native.program)
+    before = native.source + exp_source(program)
     build = _AsGenerated(toolchain, directory) if _on_cuda(job) else _one_unit(toolchain, directory, before)
     told: list[list[Kernel]] = []  # on a GPU a graph is generated twice; after an attempt that didn't fit as well
     try:
         options |= native.options
         made = _compile(module, inputs, output=output, options=options, build=build, told=told, session=session)
     except _DoesNotFit:
-        module, inputs = rebuild(plain_matmul(packed, constants=matrices), ranges=job.ranges, session=session)
+        plain = pack_linear(plain_matmul(job.program, constants=own), constants=onednn)
+        module, inputs = rebuild(plain, ranges=job.ranges, session=session)
         made = _compile(module, inputs, output=output, options=options, build=None, told=told, session=session)
     guards = session.narrowing_guards()
     if guards:

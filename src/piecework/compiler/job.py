@@ -9,7 +9,7 @@ from typing import Any
 from piecework.foundation.digests import JsonScalar, digest_json
 from piecework.ops.program import Program
 from piecework.passes.native_matmul import native_sources
-from piecework.store.packings import HEAD_COLUMNS
+from piecework.store.packings import HEAD_COLUMNS, LINEAR_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -57,5 +57,5 @@ class Job:
 
     def key(self) -> str:
         """Return the artifact's key: the digest of all that the compile depends on."""
-        sources = native_sources() if HEAD_COLUMNS in self.pack.values() else {}
+        sources = native_sources() if {HEAD_COLUMNS, LINEAR_COLUMNS} & set(self.pack.values()) else {}
         return digest_json({**self.to_json(), **({"sources": sources} if sources else {})})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Literal
 
 from piecework.errors import CompileError
 from piecework.foundation.digests import JsonScalar
@@ -27,7 +28,8 @@ class CompileOptions:
         backend: `aoti` makes native libraries, `eager` artifacts that run the pieces operator by operator.
         ranges: ranges of the primary size (tokens) that get artifacts of their own, ascending and without gaps; empty
             for one artifact over the whole declared range.
-        pack_linear: whether linear weights are bound packed for oneDNN; None decides by the target.
+        pack_linear: what linear weights are bound packed for: "own" is code of ours where it fits a layer's sizes, and
+            oneDNN elsewhere, "onednn" always the latter; None decides by the target, False packs none.
         merge_linear: whether linear layers that read the same tensor become one; None: yes, for native libraries.
         passes_off: passes that don't run; for the others see `passes.names.PASS_NAMES`.
         device: device type that a model directory is compiled for; a module's is that of its example arguments.
@@ -36,7 +38,7 @@ class CompileOptions:
 
     backend: BackendName = BackendName.AOTI
     ranges: tuple[tuple[int, int], ...] = ()
-    pack_linear: bool | None = None
+    pack_linear: Literal["own", "onednn", False] | None = None
     merge_linear: bool | None = None
     passes_off: frozenset[str] = frozenset()
     device: str = "cpu"
@@ -49,6 +51,12 @@ class CompileOptions:
                 asked=f"a compile without the pass {unknown[0]!r}",
                 found="no pass of that name that can be turned off",
                 try_=f"one of {', '.join(PASS_NAMES)}",
+            )
+        if self.pack_linear not in ("own", "onednn", False, None):
+            raise CompileError(
+                asked=f"a compile with pack_linear={self.pack_linear!r}",
+                found="no such packing of linear layers",
+                try_='"own", "onednn", False, or None, which decides by the target',
             )
 
     def facts(self) -> Mapping[str, JsonScalar]:

@@ -14,8 +14,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from piecework.ops.packed import unpacked_matrices
+
 HEAD_MATMUL_OP: Final = "piecework::head_matmul"
-BLOCK_COLUMNS: Final = 32
 _library: Final = torch.library.Library("piecework", "FRAGMENT")
 
 
@@ -28,35 +29,6 @@ def head_matmul(x: Tensor, weight: Tensor) -> Tensor:
     """Do what `head_matmul_native` does, as one operator."""
     made: Tensor = torch.ops.piecework.head_matmul.default(x, weight)
     return made
-
-
-def packed_matrices(weight: Tensor) -> Tensor:
-    """Return matrices [H, K, W] as providers/cpu_pieces reads them, in a tensor of the same shape.
-
-    A head's columns come in blocks of `BLOCK_COLUMNS`. Within a block, rows follow each other; those of bfloat16 come
-    in pairs, as do the elements of both rows in one column.
-
-    Args:
-        weight: float32 or bfloat16; W is a multiple of `BLOCK_COLUMNS`, and K of 2.
-    """
-    heads, rows, width = weight.shape
-    if weight.dtype is torch.bfloat16:
-        blocks = weight.reshape(heads, rows // 2, 2, width // BLOCK_COLUMNS, BLOCK_COLUMNS).permute(0, 3, 1, 4, 2)
-    else:
-        blocks = weight.reshape(heads, rows, width // BLOCK_COLUMNS, BLOCK_COLUMNS).permute(0, 2, 1, 3)
-    return blocks.contiguous().view(heads, rows, width)
-
-
-def unpacked_matrices(packed: Tensor) -> Tensor:
-    """Return what `packed_matrices` was given."""
-    heads, rows, width = packed.shape
-    if packed.dtype is torch.bfloat16:
-        blocks = packed.reshape(heads, width // BLOCK_COLUMNS, rows // 2, BLOCK_COLUMNS, 2)
-        rows_first = blocks.permute(0, 2, 4, 1, 3)
-    else:
-        blocks = packed.reshape(heads, width // BLOCK_COLUMNS, rows, BLOCK_COLUMNS)
-        rows_first = blocks.permute(0, 2, 1, 3)
-    return rows_first.reshape(heads, rows, width)
 
 
 def _packed_product(x: Tensor, packed: Tensor) -> Tensor:

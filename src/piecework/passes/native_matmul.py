@@ -1,11 +1,11 @@
-"""Products of heads with matrices of their own are done by code of ours where that is made for them.
+"""Products with packed matrices are done by code of ours, compiled into the piece.
 
-before: piecework::head_matmul(x, w)
-after:  piecework::head_matmul_cpu(x, w)     a function of providers/cpu_pieces, compiled into the piece
-or:     piecework::head_matmul_plain(x, w)   torch's bmm
+before: piecework::head_matmul(x, w)              before: piecework::linear(x, w, b)
+after:  piecework::head_matmul_cpu(x, w)          after:  piecework::linear_bias_cpu(x, w, b), or linear_cpu(x, w)
+or:     piecework::head_matmul_plain(x, w), which is torch's bmm
 
-Applies to matrices that are bound packed: constants on CPUs, in float32 or bfloat16, of even depth and of whole blocks
-of columns, that nothing else uses. The plan's recipe says that they are packed once, at load (DESIGN.md 4.7).
+Both are functions of providers/cpu_pieces. Applies to constants that are bound packed, which the plan's recipes say
+(passes/packing.py); all other heads' products are torch's, and other linear layers are left to passes/pack_linear.py.
 """
 
 from __future__ import annotations
@@ -18,19 +18,15 @@ from typing import Any, Final
 import torch
 
 from piecework.foundation.digests import digest_file
-from piecework.ops.head_matmul import BLOCK_COLUMNS
+from piecework.ops import head_matmul as _head_matmul  # noqa: F401  registers piecework::head_matmul_cpu
+from piecework.ops import linear as _linear  # noqa: F401  registers piecework::linear_cpu
+from piecework.ops.packed import can_be_packed
 from piecework.ops.program import Call, Program
-from piecework.passes.pack_linear import constants_used_as
+from piecework.passes.pack_linear import LINEAR, constants_used_as
 from piecework.providers import cpu_pieces
 
-_PRODUCT: Final = "piecework.head_matmul.default"
-_NATIVE: Final = "piecework.head_matmul_cpu.default"
-_PLAIN: Final = "piecework.head_matmul_plain.default"
-_UNPACKED: Final = "piecework.head_matmul_unpacked.default"
-_DECLARED: Final = (
-    "AOTITorchError aoti_torch_cpu_head_matmul_cpu(AtenTensorHandle, AtenTensorHandle, AtenTensorHandle*)"
-)
-_DTYPES: Final = ("float32", "bfloat16")
+_HEADS: Final = "piecework.head_matmul.default"
+_HANDLE: Final = "AtenTensorHandle"
 
 
 @dataclass(frozen=True)
@@ -50,24 +46,34 @@ class NativeProducts:
 
 def packable_matrices(program: Program) -> frozenset[int]:
     """Return the constants that are heads' matrices and nothing else, and of which packed ones can be made."""
-    return frozenset(c for c in constants_used_as(_PRODUCT, program) if _fits(program, c))
+    return frozenset(c for c in constants_used_as(_HEADS, program) if _fits(program, c))
 
 
 def native_matmul(program: Program, *, constants: Collection[int]) -> NativeProducts:
-    """Have products with the matrices among `constants`, which are packed, done natively, and others by torch."""
-    made = _renamed(program, constants, _NATIVE)
+    """Have products with the matrices among `constants`, which are packed, done natively."""
+    made = _with_targets(program, constants, heads="head_matmul_cpu", linear="linear_cpu", biased="linear_bias_cpu")
     if not constants:
         return NativeProducts(made, "", {})
     found = {program.constants[index].dtype for index in constants}
-    shim = Path(cpu_pieces.__file__).resolve().parent / "head_matmul_shim.h"
+    shim = Path(cpu_pieces.__file__).resolve().parent / "products_shim.h"
     lines = [*(f"#define PIECEWORK_{dtype.upper()}" for dtype in sorted(found)), f'#include "{shim}"', ""]
-    shims = {torch.ops.piecework.head_matmul_cpu.default: [_DECLARED]}
+    ops = torch.ops.piecework
+    shims = {
+        op.default: [f"AOTITorchError aoti_torch_cpu_{name}({', '.join([_HANDLE] * given)}, {_HANDLE}*)"]
+        for op, name, given in (
+            (ops.head_matmul_cpu, "head_matmul_cpu", 2),
+            (ops.linear_cpu, "linear_cpu", 2),
+            (ops.linear_bias_cpu, "linear_bias_cpu", 3),
+        )
+        if any(call.target == f"piecework.{name}.default" for call in made.calls)
+    }
     return NativeProducts(made, "\n".join(lines), {"aot_inductor.custom_ops_to_c_shims": shims})
 
 
 def plain_matmul(program: Program, *, constants: Collection[int]) -> Program:
     """Have all products done by torch; the matrices among `constants`, which are packed, are unpacked every time."""
-    return _renamed(program, constants, _UNPACKED)
+    linear = "linear_unpacked"
+    return _with_targets(program, constants, heads="head_matmul_unpacked", linear=linear, biased=linear)
 
 
 def native_paths() -> tuple[Path, ...]:
@@ -82,23 +88,28 @@ def native_sources() -> dict[str, str]:
     return {path.name: digest_file(path) for path in native_paths()}
 
 
-def _renamed(program: Program, constants: Collection[int], packed: str) -> Program:
-    def renamed(call: Call) -> Call:
-        if call.target != _PRODUCT:
+def _with_targets(program: Program, constants: Collection[int], *, heads: str, linear: str, biased: str) -> Program:
+    def changed(call: Call) -> Call:
+        if call.target not in (_HEADS, LINEAR):
             return call
-        return replace(call, target=packed if call.args[1].get("c") in constants else _PLAIN)
+        packed = call.args[1].get("c") in constants
+        if call.target == _HEADS:
+            return _renamed(call, heads if packed else "head_matmul_plain")
+        if not packed:
+            return call
+        bias = call.args[2] if len(call.args) > 2 else call.kwargs.get("bias")
+        given = call.args[:2] if bias is None else (*call.args[:2], bias)
+        return _renamed(replace(call, args=given, kwargs={}), linear if bias is None else biased)
 
-    return replace(program, calls=tuple(renamed(call) for call in program.calls))
+    return replace(program, calls=tuple(changed(call) for call in program.calls))
+
+
+def _renamed(call: Call, name: str) -> Call:
+    return replace(call, target=f"piecework.{name}.default")
 
 
 def _fits(program: Program, constant: int) -> bool:
     weight = program.constants[constant]
     _, depth, width = (int(size) for size in weight.shape)
     contiguous = weight.stride == (depth * width, width, 1)
-    return (
-        weight.device == "cpu"
-        and weight.dtype in _DTYPES
-        and contiguous
-        and not depth % 2
-        and not width % BLOCK_COLUMNS
-    )
+    return weight.device == "cpu" and contiguous and can_be_packed(depth, width, weight.dtype)

@@ -14,14 +14,14 @@ from dataclasses import replace
 
 from piecework.ops.program import Call, Program, references
 
-_LINEAR = "piecework.linear.default"
+LINEAR = "piecework.linear.default"
 _PLAIN = "aten.linear.default"
 _PACKED = "mkldnn._linear_pointwise.default"
 
 
 def packable_constants(program: Program, *, dtypes: frozenset[str]) -> frozenset[int]:
     """Return the constants that are weights of linear layers and nothing else."""
-    return frozenset(c for c in constants_used_as(_LINEAR, program) if _fits(program, c, dtypes=dtypes))
+    return frozenset(c for c in constants_used_as(LINEAR, program) if _fits(program, c, dtypes=dtypes))
 
 
 def constants_used_as(target: str, program: Program) -> frozenset[int]:
@@ -49,7 +49,7 @@ def pack_linear(program: Program, *, constants: frozenset[int]) -> Program:
 
 
 def _packed(call: Call, constants: frozenset[int]) -> Call:
-    if call.target != _LINEAR:
+    if call.target != LINEAR:  # those with code of ours have it already (passes/native_matmul.py)
         return call
     weight = call.args[1]
     if not (isinstance(weight, Mapping) and weight.get("c") in constants):

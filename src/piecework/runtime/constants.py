@@ -13,12 +13,16 @@ from torch import nn
 
 from piecework.errors import WeightsError
 from piecework.foundation import torch_private
-from piecework.ops.head_matmul import packed_matrices
+from piecework.ops.packed import packed_linear, packed_matrices
 from piecework.ops.weight_source import Concat, HeadProduct, HeadRows, Source, Stack, Take, numbered, resolved
-from piecework.store.packings import HEAD_COLUMNS, MKLDNN_LINEAR
+from piecework.store.packings import HEAD_COLUMNS, LINEAR_COLUMNS, MKLDNN_LINEAR
 from piecework.store.plan import Recipe
 
-_PACKED: Final = {MKLDNN_LINEAR: torch_private.pack_linear_weight, HEAD_COLUMNS: packed_matrices}
+_PACKED: Final = {
+    MKLDNN_LINEAR: torch_private.pack_linear_weight,
+    LINEAR_COLUMNS: packed_linear,
+    HEAD_COLUMNS: packed_matrices,
+}
 
 
 @runtime_checkable

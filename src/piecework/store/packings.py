@@ -7,5 +7,8 @@ from typing import Final
 MKLDNN_LINEAR: Final = "mkldnn_linear"
 """A linear layer's weight [out, in] in oneDNN's blocked layout."""
 
+LINEAR_COLUMNS: Final = "linear_columns"
+"""The same in blocks of columns, for code of ours (ops/packed.py)."""
+
 HEAD_COLUMNS: Final = "head_columns"
-"""Heads' matrices [H, K, W] in blocks of columns (ops/head_matmul.py)."""
+"""Heads' matrices [H, K, W] in such blocks."""

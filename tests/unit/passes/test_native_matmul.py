@@ -10,7 +10,8 @@ import torch
 
 from piecework.compiler.job import Job
 from piecework.foundation.digests import digest_json
-from piecework.ops.head_matmul import head_matmul, head_matmul_native, packed_matrices, unpacked_matrices
+from piecework.ops.head_matmul import head_matmul, head_matmul_native
+from piecework.ops.packed import packed_linear, packed_matrices, unpacked_linear, unpacked_matrices
 from piecework.ops.program import Call, Program, TensorSpec
 from piecework.passes.native_matmul import native_matmul, native_sources, packable_matrices, plain_matmul
 from piecework.passes.packing import Packing
@@ -76,7 +77,7 @@ def test_all_can_be_torchs() -> None:
 
 
 def test_a_piece_is_compiled_again_when_the_code_changes() -> None:
-    assert {"head_matmul.h", "head_matmul_shim.h", "elements.h", "vectors.h"} <= set(native_sources())
+    assert {"products.h", "products_shim.h", "elements.h", "vectors.h"} <= set(native_sources())
     native, plain = Job(PROGRAM, pack={0: HEAD_COLUMNS}), Job(PROGRAM)
     assert native.key() != digest_json(native.to_json())
     assert plain.key() == digest_json(plain.to_json())  # it has none of that code
@@ -105,3 +106,35 @@ def test_packed_matrices_are_blocks_of_columns(dtype: torch.dtype) -> None:
     x = torch.randn(3, 2, 4).to(dtype)
     for name in ("head_matmul_cpu", "head_matmul_unpacked"):
         assert getattr(torch.ops.piecework, name)(x, packed).equal(head_matmul(x, weight))
+
+
+def test_linear_layers_with_packed_weights_are_native_too() -> None:
+    x = TensorSpec(("s0", 8), (8, 1), "bfloat16", "cpu")
+    weight = TensorSpec((64, 8), (8, 1), "bfloat16", "cpu")
+    bias = TensorSpec((64,), (1,), "bfloat16", "cpu")
+    given = [({"i": 0}, {"c": 0}), ({"i": 0}, {"c": 0}, {"c": 1}), ({"i": 0}, {"c": 2}, {"c": 1})]
+    calls = tuple(Call("piecework.linear.default", args, {}) for args in given)
+    calls += (Call("piecework.linear.default", given[0], {"bias": {"c": 1}}),)
+    program = Program((("s0", 1, 64),), (x,), (weight, bias, weight), calls, ({"n": 0},))
+    made = native_matmul(program, constants={0})
+    names = [call.target.split(".")[1] for call in made.program.calls]
+    assert names == ["linear_cpu", "linear_bias_cpu", "linear", "linear_bias_cpu"]
+    assert [len(call.args) for call in made.program.calls] == [2, 3, 3, 3]
+    assert "PIECEWORK_BFLOAT16" in made.source
+    (shims,) = made.options.values()
+    assert set(shims) == {torch.ops.piecework.linear_cpu.default, torch.ops.piecework.linear_bias_cpu.default}
+    plain = [call.target.split(".")[1] for call in plain_matmul(program, constants={0}).calls]
+    assert plain == ["linear_unpacked", "linear_unpacked", "linear", "linear_unpacked"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_weight_is_that_of_its_matrix(dtype: torch.dtype) -> None:
+    weight, bias = torch.randn(64, 6).to(dtype), torch.randn(64).to(dtype)
+    packed = packed_linear(weight)
+    assert packed.flatten().equal(packed_matrices(weight.t().unsqueeze(0)).flatten())
+    assert unpacked_linear(packed).equal(weight)
+    x = torch.randn(2, 3, 6).to(dtype)
+    wanted = torch.nn.functional.linear(x, weight, bias)
+    assert torch.ops.piecework.linear_bias_cpu(x, packed, bias).equal(wanted)
+    assert torch.ops.piecework.linear_unpacked(x, packed, bias).equal(wanted)
+    assert torch.ops.piecework.linear_cpu(x, packed).equal(torch.nn.functional.linear(x, weight))
