@@ -91,8 +91,10 @@ def take_turns(
 ) -> Measured:
     """Prepare every system, then measure one after the other, round by round. One that fails is not tried again.
 
+    Every second round goes the other way about: a machine is slower after some systems than after others.
+
     Args:
-        systems: in the order of their turns.
+        systems: in the order of their turns in the first round.
         repeats: rounds.
         on_progress: see `measure_throughput`.
         what: is measured, for progress and notes.
@@ -122,10 +124,11 @@ def take_turns(
 
     for system in systems:
         take(system, "preparing", system.prepare)
-    for _ in range(repeats):
-        for system in systems:
+    for number in range(repeats):
+        order = systems if number % 2 == 0 else systems[::-1]
+        for system in order:
             take(system, what, system.throughput)
-        for system in systems if first_tokens else ():
+        for system in order if first_tokens else ():
             take(system, "first token", system.first_token)
     return Measured(summarise(samples), tuple(notes), frozenset(failed))
 
