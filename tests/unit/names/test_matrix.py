@@ -154,10 +154,16 @@ def test_each_block_compiled_by_itself(family: str, kind: str, num_layers: int) 
 
 @every_cell(quick=lambda family, kind: family == "user's op")
 def test_what_torch_export_makes(family: str, kind: str, num_layers: int) -> None:
+    needs_exported_objects(kind)
     cell = Cell(family, kind, num_layers)
     exported = export(cell).module()
     cell.check(exported)
     check_bundle(cell, Positional(exported))
+
+
+def needs_exported_objects(kind: str) -> None:
+    if kind == "LayerName" and torch.__version__ < "2.13":
+        pytest.skip("torch.export takes modules' objects from torch 2.13")
 
 
 class Positional(nn.Module):
@@ -173,6 +179,7 @@ class Positional(nn.Module):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_torch_export_saves(kind: str, tmp_path: Path) -> None:
+    needs_exported_objects(kind)
     cell = Cell("KV update", kind, num_layers=4)
     torch.export.save(export(cell), tmp_path / "model.pt2")
     cell.check(torch.export.load(tmp_path / "model.pt2").module())
