@@ -23,7 +23,7 @@ from piecework.ops.resolve import resolve_target
 from piecework.passes.native_matmul import native_matmul, plain_matmul
 from piecework.passes.pack_linear import pack_linear
 from piecework.providers.discovery import load_operators
-from piecework.store.packings import HEAD_COLUMNS, LINEAR_COLUMNS, MKLDNN_LINEAR
+from piecework.store.packings import MKLDNN_LINEAR, OWN
 
 _OPTIONS: Mapping[str, Any] = {
     # else Inductor writes the values of scalars and of vectors of up to 8 elements into the code; ours have none yet
@@ -52,7 +52,7 @@ def compile_piece(job: Job, *, directory: Path, toolchain: Toolchain) -> Path:
     Raises ShapeContractError where Inductor narrows a size, CompileError where Inductor or the C++ compiler fails.
     """
     session = torch_private.SymbolicSession()
-    onednn, own = job.packed(MKLDNN_LINEAR), job.packed(HEAD_COLUMNS) | job.packed(LINEAR_COLUMNS)
+    onednn, own = job.packed(MKLDNN_LINEAR), job.packed(*OWN)
     native = native_matmul(job.program, constants=own)
     program = pack_linear(native.program, constants=onednn)
     load_operators(call.target for call in program.calls)

@@ -27,7 +27,7 @@ from piecework.passes.native_matmul import native_paths
 from piecework.providers.discovery import Providers, load_providers
 from piecework.record import Recorder
 from piecework.store.facts import Fact, environment_facts, option_facts, package_version, source_facts
-from piecework.store.packings import HEAD_COLUMNS, LINEAR_COLUMNS
+from piecework.store.packings import OWN
 from piecework.store.plan import Plan, ShapeRange
 from piecework.store.stores import BundleContent, Store
 
@@ -162,7 +162,7 @@ def _provider_facts(pieces: Deduplicated, natives: Sequence[Native], providers: 
 def _inlined_facts(pieces: Deduplicated) -> tuple[Fact, ...]:
     """Return the facts of the files that are compiled into pieces besides their own code."""
     packings = {how for unique in pieces.unique for how in unique.pack.values()}
-    inlined = not packings.isdisjoint({HEAD_COLUMNS, LINEAR_COLUMNS})
+    inlined = not packings.isdisjoint(OWN)
     return source_facts(native_paths()) if inlined else ()
 
 

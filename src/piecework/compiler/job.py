@@ -9,7 +9,7 @@ from typing import Any
 from piecework.foundation.digests import JsonScalar, digest_json
 from piecework.ops.program import Program
 from piecework.passes.native_matmul import native_sources
-from piecework.store.packings import HEAD_COLUMNS, LINEAR_COLUMNS
+from piecework.store.packings import OWN
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Job:
             target=data["target"],
         )
 
-    def packed(self, how: str) -> frozenset[int]:
-        """Return the constants that are bound packed in that way."""
-        return frozenset(index for index, name in self.pack.items() if name == how)
+    def packed(self, *how: str) -> frozenset[int]:
+        """Return the constants that are bound packed in one of these ways."""
+        return frozenset(index for index, name in self.pack.items() if name in how)
 
     def key(self) -> str:
         """Return the artifact's key: the digest of all that the compile depends on."""
-        sources = native_sources() if {HEAD_COLUMNS, LINEAR_COLUMNS} & set(self.pack.values()) else {}
+        sources = native_sources() if self.packed(*OWN) else {}
         return digest_json({**self.to_json(), **({"sources": sources} if sources else {})})

@@ -12,3 +12,6 @@ LINEAR_COLUMNS: Final = "linear_columns"
 
 HEAD_COLUMNS: Final = "head_columns"
 """Heads' matrices [H, K, W] in such blocks."""
+
+OWN: Final = frozenset({LINEAR_COLUMNS, HEAD_COLUMNS})
+"""Those that code of ours reads, which is compiled into pieces (providers/cpu_pieces)."""
