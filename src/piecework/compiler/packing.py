@@ -1,9 +1,15 @@
-"""Which weights a compile's target takes packed."""
+"""Which weights a compile's target, and an opaque op, takes packed."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
+
 from piecework.compiler.options import BackendName, CompileOptions
 from piecework.foundation.target import Target
+from piecework.foundation.torch_private import operator_of, parameter_position
+from piecework.ops.mla import PACKABLE
 from piecework.passes.packing import Packing
 
 
@@ -26,3 +32,22 @@ def _onednn_dtypes(target: Target) -> frozenset[str]:
     if target.machine != "x86_64" or target.isa == "baseline":
         return frozenset()
     return frozenset({"float32", "bfloat16"} if target.isa != "avx2" else {"float32"})
+
+
+@dataclass(frozen=True)
+class PackableArgument:
+    """A weight that an opaque op takes packed as well, and the parameter that says whether it is."""
+
+    weight: torch.fx.Node
+    flag: str
+
+
+def packable_argument(call: torch.fx.Node) -> PackableArgument | None:
+    """Return what `call` of an opaque op takes packed, where a linear layer's packing is among what it reads."""
+    operator = operator_of(call.target)
+    if operator is None or operator.name not in PACKABLE:
+        return None
+    parameter, flag = PACKABLE[operator.name]
+    position = parameter_position(call.target, parameter)
+    given = call.args[position] if position < len(call.args) else call.kwargs[parameter]
+    return PackableArgument(given, flag) if isinstance(given, torch.fx.Node) else None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from piecework.compiler.deduplicate import Deduplicated, Forward, Unique
+from piecework.compiler.packing import packable_argument
 from piecework.errors import CaptureError, InternalError
 from piecework.foundation.torch_private import operator_of
 from piecework.graph.capture import CapturedGraph, InputKind
@@ -19,6 +20,7 @@ from piecework.graph.split import OpaqueCall, Piece
 from piecework.ops.layer import LayerName
 from piecework.ops.program import encode_float
 from piecework.ops.weight_source import Concat, Source, Take, label
+from piecework.store.packings import LINEAR_COLUMNS
 from piecework.store.plan import (
     Instance,
     OpStep,
@@ -105,14 +107,23 @@ class _Constants:
         self._paths = paths
         self._pieces = pieces
         self._needs: dict[tuple[int, int], list[_Wanted]] = {}
+        opaque: list[tuple[tuple[int, int], OpaqueCall, Mapping[torch.fx.Node, str]]] = []
         for path_number, path in enumerate(paths):
             weights = {i.node: i.name for i in path.captured.inputs if i.kind is InputKind.WEIGHT}
             for number, step in enumerate(path.steps):
-                self._needs[path_number, number] = (
-                    self._of_piece(step, self._pieces.unique[self._pieces.index_of[path_number, number]])
-                    if isinstance(step, Piece)
-                    else [_Wanted((weights[n],), "") for n in _nodes_in(step.node) if n in weights]
-                )
+                place = path_number, number
+                if isinstance(step, Piece):
+                    self._needs[place] = self._of_piece(step, self._pieces.unique[self._pieces.index_of[place]])
+                else:
+                    opaque.append((place, step, weights))
+        self._packed = {item for items in self._needs.values() for item in items if item.pack == LINEAR_COLUMNS}
+        for place, step, weights in opaque:
+            packable = packable_argument(step.node)
+            self._needs[place] = [
+                self._given(weights[n], packable=packable is not None and n is packable.weight)
+                for n in _nodes_in(step.node)
+                if n in weights
+            ]
         nodes = [(i, path) for path in paths for i in path.captured.inputs]
         self._weights = {i.name: (i.node, path) for i, path in nodes if i.kind is InputKind.WEIGHT}
         used = {i.name for i, _ in nodes if i.kind is InputKind.STATE}
@@ -125,9 +136,15 @@ class _Constants:
         """Return the recipes that a step needs."""
         return tuple(self._numbers[item] for item in self._needs[path, number])
 
-    def of_parameter(self, name: str) -> int:
-        """Return the recipe of a parameter that an opaque op takes."""
-        return self._numbers[_Wanted((name,), "")]
+    def of_parameter(self, name: str, *, packable: bool) -> tuple[int, bool]:
+        """Return the recipe of a parameter that an opaque op takes, and whether it is packed."""
+        given = self._given(name, packable=packable)
+        return self._numbers[given], bool(given.pack)
+
+    def _given(self, name: str, *, packable: bool) -> _Wanted:
+        """Return what an opaque op is given: where it can, what pieces read anyway, so that it is in memory once."""
+        packed = _Wanted((name,), LINEAR_COLUMNS)
+        return packed if packable and packed in self._packed else _Wanted((name,), "")
 
     @staticmethod
     def _of_piece(piece: Piece, unique: Unique) -> list[_Wanted]:
@@ -233,8 +250,13 @@ class _Planner:
     def _op_step(self, number: int, step: OpaqueCall) -> OpStep:
         operator = operator_of(step.node.target)
         assert operator is not None
-        args = tuple(self._op_argument(a) for a in step.node.args)
-        kwargs = {k: self._op_argument(v) for k, v in step.node.kwargs.items()}
+        packable = packable_argument(step.node)
+        weight = packable.weight if packable is not None else None
+        args = tuple(self._op_argument(a, packable=weight) for a in step.node.args)
+        kwargs = {k: self._op_argument(v, packable=weight) for k, v in step.node.kwargs.items()}
+        if packable is not None and packable.weight in self._weights:
+            _, packed = self._constants.of_parameter(self._weights[packable.weight], packable=True)
+            kwargs.update({packable.flag: {"const": True}} if packed else {})
         self._release(number)
         value = step.node.meta.get("val")
         outputs: tuple[int, ...]
@@ -247,18 +269,19 @@ class _Planner:
             outputs = ()
         return OpStep(f"{operator.name}.{operator.overload}", args, kwargs, outputs)
 
-    def _op_argument(self, value: Any) -> Any:
+    def _op_argument(self, value: Any, *, packable: torch.fx.Node | None) -> Any:
         if isinstance(value, torch.fx.Node):
             if value in self._states:
                 return {"state": self._constants.states.index(self._states[value])}
             if value in self._weights:
-                return {"recipe": self._constants.of_parameter(self._weights[value])}
+                number, _ = self._constants.of_parameter(self._weights[value], packable=value is packable)
+                return {"recipe": number}
             size = value.meta.get("val")
             if isinstance(size, torch.SymInt):
                 return {"size": self._named_sizes(str(size.node.expr))}
             return {"slot": self._slot(value)}
         if isinstance(value, (list, tuple)):
-            return {"list": [self._op_argument(v) for v in value]}
+            return {"list": [self._op_argument(v, packable=None) for v in value]}
         if isinstance(value, LayerName):
             return {"layer": value.value}
         if value is None or isinstance(value, (bool, int, str)):

@@ -31,6 +31,8 @@ MLA_WRITE_OP: Final = "piecework::mla_write"
 MLA_DECODE_OP: Final = "piecework::mla_decode"
 MLA_WRITE_DECODE_OP: Final = "piecework::mla_write_decode"
 MLA_PREFILL_OP: Final = "piecework::mla_prefill"
+PACKABLE: Final = {MLA_PREFILL_OP: ("kv_b_weight", "packed")}
+"""Weights that an operator takes in blocks of columns as well (ops/packed.py), and the parameter that says so."""
 
 
 @opaque_op(MLA_WRITE_OP, mutates=("latent_cache",))
@@ -188,6 +190,7 @@ def mla_prefill(
     num_decode_tokens: int,
     scale: float,
     decode_out: Tensor | None = None,
+    packed: bool = False,  # noqa: FBT001, FBT002
 ) -> Tensor:
     """Attend prompts' new tokens over keys and values of their own; rows of decode tokens are copied in.
 
@@ -199,7 +202,7 @@ def mla_prefill(
         q_pe: [T, H, R], rotated as `mla_write` leaves keys.
         kv: [P, H * (N + V)], the prompts' new latents expanded by `kv_b_weight`.
         entry: [T, L + R], what `mla_write` returned.
-        kv_b_weight: [H * (N + V), L].
+        kv_b_weight: [H * (N + V), L]; packed or not.
         latent_cache: [blocks, B, E]. Slots without a visible token may hold anything.
         block_tables: [S, W] int64.
         seq_lens: [S] int64, tokens in the cache after this step.
@@ -207,6 +210,7 @@ def mla_prefill(
         num_decode_tokens: D; prompts are sequences D … S - 1.
         scale: factor of the scores before the softmax.
         decode_out: [D, H * V], becomes the first D rows; None where D is 0.
+        packed: whether `kv_b_weight` is what `packed_linear` made of it (ops/packed.py).
 
     Returns:
         [T, H * V], contiguous, dtype of the queries.
@@ -224,6 +228,7 @@ def mla_prefill(
         num_decode_tokens,
         scale,
         decode_out,
+        packed,
     )
 
 
@@ -241,6 +246,7 @@ def _mla_prefill_fake(
     num_decode_tokens: int,
     scale: float,
     decode_out: Tensor | None = None,
+    packed: bool = False,  # noqa: FBT001, FBT002
 ) -> Tensor:
     num_tokens, num_heads, nope = q_nope.shape
     check_same("heads of q_nope and q_pe", num_heads, q_pe.shape[1], asked="mla_prefill")

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 
 from piecework.ops import mla_cache
+from piecework.ops.packed import unpacked_linear
 
 CONTEXT_CHUNK: Final = 2048  # tokens that are expanded at once, of all sequences together
 _GATHERED: Final = 4096  # latents that are gathered at once; more would leave the caches on the way
@@ -122,8 +123,11 @@ def prefill(
     num_decode_tokens: int,
     scale: float,
     decode_out: Tensor | None = None,
+    packed: bool = False,  # noqa: FBT001, FBT002
 ) -> Tensor:
     """Do what `mla_prefill` does, one sequence after the other."""
+    if packed:
+        kv_b_weight = unpacked_linear(kv_b_weight)
     num_tokens, num_heads, nope = q_nope.shape
     rank = kv_b_weight.shape[1]
     expand = _Expansion(kv_b_weight, num_heads=num_heads, nope=nope)

@@ -80,7 +80,7 @@ def native_paths() -> tuple[Path, ...]:
     """Return the files that are compiled, besides its own code, into a piece with packed matrices."""
     own = Path(cpu_pieces.__file__).resolve().parent
     shared = own.parent / "cpu_common"
-    return tuple(sorted([*own.glob("*.h"), shared / "elements.h", shared / "vectors.h"]))
+    return tuple(sorted([*own.glob("*.h"), *(shared / f"{n}.h" for n in ("elements", "lanes", "products", "vectors"))]))
 
 
 def native_sources() -> dict[str, str]:

@@ -28,6 +28,12 @@ def operator_of(target: object) -> Operator | None:
     return Operator(name=schema.name, overload=target._overloadname, mutates=schema.is_mutable)
 
 
+def parameter_position(target: object, name: str) -> int:
+    """Return which of an operator's parameters has that name. Raises ValueError where none has."""
+    assert isinstance(target, torch._ops.OpOverload)
+    return [argument.name for argument in target._schema.arguments].index(name)
+
+
 def operator_name(target: object) -> str | None:
     """Return "namespace::name" of an operator or of all its overloads (`torch.ops.ns.name`), or None."""
     if isinstance(target, torch._ops.OpOverloadPacket):

@@ -153,7 +153,7 @@ struct Rows {
       T* rows[kLanes];
       for (int64_t i = 0; i < num_rows; ++i)
         rows[i] = (T*)call.out + (token_of(row + i) * call.num_heads + head_of(row + i)) * dim;
-      give_rows<V>(out + v * kLanes, dim, factor, rows, num_rows);
+      give_rows<V, kMaxHeadDim>(out + v * kLanes, dim, factor, rows, num_rows);
     }
   }
 

@@ -20,7 +20,12 @@ PIECEWORK_INLINE Floats rounded_as(Floats value, const float*) { return value; }
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
 PIECEWORK_INLINE void store_as(Floats value, BFloat16* to) {
+#if defined(PIECEWORK_PAIRS)
+  const __m256bh made = _mm512_cvtneps_pbh((__m512)value);  // what is less than any normal number becomes 0
+  std::memcpy(to, &made, sizeof made);
+#else
   store(__builtin_convertvector(joined(value, value) & 0xffffu, Halves), to);
+#endif
 }
 PIECEWORK_INLINE Floats load_as(const BFloat16* from) {
   return (Floats)(__builtin_convertvector(load<Halves>(from), Words) << 16);

@@ -2,7 +2,7 @@
 // keys and values are broadcast from where they lie, and a softmax needs nothing across lanes.
 #pragma once
 
-#include "elements.h"
+#include "lanes.h"
 
 namespace piecework {
 
@@ -71,23 +71,20 @@ PIECEWORK_INLINE void take_rows(const uint32_t* const* rows, int64_t depth, uint
   }
 }
 
-// Turns the results of kLanes rows about again: rows[i][d] is what out[d * V] holds of row i, times its factor.
-template <int V, class T>
+// Turns the results of kLanes rows about again: rows[i][d] is what out[d * V] holds of row i, times its factor. Rows
+// are often some power of two apart, so that a near cache holds few of them: each is written in one go.
+template <int V, int Most, class T>
 PIECEWORK_INLINE void give_rows(const float* out, int64_t dim, Floats factor, T* const* rows, int64_t num_rows) {
+  alignas(64) T made[kLanes][Most + kLanes];
   for (int64_t d = 0; d < dim; d += kLanes) {
     const int64_t num = dim - d < kLanes ? dim - d : kLanes;
     Words block[kLanes] = {};
     for (int64_t i = 0; i < num; ++i) block[i] = (Words)(load(out + (d + i) * V * kLanes) * factor);
     transpose(block);
-    for (int64_t i = 0; i < num_rows; ++i) {
-      alignas(64) float floats[kLanes];
-      store(block[i], floats);
-      if (num == kLanes)
-        for (int j = 0; j < kLanes; ++j) from_float(floats[j], rows[i][d + j]);
-      else
-        for (int64_t j = 0; j < num; ++j) from_float(floats[j], rows[i][d + j]);
-    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) store_as((Floats)block[i], made[i] + d);
   }
+  for (int64_t i = 0; i < num_rows; ++i) std::memcpy(rows[i], made[i], dim * sizeof(T));
 }
 
 // Makes weights of the scores of `num` keys, of which none is more than `most`; where keys are paired, two share a

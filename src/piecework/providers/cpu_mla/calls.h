@@ -73,21 +73,25 @@ struct GatherCall {
 // A sequence's new tokens, which see rows `begin` … of the context, and then each other.
 struct Prompt {
   int64_t seq, begin, count;
+  int64_t from;             // what is cached of the sequence before the first of these rows
   int64_t state;            // where its state is kept, in rows of tiles; -1 where it has none
   int64_t resumed, paused;  // whether there is earlier context, and whether more follows: then no result yet
 };
 
+// The context's keys and values are given, or else they are made of the cache by `kv_b`.
 struct PrefillCall {
+  Paged paged;
   const void *q_nope, *q_pe;      // [T, H, N], [T, H, R]
   const void *kv, *keys;          // [P, H * (N + V)], [T, R]: of the new tokens
-  const void *old_kv, *old_keys;  // [C, H * (N + V)], [C, R], dense: of the context
+  const void *old_kv, *old_keys;  // [C, H, N + V], [C, R], rows of keys dense: of the context; or null
+  const void* kv_b;               // [H * (N + V), L], packed (ops/packed.py); or null
   const void* decoded;            // [D, H * V] or null
   const int64_t* starts;          // [S + 1]
   const Prompt* prompts;
   float* state;
   void* out;  // [T, H * V]
-  int64_t nope_token, nope_head, pe_token, pe_head, kv_token, keys_token, decoded_token;
-  int64_t num_tokens, num_decoded, num_seqs, num_prompts, num_context, num_heads, nope, rope, value;
+  int64_t nope_token, nope_head, pe_token, pe_head, kv_token, keys_token, old_token, old_head, decoded_token;
+  int64_t num_tokens, num_decoded, num_seqs, num_prompts, num_context, num_heads, nope, rope, value, rank;
   int64_t dtype, num_threads;
   double scale;
 

@@ -26,7 +26,7 @@ WRITE: Final = ("piecework_mla_write_2", struct.Struct(_PAGED + "6P9qd"))
 DECODE: Final = ("piecework_mla_decode_2", struct.Struct(_PAGED + "4P10qd"))
 WRITE_DECODE: Final = ("piecework_mla_write_decode_2", struct.Struct(_PAGED + "6P9qd" + _PAGED + "4P10qdq"))
 GATHER: Final = ("piecework_mla_gather_2", struct.Struct(_PAGED + "3P6q"))
-PREFILL: Final = ("piecework_mla_prefill_1", struct.Struct("11P18qd"))
+PREFILL: Final = ("piecework_mla_prefill_2", struct.Struct(_PAGED + "12P21qd"))
 
 _DONE, _UNSUPPORTED = 0, 1
 WRONG_LENGTHS: Final = 3

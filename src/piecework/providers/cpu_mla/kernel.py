@@ -183,6 +183,7 @@ class CpuMla:
         num_decode_tokens: int,
         scale: float,
         decode_out: Tensor | None = None,
+        packed: bool = False,  # noqa: FBT001, FBT002
     ) -> Tensor:
         """Do what `mla_prefill` does. Raises OpError where blocks or lengths don't fit cache and tokens."""
         num_tokens, num_heads, nope = q_nope.shape
@@ -195,6 +196,7 @@ class CpuMla:
             and kv.shape == (num_tokens - num_decode_tokens, kv_b_weight.shape[0])
             and entry.shape == (num_tokens, rank + q_pe.shape[2])
             and q_nope.stride(2) == q_pe.stride(2) == kv.stride(1) == entry.stride(1) == 1
+            and (kv_b_weight.is_contiguous() or not packed)
             and block_tables.shape[0] == seq_lens.shape[0] == query_start.shape[0] - 1
             and dense_numbers(block_tables)
             and dense_numbers(query_start)
@@ -203,7 +205,7 @@ class CpuMla:
         ):
             value = kv_b_weight.shape[0] // num_heads - nope
             batch = Prompts(q_nope, q_pe, kv, entry, query_start, num_decode_tokens, scale, decode_out, value)
-            old = Cached(kv_b_weight, latent_cache, block_tables, seq_lens)
+            old = Cached(kv_b_weight, packed, latent_cache, block_tables, seq_lens)
             out = self._rounds.run(batch, old)
         if out is not None:
             return out
@@ -220,6 +222,7 @@ class CpuMla:
             num_decode_tokens,
             scale,
             decode_out,
+            packed,
         )
 
 

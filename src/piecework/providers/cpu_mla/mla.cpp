@@ -6,6 +6,7 @@
 
 #include <omp.h>
 
+#include "../cpu_common/products.h"
 #include "decode.h"
 #include "prefill.h"
 #include "write.h"
@@ -139,27 +140,34 @@ Result run(const WriteDecodeCall& call) {
   return decode<T, E>(call.decode, &call.write, call.turned ? nullptr : &call.write);
 }
 
+// Entries from … of a sequence become rows of `latents` and `keys`. Threads of a parallel region share them.
+template <class T, class E>
+void gather(const Paged& paged, const Slice& s, int64_t rank, int64_t rope, T* latents, T* keys) {
+#pragma omp for schedule(static) nowait
+  for (int64_t t = 0; t < s.count; ++t) {
+    int64_t slot;
+    paged.locate(s.seq, s.begin + t, 1, &slot);
+    E::read((const char*)paged.cache + slot * E::bytes(rank, rope), rank, rope, latents + t * rank, keys + t * rope);
+  }
+}
+
 template <class T, class E>
 Result run(const GatherCall& call) {
+  int64_t count = 0;
   for (int64_t i = 0; i < call.num_slices; ++i) {
     const Slice& s = call.slices[i];
     if (s.seq < 0 || s.seq >= call.num_seqs || s.begin < 0 || s.count < 1) return kBadLength;
     const Result checked = check(call.paged, s.seq, s.begin + s.count);
     if (checked != kDone) return checked;
+    count += s.count;
   }
-  const int64_t rank = call.rank, rope = call.rope, bytes = E::bytes(rank, rope);
-  T *latents = (T*)call.latents, *keys = (T*)call.keys;
-  for (int64_t i = 0; i < call.num_slices; ++i) {
-    const Slice& s = call.slices[i];
-    const bool alone = call.num_threads < 2 || s.count * bytes < 1 << 18;
-#pragma omp parallel for schedule(static) num_threads(call.num_threads) if (!alone)
-    for (int64_t t = 0; t < s.count; ++t) {
-      int64_t slot;
-      call.paged.locate(s.seq, s.begin + t, 1, &slot);
-      E::read((const char*)call.paged.cache + slot * bytes, rank, rope, latents + t * rank, keys + t * rope);
-    }
-    latents += s.count * rank;
-    keys += s.count * rope;
+  const bool alone = call.num_threads < 2 || count * E::bytes(call.rank, call.rope) < 1 << 18;
+#pragma omp parallel num_threads(call.num_threads) if (!alone)
+  {
+    int64_t row = 0;
+    for (int64_t i = 0; i < call.num_slices; row += call.slices[i++].count)
+      gather<T, E>(call.paged, call.slices[i], call.rank, call.rope, (T*)call.latents + row * call.rank,
+                   (T*)call.keys + row * call.rope);
   }
   return kDone;
 }
@@ -172,6 +180,9 @@ Result check(const PrefillCall& call) {
     const Prompt& p = call.prompts[i];
     if (p.seq < 0 || p.seq >= call.num_seqs || call.starts[p.seq] < call.num_decoded) return kBadLength;
     if (p.begin < 0 || p.count < 0 || p.begin + p.count > call.num_context) return kBadLength;
+    if (call.kv_b == nullptr || p.count == 0) continue;
+    const Result checked = p.from < 0 ? kBadLength : check(call.paged, p.seq, p.from + p.count);
+    if (checked != kDone) return checked;
   }
   return kDone;
 }
@@ -186,11 +197,54 @@ int64_t rows_at_once(const PrefillCall& call) {
   return std::clamp<int64_t>(share / kTileRows, 1, kGroup) * kTileRows;
 }
 
-template <class T>
-Result run(const PrefillCall& call) {
-  if (kPaired<T> && (call.nope % 2 || call.rope % 2)) return kUnsupported;
-  const Result checked = check(call);
+// Makes the context's keys and values, in memory that is kept; each head's lie together where that can be.
+template <class T, class E>
+Result expand(PrefillCall& call) {
+  static thread_local Kept kept;
+  const int64_t count = call.num_context, width = call.nope + call.value, all = call.num_heads * width;
+  const int64_t size = count * (all + call.rank + call.rope);
+  T* expanded = (T*)kept.of((size * sizeof(T) + sizeof(float) - 1) / sizeof(float));
+  if (expanded == nullptr) return kNoMemory;
+  T *latents = expanded + count * all, *keys = latents + count * call.rank;
+#pragma omp parallel num_threads(call.num_threads)
+  for (int64_t i = 0; i < call.num_prompts; ++i) {
+    const Prompt& p = call.prompts[i];
+    gather<T, E>(call.paged, {p.seq, p.from, p.count}, call.rank, call.rope, latents + p.begin * call.rank,
+                 keys + p.begin * call.rope);
+  }
+  const bool apart = width % kColumns == 0;
+  call.old_kv = expanded;
+  call.old_keys = keys;
+  call.old_token = apart ? width : all;
+  call.old_head = apart ? count * width : width;
+  Product product;
+  product.x = latents;
+  product.matrices = call.kv_b;
+  product.bias = nullptr;
+  product.out = expanded;
+  product.x_token = product.depth = call.rank;
+  product.x_head = 0;
+  product.out_token = call.old_token;
+  product.out_head = call.old_head;
+  product.num_tokens = count;
+  product.num_heads = apart ? call.num_heads : 1;
+  product.width = apart ? width : all;
+  product.num_threads = call.num_threads;
+  multiply<T>(product);
+  return kDone;
+}
+
+template <class T, class E>
+Result run(const PrefillCall& given) {
+  if (kPaired<T> && (given.nope % 2 || given.rope % 2)) return kUnsupported;
+  const Result checked = check(given);
   if (checked != kDone) return checked;
+  PrefillCall call = given;
+  if (call.kv_b != nullptr && call.num_context > 0) {
+    Result expanded = kUnsupported;
+    if constexpr (kPacked<T>) expanded = expand<T, E>(call);
+    if (expanded != kDone) return expanded;
+  }
   std::vector<Work> work;
   const int64_t rows = rows_at_once(call);
   for (int64_t i = 0; i < call.num_prompts; ++i) {
@@ -239,10 +293,6 @@ template <class T, class Call>
 Result of_entries(const Call& call) {
   return fp8_of(call) ? run<T, Fp8Entries<T>>(call) : run<T, PlainEntries<T>>(call);
 }
-template <class T>
-Result of_entries(const PrefillCall& call) {
-  return run<T>(call);
-}
 
 // Types that this library was not built for are not supported.
 template <class Call>
@@ -281,7 +331,7 @@ PIECEWORK_ENTRY piecework_mla_write_decode_2(const piecework::WriteDecodeCall* c
 
 PIECEWORK_ENTRY piecework_mla_gather_2(const piecework::GatherCall* call) { return piecework::of_type(*call); }
 
-PIECEWORK_ENTRY piecework_mla_prefill_1(const piecework::PrefillCall* call) {
+PIECEWORK_ENTRY piecework_mla_prefill_2(const piecework::PrefillCall* call) {
   using namespace piecework;
   if (call->nope + call->rope > kMaxHeadDim || call->value > kMaxHeadDim) return kUnsupported;
   return of_type(*call);

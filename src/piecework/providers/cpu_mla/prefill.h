@@ -147,7 +147,7 @@ struct Tile {
       T* rows[kLanes];
       for (int64_t i = 0; i < num_rows; ++i)
         rows[i] = (T*)call.out + ((token + v * kLanes + i) * call.num_heads + head) * call.value;
-      give_rows<V>(out + v * kLanes, call.value, 1.f / total[v], rows, num_rows);
+      give_rows<V, kMaxHeadDim>(out + v * kLanes, call.value, 1.f / total[v], rows, num_rows);
     }
   }
 };
@@ -165,12 +165,11 @@ struct Group {
       tiles[t].count = std::min<int64_t>(V * kLanes, count - t * V * kLanes);
       tiles[t].begin(call, prompt, head);
     }
-    const int64_t row = call.num_heads * (call.nope + call.value), at = prompt.begin, start = call.starts[prompt.seq];
-    const int64_t column = head * (call.nope + call.value);
-    attend(call, (const T*)call.old_kv + at * row + column, row, (const T*)call.old_keys + at * call.rope, call.rope,
-           prompt.count, false);
+    const int64_t start = call.starts[prompt.seq], kv = (start - call.num_decoded) * call.kv_token;
+    attend(call, (const T*)call.old_kv + prompt.begin * call.old_token + head * call.old_head, call.old_token,
+           (const T*)call.old_keys + prompt.begin * call.rope, call.rope, prompt.count, false);
     if (!prompt.paused)
-      attend(call, (const T*)call.kv + (start - call.num_decoded) * call.kv_token + column, call.kv_token,
+      attend(call, (const T*)call.kv + kv + head * (call.nope + call.value), call.kv_token,
              (const T*)call.keys + start * call.keys_token, call.keys_token, first + count, true);
     for (int64_t t = 0; t < num_tiles; ++t) {
       if (prompt.paused)

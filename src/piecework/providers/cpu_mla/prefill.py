@@ -35,9 +35,10 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Cached:
-    """What sequences have in the cache, and what expands it."""
+    """What sequences have in the cache, and what expands it; `packed` is as in `mla_prefill`."""
 
     kv_b_weight: Tensor
+    packed: bool
     latent_cache: Tensor
     block_tables: Tensor
     seq_lens: Tensor
@@ -71,12 +72,12 @@ class Rounds:
             state = torch.empty(rows * num_heads * (batch.value + 2))
         for number, chunks in enumerate(rounds):
             expanded = keys = None
-            if any(chunk.count for chunk in chunks):
+            if not old.packed and any(chunk.count for chunk in chunks):
                 latents, keys = self._gathered(chunks, old, rope=batch.q_pe.shape[2])
                 if latents is None:
                     return None
                 expanded = linear(latents, old.kv_b_weight)
-            if not self._round(batch, chunks, expanded, keys, state, out, first=number == 0):
+            if not self._round(batch, old, chunks, expanded, keys, state, out, first=number == 0):
                 return None
         return out
 
@@ -106,6 +107,7 @@ class Rounds:
     def _round(
         self,
         batch: Prompts,
+        old: Cached,
         chunks: Sequence[Chunk],
         expanded: Tensor | None,
         keys: Tensor | None,
@@ -114,20 +116,25 @@ class Rounds:
         *,
         first: bool,
     ) -> bool:
-        """Attend the chunks' new tokens over `expanded` [C, H * (N + V)]; whether the library could."""
+        """Attend the chunks' new tokens over `expanded` [C, H * (N + V)], which the library makes where that is None.
+
+        Returns whether the library could.
+        """
         numbers, row = array("q"), 0
         for chunk in chunks:
-            numbers.extend((chunk.seq, row, chunk.count, chunk.state, chunk.resumed, chunk.paused))
+            numbers.extend((chunk.seq, row, chunk.count, chunk.begin, chunk.state, chunk.resumed, chunk.paused))
             row += chunk.count
         decoded = batch.decode_out if first else None
         new_keys = batch.entry[:, batch.entry.shape[1] - batch.q_pe.shape[2] :]
         call = PREFILL[1].pack(
+            *paged(old.latent_cache, old.block_tables),
             batch.q_nope.data_ptr(),
             batch.q_pe.data_ptr(),
             batch.kv.data_ptr(),
             new_keys.data_ptr(),
             0 if expanded is None else expanded.data_ptr(),
             0 if keys is None else keys.data_ptr(),
+            old.kv_b_weight.data_ptr() if old.packed else 0,
             0 if decoded is None else decoded.data_ptr(),
             batch.query_start.data_ptr(),
             numbers.buffer_info()[0],
@@ -137,6 +144,8 @@ class Rounds:
             *batch.q_pe.stride()[:2],
             batch.kv.stride(0),
             new_keys.stride(0),
+            batch.kv.shape[1],
+            batch.kv.shape[1] // batch.q_nope.shape[1],
             0 if decoded is None else decoded.stride(0),
             batch.q_nope.shape[0],
             batch.decodes,
@@ -147,6 +156,7 @@ class Rounds:
             batch.q_nope.shape[2],
             batch.q_pe.shape[2],
             batch.value,
+            old.kv_b_weight.shape[1],
             NUMBERS[batch.q_nope.dtype],
             torch.get_num_threads(),
             batch.scale,

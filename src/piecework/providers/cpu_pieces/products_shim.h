@@ -4,10 +4,11 @@
 
 #include <vector>
 
+#include <omp.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #define PIECEWORK_WRITTEN_FMA  // pieces are compiled without contraction
-#include "products.h"
+#include "../cpu_common/products.h"
 
 namespace piecework {
 
@@ -84,6 +85,9 @@ inline AOTITorchError product(AtenTensorHandle x, const Shape& shape, AtenTensor
   call.matrices = packed;
   call.bias = added;
   PIECEWORK_TRY(aoti_torch_get_data_ptr(*result, &call.out));
+  call.out_token = call.num_heads * call.width;
+  call.out_head = call.width;
+  call.num_threads = omp_get_max_threads();
   try {
 #if defined(PIECEWORK_FLOAT32)
     if (dtype == aoti_torch_dtype_float32()) return multiply<float>(call, shape, by_token), AOTI_TORCH_SUCCESS;

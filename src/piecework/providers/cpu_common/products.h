@@ -7,17 +7,16 @@
 
 #include <algorithm>
 
-#include <omp.h>
-
-#include "../cpu_common/elements.h"
+#include "lanes.h"
 
 namespace piecework {
 
 struct Product {
   const void *x, *matrices;  // [T, H, K], elements of K together; [H, W / kColumns blocks, K, kColumns]
   const void* bias;          // [W], of one head; or null
-  void* out;                 // [T, H, W]
-  int64_t x_token, x_head, num_tokens, num_heads, depth, width;
+  void* out;                 // [T, H, W], elements of W together
+  int64_t x_token, x_head, out_token, out_head, num_tokens, num_heads, depth, width;
+  int num_threads;
 };
 
 constexpr int kColumns = 32;    // in a block
@@ -25,20 +24,16 @@ constexpr int kRowWords = 32;   // in a block's row, or in a pair of them
 constexpr int kTileTokens = kLanes == 16 ? 8 : 4;
 constexpr int64_t kChunkTokens = 256;  // whose rows stay in a near cache from block to block
 
-// As bfloat16, rounded to nearest, ties to even.
-PIECEWORK_INLINE void store_rounded(Floats values, uint16_t* to) {
-#if defined(PIECEWORK_PAIRS)
-  const __m256bh made = _mm512_cvtneps_pbh((__m512)values);
-  std::memcpy(to, &made, sizeof made);
-#else
-  typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
-  const Words bits = (Words)values, rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  store(__builtin_convertvector((values != values ? all(0x7fc00000u) : rounded) >> 16, Halves), to);
-#endif
-}
+template <class T>
+constexpr bool kPacked = false;
+template <>
+constexpr bool kPacked<float> = true;
+template <>
+constexpr bool kPacked<BFloat16> = true;
 
 template <class T>
 struct Products {
+  static_assert(kPacked<T>, "there is a layout for it");
   static constexpr bool kWord = sizeof(T) == 2;  // whether a word holds elements of two rows
   static constexpr int kRows = kWord ? 2 : 1;
 
@@ -48,7 +43,7 @@ struct Products {
     return (const T*)call.x + token * call.x_token + head * call.x_head;
   }
   T* out(int64_t token, int64_t head, int64_t column) const {
-    return (T*)call.out + (token * call.num_heads + head) * call.width + column;
+    return (T*)call.out + token * call.out_token + head * call.out_head + column;
   }
   int64_t words() const { return call.depth / kRows * kRowWords; }  // in a block
 
@@ -72,13 +67,6 @@ struct Products {
     if (call.bias != nullptr)
       for (int i = 0; i < kLanes; ++i) made[i] = to_float(((const T*)call.bias)[column + i]);
     return made;
-  }
-
-  PIECEWORK_INLINE static void give(Floats sum, T* to) {
-    if constexpr (kWord)
-      store_rounded(sum, (uint16_t*)to);
-    else
-      store(sum, to);
   }
 
   // N tokens from t on, one block; fetches up to `Ahead` lines from `line` on in every step.
@@ -108,8 +96,8 @@ struct Products {
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
         T* to = out(t + n, head, column + part);
-        give(sum[n][0], to);
-        give(sum[n][1], to + kOther);
+        store_as(sum[n][0], to);
+        store_as(sum[n][1], to + kOther);
       }
     }
   }
@@ -134,11 +122,11 @@ void multiply(const Product& call) {
   const Products<T> products{call};
   const int64_t blocks = call.width / kColumns, all_blocks = call.num_heads * blocks;
   // Tokens are divided where they are many, and where there are too few blocks for all threads.
-  const int64_t wanted = (4 * omp_get_max_threads() + all_blocks - 1) / all_blocks;
+  const int64_t wanted = (4 * call.num_threads + all_blocks - 1) / all_blocks;
   const int64_t tiles = (call.num_tokens + kTileTokens - 1) / kTileTokens;
   const int64_t parts = std::max((call.num_tokens + kChunkTokens - 1) / kChunkTokens, std::min(wanted, tiles));
   const int64_t share = (tiles + parts - 1) / parts * kTileTokens;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) num_threads(call.num_threads)
   for (int64_t i = 0; i < parts * all_blocks; ++i) {
     const int64_t number = i % all_blocks, t = i / all_blocks * share, end = std::min(call.num_tokens, t + share);
     if (share > kTileTokens)
