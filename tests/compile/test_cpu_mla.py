@@ -20,6 +20,7 @@ from piecework.ops import mla_cache, mla_plain
 from piecework.ops.mla import PLAIN, row_view
 from piecework.ops.mla_attention import MLA_ATTENTION_OP, LatentAttention
 from piecework.ops.mla_core import LatentCores, latent_attention
+from piecework.ops.packed import packed_linear
 from piecework.providers.cpu_mla import prefill, rounds
 from piecework.providers.cpu_mla.kernel import CpuMla
 from piecework.providers.kernels import CPU_MLA, open_kernel
@@ -100,10 +101,11 @@ def test_true_sizes(mla: CpuMla, batch: list[tuple[int, int]], dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("sizes", [LITE, Sizes(heads=3), Sizes(2, 2, 2, 2, 2), Sizes(heads=1, rope=20)])
+@pytest.mark.parametrize("batch", ["decodes", "mixed", "prefills"])
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_decoding_rotates_queries_where_they_are_not(mla: CpuMla, sizes: Sizes, dtype: torch.dtype) -> None:
+def test_queries_are_rotated_where_they_are_not(mla: CpuMla, batch: str, sizes: Sizes, dtype: torch.dtype) -> None:
     """Pairs that lie apart in a wider tensor, as in what a projection makes; angles of both types."""
-    cases = [make_mla_case(BATCHES["decodes"], sizes=sizes, dtype=dtype) for _ in range(3)]
+    cases = [make_mla_case(BATCHES[batch], sizes=sizes, dtype=dtype) for _ in range(3)]
     named = cases[0].named
     wide = torch.randn(named["q_pe"].shape[0], sizes.heads, sizes.rope + 6).to(dtype)
     pairs = wide[:, :, 3:-3]
@@ -114,9 +116,57 @@ def test_decoding_rotates_queries_where_they_are_not(mla: CpuMla, sizes: Sizes, 
     found = [run(mla, cases[0])]
     for case in cases[1:]:
         case.named["q_pe"] = pairs
-        found.append(latent_attention("decode", cores_of(mla), num_prefill_tokens=0, turned=False, **case.named))
+        num = case.num_prefill_tokens
+        found.append(latent_attention(case.regime, cores_of(mla), num_prefill_tokens=num, turned=False, **case.named))
         tolerance = TOLERANCES[dtype]
         torch.testing.assert_close(found[-1], found[0], atol=tolerance, rtol=tolerance)
+
+
+def packed_cores(mla: CpuMla) -> LatentCores:
+    """Prompts' context is expanded by packed weights."""
+
+    def prefill(*args: Any) -> Tensor:
+        return mla.prefill(*args[:4], packed_linear(args[4]), *args[5:], packed=True)
+
+    return replace(cores_of(mla), prefill=prefill)
+
+
+PACKED = (LITE, Sizes(heads=4), Sizes(heads=2, nope=20, value=12), Sizes(heads=1, nope=64, value=32, rope=6, rank=130))
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("sizes", PACKED)
+@pytest.mark.parametrize("batch", ["chunks and decodes", "a long prefix", "prefills"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_context_is_expanded_by_packed_weights(
+    mla: CpuMla, batch: str, sizes: Sizes, fp8: bool, dtype: torch.dtype
+) -> None:
+    sizes = replace(sizes, value=sizes.nope) if sizes.heads == 4 else sizes  # heads that divide blocks of columns
+    case = make_mla_case(BATCHES[batch], sizes=sizes, dtype=dtype, block_size=16)
+    case = in_fp8(case) if fp8 else case
+    num, twin = case.num_prefill_tokens, case.twin()
+    out = latent_attention(case.regime, packed_cores(mla), num_prefill_tokens=num, **case.named)
+    tolerance = TOLERANCES[dtype]
+    torch.testing.assert_close(out, run(mla, twin), atol=tolerance, rtol=tolerance)
+    if not fp8:
+        torch.testing.assert_close(out.double(), reference(case), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("chunk", [1, 64])
+def test_packed_weights_in_rounds(mla: CpuMla, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "LEAST_CHUNK", chunk)
+    monkeypatch.setattr(rounds, "LEAST_CHUNK", 1)
+    monkeypatch.setattr(prefill, "_EXPANDED_BYTES", 1)
+    case = make_mla_case(BATCHES["chunks and decodes"], sizes=Sizes(heads=2, nope=20, value=12), large=4.0)
+    out = latent_attention(case.regime, packed_cores(mla), num_prefill_tokens=case.num_prefill_tokens, **case.named)
+    torch.testing.assert_close(out.double(), reference(case), atol=1e-5, rtol=1e-5)
+
+
+def test_packed_weights_of_another_type_falls_back(mla: CpuMla) -> None:
+    sizes = Sizes(heads=2, nope=20, value=12)
+    case = make_mla_case(BATCHES["mixed"], sizes=sizes, dtype=torch.float16)
+    out = latent_attention(case.regime, packed_cores(mla), num_prefill_tokens=case.num_prefill_tokens, **case.named)
+    torch.testing.assert_close(out.double(), reference(case), atol=4e-3, rtol=4e-3)
 
 
 @given(case=drawn_mla_cases())
@@ -188,10 +238,12 @@ WRONG: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 )
 def test_numbers_that_lead_outside_are_refused(mla: CpuMla, found: str, regime: str) -> None:
     name, change = WRONG[found]
-    case = make_mla_case([(5, 1), (9, 1)] if regime == "decode" else [(5, 6), (9, 3)])
+    sizes = Sizes(heads=2, nope=20, value=12)
+    case = make_mla_case([(5, 1), (9, 1)] if regime == "decode" else [(5, 6), (9, 3)], sizes=sizes)
     case.named[name] = change(case.named[name])
-    with pytest.raises(OpError, match=found.partition(":")[0]):
-        run(mla, case)
+    for cores in (cores_of(mla), packed_cores(mla)):
+        with pytest.raises(OpError, match=found.partition(":")[0]):
+            latent_attention(case.regime, cores, num_prefill_tokens=case.num_prefill_tokens, **case.named)
 
 
 FALLBACKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {

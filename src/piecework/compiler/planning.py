@@ -117,12 +117,12 @@ class _Constants:
                 else:
                     opaque.append((place, step, weights))
         self._packed = {item for items in self._needs.values() for item in items if item.pack == LINEAR_COLUMNS}
-        for place, step, weights in opaque:
+        for place, step, known in opaque:
             packable = packable_argument(step.node)
             self._needs[place] = [
-                self._given(weights[n], packable=packable is not None and n is packable.weight)
+                self._given(known[n], packable=packable is not None and n is packable.weight)
                 for n in _nodes_in(step.node)
-                if n in weights
+                if n in known
             ]
         nodes = [(i, path) for path in paths for i in path.captured.inputs]
         self._weights = {i.name: (i.node, path) for i, path in nodes if i.kind is InputKind.WEIGHT}

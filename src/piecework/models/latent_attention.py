@@ -183,8 +183,7 @@ class MultiHeadLatentAttention(nn.Module):
         compressed = self.kv_a_proj_with_mqa(hidden)
         if not options.interleaved:
             compressed = torch.cat([compressed[:, : sizes.kv_rank], paired(compressed[:, sizes.kv_rank :])], dim=-1)
-        # Where all tokens decode, the step that stores keys rotates queries as well.
-        turned = options.mla == "opaque" or batch.regime != Regime.DECODE
+        turned = options.mla == "opaque"  # else attention takes queries in, and rotates them while it does
         if turned:
             q_pe = rotated(q_pe, cos, sin, interleaved=options.interleaved)
         elif not options.interleaved:

@@ -86,6 +86,8 @@ def mla_decode(
     block_tables: Tensor,
     seq_lens: Tensor,
     scale: float,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> Tensor:
     """Attend one new token of each of the first D sequences over its cached latents, which all heads share.
 
@@ -93,17 +95,20 @@ def mla_decode(
 
     Args:
         q_latent: [D, H, L], float32 | bfloat16 | float16, any strides; D may be 0.
-        q_pe: [D or more, H, R], rotated as `mla_write` leaves keys; the first D rows are used.
+        q_pe: [D or more, H, R], any strides but the last; the first D rows are used. Rotated as `mla_write` leaves
+            keys, or, where angles are given, pairs (2i, 2i + 1) yet to be rotated.
         entry: what `mla_write` returned, which says that the cache holds the new tokens; or None.
         latent_cache: [blocks, B, E], as `mla_write` takes it. Slots without a visible token may hold anything.
         block_tables: [D or more, W] int64.
         seq_lens: [D or more] int64, tokens in the cache, at least 1.
         scale: factor of the scores before the softmax.
+        cos: [D or more, R / 2], of each query's angles, as `mla_write` takes them; or None.
+        sin: the same.
 
     Returns:
         [D, H, L], contiguous, dtype of the queries.
     """
-    return mla_plain.decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale)
+    return mla_plain.decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale, cos, sin)
 
 
 @mla_decode.fake
@@ -115,10 +120,13 @@ def _mla_decode_fake(
     block_tables: Tensor,
     seq_lens: Tensor,
     scale: float,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> Tensor:
     check_same("heads of q_latent and q_pe", q_latent.shape[1], q_pe.shape[1], asked="mla_decode")
     sizes = {"rank": q_latent.shape[2], "rope": q_pe.shape[2]}
     _check_cache("q_latent with q_pe", latent_cache, q_latent, **sizes, asked="mla_decode")
+    _check_angles(q_pe, cos, asked="mla_decode")
     return q_latent.new_empty(q_latent.shape)
 
 
@@ -190,6 +198,8 @@ def mla_prefill(
     num_decode_tokens: int,
     scale: float,
     decode_out: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     packed: bool = False,  # noqa: FBT001, FBT002
 ) -> Tensor:
     """Attend prompts' new tokens over keys and values of their own; rows of decode tokens are copied in.
@@ -199,7 +209,8 @@ def mla_prefill(
 
     Args:
         q_nope: [T, H, N], float32 | bfloat16 | float16, any strides; row D is the first prompt's first.
-        q_pe: [T, H, R], rotated as `mla_write` leaves keys.
+        q_pe: [T, H, R], any strides but the last; rotated as `mla_write` leaves keys, or, where angles are given, pairs
+            (2i, 2i + 1) yet to be rotated.
         kv: [P, H * (N + V)], the prompts' new latents expanded by `kv_b_weight`.
         entry: [T, L + R], what `mla_write` returned.
         kv_b_weight: [H * (N + V), L]; packed or not.
@@ -210,6 +221,8 @@ def mla_prefill(
         num_decode_tokens: D; prompts are sequences D … S - 1.
         scale: factor of the scores before the softmax.
         decode_out: [D, H * V], becomes the first D rows; None where D is 0.
+        cos: [T, R / 2], of each query's angles, as `mla_write` takes them; or None.
+        sin: the same.
         packed: whether `kv_b_weight` is what `packed_linear` made of it (ops/packed.py).
 
     Returns:
@@ -228,6 +241,8 @@ def mla_prefill(
         num_decode_tokens,
         scale,
         decode_out,
+        cos,
+        sin,
         packed,
     )
 
@@ -246,6 +261,8 @@ def _mla_prefill_fake(
     num_decode_tokens: int,
     scale: float,
     decode_out: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     packed: bool = False,  # noqa: FBT001, FBT002
 ) -> Tensor:
     num_tokens, num_heads, nope = q_nope.shape
@@ -253,6 +270,7 @@ def _mla_prefill_fake(
     check_same("kv and the rows of kv_b_weight", kv.shape[1], kv_b_weight.shape[0], asked="mla_prefill")
     sizes = {"rank": kv_b_weight.shape[1], "rope": q_pe.shape[2]}
     _check_cache("latents with q_pe", latent_cache, q_nope, **sizes, asked="mla_prefill")
+    _check_angles(q_pe, cos, asked="mla_prefill")
     return q_nope.new_empty(num_tokens, kv_b_weight.shape[0] - num_heads * nope)
 
 
@@ -278,6 +296,11 @@ def _check_write(compressed: Tensor, norm_weight: Tensor, cos: Tensor, latent_ca
     rank, width = norm_weight.shape[0], compressed.shape[1]
     check_same("norm_weight and 2 * cos, against compressed", rank + 2 * cos.shape[1], width, asked=asked)
     _check_cache("compressed", latent_cache, compressed, rank=rank, rope=width - rank, asked=asked)
+
+
+def _check_angles(q_pe: Tensor, cos: Tensor | None, *, asked: str) -> None:
+    if cos is not None:
+        check_same("q_pe and 2 * cos", q_pe.shape[2], 2 * cos.shape[1], asked=asked)
 
 
 def _check_cache(what: str, latent_cache: Tensor, like: Tensor, *, rank: int, rope: int, asked: str) -> None:

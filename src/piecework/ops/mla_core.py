@@ -57,6 +57,8 @@ class Decode(Protocol):
         block_tables: Tensor,
         seq_lens: Tensor,
         scale: float,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
     ) -> Tensor:
         """Return [D, H, L]."""
 
@@ -100,6 +102,8 @@ class Prefill(Protocol):
         num_decode_tokens: int,
         scale: float,
         decode_out: Tensor | None = None,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
     ) -> Tensor:
         """Return [T, H * V]."""
 
@@ -183,7 +187,7 @@ def latent_attention(
         w_uk: [H, N, L], the keys' part of it.
         w_uv: [H, L, V], the values' part of it. None where that is folded into what comes after; in the regime `decode`
             only.
-        turned: False where `q_pe` are pairs (2i, 2i + 1) yet to be rotated; in the regime `decode` only.
+        turned: False where `q_pe` are pairs (2i, 2i + 1) yet to be rotated, by the angles of the new keys.
 
     Returns:
         [T, H * V], or without `w_uv` [T, H * L], contiguous, dtype of the queries.
@@ -194,16 +198,16 @@ def latent_attention(
         q_latent = cores.product(q_nope, w_uk)
         latents = cores.write_decode(q_latent, q_pe, turned, *written, block_tables, seq_lens, scale)
         return (latents if w_uv is None else cores.product(latents, w_uv)).flatten(1)
-    assert turned
     assert w_uv is not None
+    angles = (None, None) if turned else (cos, sin)
     entry = cores.write(*written)
     prompts = (kv_b_weight, latent_cache, block_tables, seq_lens, query_start)
     if regime == Regime.PREFILL:
         kv = linear(entry[:, :rank], kv_b_weight)
-        return cores.prefill(q_nope, q_pe, kv, entry, *prompts, 0, scale, None)
+        return cores.prefill(q_nope, q_pe, kv, entry, *prompts, 0, scale, None, *angles)
     q_latent = cores.product(cores.rows(q_nope, 0, num_decode_tokens), w_uk)
-    latents = cores.decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale)
+    latents = cores.decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale, *angles)
     new = cores.rows(entry, num_decode_tokens, num_prefill_tokens)
     kv = linear(new[:, :rank], kv_b_weight)
     values = cores.product(latents, w_uv).flatten(1)
-    return cores.prefill(q_nope, q_pe, kv, entry, *prompts, num_decode_tokens, scale, values)
+    return cores.prefill(q_nope, q_pe, kv, entry, *prompts, num_decode_tokens, scale, values, *angles)

@@ -83,9 +83,13 @@ def decode(
     block_tables: Tensor,
     seq_lens: Tensor,
     scale: float,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> Tensor:
     """Do what `mla_decode` does, sequences of similar length together."""
     num, _, rank = q_latent.shape
+    if cos is not None and sin is not None:
+        q_pe = rotate(q_pe[:num], cos[:num], sin[:num])
     out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
     query = torch.cat([q_latent, q_pe[:num]], dim=-1)
     groups: list[tuple[slice | Tensor, int, int]] = []  # which sequences, and how long the longest and the shortest is
@@ -123,11 +127,15 @@ def prefill(
     num_decode_tokens: int,
     scale: float,
     decode_out: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
     packed: bool = False,  # noqa: FBT001, FBT002
 ) -> Tensor:
     """Do what `mla_prefill` does, one sequence after the other."""
     if packed:
         kv_b_weight = unpacked_linear(kv_b_weight)
+    if cos is not None and sin is not None:
+        q_pe = rotate(q_pe, cos, sin)
     num_tokens, num_heads, nope = q_nope.shape
     rank = kv_b_weight.shape[1]
     expand = _Expansion(kv_b_weight, num_heads=num_heads, nope=nope)

@@ -21,6 +21,7 @@ from piecework.ops.mla import (
 )
 from piecework.ops.mla_attention import mla_attention
 from piecework.ops.mla_core import LatentCores, Regime, by_head, latent_attention
+from piecework.ops.packed import packed_linear
 from piecework.ops.rows import rows, rows_view
 from tests.unit.ops.mla_cases import (
     BATCHES,
@@ -167,6 +168,32 @@ def test_decoded_rows_are_copied_into_the_result() -> None:
     out = mla_prefill.check(named["q_nope"], named["q_pe"], kv, entry, *(named[n] for n in names), given_rows)
     assert torch.equal(out[:2], given_rows)
     torch.testing.assert_close(out[2:].double(), reference(case)[2:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("regime", ["decode", "prefill", "mixed"])
+@pytest.mark.parametrize("cores", [PLAIN, TRACED])
+def test_queries_are_rotated_in_any_regime(cores: LatentCores, regime: str) -> None:
+    batch = BATCHES[{"decode": "decodes", "prefill": "prefills alike", "mixed": "mixed"}[regime]]
+    case, other = make_mla_case(batch), make_mla_case(batch)
+    other.named["q_pe"] = mla_plain.rotate(case.named["q_pe"], case.named["cos"], case.named["sin"])
+    num = case.num_prefill_tokens
+    with check_ops():
+        out = latent_attention(regime, cores, num_prefill_tokens=num, turned=False, **case.named)
+    torch.testing.assert_close(out, latent_attention(regime, cores, num_prefill_tokens=num, **other.named))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_prompts_context_may_be_packed(dtype: torch.dtype) -> None:
+    case = make_mla_case(BATCHES["mixed"], sizes=Sizes(heads=4, nope=8, value=8), dtype=dtype)
+    named = case.named
+    entry = mla_write(*(named[n] for n in WRITES))
+    num = case.num_decode_tokens
+    kv, decoded = entry[num:, :10] @ named["kv_b_weight"].t(), torch.zeros(num, 32, dtype=dtype)
+    first = named["q_nope"], named["q_pe"], kv, entry
+    rest = [named[n] for n in ("latent_cache", "block_tables", "seq_lens", "query_start", "num_decode_tokens", "scale")]
+    out = mla_prefill(*first, named["kv_b_weight"], *rest, decoded)
+    packed = mla_prefill.check(*first, packed_linear(named["kv_b_weight"]), *rest, decoded, packed=True)
+    assert torch.equal(packed, out)
 
 
 @pytest.mark.parametrize("x", [torch.randn(7, 3), torch.randn(7, 3, 8)[..., 2:5], torch.randn(3, 7).t()])

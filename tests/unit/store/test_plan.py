@@ -22,6 +22,8 @@ from piecework.graph.request import CaptureRequest
 from piecework.graph.split import Piece, split
 from piecework.models.adapter import build_causal_lm
 from piecework.ops.weight_source import Concat, Take
+from piecework.passes.packing import Packing
+from piecework.store.packings import LINEAR_COLUMNS
 from piecework.store.plan import (
     Instance,
     OpStep,
@@ -154,6 +156,27 @@ def plan_of(wanted: CaptureRequest) -> Plan:
     packing = packing_of(CompileOptions(), target=read_target(), device="cpu")
     pieces = deduplicate([Forward(captured, steps)], packing=packing)
     return make_plan([Forward(captured, steps)], pieces, artifacts=[[] for _ in pieces.unique])
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_an_opaque_op_takes_the_packed_weight_that_pieces_read(own: bool, tmp_path: Path) -> None:
+    """Else a projection of latents were in memory twice: for new tokens, and for those in the cache."""
+    model_dir = write_config(tmp_path, "deepseek_v2", qk_nope_head_dim=16, v_head_dim=16)
+    wanted = build_causal_lm(model_dir, max_tokens=64)
+    captured = capture(wanted)
+    steps = split(captured)
+    packing = Packing(own=frozenset({"float32"} if own else {}))
+    pieces = deduplicate([Forward(captured, steps)], packing=packing)
+    plan = make_plan([Forward(captured, steps)], pieces, artifacts=[[] for _ in pieces.unique])
+    prompts = [s for s in plan.steps if isinstance(s, OpStep) and s.op.startswith("piecework::mla_prefill")]
+    assert prompts
+    for step in prompts:
+        (number,) = [a["recipe"] for a in step.args if "recipe" in a]
+        assert plan.recipes[number].name.endswith("kv_b_proj.weight")
+        assert plan.recipes[number].pack == (LINEAR_COLUMNS if own else "")
+        assert step.kwargs == ({"packed": {"const": True}} if own else {})
+    expanding = [r for r in plan.recipes if r.name.endswith("kv_b_proj.weight")]
+    assert len(expanding) == len(prompts)
 
 
 def test_eighty_layers_are_written_as_compactly_as_four(tmp_path: Path) -> None:

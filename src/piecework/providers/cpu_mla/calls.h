@@ -27,20 +27,27 @@ struct Paged {
   }
 };
 
+// By which tokens' pairs are rotated; where cos is null, they are rotated already.
+struct Angles {
+  const void *cos, *sin;         // [T, R / 2]
+  int64_t cos_token, sin_token;  // strides in elements
+  int64_t plain;                 // cos and sin are float32; else they have the type of the pairs
+};
+
 struct WriteCall {
   Paged paged;  // without tables
-  const void *compressed, *norm_weight, *cos, *sin;  // [T, L + R], [L], [T, R / 2] twice
-  const int64_t* slots;                              // [T]
-  void* entry;                                       // [T, L + R], or null
-  int64_t compressed_token, cos_token, sin_token;    // strides in elements
-  int64_t num_tokens, rank, rope;
-  int64_t plain_angles;  // cos and sin are float32; else they have the type of the others
+  Angles angles;
+  const void *compressed, *norm_weight;  // [T, L + R], [L]
+  const int64_t* slots;                  // [T]
+  void* entry;                           // [T, L + R], or null
+  int64_t compressed_token, num_tokens, rank, rope;
   int64_t dtype, num_threads;
   double eps;
 };
 
 struct DecodeCall {
   Paged paged;
+  Angles angles;                // of the queries
   const void *q_latent, *q_pe;  // [D, H, L], [D, H, R]
   const int64_t* lens;          // [D]
   void* out;                    // [D, H, L]
@@ -54,7 +61,6 @@ struct DecodeCall {
 struct WriteDecodeCall {
   WriteCall write;
   DecodeCall decode;
-  int64_t turned;  // whether queries are rotated; else they are by the angles of `write`
 };
 
 // Entries `begin` … of a sequence become rows of `latents` and `keys`, one slice after the other.
@@ -81,6 +87,7 @@ struct Prompt {
 // The context's keys and values are given, or else they are made of the cache by `kv_b`.
 struct PrefillCall {
   Paged paged;
+  Angles angles;                  // of the queries
   const void *q_nope, *q_pe;      // [T, H, N], [T, H, R]
   const void *kv, *keys;          // [P, H * (N + V)], [T, R]: of the new tokens
   const void *old_kv, *old_keys;  // [C, H, N + V], [C, R], rows of keys dense: of the context; or null

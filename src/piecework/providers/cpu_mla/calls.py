@@ -22,11 +22,14 @@ NUMBERS: Final = {getattr(torch, name): number for number, name in enumerate(DTY
 
 # Layouts of calls.h; an entry's number is that of its layout.
 _PAGED: Final = "2P4q"
-WRITE: Final = ("piecework_mla_write_2", struct.Struct(_PAGED + "6P9qd"))
-DECODE: Final = ("piecework_mla_decode_2", struct.Struct(_PAGED + "4P10qd"))
-WRITE_DECODE: Final = ("piecework_mla_write_decode_2", struct.Struct(_PAGED + "6P9qd" + _PAGED + "4P10qdq"))
+_ANGLES: Final = "2P3q"
+_WRITE: Final = _PAGED + _ANGLES + "4P6qd"
+_DECODE: Final = _PAGED + _ANGLES + "4P10qd"
+WRITE: Final = ("piecework_mla_write_3", struct.Struct(_WRITE))
+DECODE: Final = ("piecework_mla_decode_3", struct.Struct(_DECODE))
+WRITE_DECODE: Final = ("piecework_mla_write_decode_3", struct.Struct(_WRITE + _DECODE))
 GATHER: Final = ("piecework_mla_gather_2", struct.Struct(_PAGED + "3P6q"))
-PREFILL: Final = ("piecework_mla_prefill_2", struct.Struct(_PAGED + "12P21qd"))
+PREFILL: Final = ("piecework_mla_prefill_3", struct.Struct(_PAGED + _ANGLES + "12P21qd"))
 
 _DONE, _UNSUPPORTED = 0, 1
 WRONG_LENGTHS: Final = 3
@@ -73,6 +76,27 @@ def paged(latent_cache: Tensor, block_tables: Tensor | None) -> tuple[int, ...]:
     """Return the numbers of calls.h's `Paged`."""
     tables, width = (0, 0) if block_tables is None else (block_tables.data_ptr(), block_tables.shape[1])
     return (latent_cache.data_ptr(), tables, *latent_cache.shape[:2], width, latent_cache.dtype is torch.uint8)
+
+
+def rotatable(cos: Tensor | None, sin: Tensor | None, x: Tensor) -> bool:
+    """Whether the library can rotate the tokens of x [T or fewer, ..., R] by these angles; None: they are rotated."""
+    if cos is None or sin is None:
+        return cos is sin
+    return (
+        cos.dtype is sin.dtype
+        and (cos.dtype is torch.float32 or cos.dtype is x.dtype)
+        and cos.shape == sin.shape
+        and cos.shape[0] >= x.shape[0]
+        and 2 * cos.shape[1] == x.shape[-1]
+        and cos.stride(1) == sin.stride(1) == 1
+    )
+
+
+def angles(cos: Tensor | None, sin: Tensor | None) -> tuple[int, ...]:
+    """Return the numbers of calls.h's `Angles`."""
+    if cos is None or sin is None:
+        return (0, 0, 0, 0, 0)
+    return (cos.data_ptr(), sin.data_ptr(), cos.stride(0), sin.stride(0), cos.dtype is torch.float32)
 
 
 def dense_numbers(tensor: Tensor) -> bool:

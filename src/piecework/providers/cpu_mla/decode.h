@@ -86,7 +86,6 @@ struct Decode {
   static constexpr int kParts = kPair ? 2 : 1;
 
   const DecodeCall& call;
-  const WriteCall* turn;  // whose angles the rotary queries are yet to be rotated by, or null
   const int64_t seq, width, padded;
   const int64_t words, value_words;  // in an entry as it is read, and in its latent
   const int64_t query_stride;
@@ -108,8 +107,8 @@ struct Decode {
     return in_vectors(call.num_heads * (in_vectors(width) + kChunk + 1)) + (in_place ? 0 : kChunk * width);
   }
 
-  Decode(const DecodeCall& call, const WriteCall* turn, int64_t seq, Partial into, float* memory)
-      : call(call), turn(turn), seq(seq), width(call.rank + call.rope), padded(Partial::padded(call)),
+  Decode(const DecodeCall& call, int64_t seq, Partial into, float* memory)
+      : call(call), seq(seq), width(call.rank + call.rope), padded(Partial::padded(call)),
         words(kPair ? width / 2 : width), value_words(kPair ? call.rank / 2 : call.rank),
         query_stride(in_vectors(words)), into(into), queries((uint32_t*)memory),
         scores(memory + call.num_heads * query_stride), decay(scores + call.num_heads * kChunk),
@@ -153,8 +152,8 @@ struct Decode {
     for (int64_t h = 0; h < call.num_heads; ++h, latent += call.latent_head, pe += call.pe_head) {
       uint32_t* to = queries + h * query_stride;
       T turned[kMaxWidth];
-      const T* rotary = turn != nullptr ? turned : pe;
-      if (turn != nullptr) rotate(*turn, seq, pe, turned);
+      const T* rotary = call.angles.cos != nullptr ? turned : pe;
+      if (call.angles.cos != nullptr) rotate(call.angles, seq, pe, call.rope, turned);
       if constexpr (kInPlace<T>) {
         std::memcpy(to, latent, call.rank * sizeof(T));
         std::memcpy((T*)to + call.rank, rotary, call.rope * sizeof(T));

@@ -17,11 +17,13 @@ from piecework.providers.cpu_mla.calls import (
     PREFILL,
     WRITE,
     WRITE_DECODE,
+    angles,
     dense_numbers,
     entry_point,
     pageable,
     paged,
     ran,
+    rotatable,
 )
 from piecework.providers.cpu_mla.prefill import Cached, Prompts, Rounds
 
@@ -62,19 +64,15 @@ class CpuMla:
         entry = torch.empty_like(compressed, memory_format=torch.contiguous_format)
         call = WRITE[1].pack(
             *paged(latent_cache, None),
+            *angles(cos, sin),
             compressed.data_ptr(),
             norm_weight.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
             slot_mapping.data_ptr(),
             entry.data_ptr(),
             compressed.stride(0),
-            cos.stride(0),
-            sin.stride(0),
             num_tokens,
             rank,
             width - rank,
-            cos.dtype is torch.float32,
             NUMBERS[compressed.dtype],
             torch.get_num_threads(),
             eps,
@@ -92,17 +90,22 @@ class CpuMla:
         block_tables: Tensor,
         seq_lens: Tensor,
         scale: float,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
     ) -> Tensor:
         """Do what `mla_decode` does. Raises OpError where blocks or lengths don't fit the cache."""
         num_seqs, num_heads, rank = q_latent.shape
         rope = q_pe.shape[2]
-        if not _decodes(q_latent, q_pe, latent_cache, block_tables, seq_lens):
-            return mla_plain.decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale)
+        if not (
+            _decodes(q_latent, q_pe, latent_cache, block_tables, seq_lens) and rotatable(cos, sin, q_pe[:num_seqs])
+        ):
+            return mla_plain.decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale, cos, sin)
         out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
         if num_seqs == 0:
             return out
         call = DECODE[1].pack(
             *paged(latent_cache, block_tables),
+            *angles(cos, sin),
             q_latent.data_ptr(),
             q_pe.data_ptr(),
             seq_lens.data_ptr(),
@@ -119,7 +122,7 @@ class CpuMla:
         )
         if ran(self._decode(call), asked=f"mla_decode of {num_seqs} sequences over {latent_cache.shape[0]} blocks"):
             return out
-        return mla_plain.decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale)
+        return mla_plain.decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale, cos, sin)
 
     def write_decode(
         self,
@@ -157,12 +160,13 @@ class CpuMla:
         pe_token, pe_head, _ = q_pe.stride()
         call = WRITE_DECODE[1].pack(
             *paged(latent_cache, None),
-            *(compressed.data_ptr(), norm_weight.data_ptr(), cos.data_ptr(), sin.data_ptr(), slot_mapping.data_ptr()),
-            *(0, compressed.stride(0), cos.stride(0), sin.stride(0)),
-            *(num_tokens, rank, width - rank, cos.dtype is torch.float32, dtype, num_threads, eps),
+            *angles(cos, sin),
+            *(compressed.data_ptr(), norm_weight.data_ptr(), slot_mapping.data_ptr(), 0),
+            *(compressed.stride(0), num_tokens, rank, width - rank, dtype, num_threads, eps),
             *paged(latent_cache, block_tables),
+            *(angles(None, None) if turned else angles(cos, sin)),
             *(q_latent.data_ptr(), q_pe.data_ptr(), seq_lens.data_ptr(), out.data_ptr(), token, head),
-            *(pe_token, pe_head, num_tokens, num_heads, rank, width - rank, dtype, num_threads, scale, turned),
+            *(pe_token, pe_head, num_tokens, num_heads, rank, width - rank, dtype, num_threads, scale),
         )
         asked = f"mla_write_decode of {num_tokens} tokens over {latent_cache.shape[0]} blocks"
         if ran(self._write_decode(call), asked=asked):
@@ -183,6 +187,8 @@ class CpuMla:
         num_decode_tokens: int,
         scale: float,
         decode_out: Tensor | None = None,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
         packed: bool = False,  # noqa: FBT001, FBT002
     ) -> Tensor:
         """Do what `mla_prefill` does. Raises OpError where blocks or lengths don't fit cache and tokens."""
@@ -196,6 +202,7 @@ class CpuMla:
             and kv.shape == (num_tokens - num_decode_tokens, kv_b_weight.shape[0])
             and entry.shape == (num_tokens, rank + q_pe.shape[2])
             and q_nope.stride(2) == q_pe.stride(2) == kv.stride(1) == entry.stride(1) == 1
+            and rotatable(cos, sin, q_pe)
             and (kv_b_weight.is_contiguous() or not packed)
             and block_tables.shape[0] == seq_lens.shape[0] == query_start.shape[0] - 1
             and dense_numbers(block_tables)
@@ -204,7 +211,7 @@ class CpuMla:
             and (decode_out is None or (decode_out.dtype is q_nope.dtype and decode_out.stride(1) == 1))
         ):
             value = kv_b_weight.shape[0] // num_heads - nope
-            batch = Prompts(q_nope, q_pe, kv, entry, query_start, num_decode_tokens, scale, decode_out, value)
+            batch = Prompts(q_nope, q_pe, kv, entry, query_start, num_decode_tokens, scale, decode_out, cos, sin, value)
             old = Cached(kv_b_weight, packed, latent_cache, block_tables, seq_lens)
             out = self._rounds.run(batch, old)
         if out is not None:
@@ -222,6 +229,8 @@ class CpuMla:
             num_decode_tokens,
             scale,
             decode_out,
+            cos,
+            sin,
             packed,
         )
 
@@ -236,10 +245,7 @@ def _writes(
         and compressed.stride(1) == 1
         and norm_weight.dtype is compressed.dtype
         and norm_weight.is_contiguous()
-        and cos.dtype is sin.dtype
-        and (cos.dtype is torch.float32 or cos.dtype is compressed.dtype)
-        and cos.shape == sin.shape == (num_tokens, (width - norm_weight.shape[0]) // 2)
-        and cos.stride(1) == sin.stride(1) == 1
+        and rotatable(cos, sin, compressed[:, norm_weight.shape[0] :])
         and slot_mapping.shape == (num_tokens,)
         and dense_numbers(slot_mapping)
     )

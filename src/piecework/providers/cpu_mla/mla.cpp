@@ -85,9 +85,9 @@ int64_t plan(const DecodeCall& call, std::vector<Part>& work, std::vector<Split>
   return num_parts;
 }
 
-// Writes `before`'s tokens first, where there are any; `turn` is as in `Decode`.
+// Writes `before`'s tokens first, where there are any.
 template <class T, class E>
-Result decode(const DecodeCall& call, const WriteCall* before, const WriteCall* turn) {
+Result decode(const DecodeCall& call, const WriteCall* before) {
   if (kPaired<T> && call.rank % 2) return kUnsupported;
   if (before != nullptr) {
     const Result checked = check(*before);
@@ -117,7 +117,7 @@ Result decode(const DecodeCall& call, const WriteCall* before, const WriteCall* 
     for (size_t i = 0; i < work.size(); ++i) {
       const Part& w = work[i];
       float* at = w.part >= 0 ? parts + w.part * size : mine;
-      Decode<T>(call, turn, w.seq, Partial(call, at), mine + size).template run<E>(w.begin, w.begin + w.count);
+      Decode<T>(call, w.seq, Partial(call, at), mine + size).template run<E>(w.begin, w.begin + w.count);
       if (w.part < 0)
         for (int64_t h = 0; h < call.num_heads; ++h) finish<T>(call, w.seq, h, at, 1);
     }
@@ -132,12 +132,12 @@ Result decode(const DecodeCall& call, const WriteCall* before, const WriteCall* 
 
 template <class T, class E>
 Result run(const DecodeCall& call) {
-  return decode<T, E>(call, nullptr, nullptr);
+  return decode<T, E>(call, nullptr);
 }
 
 template <class T, class E>
 Result run(const WriteDecodeCall& call) {
-  return decode<T, E>(call.decode, &call.write, call.turned ? nullptr : &call.write);
+  return decode<T, E>(call.decode, &call.write);
 }
 
 // Entries from … of a sequence become rows of `latents` and `keys`. Threads of a parallel region share them.
@@ -316,22 +316,22 @@ Result of_type(const Call& call) {
 // Names tell the layout of what is given.
 #define PIECEWORK_ENTRY extern "C" __attribute__((visibility("default"))) int32_t
 
-PIECEWORK_ENTRY piecework_mla_write_2(const piecework::WriteCall* call) {
+PIECEWORK_ENTRY piecework_mla_write_3(const piecework::WriteCall* call) {
   return piecework::fits(call->rank, call->rope) ? piecework::of_type(*call) : piecework::kUnsupported;
 }
 
-PIECEWORK_ENTRY piecework_mla_decode_2(const piecework::DecodeCall* call) {
+PIECEWORK_ENTRY piecework_mla_decode_3(const piecework::DecodeCall* call) {
   return piecework::fits(call->rank, call->rope) ? piecework::of_type(*call) : piecework::kUnsupported;
 }
 
-PIECEWORK_ENTRY piecework_mla_write_decode_2(const piecework::WriteDecodeCall* call) {
+PIECEWORK_ENTRY piecework_mla_write_decode_3(const piecework::WriteDecodeCall* call) {
   const auto& [rank, rope] = std::pair(call->decode.rank, call->decode.rope);
   return piecework::fits(rank, rope) ? piecework::of_type(*call) : piecework::kUnsupported;
 }
 
 PIECEWORK_ENTRY piecework_mla_gather_2(const piecework::GatherCall* call) { return piecework::of_type(*call); }
 
-PIECEWORK_ENTRY piecework_mla_prefill_2(const piecework::PrefillCall* call) {
+PIECEWORK_ENTRY piecework_mla_prefill_3(const piecework::PrefillCall* call) {
   using namespace piecework;
   if (call->nope + call->rope > kMaxHeadDim || call->value > kMaxHeadDim) return kUnsupported;
   return of_type(*call);

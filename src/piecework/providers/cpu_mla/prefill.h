@@ -9,6 +9,7 @@
 #include "../cpu_common/tiles.h"
 #include "calls.h"
 #include "entries.h"
+#include "write.h"
 
 namespace piecework {
 
@@ -83,7 +84,10 @@ struct Tile {
         const int64_t from = token + std::min<int64_t>(v * kLanes + i, count - 1);
         Item<T>* to = joined + i * width;
         convert((const T*)call.q_nope + from * call.nope_token + head * call.nope_head, call.nope, to);
-        convert((const T*)call.q_pe + from * call.pe_token + head * call.pe_head, call.rope, to + call.nope);
+        const T* pe = (const T*)call.q_pe + from * call.pe_token + head * call.pe_head;
+        T turned[kMaxHeadDim];
+        if (call.angles.cos != nullptr) rotate(call.angles, from, pe, call.rope, turned), pe = turned;
+        convert(pe, call.rope, to + call.nope);
         rows[i] = (const uint32_t*)to;
       }
       take_rows<V>(rows, kPair ? width / 2 : width, queries + v * kLanes);

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from piecework.providers.cpu_mla.calls import GATHER, NUMBERS, PREFILL, WRONG_LENGTHS, paged, ran
+from piecework.providers.cpu_mla.calls import GATHER, NUMBERS, PREFILL, WRONG_LENGTHS, angles, paged, ran
 from piecework.providers.cpu_mla.rounds import LEAST_CHUNK, Chunk, padded, share_out
 
 _EXPANDED_BYTES: Final = 1 << 23  # of context's keys and values, expanded at once
@@ -30,6 +30,8 @@ class Prompts:
     decodes: int
     scale: float
     decode_out: Tensor | None
+    cos: Tensor | None
+    sin: Tensor | None
     value: int
 
 
@@ -128,6 +130,7 @@ class Rounds:
         new_keys = batch.entry[:, batch.entry.shape[1] - batch.q_pe.shape[2] :]
         call = PREFILL[1].pack(
             *paged(old.latent_cache, old.block_tables),
+            *angles(batch.cos, batch.sin),
             batch.q_nope.data_ptr(),
             batch.q_pe.data_ptr(),
             batch.kv.data_ptr(),

@@ -35,14 +35,14 @@ PIECEWORK_INLINE void rotate(const T* pairs, const Angle* cos, const Angle* sin,
   }
 }
 
-// By the angles of a call's token, of either type.
+// By the angles of a token, of either type.
 template <class T>
-PIECEWORK_INLINE void rotate(const WriteCall& call, int64_t token, const T* pairs, T* to) {
-  const int64_t half = call.rope / 2, at_cos = token * call.cos_token, at_sin = token * call.sin_token;
-  if (call.plain_angles)
-    rotate(pairs, (const float*)call.cos + at_cos, (const float*)call.sin + at_sin, half, to);
+PIECEWORK_INLINE void rotate(const Angles& angles, int64_t token, const T* pairs, int64_t rope, T* to) {
+  const int64_t at_cos = token * angles.cos_token, at_sin = token * angles.sin_token;
+  if (angles.plain)
+    rotate(pairs, (const float*)angles.cos + at_cos, (const float*)angles.sin + at_sin, rope / 2, to);
   else
-    rotate(pairs, (const T*)call.cos + at_cos, (const T*)call.sin + at_sin, half, to);
+    rotate(pairs, (const T*)angles.cos + at_cos, (const T*)angles.sin + at_sin, rope / 2, to);
 }
 
 // Entries are E.
@@ -63,7 +63,7 @@ void write(const WriteCall& call, int64_t token) {
   for (i = 0; i + kLanes <= rank; i += kLanes)
     store_as(rounded_as(load_as(from + i) * factor, from) * load_as(weight + i), made + i);
   for (; i < rank; ++i) from_float(rounded<T>(to_float(from[i]) * factor) * to_float(weight[i]), made[i]);
-  rotate(call, token, from + rank, made + rank);
+  rotate(call.angles, token, from + rank, rope, made + rank);
   if constexpr (E::kFp8) E::write(made, made + rank, rank, rope, entry);
   T* stored = (T*)call.entry + token * width;
   if (call.entry != nullptr) E::read(entry, rank, rope, stored, stored + rank);
