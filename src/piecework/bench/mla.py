@@ -49,8 +49,8 @@ class MlaSettings:
         model, dtype: of the other parts.
         chats: of the second part.
         requests, input, output, runs: of the last part, see `Workload`.
-        repeats: rounds of the first part, in each of which every system runs in a process of its own.
-        end_to_end_repeats: rounds of the others.
+        repeats: rounds of the first part, in each of which all forms take turns in one process.
+        end_to_end_repeats: rounds of the others, in each of which every system runs in a process of its own.
         backend: of the bundles, "aoti" or "eager".
         peers: the installed vLLM, or None.
     """
@@ -131,8 +131,7 @@ def _layers(settings: MlaSettings, root: Path, *, dtype: str, launcher: Launcher
     write_deepseek(path, shape=settings.shape, layers=settings.layers, dtype=dtype, weights=False)
     model = LatentModel(path, settings.layers, dtype, settings.backend, has_weights=False)
     how: Any = {"batches": settings.batches, "steps": settings.steps, "seconds": settings.seconds}
-    systems = [LatentLayers(name, launcher, model, **how) for name in forms]
-    return _Part(f"layers, {dtype}", systems, settings.repeats)
+    return _Part(f"layers, {dtype}", [LatentLayers(forms, launcher, model, **how)] if forms else [], settings.repeats)
 
 
 def _offline(

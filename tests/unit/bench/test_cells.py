@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from piecework.bench.cells import forward
-from piecework.bench.cells.forward import CONTEXT, decode_inputs, num_blocks, prefill_inputs, time_steps
+from piecework.bench.cells.forward import CONTEXT, decode_inputs, num_blocks, prefill_inputs, time_in_turns, time_steps
 from piecework.bench.cells.module import build_module, first_step_and_times
 from piecework.bench.synthetic import ModelShape, write_llama
 
@@ -57,6 +57,22 @@ def test_steps_are_timed_until_both_limits_are_reached() -> None:
     assert len(calls) == 20 + 10
     assert 0 <= times.least <= times.median
     assert time_steps(lambda: None, least_steps=1, least_seconds=0.01).num_steps > 1
+
+
+def test_steps_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(forward.time, "perf_counter", lambda: now[0])
+    calls: list[int] = []
+
+    def step(number: int, seconds: float) -> None:
+        calls.append(number)
+        now[0] += seconds
+
+    both = [lambda: step(0, 0.02), lambda: step(1, 0.2)]
+    first, second = time_in_turns(both, least_steps=4, least_seconds=0.1, warm_up=1)
+    assert calls == [0, 1, *[0, 0, 0, 1], *[1, 0, 0], *[1, 1]]
+    assert (first.num_steps, second.num_steps) == (5, 4)
+    assert [round(times.median, 3) for times in (first, second)] == [0.02, 0.2]
 
 
 def test_timing_ends_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ SERVING = {
 }
 ANSWERS = {
     "compile": {"bundle": "/b"},
-    "mla_layers": {"batches": [{"tok_s": 100.0 + i} for i in range(6)]},
+    "mla_layers": {"bundles": [[{"tok_s": 100.0 * form + i} for i in range(6)] for form in (1, 2)]},
     "mla_serving": SERVING,
     "throughput": OFFLINE,
     VLLM_CELL.name: {"outcomes": [{"begin_s": 0.0, "token_s": [0.25, 0.5]}]},
@@ -79,9 +79,7 @@ def value_of(words: list[str], option: str) -> str:
     return words[words.index(option) + 1]
 
 
-def test_forms_take_turns_in_processes_of_their_own(
-    stub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_forms_take_turns(stub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"
     options = ["--repeats", "2", "--end-to-end-repeats", "1", "--dtypes", "float32", "--peers", str(stub)]
     assert main([*TINY, *options, "--json", "--out", str(out)]) == 0
@@ -89,7 +87,7 @@ def test_forms_take_turns_in_processes_of_their_own(
     assert json.loads(out.read_text()) == report
     forms = ["exposed", "opaque"]
     assert names(stub) == [
-        *forms, *["mla_layers"] * 4,
+        *forms, *["mla_layers"] * 2,
         *forms, VLLM_CELL.name, *["mla_serving"] * 2, VLLM_CELL.name,
         *forms, *["throughput"] * 2, SCRIPT,
     ]  # fmt: skip
@@ -99,6 +97,7 @@ def test_forms_take_turns_in_processes_of_their_own(
         "context": 512, "value": 100, "unit": "tokens/s", "n": 2, "min": 100, "max": 100,
         "note": "forwards of 1 decode tokens after 512 each; median of those of each process",
     }  # fmt: skip
+    assert [row["value"] for row in rows if row["metric"] == "tok_s"] == [*range(100, 106), *range(200, 206)]
     assert {row["regime"] for row in rows if row["metric"] == "tok_s"} == {"decode", "prefill", "mixed"}
     assert {row["system"] for row in rows if row["metric"] == "output_tok_s"} == {"exposed", "opaque", "vllm"}
     assert {row["metric"] for row in rows if "ttft" in row["metric"]} == {
@@ -116,7 +115,9 @@ def test_both_forms_do_the_same_work(stub: Path) -> None:
     options += ["--requests", "4", "--input", "16", "--output", "8", "--runs", "2", "--dtypes", "bfloat16"]
     assert main([*TINY, *ONCE, *options, "--systems", "exposed,opaque"]) == 0
     found = calls(stub)
-    for name in ("mla_layers", "mla_serving", "throughput"):
+    (layers,) = (words for words in found if words[1].endswith("cells.mla_layers"))
+    assert layers[3:5] == ["/b", "/b"]
+    for name in ("mla_serving", "throughput"):
         exposed, opaque = (words for words in found if words[1].endswith(f"cells.{name}"))
         assert exposed == opaque
     compiled = [words for words in found if "--mla" in words]

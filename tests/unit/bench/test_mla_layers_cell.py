@@ -94,22 +94,25 @@ def test_logits_are_of_the_last_token_of_each_sequence(request_: CaptureRequest)
 def test_figures_count_new_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[Any] = []
 
-    def time_steps(step: Callable[[], object], **options: object) -> StepTimes:
-        step()
+    def time_in_turns(steps: list[Callable[[], object]], **options: object) -> list[StepTimes]:
+        for step in steps:
+            step()
         assert options == {"least_steps": 7, "least_seconds": 0.5, "warm_up": 2}
-        return StepTimes(median=0.5, least=0.4, num_steps=9)
+        return [StepTimes(median=0.5 * (1 + i), least=0.4, num_steps=9) for i in range(len(steps))]
 
-    state = torch.zeros(3, 16, 4)
-    model = SimpleNamespace(
-        make_states=lambda sizes: ran.append(sizes), states={"a": state}, run=lambda inputs: ran.append(inputs)
-    )
-    monkeypatch.setattr(mla_layers, "time_steps", time_steps)
-    (made,) = measure(model, [MIXED], steps=7, seconds=0.5)  # type: ignore[arg-type]
-    assert made["tok_s"] == 22.0  # 11 tokens in half a second
-    assert (made["step_ms"], made["steps"], made["decode"]) == (500.0, 9, 2)
-    assert ran[0] == {"blocks": MIXED.num_blocks(16)}
-    assert ran[1]["num_decode_tokens"] == 2
-    assert state.std() > 0.5  # what is in the cache is something
+    states = [torch.zeros(3, 16, 4) for _ in range(2)]
+    models: list[Any] = [
+        SimpleNamespace(make_states=ran.append, states={"a": state}, run=lambda inputs, i=i: ran.append((i, inputs)))
+        for i, state in enumerate(states)
+    ]
+    monkeypatch.setattr(mla_layers, "time_in_turns", time_in_turns)
+    first, second = measure(models, [MIXED], steps=7, seconds=0.5)
+    assert [made["tok_s"] for made in (*first, *second)] == [22.0, 11.0]  # 11 tokens in half a second, and in one
+    assert (first[0]["step_ms"], first[0]["steps"], first[0]["decode"]) == (500.0, 9, 2)
+    assert ran[:2] == [{"blocks": MIXED.num_blocks(16)}] * 2
+    assert [(i, inputs["num_decode_tokens"]) for i, inputs in ran[2:]] == [(0, 2), (1, 2)]
+    assert states[0].std() > 0.5  # what is in the cache is something
+    assert torch.equal(*states)
 
 
 def test_the_cell_reads_batches_as_they_were_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -118,8 +121,8 @@ def test_the_cell_reads_batches_as_they_were_sent(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(mla_layers.Plan, "from_json", lambda raw: raw)
     monkeypatch.setattr(mla_layers, "open_weights", lambda model, plan, random_seed: (model, random_seed))
     monkeypatch.setattr(mla_layers, "load", lambda opened, weights: seen.append(weights))
-    monkeypatch.setattr(mla_layers, "measure", lambda model, batches, **options: seen.append((batches, options)))
+    monkeypatch.setattr(mla_layers, "measure", lambda models, batches, **options: seen.append((batches, options)))
     monkeypatch.setattr(mla_layers, "emit", seen.append)
-    mla_layers.main([str(tmp_path), "--bundle", "b", "--batches", '[{"decode": 2, "decode_context": 5}]'])
-    assert seen[0] == (tmp_path, 0)
-    assert seen[1] == ([Batch(decode=2, decode_context=5)], {"steps": 10, "seconds": 1.0})
+    mla_layers.main([str(tmp_path), "b", "c", "--batches", '[{"decode": 2, "decode_context": 5}]'])
+    assert seen[:2] == [(tmp_path, 0)] * 2
+    assert seen[2] == ([Batch(decode=2, decode_context=5)], {"steps": 10, "seconds": 1.0})

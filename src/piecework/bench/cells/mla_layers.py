@@ -1,4 +1,4 @@
-"""Forwards of a bundle whose model has latent attention, batch by batch. Ends with a line of JSON.
+"""Forwards of bundles whose model has latent attention, batch by batch and in turns. Ends with a line of JSON.
 
 Batches are of three kinds: sequences that decode, prompts, and both. Caches hold random values, in blocks that lie
 anywhere. Weights are random, from a seed.
@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from piecework.bench.cells.forward import emit, time_steps
+from piecework.bench.cells.forward import emit, time_in_turns
 from piecework.bench.cells.mla_batch import Batch
 from piecework.engine.block_pool import DEFAULT_BLOCK_SIZE as BLOCK_SIZE
 from piecework.engine.loading import open_weights
@@ -33,25 +33,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the cell."""
     args = _parser().parse_args(argv)
     batches = [Batch(**fields) for fields in json.loads(args.batches)]
-    opened = open_bundle(args.bundle)
-    plan = Plan.from_json(opened.plan())
-    model = load(opened, weights=open_weights(args.model, plan, random_seed=_SEED))
-    emit({"batches": measure(model, batches, steps=args.steps, seconds=args.seconds)})
+    models = [_open(args.model, bundle) for bundle in args.bundles]
+    emit({"bundles": measure(models, batches, steps=args.steps, seconds=args.seconds)})
 
 
-def measure(model: LoadedModel, batches: Sequence[Batch], *, steps: int, seconds: float) -> list[dict[str, Any]]:
-    """Return new tokens per second of each batch: of the median forward of at least so many, in so many seconds."""
-    made = []
+def measure(
+    models: Sequence[LoadedModel], batches: Sequence[Batch], *, steps: int, seconds: float
+) -> list[list[dict[str, Any]]]:
+    """Return, for each model, new tokens per second of each batch: of the median forward.
+
+    There are at least so many forwards of each, in so many seconds; models take turns.
+    """
+    made: list[list[dict[str, Any]]] = [[] for _ in models]
     with torch.inference_mode():
         for batch in batches:
-            model.make_states({"blocks": batch.num_blocks(BLOCK_SIZE)})
-            generator = torch.Generator().manual_seed(_SEED)
-            for state in model.states.values():
-                state.copy_(torch.empty(state.shape).normal_(generator=generator))
-            forward = partial(model.run, batch_inputs(batch))
-            times = time_steps(forward, least_steps=steps, least_seconds=seconds, warm_up=_WARM_UP)
-            made.append({**asdict(batch), "tok_s": round(batch.num_tokens / times.median, 3), **times.to_json()})
+            for model in models:
+                model.make_states({"blocks": batch.num_blocks(BLOCK_SIZE)})
+                generator = torch.Generator().manual_seed(_SEED)
+                for state in model.states.values():
+                    state.copy_(torch.empty(state.shape).normal_(generator=generator))
+            inputs = batch_inputs(batch)
+            forwards = [partial(model.run, inputs) for model in models]
+            found = time_in_turns(forwards, least_steps=steps, least_seconds=seconds, warm_up=_WARM_UP)
+            for figures, times in zip(made, found, strict=True):
+                tok_s = round(batch.num_tokens / times.median, 3)
+                figures.append({**asdict(batch), "tok_s": tok_s, **times.to_json()})
     return made
+
+
+def _open(model: Path, bundle: Path) -> LoadedModel:
+    opened = open_bundle(bundle)
+    plan = Plan.from_json(opened.plan())
+    return load(opened, weights=open_weights(model, plan, random_seed=_SEED))
 
 
 def batch_inputs(batch: Batch) -> dict[str, Tensor | int]:
@@ -86,9 +99,11 @@ def batch_inputs(batch: Batch) -> dict[str, Tensor | int]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m piecework.bench.cells.mla_layers", description=__doc__)
     parser.add_argument("model", type=Path, metavar="MODEL", help="directory with config.json")
-    parser.add_argument("--bundle", type=Path, required=True, metavar="BUNDLE", help="the model's bundle")
+    parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="bundles of the model")
     parser.add_argument("--batches", required=True, metavar="JSON", help="a list of objects, see `Batch`")
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="least forwards to time (default: 10)")
+    parser.add_argument(
+        "--steps", type=int, default=10, metavar="N", help="least forwards of each (default: 10)"
+    )
     parser.add_argument("--seconds", type=float, default=1.0, metavar="S", help="least seconds of them (default: 1)")
     return parser
 

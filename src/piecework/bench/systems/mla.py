@@ -42,8 +42,29 @@ class LatentModel:
     has_weights: bool = True
 
 
+@dataclass(frozen=True)
+class _Processes:
+    """Runs this package's processes for a model, all with the same caches."""
+
+    launcher: Launcher
+    model: LatentModel
+
+    def compile(self, form: str) -> Path:
+        """Return the bundle of the model in a form. All forms share a store, and what they have in common."""
+        model = self.model
+        words = ["-m", "piecework", "compile", str(model.path), "--dtype", model.dtype, "--mla", form]
+        words += ["--max-tokens", str(_MAX_TOKENS), "--backend", model.backend]
+        words += ["--weights", "real" if model.has_weights else "none"]
+        return Path(self.run([*words, "--json"])["bundle"])
+
+    def run(self, words: Sequence[str]) -> Any:
+        """Return the figures of a process."""
+        caches: Caches = self.launcher.caches("mla", fresh=False)
+        return self.launcher.run([sys.executable, *words], variables=caches.variables()).figures
+
+
 class LatentSystem(ThroughputSystem):
-    """A model with latent attention in one form.
+    """A model with latent attention in one form, in processes of its own.
 
     Args:
         name: the form, "exposed" or "opaque".
@@ -53,18 +74,13 @@ class LatentSystem(ThroughputSystem):
 
     def __init__(self, name: str, launcher: Launcher, model: LatentModel) -> None:
         self.name = name
-        self._launcher = launcher
+        self._processes = _Processes(launcher, model)
         self._model = model
         self._bundle = Path()
 
     def prepare(self) -> list[Sample]:
-        """Compile the bundle; nothing is taken of it. Both forms share a store, and what they have in common."""
-        model = self._model
-        words = ["-m", "piecework", "compile", str(model.path), "--dtype", model.dtype, "--mla", self.name]
-        words += ["--max-tokens", str(_MAX_TOKENS), "--backend", model.backend]
-        words += ["--weights", "real" if model.has_weights else "none"]
-        figures = self._run([*words, "--json"])
-        self._bundle = Path(figures["bundle"])
+        """Compile the bundle; nothing is taken of it."""
+        self._bundle = self._processes.compile(self.name)
         return []
 
     @abstractmethod
@@ -73,26 +89,23 @@ class LatentSystem(ThroughputSystem):
 
     def _cell(self, name: str, words: Sequence[str]) -> Any:
         place = [str(self._model.path), "--bundle", str(self._bundle)]
-        return self._run(["-m", f"piecework.bench.cells.{name}", *place, *words])
-
-    def _run(self, words: Sequence[str]) -> Any:
-        caches: Caches = self._launcher.caches("mla", fresh=False)
-        return self._launcher.run([sys.executable, *words], variables=caches.variables()).figures
+        return self._processes.run(["-m", f"piecework.bench.cells.{name}", *place, *words])
 
 
 @final
-class LatentLayers(LatentSystem):
-    """Forwards of a few layers.
+class LatentLayers(ThroughputSystem):
+    """Forwards of a few layers, of all forms in turns in one process: it is small differences that are asked for.
 
     Args:
-        name, launcher, model: see `LatentSystem`.
+        forms: "exposed", "opaque", or both.
+        launcher, model: see `LatentSystem`.
         batches: what forwards are about.
         steps, seconds: at least so many of each, for so long.
     """
 
     def __init__(
         self,
-        name: str,
+        forms: Sequence[str],
         launcher: Launcher,
         model: LatentModel,
         *,
@@ -100,19 +113,33 @@ class LatentLayers(LatentSystem):
         steps: int,
         seconds: float,
     ) -> None:
-        super().__init__(name, launcher, model)
+        self.name = " and ".join(forms)
+        self._forms = forms
+        self._processes = _Processes(launcher, model)
+        self._model = model
         self._batches = batches
         self._options = ["--steps", str(steps), "--seconds", str(seconds)]
+        self._bundles: list[Path] = []
+
+    def prepare(self) -> list[Sample]:
+        """Compile the bundles; nothing is taken of it."""
+        self._bundles = [self._processes.compile(form) for form in self._forms]
+        return []
 
     def throughput(self) -> list[Sample]:
         """Time forwards of every batch."""
         batches = json.dumps([asdict(batch) for batch in self._batches])
-        figures = self._cell("mla_layers", ["--batches", batches, *self._options])["batches"]
-        return [self._sample(batch, found) for batch, found in zip(self._batches, figures, strict=True)]
+        words = [str(self._model.path), *map(str, self._bundles), "--batches", batches, *self._options]
+        found = self._processes.run(["-m", "piecework.bench.cells.mla_layers", *words])["bundles"]
+        return [
+            self._sample(form, batch, figures)
+            for form, of_form in zip(self._forms, found, strict=True)
+            for batch, figures in zip(self._batches, of_form, strict=True)
+        ]
 
-    def _sample(self, batch: Batch, figures: Any) -> Sample:
+    def _sample(self, form: str, batch: Batch, figures: Any) -> Sample:
         key = Key(
-            self.name,
+            form,
             self._model.layers,
             "tok_s",
             self._model.dtype,
