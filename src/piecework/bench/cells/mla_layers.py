@@ -101,9 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path, metavar="MODEL", help="directory with config.json")
     parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="bundles of the model")
     parser.add_argument("--batches", required=True, metavar="JSON", help="a list of objects, see `Batch`")
-    parser.add_argument(
-        "--steps", type=int, default=10, metavar="N", help="least forwards of each (default: 10)"
-    )
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="least forwards of each (default: 10)")
     parser.add_argument("--seconds", type=float, default=1.0, metavar="S", help="least seconds of them (default: 1)")
     return parser
 

@@ -114,27 +114,30 @@ class LatentLayers(ThroughputSystem):
         seconds: float,
     ) -> None:
         self.name = " and ".join(forms)
-        self._forms = forms
         self._processes = _Processes(launcher, model)
         self._model = model
         self._batches = batches
         self._options = ["--steps", str(steps), "--seconds", str(seconds)]
-        self._bundles: list[Path] = []
+        self._order = list(forms)
+        self._bundles: dict[str, Path] = {}
 
     def prepare(self) -> list[Sample]:
         """Compile the bundles; nothing is taken of it."""
-        self._bundles = [self._processes.compile(form) for form in self._forms]
+        self._bundles = {form: self._processes.compile(form) for form in self._order}
         return []
 
     def throughput(self) -> list[Sample]:
-        """Time forwards of every batch."""
+        """Time forwards of every batch. Every second process loads the forms the other way about."""
         batches = json.dumps([asdict(batch) for batch in self._batches])
-        words = [str(self._model.path), *map(str, self._bundles), "--batches", batches, *self._options]
+        bundles = [str(self._bundles[form]) for form in self._order]
+        words = [str(self._model.path), *bundles, "--batches", batches, *self._options]
         found = self._processes.run(["-m", "piecework.bench.cells.mla_layers", *words])["bundles"]
+        by_form = dict(zip(self._order, found, strict=True))
+        self._order.reverse()
         return [
             self._sample(form, batch, figures)
-            for form, of_form in zip(self._forms, found, strict=True)
-            for batch, figures in zip(self._batches, of_form, strict=True)
+            for form in self._bundles
+            for batch, figures in zip(self._batches, by_form[form], strict=True)
         ]
 
     def _sample(self, form: str, batch: Batch, figures: Any) -> Sample:
