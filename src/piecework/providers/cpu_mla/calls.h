@@ -1,4 +1,4 @@
-// What calls are given. Their layout is known to kernel.py: whoever changes one changes its entry's name there as well.
+// What calls are given. Their layout is known to calls.py: whoever changes one changes its entry's name there as well.
 #pragma once
 
 #include <cstdint>
