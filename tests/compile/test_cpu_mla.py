@@ -66,13 +66,15 @@ def cores_of(mla: CpuMla) -> LatentCores:
     return LatentCores(mla.write, mla.decode, mla.write_decode, mla.prefill, row_view)
 
 
-def run(mla: CpuMla, case: MlaCase, regime: str | None = None) -> Tensor:
+def run(mla: CpuMla, case: MlaCase, regime: str | None = None, cores: LatentCores | None = None) -> Tensor:
     num = case.num_prefill_tokens
-    return latent_attention(regime or case.regime, cores_of(mla), num_prefill_tokens=num, **case.named)
+    return latent_attention(regime or case.regime, cores or cores_of(mla), num_prefill_tokens=num, **case.named)
 
 
-def check(mla: CpuMla, case: MlaCase, regime: str | None = None, *, times: float = 1.0) -> Tensor:
-    out = run(mla, case, regime)
+def check(
+    mla: CpuMla, case: MlaCase, regime: str | None = None, *, times: float = 1.0, cores: LatentCores | None = None
+) -> Tensor:
+    out = run(mla, case, regime, cores)
     tolerance = TOLERANCES[out.dtype] * times
     assert out.is_contiguous()
     torch.testing.assert_close(out.double(), reference(case), atol=tolerance, rtol=tolerance)
@@ -162,6 +164,21 @@ def test_packed_weights_in_rounds(mla: CpuMla, chunk: int, monkeypatch: pytest.M
     torch.testing.assert_close(out.double(), reference(case), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "sizes", [Sizes(heads=2, nope=24, value=12), Sizes(heads=2, nope=20, value=12, rank=9), Sizes(2, 2, 2, 2, 2)]
+)
+def test_packed_weights_of_no_such_layout_are_refused(mla: CpuMla, sizes: Sizes) -> None:
+    """Neither the kernel nor plain torch takes what can't have been packed."""
+    case = make_mla_case([(40, 20)], sizes=sizes)
+
+    def as_if_packed(*args: Any) -> Tensor:
+        return mla.prefill(*args, packed=True)
+
+    cores = replace(cores_of(mla), prefill=as_if_packed)
+    with pytest.raises(pytest.fail.Exception, match="plain torch was called"):
+        run(mla, case, cores=cores)
+
+
 def test_packed_weights_of_another_type_falls_back(mla: CpuMla) -> None:
     sizes = Sizes(heads=2, nope=20, value=12)
     case = make_mla_case(BATCHES["mixed"], sizes=sizes, dtype=torch.float16)
@@ -184,15 +201,16 @@ def test_context_in_rounds_of_any_size(mla: CpuMla, batch: str, chunk: int, monk
     check(mla, make_mla_case(BATCHES[batch], sizes=Sizes(heads=2), large=4.0))
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_work_is_split_among_threads(mla: CpuMla, threads: int, dtype: torch.dtype) -> None:
-    sizes = Sizes(heads=6, nope=16, rope=8, value=12, rank=40)
+def test_work_is_split_among_threads(mla: CpuMla, threads: int, dtype: torch.dtype, packed: bool) -> None:
+    sizes = Sizes(heads=8, nope=16, rope=8, value=12, rank=40)
     case = make_mla_case([(2000, 1), (3, 1), (999, 1), (300, 90), (0, 200)], sizes=sizes, block_size=16, dtype=dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check(mla, case)
+        check(mla, case, cores=packed_cores(mla) if packed else None)
     finally:
         torch.set_num_threads(before)
 
@@ -280,13 +298,15 @@ def test_angles_of_the_model_s_type(mla: CpuMla) -> None:
 
 
 def test_threads_of_python_may_call_it_at_once(mla: CpuMla) -> None:
-    cases = [make_mla_case(BATCHES["uneven"], seed=seed) for seed in range(4)]
+    sizes = Sizes(heads=2, nope=20, value=12)
+    cases = [make_mla_case(BATCHES["uneven"], sizes=sizes, seed=seed) for seed in range(4)]
     failures: list[Exception] = []
 
     def many(case: MlaCase) -> None:
         try:
             for _ in range(10):
                 check(mla, case)
+                check(mla, case, cores=packed_cores(mla))
         except (AssertionError, OpError) as error:  # for the main thread
             failures.append(error)
 

@@ -74,7 +74,7 @@ def test_the_piece_has_the_code(bundle: Path) -> None:
     (library,) = bundle.rglob("*.so")
     assert b"aoti_torch_cpu_head_matmul_cpu" in library.read_bytes()
     facts = {fact.name.rpartition("/")[2] for fact in open_bundle(bundle).facts if fact.kind == "source"}
-    assert {"products.h", "products_shim.h", "elements.h", "vectors.h"} <= facts
+    assert {"products.h", "products_shim.h", "lanes.h", "elements.h", "vectors.h"} <= facts
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

@@ -20,6 +20,7 @@ from piecework.compiler.options import BackendName, CompileOptions
 from piecework.graph.split import split
 from piecework.models.adapter import build_causal_lm
 from piecework.models.config import read_config
+from piecework.models.latent_config import MLA_MODES
 from piecework.ops.selection import IR_OPS
 from piecework.passes.names import PASS_NAMES
 from piecework.record import Recorder
@@ -66,8 +67,8 @@ def compile_tiny(home: Path) -> Compile:
     return made
 
 
-def _pieces(model_dir: Path, *, dtype: str) -> Deduplicated:
-    request = build_causal_lm(model_dir, dtype=dtype, max_tokens=64)
+def _pieces(model_dir: Path, *, dtype: str, mla: str = "exposed") -> Deduplicated:
+    request = build_causal_lm(model_dir, dtype=dtype, max_tokens=64, mla=mla)
     paths = [Forward(captured, split(captured), variant) for captured, variant in capture_variants(request)]
     return deduplicate(paths, passes=PASS_NAMES)
 
@@ -94,11 +95,13 @@ def test_every_norm_activation_and_rotation_is_an_op(family: str, dtype: str, tm
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", LATENT_FAMILIES)
-def test_latent_families_have_ops_too(family: str, dtype: str, tmp_path: Path) -> None:
-    pieces = _pieces(write_config(tmp_path, family), dtype=dtype)
+@pytest.mark.parametrize("mla", MLA_MODES)
+def test_latent_families_have_ops_too(family: str, mla: str, dtype: str, tmp_path: Path) -> None:
+    """Exposed, the attention cores rotate queries."""
+    pieces = _pieces(write_config(tmp_path, family), dtype=dtype, mla=mla)
     assert _left(pieces) == []
     ops = _ops(pieces)
-    assert set(ops) == {"rms_norm", "add_rms_norm", "silu_mul", "rotate_pairs"}
+    assert set(ops) == {"rms_norm", "add_rms_norm", "silu_mul"} | ({"rotate_pairs"} if mla == "opaque" else set())
     assert all(count >= 2 for count in ops.values())
 
 

@@ -28,8 +28,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="latent attention, its steps compiled or hidden in one operator",
         description="Measure latent attention with its steps compiled (exposed) beside the same steps in one operator "
         "(opaque). layers: forwards of a few layers of DeepSeek-V2-Lite's shapes, by regime. serving: chats all at "
-        "once through the engine, and through vLLM's. offline: the workload of `bench throughput`, also of vLLM. Every "
-        "system runs in a process of its own, taking turns. Needs the machine to itself.",
+        "once through the engine, and through vLLM's. offline: the workload of `bench throughput`, also of vLLM. Both "
+        "forms' forwards take turns in one process; otherwise every system runs in processes of its own, taking turns. "
+        "Needs the machine to itself.",
     )
     option = bench_options.add_option
     option(parser, "--parts", PARTS, "what to measure", type_=bench_options.names(PARTS), metavar="P,…")
@@ -102,7 +103,7 @@ def _add_layers(group: argparse._ArgumentGroup) -> None:
     option(group, "--context", 512, "tokens in the cache before a forward, where any are")
     option(group, "--dtypes", _DTYPES, "of weights and activations", type_=bench_options.names(_DTYPES), metavar="D,…")
     option(group, "--seconds", MlaSettings.seconds, "least seconds of forwards of a batch", type_=float, metavar="S")
-    option(group, "--repeats", MlaSettings.repeats, "rounds, in each of which every system is started anew")
+    option(group, "--repeats", MlaSettings.repeats, "rounds, in each of which a process takes them")
 
 
 def _add_end_to_end(group: argparse._ArgumentGroup) -> None:

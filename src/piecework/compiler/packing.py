@@ -50,4 +50,5 @@ def packable_argument(call: torch.fx.Node) -> PackableArgument | None:
     parameter, flag = PACKABLE[operator.name]
     position = parameter_position(call.target, parameter)
     given = call.args[position] if position < len(call.args) else call.kwargs[parameter]
-    return PackableArgument(given, flag) if isinstance(given, torch.fx.Node) else None
+    decided = flag in call.kwargs or parameter_position(call.target, flag) < len(call.args)
+    return PackableArgument(given, flag) if isinstance(given, torch.fx.Node) and not decided else None

@@ -14,6 +14,7 @@ Shape suffixes as in `ops/mla_core.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 import torch
@@ -31,7 +32,7 @@ MLA_WRITE_OP: Final = "piecework::mla_write"
 MLA_DECODE_OP: Final = "piecework::mla_decode"
 MLA_WRITE_DECODE_OP: Final = "piecework::mla_write_decode"
 MLA_PREFILL_OP: Final = "piecework::mla_prefill"
-PACKABLE: Final = {MLA_PREFILL_OP: ("kv_b_weight", "packed")}
+PACKABLE: Final[Mapping[str, tuple[str, str]]] = {MLA_PREFILL_OP: ("kv_b_weight", "packed")}
 """Weights that an operator takes in blocks of columns as well (ops/packed.py), and the parameter that says so."""
 
 
@@ -95,7 +96,7 @@ def mla_decode(
 
     Args:
         q_latent: [D, H, L], float32 | bfloat16 | float16, any strides; D may be 0.
-        q_pe: [D or more, H, R], any strides but the last; the first D rows are used. Rotated as `mla_write` leaves
+        q_pe: [D or more, H, R], any strides; the first D rows are used. Rotated as `mla_write` leaves
             keys, or, where angles are given, pairs (2i, 2i + 1) yet to be rotated.
         entry: what `mla_write` returned, which says that the cache holds the new tokens; or None.
         latent_cache: [blocks, B, E], as `mla_write` takes it. Slots without a visible token may hold anything.
@@ -126,7 +127,7 @@ def _mla_decode_fake(
     check_same("heads of q_latent and q_pe", q_latent.shape[1], q_pe.shape[1], asked="mla_decode")
     sizes = {"rank": q_latent.shape[2], "rope": q_pe.shape[2]}
     _check_cache("q_latent with q_pe", latent_cache, q_latent, **sizes, asked="mla_decode")
-    _check_angles(q_pe, cos, asked="mla_decode")
+    mla_plain.check_angles(cos, sin, rope=q_pe.shape[2], asked="mla_decode")
     return q_latent.new_empty(q_latent.shape)
 
 
@@ -209,8 +210,8 @@ def mla_prefill(
 
     Args:
         q_nope: [T, H, N], float32 | bfloat16 | float16, any strides; row D is the first prompt's first.
-        q_pe: [T, H, R], any strides but the last; rotated as `mla_write` leaves keys, or, where angles are given, pairs
-            (2i, 2i + 1) yet to be rotated.
+        q_pe: [T, H, R], any strides; rotated as `mla_write` leaves keys, or, where angles are given, pairs (2i, 2i + 1)
+            yet to be rotated.
         kv: [P, H * (N + V)], the prompts' new latents expanded by `kv_b_weight`.
         entry: [T, L + R], what `mla_write` returned.
         kv_b_weight: [H * (N + V), L]; packed or not.
@@ -270,7 +271,7 @@ def _mla_prefill_fake(
     check_same("kv and the rows of kv_b_weight", kv.shape[1], kv_b_weight.shape[0], asked="mla_prefill")
     sizes = {"rank": kv_b_weight.shape[1], "rope": q_pe.shape[2]}
     _check_cache("latents with q_pe", latent_cache, q_nope, **sizes, asked="mla_prefill")
-    _check_angles(q_pe, cos, asked="mla_prefill")
+    mla_plain.check_angles(cos, sin, rope=q_pe.shape[2], asked="mla_prefill")
     return q_nope.new_empty(num_tokens, kv_b_weight.shape[0] - num_heads * nope)
 
 
@@ -296,11 +297,6 @@ def _check_write(compressed: Tensor, norm_weight: Tensor, cos: Tensor, latent_ca
     rank, width = norm_weight.shape[0], compressed.shape[1]
     check_same("norm_weight and 2 * cos, against compressed", rank + 2 * cos.shape[1], width, asked=asked)
     _check_cache("compressed", latent_cache, compressed, rank=rank, rope=width - rank, asked=asked)
-
-
-def _check_angles(q_pe: Tensor, cos: Tensor | None, *, asked: str) -> None:
-    if cos is not None:
-        check_same("q_pe and 2 * cos", q_pe.shape[2], 2 * cos.shape[1], asked=asked)
 
 
 def _check_cache(what: str, latent_cache: Tensor, like: Tensor, *, rank: int, rope: int, asked: str) -> None:

@@ -8,6 +8,7 @@ Shape suffixes as in `ops/mla_core.py`; C tokens of a chunk of context, n new to
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 
+from piecework.errors import OpError
 from piecework.ops import mla_cache
 from piecework.ops.packed import unpacked_linear
 
@@ -88,8 +90,7 @@ def decode(
 ) -> Tensor:
     """Do what `mla_decode` does, sequences of similar length together."""
     num, _, rank = q_latent.shape
-    if cos is not None and sin is not None:
-        q_pe = rotate(q_pe[:num], cos[:num], sin[:num])
+    q_pe = _rotated(q_pe[:num], cos, sin, asked="mla_decode")
     out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
     query = torch.cat([q_latent, q_pe[:num]], dim=-1)
     groups: list[tuple[slice | Tensor, int, int]] = []  # which sequences, and how long the longest and the shortest is
@@ -132,13 +133,10 @@ def prefill(
     packed: bool = False,  # noqa: FBT001, FBT002
 ) -> Tensor:
     """Do what `mla_prefill` does, one sequence after the other."""
-    if packed:
-        kv_b_weight = unpacked_linear(kv_b_weight)
-    if cos is not None and sin is not None:
-        q_pe = rotate(q_pe, cos, sin)
+    q_pe = _rotated(q_pe, cos, sin, asked="mla_prefill")
     num_tokens, num_heads, nope = q_nope.shape
     rank = kv_b_weight.shape[1]
-    expand = _Expansion(kv_b_weight, num_heads=num_heads, nope=nope)
+    expand = _Expansion(kv_b_weight, packed=packed, num_heads=num_heads, nope=nope)
     out = q_nope.new_empty(num_tokens, num_heads, expand.value)
     if decode_out is not None:
         out[:num_decode_tokens] = decode_out.view(num_decode_tokens, num_heads, expand.value)
@@ -159,10 +157,31 @@ def prefill(
         for begin in range(0, context, CONTEXT_CHUNK):
             positions = torch.arange(begin, min(begin + CONTEXT_CHUNK, context), device=query.device).unsqueeze(0)
             cached = _gather(latent_cache, block_tables[index : index + 1], positions, rank=rank, like=entry)[0]
-            keys, values = expand.heads(linear(cached[:, :rank], kv_b_weight), cached[:, rank:])
+            keys, values = expand.heads(linear(cached[:, :rank], expand.weight), cached[:, rank:])
             so_far = so_far.merged(_attend(query, keys, values, scale, causal=False))
         out[tokens] = so_far.out.transpose(0, 1)
     return out.flatten(1)
+
+
+def _rotated(q_pe: Tensor, cos: Tensor | None, sin: Tensor | None, *, asked: str) -> Tensor:
+    """Return q_pe [D, H, R] rotated by the angles of the first D tokens, or itself where there are none."""
+    check_angles(cos, sin, rope=q_pe.shape[2], asked=asked)
+    if cos is None or sin is None:
+        return q_pe
+    return rotate(q_pe, cos[: q_pe.shape[0]], sin[: q_pe.shape[0]])
+
+
+def check_angles(cos: Tensor | None, sin: Tensor | None, *, rope: int, asked: str) -> None:
+    """Raise OpError unless there are both, [T, R / 2], or none."""
+    if cos is None and sin is None:
+        return
+    found = [None if angles is None else list(angles.shape) for angles in (cos, sin)]
+    if found[0] != found[1] or found[0] is None or len(found[0]) != 2 or 2 * found[0][1] != rope:
+        raise OpError(
+            asked=f"{asked} of queries with {rope} rotary dimensions",
+            found=f"cos {found[0]} and sin {found[1]}",
+            try_=f"both of [tokens, {rope // 2}], or neither",
+        )
 
 
 class _Attended(NamedTuple):
@@ -181,9 +200,15 @@ class _Attended(NamedTuple):
 class _Expansion:
     """From rows of expanded latents, [C, H * (N + V)], to keys [H, C, N + R] and values [H, C, V]."""
 
-    def __init__(self, kv_b_weight: Tensor, *, num_heads: int, nope: int) -> None:
+    def __init__(self, kv_b_weight: Tensor, *, packed: bool, num_heads: int, nope: int) -> None:
         self.num_heads, self.nope = num_heads, nope
         self.value = kv_b_weight.shape[0] // num_heads - nope
+        self._given, self._packed = kv_b_weight, packed
+
+    @functools.cached_property
+    def weight(self) -> Tensor:
+        """The weight [H * (N + V), L], for the context; unpacked once, where there is any."""
+        return unpacked_linear(self._given) if self._packed else self._given
 
     def heads(self, kv: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
         """Split heads; they share the rotated keys [C, R]."""

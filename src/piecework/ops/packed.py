@@ -1,4 +1,4 @@
-"""The layout in which providers/cpu_pieces reads matrices: blocks of columns, each read in order.
+"""The layout in which code of ours reads matrices (providers/cpu_common/products.h): blocks of columns, each in order.
 
 Shape suffixes: H heads, K rows of a matrix, W its columns.
 """

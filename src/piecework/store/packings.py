@@ -14,4 +14,4 @@ HEAD_COLUMNS: Final = "head_columns"
 """Heads' matrices [H, K, W] in such blocks."""
 
 OWN: Final = frozenset({LINEAR_COLUMNS, HEAD_COLUMNS})
-"""Those that code of ours reads, which is compiled into pieces (providers/cpu_pieces)."""
+"""Those that code of ours reads (providers/cpu_common/products.h), in pieces and in native kernels."""

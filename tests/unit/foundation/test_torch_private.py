@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from piecework.foundation.torch_private import Operator, last_node, nodes_after, operator_name, operator_of
+from piecework.foundation.torch_private import (
+    Operator,
+    last_node,
+    nodes_after,
+    operator_name,
+    operator_of,
+    parameter_position,
+)
 
 
 def test_an_operator_is_known_by_name_overload_and_whether_it_changes_an_argument() -> None:
@@ -34,3 +41,9 @@ def test_nodes_that_were_added_since() -> None:
     y = graph.call_function(torch.neg, (x,))
     assert list(nodes_after(graph, x)) == [y]
     assert list(nodes_after(graph, y)) == []
+
+
+def test_positions_of_parameters() -> None:
+    assert [parameter_position(torch.ops.aten.add.Tensor, name) for name in ("self", "other", "alpha")] == [0, 1, 2]
+    with pytest.raises(ValueError, match="beta"):
+        parameter_position(torch.ops.aten.add.Tensor, "beta")

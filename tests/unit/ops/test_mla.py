@@ -182,6 +182,25 @@ def test_queries_are_rotated_in_any_regime(cores: LatentCores, regime: str) -> N
     torch.testing.assert_close(out, latent_attention(regime, cores, num_prefill_tokens=num, **other.named))
 
 
+@pytest.mark.parametrize("wrong", [{"sin": None}, {"cos": None}, {"cos": torch.ones(9, 3)}])
+@pytest.mark.parametrize("cores", [PLAIN, TRACED])
+def test_angles_come_in_pairs(cores: LatentCores, wrong: dict[str, Tensor | None]) -> None:
+    case = make_mla_case(BATCHES["mixed"])
+    named = case.named
+    angles = {"cos": named["cos"], "sin": named["sin"], **wrong}
+    entry = mla_write(*(named[n] for n in WRITES))
+    q_latent = by_head(named["q_nope"][:2], named["w_uk"])
+    rest = [named[n] for n in ("latent_cache", "block_tables", "seq_lens", "scale")]
+    with pytest.raises(OpError, match="rotary dimensions"):
+        cores.decode(q_latent, named["q_pe"], entry, *rest, **angles)
+    kv = entry[2:, :10] @ named["kv_b_weight"].t()
+    names = ("kv_b_weight", "latent_cache", "block_tables", "seq_lens", "query_start", "num_decode_tokens", "scale")
+    with pytest.raises(OpError, match="rotary dimensions"):
+        cores.prefill(
+            named["q_nope"], named["q_pe"], kv, entry, *(named[n] for n in names), torch.ones(2, 18), **angles
+        )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_of_prompts_context_may_be_packed(dtype: torch.dtype) -> None:
     case = make_mla_case(BATCHES["mixed"], sizes=Sizes(heads=4, nope=8, value=8), dtype=dtype)

@@ -106,12 +106,12 @@ def time_in_turns(
         for _ in range(warm_up):
             step()
     timed = [_Timed(step, least_steps, least_seconds) for step in steps]
+    order = list(timed)
     while not all(one.done for one in timed):
-        for one in timed:
+        for one in order:
             one.take_turn()
-        timed.reverse()
-    by_step = {id(one.step): one.times() for one in timed}
-    return [by_step[id(step)] for step in steps]
+        order.reverse()
+    return [one.times() for one in timed]
 
 
 @dataclass

@@ -96,6 +96,8 @@ class LatentSystem(ThroughputSystem):
 class LatentLayers(ThroughputSystem):
     """Forwards of a few layers, of all forms in turns in one process: it is small differences that are asked for.
 
+    Where one form fails, none is measured.
+
     Args:
         forms: "exposed", "opaque", or both.
         launcher, model: see `LatentSystem`.

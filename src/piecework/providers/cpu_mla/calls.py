@@ -37,7 +37,7 @@ _WRONG: Final = {
     2: "a slot outside of the cache",
     WRONG_LENGTHS: "sequence lengths that don't fit the new tokens or the block table",
     4: "a block outside of the cache",
-    5: "no memory for partial results",
+    5: "no memory for partial results, or for keys and values of the context",
 }
 
 
@@ -79,15 +79,13 @@ def paged(latent_cache: Tensor, block_tables: Tensor | None) -> tuple[int, ...]:
 
 
 def rotatable(cos: Tensor | None, sin: Tensor | None, x: Tensor) -> bool:
-    """Whether the library can rotate the tokens of x [T or fewer, ..., R] by these angles; None: they are rotated."""
+    """Whether the library can rotate the tokens of x [T, ..., R] by these angles; without any, they are rotated."""
     if cos is None or sin is None:
         return cos is sin
     return (
         cos.dtype is sin.dtype
         and (cos.dtype is torch.float32 or cos.dtype is x.dtype)
-        and cos.shape == sin.shape
-        and cos.shape[0] >= x.shape[0]
-        and 2 * cos.shape[1] == x.shape[-1]
+        and cos.shape == sin.shape == (x.shape[0], x.shape[-1] // 2)
         and cos.stride(1) == sin.stride(1) == 1
     )
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from piecework.ops import mla_plain
+from piecework.ops.packed import can_be_packed
 from piecework.providers.cpu_mla.calls import (
     DECODE,
     GATHER,
@@ -97,7 +98,8 @@ class CpuMla:
         num_seqs, num_heads, rank = q_latent.shape
         rope = q_pe.shape[2]
         if not (
-            _decodes(q_latent, q_pe, latent_cache, block_tables, seq_lens) and rotatable(cos, sin, q_pe[:num_seqs])
+            _decodes(q_latent, q_pe, latent_cache, block_tables, seq_lens)
+            and rotatable(_first(cos, num_seqs), _first(sin, num_seqs), q_pe[:num_seqs])
         ):
             return mla_plain.decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale, cos, sin)
         out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
@@ -203,7 +205,7 @@ class CpuMla:
             and entry.shape == (num_tokens, rank + q_pe.shape[2])
             and q_nope.stride(2) == q_pe.stride(2) == kv.stride(1) == entry.stride(1) == 1
             and rotatable(cos, sin, q_pe)
-            and (kv_b_weight.is_contiguous() or not packed)
+            and (not packed or _expands(kv_b_weight, num_heads))
             and block_tables.shape[0] == seq_lens.shape[0] == query_start.shape[0] - 1
             and dense_numbers(block_tables)
             and dense_numbers(query_start)
@@ -249,6 +251,17 @@ def _writes(
         and slot_mapping.shape == (num_tokens,)
         and dense_numbers(slot_mapping)
     )
+
+
+def _first(x: Tensor | None, count: int) -> Tensor | None:
+    return None if x is None else x[:count]
+
+
+def _expands(packed: Tensor, num_heads: int) -> bool:
+    """Whether the library can expand context by this packed weight."""
+    rows, rank = packed.shape
+    dtype = str(packed.dtype).removeprefix("torch.")
+    return rows % num_heads == 0 and packed.is_contiguous() and can_be_packed(rank, rows, dtype)
 
 
 def _decodes(q_latent: Tensor, q_pe: Tensor, latent_cache: Tensor, block_tables: Tensor, seq_lens: Tensor) -> bool:

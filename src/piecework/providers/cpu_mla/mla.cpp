@@ -241,8 +241,9 @@ Result run(const PrefillCall& given) {
   if (checked != kDone) return checked;
   PrefillCall call = given;
   if (call.kv_b != nullptr && call.num_context > 0) {
+    const bool packable = call.rank % 2 == 0 && call.num_heads * (call.nope + call.value) % kColumns == 0;
     Result expanded = kUnsupported;
-    if constexpr (kPacked<T>) expanded = expand<T, E>(call);
+    if constexpr (kPacked<T>) expanded = packable ? expand<T, E>(call) : kUnsupported;
     if (expanded != kDone) return expanded;
   }
   std::vector<Work> work;

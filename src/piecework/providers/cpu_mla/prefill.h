@@ -1,6 +1,6 @@
 // New tokens of one sequence and one head, over expanded keys and values: of context, then of the new tokens. Query
-// rows are the lanes of vectors. Keys of a tile are brought together, because those of one head lie far apart; a few
-// tiles of rows share that.
+// rows are the lanes of vectors. Keys of a tile are brought together with what all heads share of them, and because those
+// of one head lie far apart at times; a few tiles of rows share that.
 #pragma once
 
 #include <algorithm>
