@@ -1,1 +1,1 @@
-"""C++ headers that kernels share: vectors, element types, and products of tiles."""
+"""C++ headers that kernels share: vectors, element types, and products of tiles and with packed matrices."""

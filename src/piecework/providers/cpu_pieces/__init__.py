@@ -1,1 +1,1 @@
-"""C++ that is compiled into pieces: what the code generator's libraries do slowly for few tokens."""
+"""The C interface by which pieces call C++ of ours (products.h of cpu_common), which is compiled into them."""
