@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from piecework.bench.machine import commit, machine, versions
-from piecework.compiler.toolchain import find_toolchain
+from piecework.bundle.run.states import zeros
+from piecework.compiler.backends.toolchain import find_toolchain
 from piecework.ops.attention_plain import Scores, decode, prefill
 from piecework.providers.cpu_attention.kernel import SOURCES, CpuAttention
-from piecework.runtime.states import zeros
 
 BLOCK_SIZE = 16
 _CACHE_BYTES = 1 << 28  # of all layers of a case together, several times what the CPU's caches hold

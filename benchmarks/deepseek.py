@@ -22,8 +22,8 @@ from piecework.bench.launch import Launcher
 from piecework.bench.machine import commit, machine, versions
 from piecework.bench.synthetic import BOS, EOS, write_tokenizer, write_weights
 from piecework.bench.systems.piecework import PROMPT
-from piecework.store.bundle import open_bundle
-from piecework.store.plan import Plan
+from piecework.bundle.bundle import open_bundle
+from piecework.bundle.plan import Plan
 
 MAX_TOKENS = 256
 VOCAB = 1024

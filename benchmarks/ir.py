@@ -25,9 +25,9 @@ import piecework
 from piecework.bench.machine import commit, machine, versions
 from piecework.foundation.process import keep_freed_memory
 from piecework.ops.activations import silu_mul
-from piecework.ops.declared_calls import DynamicSizes
-from piecework.ops.ir import IrOp
-from piecework.ops.ir_inputs import Draw
+from piecework.ops.ir.declared_calls import DynamicSizes
+from piecework.ops.ir.inputs import Draw
+from piecework.ops.ir.op import IrOp
 from piecework.ops.norms import rms_norm
 from piecework.ops.quantize import quantize_dynamic_per_token, quantize_static_fp8
 

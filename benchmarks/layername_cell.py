@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch._dynamo.utils import compilation_time_metrics
 from torch._library.opaque_object import register_opaque_type
 
-from piecework.ops.forward_context import Batch, ForwardContext, layer_state
-from piecework.ops.layer import LayerName
+from piecework.bundle.record import Recorder
+from piecework.ops.ir.forward_context import Batch, ForwardContext, layer_state
+from piecework.ops.ir.layer import LayerName
+from piecework.ops.ir.opaque_op import OpaqueOp, opaque_op
 from piecework.ops.layer_attention import AttentionState, kv_write, layer_attention
-from piecework.ops.opaque_op import OpaqueOp, opaque_op
-from piecework.record import Recorder
 
 HIDDEN, HEADS, INTERMEDIATE = 256, 4, 512
 HEAD_DIM = HIDDEN // HEADS

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from piecework.bench.machine import commit, machine, versions
-from piecework.compiler.toolchain import find_toolchain
-from piecework.ops import mla_cache
+from piecework.bundle.run.states import zeros
+from piecework.compiler.backends.toolchain import find_toolchain
+from piecework.ops.mla import cache as mla_cache
 from piecework.providers.cpu_mla.kernel import SOURCES, CpuMla
-from piecework.runtime.states import zeros
 
 BLOCK_SIZE: Final = 16
 RANK, ROPE = 512, 64

@@ -29,16 +29,16 @@ from torch import Tensor
 from piecework.bench.contention import read_cpu_times, share_of_others
 from piecework.bench.machine import commit, machine, versions
 from piecework.bench.random_models import RANDOM_MODELS
+from piecework.bundle.bundle import Bundle
+from piecework.bundle.record import Recorder
+from piecework.bundle.run import LoadedModel, load
+from piecework.bundle.store.directory import DirectoryStore
 from piecework.compiler.model import compile_model
 from piecework.compiler.options import CompileOptions
+from piecework.compiler.passes.names import MERGE_LINEAR, PASS_NAMES
 from piecework.foundation.environment import read_environment
 from piecework.foundation.process import keep_freed_memory
 from piecework.models.config import read_config
-from piecework.passes.names import MERGE_LINEAR, PASS_NAMES
-from piecework.record import Recorder
-from piecework.runtime import LoadedModel, load
-from piecework.store.bundle import Bundle
-from piecework.store.directory_store import DirectoryStore
 
 CACHED = 160
 BLOCK = 16

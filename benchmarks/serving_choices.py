@@ -21,13 +21,13 @@ from typing import Any
 
 from piecework import LLM, SamplingParams
 from piecework.bench.machine import commit, machine, versions
+from piecework.bundle.record import Recorder
+from piecework.bundle.store.directory import DirectoryStore
 from piecework.compiler.model import compile_model
 from piecework.compiler.options import CompileOptions
 from piecework.foundation.environment import read_environment
 from piecework.foundation.process import release_idle_threads
 from piecework.models.config import read_config
-from piecework.record import Recorder
-from piecework.store.directory_store import DirectoryStore
 
 MAX_TOKENS = 2048
 CHOICES = {

@@ -26,6 +26,11 @@ from piecework.errors import (
 from piecework.foundation.version import VERSION as __version__
 
 if TYPE_CHECKING:
+    from piecework.bundle.bundle import Bundle
+    from piecework.bundle.record import Recorder
+    from piecework.bundle.run.loading import load
+    from piecework.bundle.run.model import LoadedModel
+    from piecework.capture.request import Dim
     from piecework.compiler.api import compile
     from piecework.compiler.eager_ops import EagerOps, eager_ops
     from piecework.compiler.explain import explain
@@ -33,21 +38,16 @@ if TYPE_CHECKING:
     from piecework.engine.completion import Completion, Continuation
     from piecework.engine.llm import LLM
     from piecework.engine.sampling_params import SamplingParams, StructuredOutput
-    from piecework.graph.request import Dim
     from piecework.models.batch import ForwardBatch
     from piecework.models.latent_attention import LatentOptions, MultiHeadLatentAttention
     from piecework.models.latent_config import LatentSizes
-    from piecework.ops.forward_context import Batch, ForwardContext, running_context
-    from piecework.ops.ir import op
-    from piecework.ops.layer import LayerName, LayerNameType, encode, resolve
-    from piecework.ops.mla_core import Regime
-    from piecework.ops.opaque_op import check_ops, opaque_op
-    from piecework.ops.selection import ProviderOrder
+    from piecework.ops.ir.forward_context import Batch, ForwardContext, running_context
+    from piecework.ops.ir.layer import LayerName, LayerNameType, encode, resolve
+    from piecework.ops.ir.op import op
+    from piecework.ops.ir.opaque_op import check_ops, opaque_op
+    from piecework.ops.ir.selection import ProviderOrder
+    from piecework.ops.mla.core import Regime
     from piecework.providers.discovery import selected_providers as providers
-    from piecework.record import Recorder
-    from piecework.runtime.loading import load
-    from piecework.runtime.model import LoadedModel
-    from piecework.store.bundle import Bundle
 
 _LAZY = {
     "compile": "piecework.compiler.api",
@@ -56,22 +56,22 @@ _LAZY = {
     "BackendName": "piecework.compiler.options",
     "CompileOptions": "piecework.compiler.options",
     "explain": "piecework.compiler.explain",
-    "Dim": "piecework.graph.request",
-    "LayerName": "piecework.ops.layer",
-    "LayerNameType": "piecework.ops.layer",
-    "resolve": "piecework.ops.layer",
-    "encode": "piecework.ops.layer",
-    "Batch": "piecework.ops.forward_context",
-    "ForwardContext": "piecework.ops.forward_context",
-    "running_context": "piecework.ops.forward_context",
-    "Recorder": "piecework.record",
-    "opaque_op": "piecework.ops.opaque_op",
-    "check_ops": "piecework.ops.opaque_op",
-    "op": "piecework.ops.ir",
-    "ProviderOrder": "piecework.ops.selection",
-    "load": "piecework.runtime.loading",
-    "LoadedModel": "piecework.runtime.model",
-    "Bundle": "piecework.store.bundle",
+    "Dim": "piecework.capture.request",
+    "LayerName": "piecework.ops.ir.layer",
+    "LayerNameType": "piecework.ops.ir.layer",
+    "resolve": "piecework.ops.ir.layer",
+    "encode": "piecework.ops.ir.layer",
+    "Batch": "piecework.ops.ir.forward_context",
+    "ForwardContext": "piecework.ops.ir.forward_context",
+    "running_context": "piecework.ops.ir.forward_context",
+    "Recorder": "piecework.bundle.record",
+    "opaque_op": "piecework.ops.ir.opaque_op",
+    "check_ops": "piecework.ops.ir.opaque_op",
+    "op": "piecework.ops.ir.op",
+    "ProviderOrder": "piecework.ops.ir.selection",
+    "load": "piecework.bundle.run.loading",
+    "LoadedModel": "piecework.bundle.run.model",
+    "Bundle": "piecework.bundle.bundle",
     "LLM": "piecework.engine.llm",
     "Completion": "piecework.engine.completion",
     "Continuation": "piecework.engine.completion",
@@ -81,7 +81,7 @@ _LAZY = {
     "LatentOptions": "piecework.models.latent_attention",
     "LatentSizes": "piecework.models.latent_config",
     "MultiHeadLatentAttention": "piecework.models.latent_attention",
-    "Regime": "piecework.ops.mla_core",
+    "Regime": "piecework.ops.mla.core",
 }
 
 

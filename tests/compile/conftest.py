@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from piecework.bundle.record import Recorder
+from piecework.bundle.store.directory import DirectoryStore
 from piecework.compiler.model import CompiledModel, compile_model
 from piecework.compiler.options import CompileOptions
 from piecework.models.config import read_config
-from piecework.record import Recorder
-from piecework.store.directory_store import DirectoryStore
 from tests.unit.models.tiny import reference_model, write_config
 
 MAX_TOKENS = 256

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from piecework.compiler.toolchain import KERNEL_FLAGS, find_toolchain
+from piecework.compiler.backends.toolchain import KERNEL_FLAGS, find_toolchain
 from piecework.foundation.target import read_target
-from piecework.providers.kernels import Kernel
+from piecework.providers.libraries import Kernel
 
 _NEEDS = {"x86-64-v4": "avx512f", "x86-64-v3": "avx2", "x86-64": ""} if platform.machine() == "x86_64" else {}
 MACHINES = ["native", *(pytest.param(m, marks=pytest.mark.slow) for m in _NEEDS)]

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from piecework.ops.forward_context import ForwardContext
-from piecework.record import Recorder
+from piecework.bundle.record import Recorder
+from piecework.ops.ir.forward_context import ForwardContext
 from tests.unit.names.kinds import KINDS
 from tests.unit.names.models import forwards, make_stack, make_states
 

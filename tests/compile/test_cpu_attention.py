@@ -13,11 +13,11 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from piecework.compiler.toolchain import find_toolchain
+from piecework.compiler.backends.toolchain import find_toolchain
 from piecework.errors import OpError
 from piecework.ops.attention import attention_native
 from piecework.providers.cpu_attention.kernel import CpuAttention
-from piecework.providers.kernels import CPU_ATTENTION
+from piecework.providers.libraries import CPU_ATTENTION
 from tests.compile.native_kernels import MACHINES, build
 from tests.unit.ops.attention_cases import BATCHES, TOLERANCES, Case, drawn_cases, make_case, reference
 

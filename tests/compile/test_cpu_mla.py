@@ -14,16 +14,17 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from piecework.compiler.toolchain import find_toolchain
+from piecework.compiler.backends.toolchain import find_toolchain
 from piecework.errors import OpError
-from piecework.ops import mla_cache, mla_plain
-from piecework.ops.mla import PLAIN, row_view
-from piecework.ops.mla_attention import MLA_ATTENTION_OP, LatentAttention
-from piecework.ops.mla_core import LatentCores, latent_attention
+from piecework.ops.mla import cache as mla_cache
+from piecework.ops.mla import plain as mla_plain
+from piecework.ops.mla.attention import MLA_ATTENTION_OP, LatentAttention
+from piecework.ops.mla.core import LatentCores, latent_attention
+from piecework.ops.mla.operators import PLAIN, row_view
 from piecework.ops.packed import packed_linear
 from piecework.providers.cpu_mla import prefill, rounds
 from piecework.providers.cpu_mla.kernel import CpuMla
-from piecework.providers.kernels import CPU_MLA, open_kernel
+from piecework.providers.libraries import CPU_MLA, open_kernel
 from tests.compile.native_kernels import MACHINES, build
 from tests.unit.ops.mla_cases import (
     BATCHES,

@@ -12,6 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from piecework.bundle.bundle import open_bundle
+from piecework.bundle.plan import OpStep, PlanVariant
+from piecework.bundle.record import Recorder
+from piecework.bundle.run import LoadedModel, load
+from piecework.bundle.store.directory import DirectoryStore
 from piecework.cli.main import main
 from piecework.compiler.model import CompiledModel, compile_model
 from piecework.compiler.options import BackendName, CompileOptions
@@ -20,11 +25,6 @@ from piecework.engine.sampling_params import SamplingParams
 from piecework.errors import WeightsError
 from piecework.models.config import read_config
 from piecework.models.latent_config import MLA_MODES
-from piecework.record import Recorder
-from piecework.runtime import LoadedModel, load
-from piecework.store.bundle import open_bundle
-from piecework.store.directory_store import DirectoryStore
-from piecework.store.plan import OpStep, PlanVariant
 from tests.unit.engine.test_engine_models import NUM_TOKENS, assert_greedy, mixed_prompts, transformers_tokens
 from tests.unit.models.batches import Part, error, every_regime, expected, run
 from tests.unit.models.tiny import LATENT_FAMILIES, reference_model, write_config

@@ -21,10 +21,10 @@ import piecework
 from piecework.compiler import eager_ops as module
 from piecework.errors import OpError
 from piecework.ops.activations import gelu_mul, silu_mul
+from piecework.ops.ir.selection import current_selection
 from piecework.ops.norms import add_rms_norm, rms_norm
 from piecework.ops.quantize import quantize_dynamic_per_token
 from piecework.ops.rotary import rotary
-from piecework.ops.selection import current_selection
 from tests.unit.compiler.native_modules import gated_int8
 
 

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from piecework.bundle.record import Recorder
+from piecework.bundle.run import load
+from piecework.bundle.store.directory import DirectoryStore
 from piecework.compiler.model import compile_model
 from piecework.compiler.options import CompileOptions
 from piecework.engine.engine import EngineConfig, engine_for
 from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
 from piecework.models.config import read_config
-from piecework.record import Recorder
-from piecework.runtime import load
-from piecework.store.directory_store import DirectoryStore
 from tests.unit.models.tiny import FAMILIES, reference_model, write_config
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from piecework.bundle.plan import Plan
+from piecework.bundle.record import Recorder
+from piecework.bundle.store.directory import DirectoryStore
 from piecework.compiler.model import compile_model
 from piecework.compiler.options import BackendName, CompileOptions
 from piecework.models.config import read_config
-from piecework.record import Recorder
-from piecework.store.directory_store import DirectoryStore
-from piecework.store.plan import Plan
 from tests.unit.models.tiny import write_config
 
 

@@ -10,6 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from piecework.bundle.bundle import Bundle
+from piecework.bundle.plan import Plan
+from piecework.bundle.record import Recorder
+from piecework.bundle.run import LoadedModel, load
+from piecework.bundle.store.directory import DirectoryStore
 from piecework.cli.main import main
 from piecework.compiler.model import CompiledModel, compile_model
 from piecework.compiler.options import BackendName, CompileOptions
@@ -20,12 +25,7 @@ from piecework.errors import StaleBundle, UnsupportedModelError
 from piecework.models.bundle_key import expected_facts
 from piecework.models.config import read_config
 from piecework.models.latent_config import MLA_MODES
-from piecework.ops import mla_cache
-from piecework.record import Recorder
-from piecework.runtime import LoadedModel, load
-from piecework.store.bundle import Bundle
-from piecework.store.directory_store import DirectoryStore
-from piecework.store.plan import Plan
+from piecework.ops.mla import cache as mla_cache
 from tests.unit.engine.test_engine_models import mixed_prompts
 from tests.unit.models.batches import Part, error, every_regime, expected, run
 from tests.unit.models.tiny import reference_model, write_config

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import piecework
+from piecework.bundle.bundle import open_bundle
+from piecework.bundle.run import LoadedModel
 from piecework.ops.head_matmul import head_matmul, head_matmul_native
-from piecework.runtime import LoadedModel
-from piecework.store.bundle import open_bundle
 
 HEADS, DEPTH = 3, 70
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3}

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from piecework.bundle.bundle import Bundle, write_bundle
 from piecework.compiler.model import CompiledModel
 from piecework.foundation.digests import digest_file
 from piecework.foundation.notes import KERNELS, read_note
 from piecework.report.inspect import describe
-from piecework.report.kernels import Moved, MovedRow
-from piecework.store.bundle import Bundle, write_bundle
+from piecework.report.kernel_counts import Moved, MovedRow
 
 
 def layers(bundle: Bundle) -> MovedRow:

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from piecework.bundle.run import LoadedModel, load
 from piecework.compiler.model import CompiledModel
 from piecework.errors import CorruptBundle, ShapeContractError, WeightsError
-from piecework.runtime import LoadedModel, load
 
 Batch = list[tuple[Tensor, int, list[int]]]
 
@@ -190,7 +190,7 @@ def test_a_changed_library_is_never_opened(float32: CompiledModel, reference: nn
 FRESH = """
 import json, sys
 import torch
-from piecework.runtime import load
+from piecework.bundle.run import load
 model = load(sys.argv[1], weights=[sys.argv[2]])
 model.make_states({"blocks": 4})
 one = torch.tensor([0])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import piecework
-from piecework.runtime import LoadedModel
+from piecework.bundle.run import LoadedModel
 
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
 TOKENS = [0, 1, 2, 3, 4, 7, 8, 9, 15, 40, 260, 700]  # several tiles, and several chunks of tokens

@@ -9,6 +9,9 @@ import pytest
 from safetensors.torch import save_file
 from torch import nn
 
+from piecework.bundle.record import Recorder
+from piecework.bundle.run import load
+from piecework.bundle.store.directory import DirectoryStore
 from piecework.compiler.model import CompiledModel, compile_model
 from piecework.compiler.options import BackendName, CompileOptions
 from piecework.engine.async_engine import AsyncEngine
@@ -17,9 +20,6 @@ from piecework.engine.llm import LLM
 from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
 from piecework.models.config import read_config
-from piecework.record import Recorder
-from piecework.runtime import load
-from piecework.store.directory_store import DirectoryStore
 from tests.unit.engine.test_engine_models import NUM_TOKENS, assert_greedy, mixed_prompts, transformers_tokens
 from tests.unit.models.tiny import write_config
 

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import piecework
+from piecework.bundle.bundle import Bundle
+from piecework.bundle.plan import Plan
 from piecework.foundation.torch_private import read_calls
 from piecework.ops.activations import silu_mul
 from piecework.ops.moe_experts import moe_experts
 from piecework.ops.norms import rms_norm
-from piecework.store.bundle import Bundle
-from piecework.store.plan import Plan
 from tests.unit.compiler.native_modules import WIDTH, gated_int8, layers
 
 ROWS = 64
@@ -159,7 +159,7 @@ def never(*args):
     raise AssertionError("ran natively")
 silu_mul.native = never
 found = model(given["hidden"], given["ids"], given["weights"])
-modules = ("torch._dynamo", "torch._inductor", "sympy", "piecework.compiler", "piecework.passes", "piecework.graph")
+modules = ("torch._dynamo", "torch._inductor", "sympy", "piecework.compiler", "piecework.capture")
 imported = [m for m in modules if m in sys.modules]
 torch.testing.assert_close(found, given["expected"], atol=1e-5, rtol=1e-5)
 print(json.dumps([imported, dict(model.native_fallbacks)]))

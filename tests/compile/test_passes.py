@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, nn
 
 import piecework
+from piecework.bundle.bundle import Bundle
+from piecework.bundle.record import Recorder
+from piecework.bundle.run import load
+from piecework.bundle.store.directory import DirectoryStore
 from piecework.compiler.deduplicate import Deduplicated, Forward, deduplicate
 from piecework.compiler.driver import capture_variants
 from piecework.compiler.model import compile_model
 from piecework.compiler.options import BackendName, CompileOptions
-from piecework.graph.split import split
+from piecework.compiler.passes.names import PASS_NAMES
+from piecework.compiler.split import split
 from piecework.models.adapter import build_causal_lm
 from piecework.models.config import read_config
 from piecework.models.latent_config import MLA_MODES
-from piecework.ops.selection import IR_OPS
-from piecework.passes.names import PASS_NAMES
-from piecework.record import Recorder
-from piecework.runtime import load
-from piecework.store.bundle import Bundle
-from piecework.store.directory_store import DirectoryStore
+from piecework.ops.ir.selection import IR_OPS
 from tests.unit.models.tiny import FAMILIES, LATENT_FAMILIES, reference_model, write_config
 
 Compile = Callable[..., Bundle]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from piecework.bundle.plan import Plan
 from piecework.compiler.model import CompiledModel
 from piecework.engine.llm import LLM
 from piecework.engine.profile_options import ProfileOptions
@@ -19,7 +20,6 @@ from piecework.report.step_labels import step_labels
 from piecework.server.loading import load_model, make_engine
 from piecework.server.options import ModelOptions
 from piecework.server.status import ServerStatus
-from piecework.store.plan import Plan
 from tests.compile.test_llm import BLOCK_BYTES, eager, weights_dir
 
 __all__ = ["eager", "weights_dir"]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from piecework.bundle.record import Recorder
 from piecework.compiler.dynamo_backend import backend
-from piecework.ops.opaque_op import opaque_op
-from piecework.record import Recorder
+from piecework.ops.ir.opaque_op import opaque_op
 
 
 @opaque_op("pwcompile::store", mutates=("cache",), cuts=False)

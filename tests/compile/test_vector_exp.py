@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import piecework
-from piecework.compiler.vector_exp import exp_source
-from piecework.ops.ir_inputs import Draw
-from piecework.ops.program import Call, Program, TensorSpec
+from piecework.compiler.backends.vector_exp import exp_source
+from piecework.ops.ir.inputs import Draw
+from piecework.ops.ir.program import Call, Program, TensorSpec
 
 
 @piecework.op("piecework_test_exp::exponential", inputs=lambda draw: _inputs(draw), tolerance={torch.float32: 1e-6})

@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 
 _PROBE = """
 import json, sys, torch
-from piecework.runtime import load
+from piecework.bundle.run import load
 bundle, weights, out = sys.argv[1:]
 model = load(bundle, weights=[weights])
 model.make_states({"blocks": 16})

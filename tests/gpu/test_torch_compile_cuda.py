@@ -10,9 +10,9 @@ import torch
 from tests.unit.compiler import named_ops
 from torch import Tensor, nn
 
+from piecework.bundle.record import Recorder
 from piecework.compiler.dynamo_backend import backend
-from piecework.ops.layer import LayerName
-from piecework.record import Recorder
+from piecework.ops.ir.layer import LayerName
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from piecework.record import Record
-from piecework.store import Bundle, BundleContent, Fact, environment_facts, write_bundle
-from piecework.store.plan import Instance, OpStep, PieceStep, Plan, PlanInput, Recipe, ShapeRange, State, UniquePiece
+from piecework.bundle import Bundle, BundleContent, Fact, environment_facts, write_bundle
+from piecework.bundle.plan import Instance, OpStep, PieceStep, Plan, PlanInput, Recipe, ShapeRange, State, UniquePiece
+from piecework.bundle.record import Record
 
 
 def sample_plan(artifacts: Mapping[str, Path]) -> Plan:

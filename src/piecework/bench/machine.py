@@ -8,11 +8,11 @@ import subprocess
 from pathlib import Path
 from typing import Final
 
-from piecework.compiler.toolchain import find_toolchain
+from piecework.bundle.facts import package_version
+from piecework.compiler.backends.toolchain import find_toolchain
 from piecework.errors import CompileError
 from piecework.foundation.environment import read_environment
 from piecework.foundation.version import VERSION
-from piecework.store.facts import package_version
 
 _SOURCES: Final = Path(__file__).resolve().parent
 

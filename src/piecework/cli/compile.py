@@ -10,11 +10,11 @@ from piecework.cli import console
 from piecework.foundation.process import garbage_collection_off, seconds_since_start
 from piecework.models.bundle_key import DEFAULT_MAX_TOKENS
 from piecework.models.latent_config import DEFAULT_KV_CACHE_DTYPE, DEFAULT_MLA, KV_CACHE_DTYPES, MLA_MODES
-from piecework.ops.selection import ProviderOrder
+from piecework.ops.ir.selection import ProviderOrder
 
 if TYPE_CHECKING:
+    from piecework.bundle.record import Recorder
     from piecework.compiler.model import CompiledModel
-    from piecework.record import Recorder
 
 
 def add_parser(subparsers: Any) -> None:
@@ -82,12 +82,12 @@ def chosen_providers(args: argparse.Namespace) -> ProviderOrder | None:
 @garbage_collection_off()  # the process ends with the command
 def run(args: argparse.Namespace) -> int:
     """Compile and print where the bundle is."""
+    from piecework.bundle.record import Recorder  # noqa: PLC0415
+    from piecework.bundle.store.directory import DirectoryStore  # noqa: PLC0415
     from piecework.compiler.model import compile_model  # noqa: PLC0415  `piecework --help` must not pay for it
     from piecework.compiler.options import BackendName, CompileOptions  # noqa: PLC0415
     from piecework.foundation.environment import read_environment  # noqa: PLC0415
     from piecework.models.config import read_config  # noqa: PLC0415
-    from piecework.record import Recorder  # noqa: PLC0415
-    from piecework.store.directory_store import DirectoryStore  # noqa: PLC0415
 
     if args.ranges and args.ranges[-1][1] != args.max_tokens:
         args.parser.error(f"--ranges must end at --max-tokens ({args.max_tokens})")

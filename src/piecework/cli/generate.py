@@ -18,12 +18,12 @@ from piecework.models.bundle_key import DEFAULT_MAX_TOKENS, given_bundle_facts
 from piecework.models.config import ModelConfig, read_config
 
 if TYPE_CHECKING:
+    from piecework.bundle.bundle import Bundle
+    from piecework.bundle.run import LoadedModel
     from piecework.engine.request import GenerationRequest
     from piecework.engine.sampling_params import SamplingParams
     from piecework.engine.tokenizer import Tokenizer
     from piecework.models.checkpoint import Checkpoint
-    from piecework.runtime import LoadedModel
-    from piecework.store.bundle import Bundle
 
 
 @dataclass(frozen=True)
@@ -132,11 +132,11 @@ def _bundle(args: argparse.Namespace, config: ModelConfig) -> tuple[Bundle, floa
 
     Its files and facts are checked here, once.
     """
+    from piecework.bundle.bundle import open_bundle  # noqa: PLC0415
+    from piecework.bundle.facts import require  # noqa: PLC0415
+    from piecework.bundle.store.directory import DirectoryStore  # noqa: PLC0415
     from piecework.engine.bundles import find_or_compile  # noqa: PLC0415
     from piecework.foundation.environment import read_environment  # noqa: PLC0415
-    from piecework.store.bundle import open_bundle  # noqa: PLC0415
-    from piecework.store.directory_store import DirectoryStore  # noqa: PLC0415
-    from piecework.store.facts import require  # noqa: PLC0415
 
     root = read_environment().store_root
     begun = time.perf_counter()
@@ -160,15 +160,15 @@ def _bundle(args: argparse.Namespace, config: ModelConfig) -> tuple[Bundle, floa
 
 
 def _load(args: argparse.Namespace, bundle: Bundle) -> LoadedModel:
-    from piecework.runtime import load  # noqa: PLC0415  imports torch
+    from piecework.bundle.run import load  # noqa: PLC0415  imports torch
 
     return load(bundle, weights=_weights(args, bundle), check_facts=False)
 
 
 def _weights(args: argparse.Namespace, bundle: Bundle) -> Checkpoint:
+    from piecework.bundle.plan import Plan  # noqa: PLC0415
     from piecework.engine.loading import open_weights  # noqa: PLC0415
     from piecework.models.checkpoint import open_checkpoint  # noqa: PLC0415
-    from piecework.store.plan import Plan  # noqa: PLC0415
 
     if args.random_weights is None:
         return open_checkpoint(args.model)  # which needs no plan

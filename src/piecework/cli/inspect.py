@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from piecework.bundle import open_bundle
 from piecework.cli import console
 from piecework.foundation.environment import read_environment
 from piecework.report.inspect import describe
 from piecework.report.ops import describe_ops
-from piecework.store import open_bundle
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

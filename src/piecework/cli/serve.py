@@ -75,11 +75,11 @@ def run(args: argparse.Namespace) -> int:
     gc.disable()  # start-up makes long-lived objects only
     keep_freed_memory()
     # `piecework --help` must not pay for these
+    from piecework.bundle.store.directory import DirectoryStore  # noqa: PLC0415
     from piecework.server.listening import listen  # noqa: PLC0415
     from piecework.server.log import EventLog  # noqa: PLC0415
     from piecework.server.startup import ModelStart  # noqa: PLC0415
     from piecework.server.status import ServerStatus  # noqa: PLC0415
-    from piecework.store.directory_store import DirectoryStore  # noqa: PLC0415
 
     options, settings = _model_options(args), _settings(args)
     log = EventLog(sys.stderr, as_json=args.json)

@@ -11,6 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from piecework.bundle.bundle import Bundle, write_bundle
+from piecework.bundle.record import Recorder
+from piecework.bundle.run.structure import unflatten
+from piecework.bundle.store.directory import DirectoryStore
+from piecework.capture.request import CaptureRequest, Dim, TensorInput
+from piecework.capture.structure import flatten
 from piecework.compiler.driver import compile_request
 from piecework.compiler.model import started_backend
 from piecework.compiler.options import CompileOptions
@@ -18,12 +24,6 @@ from piecework.errors import CaptureError
 from piecework.foundation.environment import read_environment
 from piecework.foundation.target import read_target
 from piecework.foundation.torch_private import operator_name
-from piecework.graph.request import CaptureRequest, Dim, TensorInput
-from piecework.graph.structure import flatten
-from piecework.record import Recorder
-from piecework.runtime.structure import unflatten
-from piecework.store.bundle import Bundle, write_bundle
-from piecework.store.directory_store import DirectoryStore
 
 
 def compile(

@@ -8,22 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from piecework.compiler import aoti, rebuild, toolchain, vector_exp
-from piecework.compiler.backends import Backend
+from piecework.bundle.facts import package_version
+from piecework.bundle.record import Recorder
+from piecework.bundle.store.interface import Artifact, Store
+from piecework.bundle.store.lookup import find_artifact
+from piecework.capture.request import Dim
+from piecework.compiler.backends import aoti, rebuild, toolchain, vector_exp
+from piecework.compiler.backends.backend import Backend
 from piecework.compiler.job import Job
 from piecework.compiler.options import BackendName, CompileOptions
+from piecework.compiler.passes import native_matmul, pack_linear
+from piecework.compiler.rewrite import fakes
 from piecework.errors import CompileError
 from piecework.foundation.digests import digest_file, digest_json
 from piecework.foundation.target import Target
-from piecework.foundation.torch_private import inductor, kernels, symbolic
-from piecework.graph.request import Dim
-from piecework.ops import decode, resolve
-from piecework.ops.program import Program
-from piecework.passes import fakes, native_matmul, pack_linear
-from piecework.record import Recorder
-from piecework.store.facts import package_version
-from piecework.store.lookup import find_artifact
-from piecework.store.stores import Artifact, Store
+from piecework.foundation.torch_private import inductor, scheduled_kernels, symbolic
+from piecework.ops.ir import decode, resolve
+from piecework.ops.ir.program import Program
 
 OnProgress = Callable[[str, int, int], None]
 """Called with what is being done, how many artifacts are done, and how many there are (0: not known yet)."""
@@ -172,7 +173,7 @@ def _ranges(piece: Compiled, *, declared: Dim | None, options: CompileOptions) -
 def _generator_digest() -> str:
     """Return the digest of our own code between a program and its library: an artifact of other code is another one."""
     own = (aoti, rebuild, fakes, toolchain, vector_exp, pack_linear, native_matmul, decode, resolve)
-    sources = [Path(module.__file__ or "") for module in (*own, inductor, kernels, symbolic)]
+    sources = [Path(module.__file__ or "") for module in (*own, inductor, scheduled_kernels, symbolic)]
     return digest_json([digest_file(source) for source in sources])
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from piecework.graph.capture import CapturedGraph
-from piecework.graph.request import Variant
-from piecework.graph.split import OpaqueCall, Piece, Step
-from piecework.ops.program import Program
-from piecework.passes.interface import PassReport
-from piecework.passes.lower import CallSite, Lowered, Lowering
-from piecework.passes.packing import Packing
-from piecework.passes.pipeline import Pipeline
-from piecework.passes.rewritten import Rewritten
+from piecework.capture.capture import CapturedGraph
+from piecework.capture.request import Variant
+from piecework.compiler.passes.interface import PassReport
+from piecework.compiler.passes.lower import CallSite, Lowered, Lowering
+from piecework.compiler.passes.packing import Packing
+from piecework.compiler.passes.pipeline import Pipeline
+from piecework.compiler.rewrite.rewritten import Rewritten
+from piecework.compiler.split import OpaqueCall, Piece, Step
+from piecework.ops.ir.program import Program
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ def deduplicate(
 
     Args:
         paths: a model's forwards; they share pieces.
-        passes: names of the passes that run (passes/pipeline.py).
+        passes: names of the passes that run (compiler/passes/pipeline.py).
         packing: which weights are packed; None: none are.
-        lowering: chooses providers of IR ops (passes/lower.py); None leaves the ops as they are.
+        lowering: chooses providers of IR ops (compiler/passes/lower.py); None leaves the ops as they are.
 
     Raises OpError where no provider that is asked for supports a call.
     """

@@ -8,28 +8,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from piecework.bundle.facts import Fact, environment_facts, option_facts, package_version, source_facts
+from piecework.bundle.packings import OWN
+from piecework.bundle.plan import Plan, ShapeRange
+from piecework.bundle.record import Recorder
+from piecework.bundle.store.interface import BundleContent, Store
+from piecework.capture.capture import CapturedGraph, capture
+from piecework.capture.request import CaptureRequest, Variant
 from piecework.compiler.artifacts import OnProgress, compile_artifacts
-from piecework.compiler.backends import Backend
+from piecework.compiler.backends.backend import Backend
 from piecework.compiler.deduplicate import Deduplicated, Forward, deduplicate
 from piecework.compiler.explanations import explain_pieces
-from piecework.compiler.kernels import KernelBuilds, kernel_jobs
+from piecework.compiler.kernel_builds import KernelBuilds, kernel_jobs
 from piecework.compiler.natives import Native, collect_natives
 from piecework.compiler.options import CompileOptions, chosen_passes
 from piecework.compiler.packing import packing_of
+from piecework.compiler.passes.lower import Lowering
+from piecework.compiler.passes.native_matmul import native_paths
 from piecework.compiler.planning import make_plan
+from piecework.compiler.split import Piece, split
 from piecework.foundation.process import garbage_collection_off
 from piecework.foundation.target import Target
-from piecework.graph.capture import CapturedGraph, capture
-from piecework.graph.request import CaptureRequest, Variant
-from piecework.graph.split import Piece, split
-from piecework.passes.lower import Lowering
-from piecework.passes.native_matmul import native_paths
 from piecework.providers.discovery import Providers, load_providers
-from piecework.record import Recorder
-from piecework.store.facts import Fact, environment_facts, option_facts, package_version, source_facts
-from piecework.store.packings import OWN
-from piecework.store.plan import Plan, ShapeRange
-from piecework.store.stores import BundleContent, Store
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from typing import Any, final
 
 import torch
 
+from piecework.bundle.record import Recorder
+from piecework.capture.dynamo_whole import why_whole
 from piecework.compiler.dynamo_graph import CompiledGraph, compile_graph
 from piecework.compiler.jit_options import JitBackendName, parse_options
 from piecework.compiler.jit_pieces import InUse, PieceSource
 from piecework.errors import BackwardError, PieceworkError
 from piecework.foundation.torch_private import stock_inductor
-from piecework.graph.dynamo_whole import why_whole
-from piecework.record import Recorder
 
 _LOG = logging.getLogger("piecework")
 _AGAIN = 4

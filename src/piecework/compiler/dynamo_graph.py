@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
+from piecework.bundle.record import Recorder
+from piecework.bundle.run.call_list import CallList, FunctionCall, PieceCall, Slot
+from piecework.capture.dynamo_split import GraphCall, GraphPiece, example, output_nodes, split_graph
+from piecework.capture.dynamo_text import DescribedPiece, describe
 from piecework.compiler.jit_options import JitOptions
 from piecework.compiler.jit_pieces import PieceSource, Run
 from piecework.foundation.digests import digest_json
 from piecework.foundation.torch_private import operator_arguments, operator_name
-from piecework.graph.dynamo_split import GraphCall, GraphPiece, example, output_nodes, split_graph
-from piecework.graph.dynamo_text import DescribedPiece, describe
-from piecework.ops.lifted import Lifted
-from piecework.ops.opaque_op import OpaqueOp, declared_op
-from piecework.record import Recorder
-from piecework.runtime.call_list import CallList, FunctionCall, PieceCall, Slot
+from piecework.ops.ir.lifted import Lifted
+from piecework.ops.ir.opaque_op import OpaqueOp, declared_op
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from piecework.compiler.natives import constant
-from piecework.ops.call_form import CallForm, Size, TensorForm
-from piecework.ops.ir import IrOp
+from piecework.ops.ir.call_form import CallForm, Size, TensorForm
+from piecework.ops.ir.op import IrOp
 
 
 def call_forms(op: IrOp, values: Sequence[Any], *, most: int) -> tuple[CallForm, ...] | str:

@@ -12,26 +12,26 @@ from typing import Any, final
 
 import torch
 
+from piecework.bundle.record import Record, Recorder
+from piecework.bundle.run.instances import open_instance, read_calls
+from piecework.bundle.store.directory import DirectoryStore
+from piecework.bundle.store.interface import Store
 from piecework.compiler.artifacts import compile_artifacts
-from piecework.compiler.backends import AotiBackend, Backend, OnEvent
+from piecework.compiler.backends.backend import AotiBackend, Backend, OnEvent
+from piecework.compiler.backends.pool import Outcome
 from piecework.compiler.eager_forms import call_forms
 from piecework.compiler.job import Job
 from piecework.compiler.natives import Native, native
 from piecework.compiler.options import CompileOptions
-from piecework.compiler.pool import Outcome
+from piecework.compiler.passes.lower import Lowering
 from piecework.errors import OpError
 from piecework.foundation.environment import read_environment
 from piecework.foundation.target import Target, read_target
-from piecework.ops.call_form import CallForm
-from piecework.ops.ir import IrOp
-from piecework.ops.native_bodies import NativeBodies, NativeBody
-from piecework.ops.selection import Choice, ProviderOrder, Selection, as_order, entering, leaving
-from piecework.passes.lower import Lowering
+from piecework.ops.ir.call_form import CallForm
+from piecework.ops.ir.native_bodies import NativeBodies, NativeBody
+from piecework.ops.ir.op import IrOp
+from piecework.ops.ir.selection import Choice, ProviderOrder, Selection, as_order, entering, leaving
 from piecework.providers.discovery import load_providers
-from piecework.record import Record, Recorder
-from piecework.runtime.instances import open_instance, read_calls
-from piecework.store.directory_store import DirectoryStore
-from piecework.store.stores import Store
 
 MOST_ROWS = 1 << 20
 

@@ -9,6 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from piecework.bundle.bundle import Bundle, open_bundle
+from piecework.bundle.facts import require
+from piecework.bundle.format import MANIFEST
+from piecework.bundle.store.directory import DirectoryStore
+from piecework.bundle.store.interface import Store
 from piecework.compiler.options import CompileOptions
 from piecework.errors import BundleError, CaptureError, UnsupportedModelError
 from piecework.foundation.environment import read_environment
@@ -18,16 +23,11 @@ from piecework.models.config import ModelConfig, read_config
 from piecework.models.latent_config import DEFAULT_KV_CACHE_DTYPE, DEFAULT_MLA
 from piecework.report.explain import ExplainReport, bundle_subject, explain_bundle, explain_subject
 from piecework.report.subject import Subject
-from piecework.store.bundle import Bundle, open_bundle
-from piecework.store.directory_store import DirectoryStore
-from piecework.store.facts import require
-from piecework.store.format import MANIFEST
-from piecework.store.stores import Store
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from piecework.graph.request import CaptureRequest, Dim
+    from piecework.capture.request import CaptureRequest, Dim
 
 CAPTURED = "a capture: nothing was compiled"
 
@@ -192,7 +192,7 @@ def captured_subject(
     from piecework.compiler.driver import capture_variants  # noqa: PLC0415
     from piecework.compiler.explanations import explain_pieces  # noqa: PLC0415
     from piecework.compiler.planning import make_plan  # noqa: PLC0415
-    from piecework.graph.split import split  # noqa: PLC0415
+    from piecework.compiler.split import split  # noqa: PLC0415
 
     paths = [Forward(captured, split(captured), variant) for captured, variant in capture_variants(request)]
     pieces = deduplicate(paths)

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
+from piecework.capture.locations import locations_of, source_of
 from piecework.compiler.deduplicate import Deduplicated, Forward, Unique
+from piecework.compiler.encode import target_name
+from piecework.compiler.passes.lower import CallSite
 from piecework.compiler.program_kernels import native_kernels, program_kernels
+from piecework.compiler.split import OpaqueCall, Piece
 from piecework.foundation.torch_private import operator_arguments, operator_of
 from piecework.foundation.traffic import kernels_to_json
-from piecework.graph.encode import target_name
-from piecework.graph.locations import locations_of, source_of
-from piecework.graph.split import OpaqueCall, Piece
-from piecework.passes.lower import CallSite
 from piecework.report.listing import Listing
 from piecework.report.subject import Explanation
 

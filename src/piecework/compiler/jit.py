@@ -22,7 +22,11 @@ from typing import Any
 
 import torch
 
-from piecework.compiler.toolchain import find_toolchain
+from piecework.bundle.facts import package_version
+from piecework.bundle.store.interface import Store
+from piecework.capture.dynamo_module import PieceModule
+from piecework.capture.dynamo_text import DescribedPiece
+from piecework.compiler.backends.toolchain import find_toolchain
 from piecework.errors import CompileError, StoreError
 from piecework.foundation.digests import digest_json
 from piecework.foundation.environment import read_environment
@@ -36,11 +40,7 @@ from piecework.foundation.torch_private import (
     trusted_instructions,
     uses_custom_passes,
 )
-from piecework.graph.dynamo_module import PieceModule
-from piecework.graph.dynamo_text import DescribedPiece
-from piecework.ops.lifted import lifted_operator
-from piecework.store.facts import package_version
-from piecework.store.stores import Store
+from piecework.ops.ir.lifted import lifted_operator
 
 _META = "piece.json"
 _KEPT = (".py", ".cubin", ".ptx", ".json")

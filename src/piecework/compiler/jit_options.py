@@ -8,8 +8,8 @@ from difflib import get_close_matches
 from enum import Enum
 from typing import Any
 
+from piecework.bundle.record import Recorder
 from piecework.errors import CompileError
-from piecework.record import Recorder
 
 
 class JitBackendName(Enum):

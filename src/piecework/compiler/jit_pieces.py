@@ -10,18 +10,18 @@ from typing import Any, final
 
 import torch
 
+from piecework.bundle.record import Recorder
+from piecework.bundle.store.directory import DirectoryStore
+from piecework.bundle.store.interface import Kind, Store
+from piecework.bundle.store.lookup import find_artifact
+from piecework.capture.dynamo_module import SizeRange, piece_module, plain_module
+from piecework.capture.dynamo_split import example
+from piecework.capture.dynamo_text import DescribedPiece, runs_eagerly
 from piecework.compiler.jit import JitPiece, compile_jit, jit_key, load_jit
 from piecework.compiler.jit_options import JitBackendName, JitOptions
 from piecework.errors import PieceworkError, StoreError
 from piecework.foundation.environment import read_environment
 from piecework.foundation.torch_private import holds, size_bounds
-from piecework.graph.dynamo_module import SizeRange, piece_module, plain_module
-from piecework.graph.dynamo_split import example
-from piecework.graph.dynamo_text import DescribedPiece, runs_eagerly
-from piecework.record import Recorder
-from piecework.store.directory_store import DirectoryStore
-from piecework.store.lookup import find_artifact
-from piecework.store.stores import Kind, Store
 
 Run = Callable[..., Sequence[Any]]
 """Runs a piece: inputs, then lifted values."""

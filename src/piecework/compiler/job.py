@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from piecework.bundle.packings import OWN
+from piecework.compiler.passes.native_matmul import native_sources
 from piecework.foundation.digests import JsonScalar, digest_json
-from piecework.ops.program import Program
-from piecework.passes.native_matmul import native_sources
-from piecework.store.packings import OWN
+from piecework.ops.ir.program import Program
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Job:
     Attributes:
         program: the piece.
         ranges: symbol → (min, max) where narrower than the program declares.
-        pack: constants that are bound packed, and how (store/packings.py).
+        pack: constants that are bound packed, and how (bundle/packings.py).
         options: backend options that change the artifact.
         target: what the artifact runs on (`Target.fact`, torch's version).
     """

@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from piecework.compiler.backends import AotiBackend, Backend, EagerBackend
+from piecework.bundle.bundle import Bundle, write_bundle
+from piecework.bundle.recipes import Take, resolved, takes
+from piecework.bundle.record import Recorder
+from piecework.bundle.store.interface import Store
+from piecework.bundle.store.lookup import find_bundle
+from piecework.compiler.backends.backend import AotiBackend, Backend, EagerBackend
 from piecework.compiler.options import BackendName, CompileOptions
 from piecework.foundation.target import Target, read_target
 from piecework.models.bundle_key import bundle_key, expected_facts
 from piecework.models.config import ModelConfig
 from piecework.models.latent_config import DEFAULT_KV_CACHE_DTYPE, DEFAULT_MLA
-from piecework.ops.weight_source import Take, resolved, takes
-from piecework.record import Recorder
-from piecework.store.bundle import Bundle, write_bundle
-from piecework.store.lookup import find_bundle
-from piecework.store.stores import Store
 
 if TYPE_CHECKING:
-    from piecework.graph.request import CaptureRequest
+    from piecework.capture.request import CaptureRequest
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -64,7 +64,7 @@ def compile_model(
         out: where to write the bundle; None for the store.
         recorder, on_progress: see `compiler.driver.compile_request`.
         mla: "exposed" or "opaque", for models with latent attention; see `models/latent_attention.py`.
-        kv_cache_dtype: "auto", or "fp8" for these models; see `ops/mla_cache.py`.
+        kv_cache_dtype: "auto", or "fp8" for these models; see `ops/mla/cache.py`.
 
     Raises UnsupportedModelError, WeightsError, CaptureError, ShapeContractError, CompileError, StoreError.
     """

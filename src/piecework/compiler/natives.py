@@ -14,23 +14,23 @@ from typing import Any, Final
 
 import torch
 
+from piecework.bundle.plan import NativeCall, ShapeRange, UniquePiece
+from piecework.bundle.sizes import size_expression
+from piecework.capture.capture import CapturedGraph
+from piecework.capture.sources import ran_files
 from piecework.compiler.deduplicate import Forward
+from piecework.compiler.encode import encode_torch_type
+from piecework.compiler.passes.lower import CallSite, Lowering
+from piecework.compiler.rewrite.fakes import Sizes, declare
+from piecework.compiler.split import OpaqueCall
 from piecework.errors import InternalError, OpError
 from piecework.foundation.torch_private import SymbolicSession, find_overload, size_oblivious
-from piecework.graph.capture import CapturedGraph
-from piecework.graph.encode import encode_torch_type
-from piecework.graph.sources import ran_files
-from piecework.graph.split import OpaqueCall
-from piecework.ops.call_form import CallForm, Size, TensorForm
-from piecework.ops.declared_calls import DeclaredCall, DynamicSizes, declared
-from piecework.ops.ir import IrOp, ir_op
-from piecework.ops.ir_operator import num_results
-from piecework.ops.opaque_op import OpaqueOp, declared_op
-from piecework.ops.program import Call, Program, TensorSpec, encode_float
-from piecework.passes.fakes import Sizes, declare
-from piecework.passes.lower import CallSite, Lowering
-from piecework.store.plan import NativeCall, ShapeRange, UniquePiece
-from piecework.store.sizes import size_expression
+from piecework.ops.ir.call_form import CallForm, Size, TensorForm
+from piecework.ops.ir.declared_calls import DeclaredCall, DynamicSizes, declared
+from piecework.ops.ir.op import IrOp, ir_op
+from piecework.ops.ir.opaque_op import OpaqueOp, declared_op
+from piecework.ops.ir.operator import num_results
+from piecework.ops.ir.program import Call, Program, TensorSpec, encode_float
 
 _MOST_LEVELS: Final = 16
 

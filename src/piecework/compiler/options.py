@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
 
+from piecework.compiler.passes.names import MERGE_LINEAR, PASS_NAMES
 from piecework.errors import CompileError
 from piecework.foundation.digests import JsonScalar
-from piecework.ops.selection import ProviderOrder
-from piecework.passes.names import MERGE_LINEAR, PASS_NAMES
+from piecework.ops.ir.selection import ProviderOrder
 
 
 class BackendName(Enum):

@@ -9,19 +9,8 @@ from typing import Any
 
 import torch
 
-from piecework.compiler.deduplicate import Deduplicated, Forward, Unique
-from piecework.compiler.packing import packable_argument
-from piecework.errors import CaptureError, InternalError
-from piecework.foundation.torch_private import operator_of
-from piecework.graph.capture import CapturedGraph, InputKind
-from piecework.graph.encode import encode_torch_type
-from piecework.graph.request import CaptureRequest, TensorInput
-from piecework.graph.split import OpaqueCall, Piece
-from piecework.ops.layer import LayerName
-from piecework.ops.program import encode_float
-from piecework.ops.weight_source import Concat, Source, Take, label
-from piecework.store.packings import LINEAR_COLUMNS
-from piecework.store.plan import (
+from piecework.bundle.packings import LINEAR_COLUMNS
+from piecework.bundle.plan import (
     Instance,
     OpStep,
     PieceStep,
@@ -33,7 +22,18 @@ from piecework.store.plan import (
     State,
     UniquePiece,
 )
-from piecework.store.sizes import size_expression
+from piecework.bundle.recipes import Concat, Source, Take, label
+from piecework.bundle.sizes import size_expression
+from piecework.capture.capture import CapturedGraph, InputKind
+from piecework.capture.request import CaptureRequest, TensorInput
+from piecework.compiler.deduplicate import Deduplicated, Forward, Unique
+from piecework.compiler.encode import encode_torch_type
+from piecework.compiler.packing import packable_argument
+from piecework.compiler.split import OpaqueCall, Piece
+from piecework.errors import CaptureError, InternalError
+from piecework.foundation.torch_private import operator_of
+from piecework.ops.ir.layer import LayerName
+from piecework.ops.ir.program import encode_float
 
 
 def make_plan(

@@ -18,16 +18,16 @@ from typing import Any, Final
 
 import torch
 
+from piecework.compiler.passes.lower import Lowering
+from piecework.compiler.rewrite.fakes import run_on_fakes
+from piecework.compiler.rewrite.metas import ERRORS, place, run_on_metas
 from piecework.errors import PieceworkError
 from piecework.foundation.torch_private import expression_text, operator_of, storage_key
 from piecework.foundation.traffic import Kernel, Term
-from piecework.ops.decode import decode
-from piecework.ops.program import Call, Program
-from piecework.ops.resolve import resolve_target
-from piecework.ops.selection import ProviderOrder
-from piecework.passes.fakes import run_on_fakes
-from piecework.passes.lower import Lowering
-from piecework.passes.metas import ERRORS, place, run_on_metas
+from piecework.ops.ir.decode import decode
+from piecework.ops.ir.program import Call, Program
+from piecework.ops.ir.resolve import resolve_target
+from piecework.ops.ir.selection import ProviderOrder
 from piecework.providers.discovery import load_operators
 
 _LOOK_UPS: Final = frozenset(

@@ -6,17 +6,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from piecework.bundle.bundle import Bundle, open_bundle
+from piecework.bundle.facts import Difference, Fact, check
+from piecework.bundle.store.interface import Kind, Store
+from piecework.bundle.store.lookup import find_bundle
 from piecework.engine.compile_process import CompileProcess
 from piecework.errors import BundleError
 from piecework.foundation.target import read_target
 from piecework.models.bundle_key import DEFAULT_OPTIONS, bundle_key, expected_facts
 from piecework.models.config import ModelConfig
 from piecework.models.latent_config import DEFAULT_KV_CACHE_DTYPE, DEFAULT_MLA
-from piecework.ops.selection import ProviderOrder
-from piecework.store.bundle import Bundle, open_bundle
-from piecework.store.facts import Difference, Fact, check
-from piecework.store.lookup import find_bundle
-from piecework.store.stores import Kind, Store
+from piecework.ops.ir.selection import ProviderOrder
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Final, final
 
 from piecework.errors import CompileError, PieceworkError
 from piecework.models.latent_config import DEFAULT_KV_CACHE_DTYPE, DEFAULT_MLA
-from piecework.ops.selection import ProviderOrder
+from piecework.ops.ir.selection import ProviderOrder
 
 _STEP: Final = re.compile(r"\[(\d+)/(\d+)\] (.*)")
 _STOP_S: Final = 10.0

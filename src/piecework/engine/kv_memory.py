@@ -16,13 +16,13 @@ from typing import Final
 
 import torch
 
+from piecework.bundle.plan import Plan
+from piecework.bundle.sizes import size_expression
 from piecework.engine.block_pool import num_blocks_for
 from piecework.errors import CapacityError
 from piecework.models.config import ModelConfig
 from piecework.models.latent_config import LatentSizes
-from piecework.ops.mla_plain import CONTEXT_CHUNK
-from piecework.store.plan import Plan
-from piecework.store.sizes import size_expression
+from piecework.ops.mla.plain import CONTEXT_CHUNK
 
 DEFAULT_FRACTION: Final = {"cpu": 0.5, "cuda": 0.9}
 _STEPS: Final = 64

@@ -10,6 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, cast, final
 
+from piecework.bundle.bundle import Bundle, open_bundle
+from piecework.bundle.facts import require
+from piecework.bundle.plan import Plan
+from piecework.bundle.run import LoadedModel, load
+from piecework.bundle.store.directory import DirectoryStore
 from piecework.engine.async_engine import AsyncEngine
 from piecework.engine.bundles import find_or_compile
 from piecework.engine.completion import Completion, CompletionText
@@ -27,12 +32,7 @@ from piecework.foundation.process import keep_freed_memory
 from piecework.models.bundle_key import DEFAULT_MAX_TOKENS, given_bundle_facts
 from piecework.models.config import read_config
 from piecework.models.latent_config import DEFAULT_KV_CACHE_DTYPE, DEFAULT_MLA
-from piecework.ops.selection import ProviderOrder, as_order
-from piecework.runtime import LoadedModel, load
-from piecework.store.bundle import Bundle, open_bundle
-from piecework.store.directory_store import DirectoryStore
-from piecework.store.facts import require
-from piecework.store.plan import Plan
+from piecework.ops.ir.selection import ProviderOrder, as_order
 
 Prompt = str | Sequence[int]
 

@@ -14,12 +14,12 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from piecework.bundle.run import LoadedModel
 from piecework.engine.engine import Runner
 from piecework.engine.profile_options import ProfileOptions
 from piecework.foundation import torch_private
 from piecework.foundation.files import as_store_error
 from piecework.report.step_labels import step_labels
-from piecework.runtime import LoadedModel
 
 
 def profiled(model: LoadedModel, options: ProfileOptions, *, on_note: Callable[[str], None]) -> Runner:

@@ -13,7 +13,7 @@ CALLS: Final = b"piecework calls\n"
 """Which operators of Python the library calls (foundation/torch_private/artifacts.py)."""
 
 KERNELS: Final = b"piecework count\n"
-"""Which kernels the library consists of (foundation/torch_private/kernels.py)."""
+"""Which kernels the library consists of (foundation/torch_private/scheduled_kernels.py)."""
 
 _MARKS: Final = (CALLS, KERNELS)
 _TAIL: Final = 8 + len(CALLS)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Term = tuple[str, ...]
-"""Bytes of one tensor or of several: expressions over sizes (store/sizes.py), the least of which counts.
+"""Bytes of one tensor or of several: expressions over sizes (bundle/sizes.py), the least of which counts.
 
 A look-up in a table, for instance, reads no more than the table and no more than what it returns. () is not known.
 """

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from piecework.graph.request import TensorInput
-from piecework.ops.weight_source import Sources
+from piecework.bundle.recipes import Sources
+from piecework.capture.request import TensorInput
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 
+from piecework.capture.request import CaptureRequest, Dim, SizeInput, TensorInput, Variant
 from piecework.errors import UnsupportedModelError
-from piecework.graph.request import CaptureRequest, Dim, SizeInput, TensorInput, Variant
 from piecework.models.adapted import AdaptedModel
 from piecework.models.batch import BLOCK_SIZE, ForwardBatch
 from piecework.models.config import DTYPES, ModelConfig, read_config
@@ -25,7 +25,7 @@ from piecework.models.deepseek import adapt_deepseek
 from piecework.models.latent_config import DEFAULT_KV_CACHE_DTYPE, DEFAULT_MLA, MLA_MODES, check_kv_cache_dtype
 from piecework.models.paged_attention import adapt_paged
 from piecework.ops.attention import ATTENTION_OP
-from piecework.ops.mla_core import Regime
+from piecework.ops.mla.core import Regime
 
 MAX_SEQS: Final = 256
 MAX_BLOCKS: Final = 2**31 - 1
@@ -58,7 +58,7 @@ def build_causal_lm(
         max_tokens: most tokens in one forward pass.
         device: device type that the compiled model runs on, "cpu" or "cuda".
         mla: for models with latent attention, "exposed" or "opaque"; see models/latent_attention.py.
-        kv_cache_dtype: "auto", or for these models "fp8"; see ops/mla_cache.py.
+        kv_cache_dtype: "auto", or for these models "fp8"; see ops/mla/cache.py.
 
     Raises UnsupportedModelError where piecework can't compile the model.
     """

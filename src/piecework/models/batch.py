@@ -7,7 +7,7 @@ from typing import Final
 
 from torch import Tensor
 
-from piecework.ops.mla_core import Regime
+from piecework.ops.mla.core import Regime
 
 BLOCK_SIZE: Final = 16
 """Tokens per block of a paged cache."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from piecework.bundle.facts import Fact, config_fact, environment_facts, option_facts
 from piecework.foundation.digests import JsonScalar, digest_json
 from piecework.foundation.target import Target
 from piecework.foundation.version import VERSION
 from piecework.models.config import ModelConfig
 from piecework.models.latent_config import DEFAULT_KV_CACHE_DTYPE, DEFAULT_MLA, check_kv_cache_dtype
-from piecework.ops.selection import ProviderOrder
-from piecework.store.facts import Fact, config_fact, environment_facts, option_facts
+from piecework.ops.ir.selection import ProviderOrder
 
 DEFAULT_MAX_TOKENS = 2048
 DEFAULT_OPTIONS: Mapping[str, JsonScalar] = {

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
 
-from piecework.graph.request import TensorInput
+from piecework.bundle.recipes import Source, Sources
+from piecework.capture.request import TensorInput
 from piecework.models.adapted import AdaptedModel
 from piecework.models.batch import BLOCK_SIZE, ForwardBatch
 from piecework.models.config import ModelConfig
@@ -28,7 +29,6 @@ from piecework.models.latent_attention import (
 )
 from piecework.models.paged_attention import ATTENTION, paged_attention
 from piecework.models.routed_experts import RoutedExperts, expert_sources
-from piecework.ops.weight_source import Source, Sources
 
 
 def adapt_deepseek(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from piecework.bundle.recipes import HeadProduct, HeadRows, Source, Sources, Take
 from piecework.models.batch import BLOCK_SIZE, ForwardBatch
 from piecework.models.latent_config import (
     DEFAULT_KV_CACHE_DTYPE,
@@ -24,11 +25,10 @@ from piecework.models.latent_config import (
     MLA_MODES,
     LatentSizes,
 )
-from piecework.ops.mla import TRACED
-from piecework.ops.mla_attention import mla_attention
-from piecework.ops.mla_cache import entry_width
-from piecework.ops.mla_core import Regime, latent_attention
-from piecework.ops.weight_source import HeadProduct, HeadRows, Source, Sources, Take
+from piecework.ops.mla.attention import mla_attention
+from piecework.ops.mla.cache import entry_width
+from piecework.ops.mla.core import Regime, latent_attention
+from piecework.ops.mla.operators import TRACED
 
 LATENT_CACHE: Final = "latent_cache"
 
@@ -45,7 +45,7 @@ class LatentOptions:
         mla: "exposed" shows a compiler every step of the layer between its projections, "opaque" hides all of them in
             one operator. Both do the same steps.
         kv_cache_dtype: "auto" caches latents in the type of the weights, "fp8" as float8_e4m3fn with scales; new tokens
-            attend each other's cached latents, not the exact ones. See `ops/mla_cache.py`.
+            attend each other's cached latents, not the exact ones. See `ops/mla/cache.py`.
     """
 
     scale: float

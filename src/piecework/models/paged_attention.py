@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
 
-from piecework.graph.request import TensorInput
+from piecework.capture.request import TensorInput
 from piecework.models.adapted import AdaptedModel
 from piecework.models.batch import BLOCK_SIZE, ForwardBatch
 from piecework.models.config import ModelConfig

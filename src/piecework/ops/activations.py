@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from piecework.ops.ir import op
-from piecework.ops.ir_inputs import Draw
+from piecework.ops.ir.inputs import Draw
+from piecework.ops.ir.op import op
 
 _TOLERANCE: Final = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 

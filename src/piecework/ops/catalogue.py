@@ -1,7 +1,8 @@
 """All of our own ops of the IR: those whose provider is chosen, and the IR's view of others, lowered by rule.
 
-`linear` is put on torch's or oneDNN's operator by passes/pack_linear.py; `moe_experts` and `attention` are steps of a
-plan, and have native kernels (providers/kernels.py). `kv_write` finds its cache by the layer's name: calls of it run
+`linear` is put on torch's or oneDNN's operator by compiler/passes/pack_linear.py; `moe_experts` and `attention` are
+steps of a
+plan, and have native kernels (providers/libraries.py). `kv_write` finds its cache by the layer's name: calls of it run
 inside `running(op, args)`, which has one. In a model's plan the cache is written by `attention`.
 """
 
@@ -16,10 +17,10 @@ import torch
 
 from piecework.ops.activations import gelu_mul, silu_mul
 from piecework.ops.attention import ATTENTION_OP, attention_native
-from piecework.ops.forward_context import Batch, ForwardContext
-from piecework.ops.ir import IrOp, existing
-from piecework.ops.ir_inputs import Draw
-from piecework.ops.layer import LayerName
+from piecework.ops.ir.forward_context import Batch, ForwardContext
+from piecework.ops.ir.inputs import Draw
+from piecework.ops.ir.layer import LayerName
+from piecework.ops.ir.op import IrOp, existing
 from piecework.ops.layer_attention import AttentionState
 from piecework.ops.layer_attention import kv_write as kv_write_op
 from piecework.ops.linear import LINEAR_OP, linear_native

@@ -2,7 +2,8 @@
 
 Latent attention's absorbed projections are that. It is a batched matrix product, with tokens before heads on both sides
 as the layers around it have them, so that nothing is turned about in memory. Kept whole, a compile may have it done by
-code of its own, on matrices that were packed at load (passes/native_matmul.py); anywhere else it is torch's `bmm`.
+code of its own, on matrices that were packed at load (compiler/passes/native_matmul.py); anywhere else it is torch's
+`bmm`.
 
 Shape suffixes: T tokens, H heads, K rows of a head's matrix, W its columns.
 """

@@ -15,9 +15,9 @@ from typing import Final
 from torch import Tensor
 
 from piecework.ops.attention import Attend, Attention, attend, attention_native, write_kv
-from piecework.ops.forward_context import Batch, layer_state, running_context
-from piecework.ops.layer import LayerNameType
-from piecework.ops.opaque_op import opaque_op
+from piecework.ops.ir.forward_context import Batch, layer_state, running_context
+from piecework.ops.ir.layer import LayerNameType
+from piecework.ops.ir.opaque_op import opaque_op
 
 LAYER_ATTENTION_OP: Final = "piecework::layer_attention"
 

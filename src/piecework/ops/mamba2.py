@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
-from piecework.ops.forward_context import layer_state, running_context
-from piecework.ops.layer import LayerNameType
-from piecework.ops.opaque_op import opaque_op
+from piecework.ops.ir.forward_context import layer_state, running_context
+from piecework.ops.ir.layer import LayerNameType
+from piecework.ops.ir.opaque_op import opaque_op
 from piecework.ops.recurrent import DecodeSequences, causal_conv, check_size, decode_sequences, prefill_chunks
 
 

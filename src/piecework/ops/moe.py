@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from piecework.ops.declared_calls import DynamicSizes
-from piecework.ops.forward_context import has_running_context, layer_state
-from piecework.ops.layer import LayerNameType
+from piecework.ops.ir.declared_calls import DynamicSizes
+from piecework.ops.ir.forward_context import has_running_context, layer_state
+from piecework.ops.ir.layer import LayerNameType
+from piecework.ops.ir.opaque_op import opaque_op
 from piecework.ops.moe_experts import gated_mlp, gated_mlp_call, moe_experts
-from piecework.ops.opaque_op import opaque_op
 
 
 class Scoring(Enum):

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from piecework.ops.activations import silu_mul
-from piecework.ops.declared_calls import DynamicSizes
-from piecework.ops.opaque_op import opaque_op
+from piecework.ops.ir.declared_calls import DynamicSizes
+from piecework.ops.ir.opaque_op import opaque_op
 
 MOE_EXPERTS_OP: Final = "piecework::moe_experts"
 

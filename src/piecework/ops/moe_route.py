@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piecework.ops.ir import op
-from piecework.ops.ir_inputs import Draw
+from piecework.ops.ir.inputs import Draw
+from piecework.ops.ir.op import op
 
 
 def _inputs(draw: Draw) -> Sequence[Any]:

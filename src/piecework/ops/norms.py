@@ -13,8 +13,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from piecework.ops.ir import op
-from piecework.ops.ir_inputs import Draw
+from piecework.ops.ir.inputs import Draw
+from piecework.ops.ir.op import op
 
 TOLERANCE: Final = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 

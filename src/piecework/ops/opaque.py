@@ -7,10 +7,10 @@ from typing import Any
 
 from piecework.errors import BundleError
 from piecework.foundation.torch_private import find_overload
-from piecework.ops import mla_attention as _mla  # noqa: F401  registers its operators, and those of ops/mla.py
 from piecework.ops import moe_experts as _moe_experts  # noqa: F401  registers piecework::moe_experts
 from piecework.ops.attention import ATTENTION_OP, attention_native
-from piecework.ops.opaque_op import declared_op
+from piecework.ops.ir.opaque_op import declared_op
+from piecework.ops.mla import attention as _mla  # noqa: F401  registers its operators, and those of ops/mla/operators.py
 from piecework.ops.rows import ROWS_OP, rows_view
 
 _DIRECT: Mapping[str, Callable[..., Any]] = {ATTENTION_OP: attention_native, ROWS_OP: rows_view}

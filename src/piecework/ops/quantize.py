@@ -13,8 +13,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from piecework.ops.ir import op
-from piecework.ops.ir_inputs import Draw
+from piecework.ops.ir.inputs import Draw
+from piecework.ops.ir.op import op
 
 FP8: Final = torch.float8_e4m3fn
 LEAST_MAGNITUDE: Final = 1e-10

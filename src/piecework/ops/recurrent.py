@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import conv1d, silu
 
 from piecework.errors import OpError
-from piecework.ops.forward_context import Batch
-from piecework.ops.layer import LayerNameType, resolve
+from piecework.ops.ir.forward_context import Batch
+from piecework.ops.ir.layer import LayerNameType, resolve
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Final
 
 from torch import Tensor
 
-from piecework.ops.opaque_op import opaque_op
+from piecework.ops.ir.opaque_op import opaque_op
 
 ROWS_OP: Final = "piecework::rows"
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from piecework.errors import OpError
 from piecework.foundation.torch_private import find_overload
-from piecework.ops.ir_operator import provider_of
-from piecework.ops.selection import NATIVE, ProviderOrder, as_order, selecting
+from piecework.ops.ir.operator import provider_of
+from piecework.ops.ir.selection import NATIVE, ProviderOrder, as_order, selecting
 from piecework.providers.known import GROUP, KnownProvider, entry_points_of_others, known_provider
 
 

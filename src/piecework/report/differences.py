@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from piecework.ops.program import Call, TensorSpec
+from piecework.ops.ir.program import Call, TensorSpec
 from piecework.report.listing import (
     Absent,
     Listing,

@@ -15,12 +15,12 @@ from enum import Enum
 from pathlib import Path
 from typing import Final
 
+from piecework.bundle.facts import NOT_INSTALLED, package_version
 from piecework.errors import StoreError
 from piecework.foundation import files
 from piecework.foundation.environment import Environment
 from piecework.foundation.target import Target, read_target
 from piecework.providers.known import OURS, KnownProvider, entry_points_of_others
-from piecework.store.facts import NOT_INSTALLED, package_version
 
 _TORCH_OLDEST: Final = (2, 11)
 _TORCH_NEWEST: Final = (2, 13)

@@ -6,16 +6,16 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from piecework.bundle import Bundle
+from piecework.bundle.format import EXPLANATION
+from piecework.bundle.manifest import corrupt
+from piecework.bundle.plan import PieceStep, Plan
 from piecework.report.explain_text import groups_section, head_line, ops_section, pair_section, pieces_section
 from piecework.report.layers import find_stacks
 from piecework.report.lifting import NameCounts, OpLifting, count_names, lift_report
 from piecework.report.pairs import PairReport, compare_layers
 from piecework.report.sharing import PieceSharing, StackSharing, share_layers, share_pieces
 from piecework.report.subject import Explanation, Subject
-from piecework.store import Bundle
-from piecework.store.format import EXPLANATION
-from piecework.store.manifest import corrupt
-from piecework.store.plan import PieceStep, Plan
 
 RECOMPILE = "compile it again to have the first difference named, with its source line"
 

@@ -6,9 +6,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from piecework.ops.weight_source import Concat, HeadProduct, HeadRows, Stack
-from piecework.record import Record
-from piecework.report.kernels import (
+from piecework.bundle import Bundle, Fact
+from piecework.bundle.format import FORMAT, PLAN
+from piecework.bundle.manifest import corrupt
+from piecework.bundle.plan import OpStep, PieceStep, Plan, PlanVariant, Recipe, State, UniquePiece
+from piecework.bundle.recipes import Concat, HeadProduct, HeadRows, Stack
+from piecework.bundle.record import Record
+from piecework.report.kernel_counts import (
     MOVED,
     MovedTable,
     PieceKernels,
@@ -21,10 +25,6 @@ from piecework.report.kernels import (
 )
 from piecework.report.natives import NativeReport, native_lines, native_reports
 from piecework.report.passes import PassUse, pass_lines, pass_uses
-from piecework.store import Bundle, Fact
-from piecework.store.format import FORMAT, PLAN
-from piecework.store.manifest import corrupt
-from piecework.store.plan import OpStep, PieceStep, Plan, PlanVariant, Recipe, State, UniquePiece
 
 
 @dataclass(frozen=True)

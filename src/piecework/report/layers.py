@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from piecework.store.plan import OpStep, PieceStep, Plan
+from piecework.bundle.plan import OpStep, PieceStep, Plan
 
 
 @dataclass(frozen=True)

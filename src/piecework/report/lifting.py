@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from piecework.bundle.plan import OpStep, PieceStep, Plan
 from piecework.foundation.digests import canonical_json
 from piecework.report.layers import op_arguments
 from piecework.report.listing import argument_label
 from piecework.report.subject import Subject
-from piecework.store.plan import OpStep, PieceStep, Plan
 
 _KINDS: Final[Mapping[str, str]] = {"layer": "layer name", "state": "state", "recipe": "weight"}
 _COMPUTED: Final = frozenset({"slot", "size", "list"})

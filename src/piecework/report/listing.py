@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from piecework.ops.program import Call, Dim, Program, constant_name
+from piecework.ops.ir.program import Call, Dim, Program, constant_name
 
 _SYMBOL = re.compile(r"\bs\d+\b")
 _TAGS = ("dtype", "device", "layout", "memory_format", "float")

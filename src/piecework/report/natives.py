@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from piecework.bundle import Bundle
+from piecework.bundle.format import EXPLANATION
+from piecework.bundle.manifest import corrupt
+from piecework.bundle.plan import NativeCall, Plan
 from piecework.foundation.notes import KERNELS, read_note
-from piecework.report.kernels import spell_bytes, spell_count
-from piecework.store import Bundle
-from piecework.store.format import EXPLANATION
-from piecework.store.manifest import corrupt
-from piecework.store.plan import NativeCall, Plan
+from piecework.report.kernel_counts import spell_bytes, spell_count
 
 
 @dataclass(frozen=True)

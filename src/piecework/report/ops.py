@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from piecework.bundle import Bundle
+from piecework.bundle.format import EXPLANATION
+from piecework.bundle.manifest import corrupt
+from piecework.bundle.plan import PieceStep, Plan
 from piecework.report.natives import NativeReport, native_reports
 from piecework.report.subject import piece_letter
-from piecework.store import Bundle
-from piecework.store.format import EXPLANATION
-from piecework.store.manifest import corrupt
-from piecework.store.plan import PieceStep, Plan
 
 _SYMBOL: Final = re.compile(r"\bs\d+\b")
 

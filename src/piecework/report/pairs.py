@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
+from piecework.bundle.plan import OpStep, PieceStep
 from piecework.errors import PieceworkError
 from piecework.report.layers import Layer, Stack, find_stacks, op_arguments, spell_numbers
 from piecework.report.lifting import is_bound, label_of, op_argument_names, show_argument
 from piecework.report.subject import Subject, piece_letter
-from piecework.store.plan import OpStep, PieceStep
 
 
 @dataclass(frozen=True)

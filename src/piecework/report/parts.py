@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from piecework.ops.program import Program, references
+from piecework.ops.ir.program import Program, references
 
 
 def layer_of_call(program: Program, call: int, *, layers: Sequence[int | None]) -> int | None:

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from piecework.bundle import Bundle
+from piecework.bundle.format import EXPLANATION
+from piecework.bundle.manifest import corrupt
+from piecework.bundle.plan import Plan
 from piecework.report.subject import piece_letter
-from piecework.store import Bundle
-from piecework.store.format import EXPLANATION
-from piecework.store.manifest import corrupt
-from piecework.store.plan import Plan
 
 _SYMBOL: Final = re.compile(r"\bs\d+\b")
 _CALLS: Final = re.compile(r"\bcalls? (\d[\d, -]*)")

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from piecework.bundle.plan import PieceStep, Step
 from piecework.report.layers import Layer, Stack, find_stacks, layer_of_name, step_names
 from piecework.report.parts import layer_of_call
 from piecework.report.subject import Subject, piece_letter
-from piecework.store.plan import PieceStep, Step
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from piecework.bundle.plan import OpStep, Plan
 from piecework.report.layers import Stack, find_stacks, spell_numbers, step_names
-from piecework.store.plan import OpStep, Plan
 
 _FINGERPRINT_DIGITS = 8
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from piecework.bundle.plan import Instance, PieceStep, Plan, Recipe
 from piecework.report.differences import Difference, find_difference
 from piecework.report.listing import Listing, join_names
-from piecework.store.plan import Instance, PieceStep, Plan, Recipe
 
 VERSION: Final = 1
 
@@ -24,7 +24,8 @@ class Explanation:
         op_locations: source lines that call each opaque op.
         ir_ops: for each unique piece, its calls of IR ops, as `passes.lower.CallSite.to_json` writes them.
         passes: for each unique piece, what each pass did, as `passes.interface.PassReport.to_json` writes it.
-        kernels: for each unique piece, those that it would have with each operator by itself (report/kernels.py), as it
+        kernels: for each unique piece, those that it would have with each operator by itself
+        (report/kernel_counts.py), as it
             was captured, after passes and lowered: {"captured": …, "passed": …, "lowered": …}; None is not known.
     """
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from piecework.bundle.bundle import Bundle
+from piecework.bundle.plan import Plan
+from piecework.bundle.run import LoadedModel, load
 from piecework.engine.engine import Engine, EngineConfig, Runner, engine_for
 from piecework.engine.kv_memory import read_memory
 from piecework.engine.loading import CacheSize, num_blocks_for_cache, open_weights
 from piecework.engine.tokenizer import Tokenizer
-from piecework.runtime import LoadedModel, load
 from piecework.server.options import ModelOptions
 from piecework.server.status import Phase, ServerStatus
-from piecework.store.bundle import Bundle
-from piecework.store.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from piecework.engine.profile_options import ProfileOptions
 from piecework.models.config import ModelConfig
 from piecework.models.latent_config import DEFAULT_KV_CACHE_DTYPE, DEFAULT_MLA
-from piecework.ops.selection import ProviderOrder
+from piecework.ops.ir.selection import ProviderOrder
 
 
 class WhileCompiling(Enum):

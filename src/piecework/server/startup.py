@@ -14,24 +14,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Final, final
 
+from piecework.bundle.bundle import open_bundle
+from piecework.bundle.facts import require
+from piecework.bundle.store.interface import Store
 from piecework.engine.block_pool import DEFAULT_BLOCK_SIZE
 from piecework.engine.bundles import FoundBundle, WantedBundle, compile_process, compile_wanted, find, why_missing
 from piecework.engine.compile_process import CompileProcess, parse_step
 from piecework.errors import PieceworkError, WeightsError
 from piecework.models.bundle_key import given_bundle_facts
-from piecework.ops.selection import ProviderOrder
+from piecework.ops.ir.selection import ProviderOrder
 from piecework.report.inspect import describe
 from piecework.server.log import EventLog
 from piecework.server.options import ModelOptions, WhileCompiling
 from piecework.server.status import BundleUse, ServerStatus, State
-from piecework.store.bundle import open_bundle
-from piecework.store.facts import require
-from piecework.store.stores import Store
 
 if TYPE_CHECKING:
+    from piecework.bundle.bundle import Bundle
     from piecework.engine.async_engine import AsyncEngine
     from piecework.engine.tokenizer import Tokenizer
-    from piecework.store.bundle import Bundle
 
 NATIVE: Final = "aoti"
 EAGER: Final = "eager"

@@ -15,7 +15,7 @@ from piecework.bench.cells.mla_batch import Batch
 from piecework.bench.cells.mla_layers import batch_inputs, measure
 from piecework.bench.cells.module import build_module
 from piecework.bench.random_models import RANDOM_MODELS
-from piecework.graph.request import CaptureRequest
+from piecework.capture.request import CaptureRequest
 
 DECODE = Batch(decode=3, decode_context=37)
 FRESH = Batch(prompts=2, prompt_tokens=20)

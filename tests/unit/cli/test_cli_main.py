@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
+from piecework.bundle import Bundle
 from piecework.cli import main as main_module
 from piecework.cli.main import COMMANDS, main
 from piecework.errors import StoreError, UnsupportedModelError
-from piecework.store import Bundle
 
 Write = Callable[..., Bundle]
 

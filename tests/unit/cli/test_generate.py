@@ -14,16 +14,16 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
+import piecework.bundle.bundle
+import piecework.bundle.run
 import piecework.engine.bundles
-import piecework.runtime
-import piecework.store.bundle
+from piecework.bundle.facts import config_fact
+from piecework.bundle.plan import Plan, Recipe
+from piecework.bundle.record import Record
 from piecework.cli.main import main
 from piecework.engine.bundles import FoundBundle
 from piecework.models.checkpoint import RandomCheckpoint, SafetensorsCheckpoint
 from piecework.models.config import ModelConfig
-from piecework.record import Record
-from piecework.store.facts import config_fact
-from piecework.store.plan import Plan, Recipe
 
 VOCAB = 60
 
@@ -79,8 +79,8 @@ def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     recipes = (Recipe("a.weight", (2, 3), "bfloat16"), Recipe("inv_freq", (4,), "float32", literal=True))
     monkeypatch.setattr(piecework.engine.bundles, "find_or_compile", find_or_compile)
-    monkeypatch.setattr(piecework.store.bundle, "open_bundle", open_bundle)
-    monkeypatch.setattr(piecework.runtime, "load", load)
+    monkeypatch.setattr(piecework.bundle.bundle, "open_bundle", open_bundle)
+    monkeypatch.setattr(piecework.bundle.run, "load", load)
     monkeypatch.setattr(Plan, "from_json", staticmethod(lambda data: SimpleNamespace(recipes=recipes)))
     return calls
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from piecework.ops.layer import LayerNameType, resolve
-from piecework.ops.opaque_op import OpaqueOp, opaque_op
+from piecework.ops.ir.layer import LayerNameType, resolve
+from piecework.ops.ir.opaque_op import OpaqueOp, opaque_op
 
 
 @opaque_op("pwtest::attend_LayerName")

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import piecework
 from piecework.ops.activations import silu_mul
-from piecework.ops.declared_calls import DynamicSizes
-from piecework.ops.ir_inputs import Draw
+from piecework.ops.ir.declared_calls import DynamicSizes
+from piecework.ops.ir.inputs import Draw
 from piecework.ops.norms import rms_norm
 from piecework.ops.quantize import quantize_dynamic_per_token
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from piecework.compiler import aoti
+from piecework.compiler.backends import aoti
+from piecework.compiler.backends.toolchain import Toolchain
 from piecework.compiler.job import Job
-from piecework.compiler.toolchain import Toolchain
 from piecework.errors import StoreError
 from piecework.foundation import torch_private
-from piecework.ops.program import Call, Program, TensorSpec
+from piecework.ops.ir.program import Call, Program, TensorSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # torch warns of itself
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from piecework.compiler.toolchain import find_toolchain
+from piecework.compiler.backends.toolchain import find_toolchain
 from piecework.foundation.torch_private.inductor import compiler_knows
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -21,7 +21,7 @@ def test_workers_can_start_before_torch_is_imported() -> None:
 
 
 def test_the_worker_imports_torch_after_it_has_turned_the_collector_off() -> None:
-    code = "import sys, piecework.compiler.worker; print('torch' in sys.modules)"
+    code = "import sys, piecework.compiler.backends.worker; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from piecework.bundle.record import Recorder
 from piecework.compiler.dynamo_backend import backend
 from piecework.errors import BackwardError, CompileError
-from piecework.ops.layer import LayerName
-from piecework.ops.opaque_op import opaque_op
-from piecework.record import Recorder
+from piecework.ops.ir.layer import LayerName
+from piecework.ops.ir.opaque_op import opaque_op
 from tests.unit.compiler import named_ops
 
 
@@ -315,7 +315,7 @@ class TestWhatMustNotBeCutOrShared:
         assert got.dtype == torch.float32
 
     def test_lifted_operators_of_like_names_are_told_apart(self) -> None:
-        from piecework.ops.lifted import lifted_name
+        from piecework.ops.ir.lifted import lifted_name
 
         class Named:
             def __init__(self, name: str) -> None:

@@ -12,19 +12,19 @@ import torch
 from torch import nn
 
 import piecework
-from piecework.compiler.backends import Backend
+from piecework.bundle.record import Recorder
+from piecework.bundle.run import loading
+from piecework.bundle.store.interface import MemoryStore
+from piecework.compiler.backends.backend import Backend
+from piecework.compiler.backends.pool import Outcome
 from piecework.compiler.job import Job
-from piecework.compiler.kernels import KernelBuilds, KernelJob, kernel_jobs
+from piecework.compiler.kernel_builds import KernelBuilds, KernelJob, kernel_jobs
 from piecework.compiler.options import BackendName, CompileOptions
-from piecework.compiler.pool import Outcome
+from piecework.compiler.split import OpaqueCall
 from piecework.errors import CompileError, StoreError
 from piecework.foundation.target import make_target
-from piecework.graph.split import OpaqueCall
 from piecework.providers.cpu_attention.kernel import CpuAttention
-from piecework.providers.kernels import CPU_ATTENTION
-from piecework.record import Recorder
-from piecework.runtime import loading
-from piecework.store.stores import MemoryStore
+from piecework.providers.libraries import CPU_ATTENTION
 from tests.unit.ops.attention_cases import BATCHES, make_case
 
 TARGET = make_target("x86_64", system="linux", flags=frozenset({"avx2", "fma"}))
@@ -143,7 +143,9 @@ def test_a_loaded_bundle_calls_its_kernel(tmp_path: Path, monkeypatch: pytest.Mo
     library = tmp_path / "kernel.so"
     library.write_text("no library")
     artifact = MemoryStore(tmp_path).put_artifact("kernel", content=library)
-    monkeypatch.setattr("piecework.compiler.kernels.KernelBuilds.finish", lambda self: {"cpu_attention": artifact})
+    monkeypatch.setattr(
+        "piecework.compiler.kernel_builds.KernelBuilds.finish", lambda self: {"cpu_attention": artifact}
+    )
     bundle = piecework.compile(
         Layer(cache.shape[1]),
         (query.contiguous(), key, value, *rows),

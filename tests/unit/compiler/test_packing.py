@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from piecework import BackendName, CompileError, CompileOptions
+from piecework.bundle.packings import HEAD_COLUMNS, LINEAR_COLUMNS, MKLDNN_LINEAR
 from piecework.compiler.packing import packing_of
 from piecework.foundation.target import Target
-from piecework.ops.program import Call, Program, TensorSpec
-from piecework.store.packings import HEAD_COLUMNS, LINEAR_COLUMNS, MKLDNN_LINEAR
+from piecework.ops.ir.program import Call, Program, TensorSpec
 
 BOTH = frozenset({"float32", "bfloat16"})
 

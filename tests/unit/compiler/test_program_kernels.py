@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from piecework.bundle.sizes import size_expression
 from piecework.compiler.program_kernels import native_kernels, program_kernels
 from piecework.foundation.traffic import Kernel
-from piecework.ops.program import Call, Program, TensorSpec
-from piecework.store.sizes import size_expression
+from piecework.ops.ir.program import Call, Program, TensorSpec
 
 X = TensorSpec(("s0", 16), (16, 1), "float32", "cpu")
 IDS = TensorSpec(("s0",), (1,), "int64", "cpu")

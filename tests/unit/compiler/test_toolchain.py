@@ -14,13 +14,13 @@ import pytest
 import torch
 
 import piecework
+from piecework.compiler.backends.pool import WorkerPool
+from piecework.compiler.backends.toolchain import Toolchain, find_toolchain, flags_of, libraries_of, sources_of
 from piecework.compiler.job import Job
-from piecework.compiler.pool import WorkerPool
-from piecework.compiler.toolchain import Toolchain, find_toolchain, flags_of, libraries_of, sources_of
 from piecework.errors import CompileError, PieceworkError
 from piecework.foundation.target import read_target
-from piecework.ops.program import Call, Program, TensorSpec
-from tests.unit.graph.graphs import Mlp
+from piecework.ops.ir.program import Call, Program, TensorSpec
+from tests.unit.capture.graphs import Mlp
 from tests.unit.models.tiny import write_config
 
 X = TensorSpec(("s0", 8), (8, 1), "float32", "cpu")

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from piecework.bundle.facts import Fact, environment_facts
+from piecework.bundle.record import Record
+from piecework.bundle.store.interface import BundleContent, MemoryStore
 from piecework.engine.bundles import WantedBundle, compile_process, compile_wanted, find, why_missing
 from piecework.engine.compile_process import CompileProcess, CompileStep, parse_step
 from piecework.errors import CompileError, UnsupportedModelError
 from piecework.foundation.target import read_target
 from piecework.models.bundle_key import bundle_key
 from piecework.models.config import read_config
-from piecework.ops.selection import ProviderOrder
-from piecework.record import Record
-from piecework.store.facts import Fact, environment_facts
-from piecework.store.stores import BundleContent, MemoryStore
+from piecework.ops.ir.selection import ProviderOrder
 from tests.unit.models.tiny import write_config
 
 PLAN = {"steps": []}

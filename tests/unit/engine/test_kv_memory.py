@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from piecework.bundle.plan import Recipe, State
 from piecework.engine import kv_memory
 from piecework.engine.kv_memory import (
     Memory,
@@ -23,8 +24,7 @@ from piecework.engine.kv_memory import (
 from piecework.errors import CapacityError
 from piecework.models.adapter import build_causal_lm
 from piecework.models.config import read_config
-from piecework.ops.mla_plain import CONTEXT_CHUNK
-from piecework.store.plan import Recipe, State
+from piecework.ops.mla.plain import CONTEXT_CHUNK
 from tests.unit.models.tiny import write_config
 
 GIB = 2**30

@@ -20,14 +20,14 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 import piecework
+from piecework.bundle.facts import config_fact
+from piecework.bundle.plan import Recipe, State
 from piecework.engine import llm as llm_module
 from piecework.engine.bundles import FoundBundle
 from piecework.engine.llm import LLM
 from piecework.engine.request import FinishReason
 from piecework.engine.sampling_params import SamplingParams
 from piecework.errors import CapacityError, EngineError, RequestError, StaleBundle
-from piecework.store.facts import config_fact
-from piecework.store.plan import Recipe, State
 
 VOCAB = 60
 END = 26

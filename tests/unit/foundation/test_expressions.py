@@ -6,8 +6,8 @@ import pytest
 import sympy
 from torch.utils._sympy.functions import FloorDiv, Max, Mod
 
+from piecework.bundle.sizes import size_expression
 from piecework.foundation.torch_private.expressions import expression_text, parse_expression
-from piecework.store.sizes import size_expression
 
 S0, S1 = sympy.Symbol("s0", integer=True, positive=True), sympy.Symbol("s1", integer=True, positive=True)
 NAMES = {"s0": S0, "s1": S1}

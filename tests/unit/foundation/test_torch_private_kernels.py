@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from piecework.foundation.torch_private import SymbolicSession, compile_aoti, kernels
+from piecework.foundation.torch_private import SymbolicSession, compile_aoti, scheduled_kernels
 from piecework.foundation.traffic import Kernel, kernels_from_json, kernels_to_json
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # torch warns of itself
@@ -140,7 +140,7 @@ def _getitem(value: Any, index: int) -> Any:
 
 
 def test_what_cannot_be_counted_is_compiled_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_product", None)
+    monkeypatch.setattr(scheduled_kernels, "_product", None)
     graph = Graph()
     product = graph.call(aten.mm.default, graph.x, graph.weight("w", 16, 32))
     assert graph.lowered(tmp_path, product) == []

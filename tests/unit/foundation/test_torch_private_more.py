@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from piecework.foundation import torch_private
-from piecework.ops.layer import IS_OBJECT, LayerName
+from piecework.ops.ir.layer import IS_OBJECT, LayerName
 
 needs_objects = pytest.mark.skipif(not IS_OBJECT, reason="this torch takes no objects as arguments of operators")
 

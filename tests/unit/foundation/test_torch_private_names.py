@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from tests.unit.graph.name_ops import by_layer, by_text
+from tests.unit.capture.name_ops import by_layer, by_text
 from torch import Tensor
 
 from piecework.foundation.torch_private import (
@@ -20,7 +20,7 @@ from piecework.foundation.torch_private import (
     is_bookkeeping,
     trace,
 )
-from piecework.ops.layer import IS_OBJECT, LayerName
+from piecework.ops.ir.layer import IS_OBJECT, LayerName
 
 
 def test_torchs_own_operators_are_in_torchs_namespaces() -> None:

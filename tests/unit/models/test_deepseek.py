@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import nn
 
+from piecework.bundle.plan import Recipe
+from piecework.bundle.run.constants import make_constants
 from piecework.errors import UnsupportedModelError
 from piecework.models.adapter import build_causal_lm, call_causal_lm
 from piecework.models.checkpoint import open_checkpoint
 from piecework.models.config import read_config
 from piecework.models.latent_config import MLA_MODES
-from piecework.ops.mla_core import Regime
-from piecework.runtime.constants import make_constants
-from piecework.store.plan import Recipe
-from tests.unit.graph.graphs import assert_stamped_equals_traced
+from piecework.ops.mla.core import Regime
+from tests.unit.capture.graphs import assert_stamped_equals_traced
 from tests.unit.models.batches import Part, error, every_regime, expected, inputs_of, run
 from tests.unit.models.tiny import LATENT_FAMILIES, eager_pair, reference_model, write_config
 

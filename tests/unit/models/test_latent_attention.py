@@ -12,13 +12,13 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
 from piecework import MultiHeadLatentAttention
+from piecework.bundle.plan import Recipe
+from piecework.bundle.run.constants import as_source, make_constants
 from piecework.models import latent_attention
 from piecework.models.batch import ForwardBatch
 from piecework.models.latent_attention import LatentNorm, LatentOptions, LatentRotary, latent_sources, paired, rotated
 from piecework.models.latent_config import MLA_MODES, LatentSizes
-from piecework.ops.mla_core import Regime
-from piecework.runtime.constants import as_source, make_constants
-from piecework.store.plan import Recipe
+from piecework.ops.mla.core import Regime
 
 HIDDEN, HEADS = 24, 3
 SIZES = LatentSizes(kv_rank=20, rope_dim=6, nope_dim=10, value_dim=7, query_rank=9)

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from piecework.graph.request import CaptureRequest
+from piecework.capture.request import CaptureRequest
 from piecework.models.adapter import build_causal_lm
 
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from piecework import LayerNameType, opaque_op
-from piecework.ops.forward_context import running_context
+from piecework.ops.ir.forward_context import running_context
 
 
 @dataclass(frozen=True)

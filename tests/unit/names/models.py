@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from piecework.ops.forward_context import Batch
 from piecework.ops.gated_delta_net import GatedDeltaNetState, GatedDeltaNetWeights, gated_delta_net
+from piecework.ops.ir.forward_context import Batch
 from piecework.ops.layer_attention import AttentionState, kv_write, layer_attention
 from piecework.ops.mamba2 import Mamba2State, Mamba2Weights, mamba2_mixer
 from piecework.ops.moe import MoeWeights, moe_forward

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 import piecework
+from piecework.bundle.record import Recorder
+from piecework.capture.request import Dim
 from piecework.compiler.options import BackendName, CompileOptions
-from piecework.graph.request import Dim
-from piecework.ops.forward_context import ForwardContext
-from piecework.ops.layer import IS_OBJECT
-from piecework.record import Recorder
+from piecework.ops.ir.forward_context import ForwardContext
+from piecework.ops.ir.layer import IS_OBJECT
 from tests.unit.names.kinds import KINDS
 from tests.unit.names.models import FAMILIES, HIDDEN, Stack, forwards, make_stack, make_states
 

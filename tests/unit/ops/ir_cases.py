@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from piecework.ops.ir import IrOp
+from piecework.ops.ir.op import IrOp
 
 SEEDS = tuple(range(12))
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)

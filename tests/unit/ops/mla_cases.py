@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from piecework.ops import mla_cache
+from piecework.ops.mla import cache as mla_cache
 from tests.unit.ops.attention_cases import BATCHES as _BATCHES
 
 BATCHES = {

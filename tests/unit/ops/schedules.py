@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from piecework.ops.forward_context import Batch
+from piecework.ops.ir.forward_context import Batch
 
 Run = Callable[[Batch, Tensor], Tensor]
 """Runs a mixer on the new tokens' indices (sequence, position) [T, 2] of a batch; gives its result [T, ...]."""

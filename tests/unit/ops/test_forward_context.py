@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from piecework import LayerName, OpError
-from piecework.ops.forward_context import ForwardContext, layer_state, running_context
+from piecework.ops.ir.forward_context import ForwardContext, layer_state, running_context
 
 NAMES = [f"model.layers.{i}.self_attn" for i in range(12)]
 

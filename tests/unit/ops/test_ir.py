@@ -12,11 +12,11 @@ from torch import Tensor
 import piecework
 from piecework.errors import OpError
 from piecework.foundation.torch_private import find_overload
-from piecework.ops.ir import IrOp, ir_op
-from piecework.ops.ir_inputs import Draw
-from piecework.ops.ir_operator import operator_name
-from piecework.ops.opaque_op import declared_op
-from piecework.ops.selection import CallFacts, ProviderOrder
+from piecework.ops.ir.inputs import Draw
+from piecework.ops.ir.op import IrOp, ir_op
+from piecework.ops.ir.opaque_op import declared_op
+from piecework.ops.ir.operator import operator_name
+from piecework.ops.ir.selection import CallFacts, ProviderOrder
 
 _NUMBERS = itertools.count()
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from piecework.ops.catalogue import CHOSEN, VIEWS, kv_write, running
-from piecework.ops.ir import IrOp
-from piecework.ops.selection import IR_OPS
+from piecework.ops.ir.op import IrOp
+from piecework.ops.ir.selection import IR_OPS
 from piecework.providers.discovery import load_providers
 from tests.unit.ops.ir_cases import SEEDS, assert_close
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import piecework
 from piecework.errors import OpError
+from piecework.ops.ir.selection import CallFacts, ProviderOrder, RangeRule, as_order, current_selection
 from piecework.ops.norms import rms_norm
-from piecework.ops.selection import CallFacts, ProviderOrder, RangeRule, as_order, current_selection
 from piecework.providers.discovery import load_providers
 
 load_providers(["aten"])
@@ -165,7 +165,7 @@ def test_tasks_do_not_share_a_block() -> None:
 
 
 def test_the_package_stays_a_package() -> None:
-    from piecework.providers import kernels
+    from piecework.providers import libraries
 
-    assert kernels.KERNELS
-    assert piecework.providers.kernels is kernels
+    assert libraries.KERNELS
+    assert piecework.providers.libraries is libraries

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import piecework.ops.layer as layer_module
+import piecework.ops.ir.layer as layer_module
 from piecework.errors import OpError
 from piecework.foundation.environment import child_variables
-from piecework.ops.layer import IS_OBJECT, LayerName, LayerNameType, encode, resolve
+from piecework.ops.ir.layer import IS_OBJECT, LayerName, LayerNameType, encode, resolve
 from tests.unit.compiler import named_ops
 
 
@@ -168,7 +168,7 @@ def test_resolve_says_what_to_do_in_a_trace() -> None:
 
 _DEGRADED = """
 import copy, pickle, torch
-from piecework.ops.layer import IS_OBJECT, LayerName, LayerNameType, resolve
+from piecework.ops.ir.layer import IS_OBJECT, LayerName, LayerNameType, resolve
 from tests.unit.ops.test_layer import Block, stack
 assert not IS_OBJECT and LayerNameType is str
 assert isinstance(LayerName("a"), LayerName) and LayerName("a").value == "a" and resolve(LayerName("a")) == "a"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from piecework import LayerName, OpError, check_ops
 from piecework.ops.attention import attention_native
-from piecework.ops.forward_context import Batch, ForwardContext
+from piecework.ops.ir.forward_context import Batch, ForwardContext
 from piecework.ops.layer_attention import AttentionState, kv_write, layer_attention
 from tests.unit.ops.attention_cases import BATCHES, Case, make_case
 

@@ -12,9 +12,9 @@ _RUN = """
 import sys
 import torch
 from piecework import LayerName
-from piecework.ops.forward_context import Batch, ForwardContext
+from piecework.ops.ir.forward_context import Batch, ForwardContext
 from piecework.ops.gated_delta_net import GatedDeltaNetState, GatedDeltaNetWeights, gated_delta_net
-from piecework.ops.layer import IS_OBJECT
+from piecework.ops.ir.layer import IS_OBJECT
 from piecework.ops.layer_attention import AttentionState, kv_write, layer_attention
 from piecework.ops.mamba2 import Mamba2State, Mamba2Weights, mamba2_mixer
 from piecework.ops.moe import MoeWeights, SharedMoeWeights, moe_forward, moe_forward_shared

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Config, Mamba2Mixer
 
 from piecework import LayerName, OpError, check_ops
-from piecework.ops.forward_context import ForwardContext
+from piecework.ops.ir.forward_context import ForwardContext
 from piecework.ops.mamba2 import Mamba2State, Mamba2Weights, mamba2_mixer
 from tests.unit.ops.schedules import LENGTHS, SCHEDULES, make_batch, run_schedule
 

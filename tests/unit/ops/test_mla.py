@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from piecework import OpError, check_ops
-from piecework.ops import mla_plain
-from piecework.ops.mla import (
+from piecework.ops.mla import plain as mla_plain
+from piecework.ops.mla.attention import mla_attention
+from piecework.ops.mla.core import LatentCores, Regime, by_head, latent_attention
+from piecework.ops.mla.operators import (
     PLAIN,
     TRACED,
     mla_decode,
@@ -19,8 +21,6 @@ from piecework.ops.mla import (
     mla_write,
     mla_write_decode,
 )
-from piecework.ops.mla_attention import mla_attention
-from piecework.ops.mla_core import LatentCores, Regime, by_head, latent_attention
 from piecework.ops.packed import packed_linear
 from piecework.ops.rows import rows, rows_view
 from tests.unit.ops.mla_cases import (

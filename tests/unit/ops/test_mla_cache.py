@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from piecework import OpError
-from piecework.ops import mla_plain
-from piecework.ops.mla import PLAIN, TRACED, mla_write
-from piecework.ops.mla_cache import Fp8Entry, decode, encode, entry_width, put, take
-from piecework.ops.mla_core import LatentCores, latent_attention
+from piecework.ops.mla import plain as mla_plain
+from piecework.ops.mla.cache import Fp8Entry, decode, encode, entry_width, put, take
+from piecework.ops.mla.core import LatentCores, latent_attention
+from piecework.ops.mla.operators import PLAIN, TRACED, mla_write
 from piecework.ops.quantize import FP8
 from tests.unit.ops.mla_cases import BATCHES, MlaCase, Sizes, in_fp8, make_mla_case
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from piecework import LayerName, OpError, check_ops
-from piecework.ops.forward_context import ForwardContext
+from piecework.ops.ir.forward_context import ForwardContext
 from piecework.ops.moe import MoeWeights, Scoring, SharedMoeWeights, moe_forward, moe_forward_shared
 
 LAYER = LayerName("model.layers.0.mlp")

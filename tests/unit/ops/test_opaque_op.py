@@ -15,9 +15,9 @@ from torch import Tensor
 
 import piecework
 from piecework import LayerName, LayerNameType, OpError, opaque_op
+from piecework.ops.ir.opaque_op import OpaqueOp, declared_op
 from piecework.ops.linear import LINEAR_OP
 from piecework.ops.opaque import implementation
-from piecework.ops.opaque_op import OpaqueOp, declared_op
 
 
 @opaque_op("ops_test::update", mutates=("cache",))

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from piecework.errors import WeightsError
-from piecework.ops.weight_source import (
+from piecework.bundle.plan import Recipe
+from piecework.bundle.recipes import (
     Concat,
     HeadProduct,
     HeadRows,
@@ -22,8 +22,8 @@ from piecework.ops.weight_source import (
     source_to_json,
     takes,
 )
-from piecework.runtime.constants import as_source, make_constants
-from piecework.store.plan import Recipe
+from piecework.bundle.run.constants import as_source, make_constants
+from piecework.errors import WeightsError
 
 A, B = torch.arange(12.0).view(4, 3), 100 + torch.arange(6.0).view(2, 3)
 EXPERTS = {f"e.{n}.{part}": torch.randn(2, 3) for n in range(3) for part in ("gate", "up")}

@@ -14,7 +14,7 @@ from piecework.errors import BundleError
 from piecework.ops.attention import attention_native
 from piecework.ops.layer_attention import layer_attention
 from piecework.providers.cpu_attention.kernel import CpuAttention
-from piecework.providers.kernels import CPU_ATTENTION, KERNELS, open_kernel
+from piecework.providers.libraries import CPU_ATTENTION, KERNELS, open_kernel
 from tests.unit.ops.attention_cases import BATCHES, make_case
 
 ROOT = Path(__file__).resolve().parents[3]

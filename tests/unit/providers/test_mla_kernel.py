@@ -10,18 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from piecework.compiler.kernels import KernelJob, kernel_jobs
+from piecework.compiler.kernel_builds import KernelJob, kernel_jobs
 from piecework.compiler.options import CompileOptions
+from piecework.compiler.split import OpaqueCall
 from piecework.errors import BundleError
 from piecework.foundation.target import make_target
 from piecework.foundation.torch_private import find_overload
-from piecework.graph.split import OpaqueCall
-from piecework.ops.mla import PLAIN, row_view
-from piecework.ops.mla_core import LatentCores, latent_attention
+from piecework.ops.mla.core import LatentCores, latent_attention
+from piecework.ops.mla.operators import PLAIN, row_view
 from piecework.providers.cpu_mla.kernel import CpuMla
 from piecework.providers.cpu_mla.prefill import Rounds
 from piecework.providers.cpu_mla.rounds import share_out
-from piecework.providers.kernels import CPU_MLA, open_kernel
+from piecework.providers.libraries import CPU_MLA, open_kernel
 from tests.unit.ops.mla_cases import BATCHES, make_mla_case
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from piecework.ops.catalogue import CHOSEN
-from piecework.ops.ir import IrOp
+from piecework.ops.ir.op import IrOp
 from piecework.providers.discovery import load_providers
 from tests.unit.ops.ir_cases import SEEDS, assert_close
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import piecework
+from piecework.capture.request import Dim
 from piecework.compiler.options import BackendName, CompileOptions
-from piecework.graph.request import Dim
 from piecework.report.explain import ExplainReport
 
 EAGER = CompileOptions(backend=BackendName.EAGER)

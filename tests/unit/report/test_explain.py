@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 import piecework
+from piecework.bundle import Bundle, write_bundle
+from piecework.bundle.format import EXPLANATION
 from piecework.compiler.explain import captured_subject
 from piecework.errors import BundleError, CaptureError, CorruptBundle, PieceworkError, UnsupportedModelError
 from piecework.models.adapter import build_causal_lm
 from piecework.report import explain_bundle
 from piecework.report.explain import ExplainReport, explain_subject
-from piecework.store import Bundle, write_bundle
-from piecework.store.format import EXPLANATION
 from tests.unit.models.tiny import write_config
 from tests.unit.report.layered import Block, Gated, Model, Sum, Two, compiled, explained, model
 

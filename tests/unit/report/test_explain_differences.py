@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from piecework.ops.program import Call, Program, TensorSpec
+from piecework.ops.ir.program import Call, Program, TensorSpec
 from piecework.report.differences import find_difference, first_difference
 from piecework.report.listing import Listing, join_names
 from piecework.report.parts import layer_of_call

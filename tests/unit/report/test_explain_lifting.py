@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from piecework.ops.program import Call, Program, TensorSpec
+from piecework.bundle.plan import Instance, OpStep, PieceStep, Plan, Recipe, State, UniquePiece
+from piecework.ops.ir.program import Call, Program, TensorSpec
 from piecework.report.explain import explain_subject
 from piecework.report.layers import find_stacks, layer_of_name, spell_numbers
 from piecework.report.lifting import NameCounts, count_names, lift_report
 from piecework.report.listing import Listing
 from piecework.report.subject import Explanation, Subject, piece_letter
-from piecework.store.plan import Instance, OpStep, PieceStep, Plan, Recipe, State, UniquePiece
 
 ROW = TensorSpec((8,), (1,), "float32", "cpu")
 

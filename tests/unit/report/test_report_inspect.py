@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from piecework.bundle import Bundle, BundleContent
+from piecework.bundle.plan import Plan
 from piecework.errors import CorruptBundle
 from piecework.report import describe
-from piecework.store import Bundle, BundleContent
-from piecework.store.plan import Plan
 
 Write = Callable[..., Bundle]
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from piecework.bundle import Bundle
+from piecework.bundle.plan import Plan
 from piecework.cli.main import main
 from piecework.errors import CorruptBundle, PieceworkError
 from piecework.foundation.notes import KERNELS, append_note
 from piecework.foundation.traffic import Kernel, kernels_to_json
 from piecework.report.inspect import describe
-from piecework.report.kernels import Moved, PieceKernels, moved_table, piece_kernels, typical_sizes
-from piecework.store import Bundle
-from piecework.store.plan import Plan
+from piecework.report.kernel_counts import Moved, PieceKernels, moved_table, piece_kernels, typical_sizes
 from tests.unit.report.layered import Block, Two, compiled, model
 from tests.unit.report.test_explain import without_explanation
 

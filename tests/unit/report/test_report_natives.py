@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from piecework.bundle import Bundle, BundleContent
+from piecework.bundle.plan import NativeCall, Plan, ShapeRange, UniquePiece
 from piecework.cli.main import main
 from piecework.errors import CorruptBundle
-from piecework.ops.call_form import CallForm, TensorForm
+from piecework.ops.ir.call_form import CallForm, TensorForm
 from piecework.report.inspect import describe
 from piecework.report.ops import describe_ops
-from piecework.store import Bundle, BundleContent
-from piecework.store.plan import NativeCall, Plan, ShapeRange, UniquePiece
 
 X = TensorForm(("s0", 24), (None, None), "float32", "cpu")
 SILU = CallForm("piecework::silu_mul", (X, X), (("s0", 1, 768),))

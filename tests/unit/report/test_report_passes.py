@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from piecework.bundle import Bundle
 from piecework.cli.main import main
 from piecework.errors import CorruptBundle
 from piecework.report.inspect import describe
-from piecework.store import Bundle
 from tests.unit.report.layered import compiled, model
 from tests.unit.report.test_explain import HERE, line_of, without_explanation
 

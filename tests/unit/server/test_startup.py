@@ -16,6 +16,7 @@ import pytest
 
 import piecework.server.loading
 import piecework.server.startup
+from piecework.bundle.store.interface import MemoryStore
 from piecework.engine.bundles import FoundBundle, WantedBundle
 from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
@@ -29,7 +30,6 @@ from piecework.server.service import Generation
 from piecework.server.settings import ServerSettings
 from piecework.server.startup import ModelStart
 from piecework.server.status import ServerStatus, State
-from piecework.store.stores import MemoryStore
 from tests.unit.engine.paged_model import EOS, POSITIONS, VOCAB, PagedModel, alone
 from tests.unit.models.tiny import write_config
 from tests.unit.server.letters import write_letters

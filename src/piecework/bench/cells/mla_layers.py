@@ -19,11 +19,11 @@ from torch import Tensor
 
 from piecework.bench.cells.forward import emit, time_in_turns
 from piecework.bench.cells.mla_batch import Batch
+from piecework.bundle.bundle import open_bundle
+from piecework.bundle.plan import Plan
+from piecework.bundle.run import LoadedModel, load
 from piecework.engine.block_pool import DEFAULT_BLOCK_SIZE as BLOCK_SIZE
 from piecework.engine.loading import open_weights
-from piecework.runtime import LoadedModel, load
-from piecework.store.bundle import open_bundle
-from piecework.store.plan import Plan
 
 _SEED: Final = 0
 _WARM_UP: Final = 2

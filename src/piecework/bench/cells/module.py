@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from piecework.bench.cells.forward import StepTimes, decode_inputs, num_blocks, time_steps
+from piecework.capture.request import CaptureRequest
 from piecework.foundation.process import seconds_since_start
-from piecework.graph.request import CaptureRequest
 from piecework.models.adapter import build_causal_lm
 from piecework.models.checkpoint import open_checkpoint
 

@@ -9,8 +9,8 @@ import torch
 
 from piecework.bench.cells.forward import decode_inputs, emit, make_parser, num_blocks, prefill_inputs, time_steps
 from piecework.bench.memory import mapped_file_bytes, peak_rss_bytes
+from piecework.bundle.run import LoadedModel, load
 from piecework.models.checkpoint import open_checkpoint
-from piecework.runtime import LoadedModel, load
 
 
 def measure(*, after_torch: int) -> None:

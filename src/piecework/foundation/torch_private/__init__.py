@@ -33,7 +33,6 @@ from piecework.foundation.torch_private.inductor import (
     set_inductor_options,
     warm_up_inductor,
 )
-from piecework.foundation.torch_private.kernels import OnKernels, watching_kernels
 from piecework.foundation.torch_private.opaque import (
     ReferenceBase,
     has_reference_types,
@@ -65,6 +64,7 @@ from piecework.foundation.torch_private.operators import (
     storage_key,
 )
 from piecework.foundation.torch_private.profiling import thread_wide_profiler
+from piecework.foundation.torch_private.scheduled_kernels import OnKernels, watching_kernels
 from piecework.foundation.torch_private.standalone import (
     ambient_mode,
     compile_standalone,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from piecework.foundation.torch_private.kernels import OnKernels, watching_kernels
+from piecework.foundation.torch_private.scheduled_kernels import OnKernels, watching_kernels
 from piecework.foundation.torch_private.symbolic import size_oblivious
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from piecework.errors import OpError
-from piecework.ops.mla_cache import entry_width
+from piecework.ops.mla.cache import entry_width
 
 DTYPES: Final = ("float32", "bfloat16", "float16")  # in the order of their numbers in mla.cpp
 NUMBERS: Final = {getattr(torch, name): number for number, name in enumerate(DTYPES)}

@@ -1,4 +1,4 @@
-// How entries lie in a cache: as T has them, or latents as fp8. What it means is written in piecework/ops/mla_cache.py.
+// How entries lie in a cache: as T has them, or latents as fp8. What it means is written in piecework/ops/mla/cache.py.
 #pragma once
 
 #include <algorithm>

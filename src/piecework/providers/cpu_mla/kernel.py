@@ -9,7 +9,7 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from piecework.ops import mla_plain
+from piecework.ops.mla import plain as mla_plain
 from piecework.ops.packed import can_be_packed
 from piecework.providers.cpu_mla.calls import (
     DECODE,

@@ -1,4 +1,4 @@
-// Multi-head latent attention's cores on the CPU. What they mean is written in piecework/ops/mla.py; what they are
+// Multi-head latent attention's cores on the CPU. What they mean is written in piecework/ops/mla/operators.py; what they are
 // called with, in calls.h.
 #include <algorithm>
 #include <cstdlib>

@@ -1,0 +1,256 @@
+"""Facts: what a compile read, with its value. A bundle is valid where its facts hold.
+
+What a caller asks for (config, options) is compared with the facts that the caller expects; what the machine and the
+installed packages are is looked up here, without importing any of them.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from piecework.bundle.format import FORMAT
+from piecework.errors import StaleBundle
+from piecework.foundation.digests import JsonScalar, digest_file, digest_json
+from piecework.foundation.target import Target, missing_flags, read_target
+
+NOT_INSTALLED: Final = "not installed"
+_RECOMPILE: Final = "compile the model again on this machine"
+
+
+@dataclass(frozen=True, order=True)
+class Fact:
+    """One thing that the compile read, with its value.
+
+    Args:
+        kind: "torch", "target", "piecework", "option", "model", "source", "provider".
+        name: what of that kind, such as "version", "isa", a package that implements operators, or "<package>/<path>"
+            of a source file.
+        value: what it was.
+    """
+
+    kind: str
+    name: str
+    value: JsonScalar
+
+    @property
+    def label(self) -> str:
+        """How people read the fact's name, such as "torch version" or "source llama.py"."""
+        return f"{self.kind} {self.name}"
+
+    def to_json(self) -> list[JsonScalar]:
+        """Return the fact as [kind, name, value]."""
+        return [self.kind, self.name, self.value]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A fact that doesn't hold.
+
+    Args:
+        fact: as the bundle has it.
+        here: the value now and here.
+        why: more about it for people, or "".
+    """
+
+    fact: Fact
+    here: JsonScalar
+    why: str = ""
+
+    def __str__(self) -> str:
+        """Return a line such as "torch version: bundle 2.13.0, here 2.12.0"."""
+        bundle, here = _shorten(self.fact, self.fact.value), _shorten(self.fact, self.here)
+        return f"{self.fact.label}: bundle {bundle}, here {here}" + (f" ({self.why})" if self.why else "")
+
+
+def environment_facts(*, target: Target | None = None) -> tuple[Fact, ...]:
+    """Return the facts of this machine and its packages that every compiled artifact depends on.
+
+    Args:
+        target: the CPU that was compiled for; default: this one.
+    """
+    cpu = target or read_target()
+    return (
+        Fact("piecework", "format", FORMAT),
+        Fact("target", "isa", cpu.fact),
+        Fact("target", "machine", cpu.machine),
+        Fact("target", "system", cpu.system),
+        Fact("torch", "version", package_version("torch")),
+    )
+
+
+def config_fact(config: Mapping[str, object]) -> Fact:
+    """Return the fact of a model's config.json, as the digest of its canonical form."""
+    return Fact("model", "config", digest_json(config))
+
+
+def option_facts(options: Mapping[str, JsonScalar]) -> tuple[Fact, ...]:
+    """Return the facts of compile options, sorted by name."""
+    return tuple(Fact("option", name, options[name]) for name in sorted(options))
+
+
+def source_facts(files: Iterable[str | Path]) -> tuple[Fact, ...]:
+    """Return the facts of source files that the compile traced, sorted, each once.
+
+    A file is named by its top-level package and its path in it, so that the fact holds wherever the package is
+    installed. A file that belongs to no importable package (a notebook cell, `__main__`, "<string>") gives none:
+    nobody could look it up later.
+
+    Raises OSError where a file can't be read.
+    """
+    facts = set[Fact]()
+    for file in files:
+        path = Path(file)
+        if path.is_file() and (name := _source_name(path)) is not None:
+            facts.add(Fact("source", name, digest_file(path)))
+    return tuple(sorted(facts, key=lambda fact: fact.name))
+
+
+def check(
+    facts: Iterable[Fact], *, expected: Iterable[Fact] = (), target: Target | None = None
+) -> tuple[Difference, ...]:
+    """Return the facts that don't hold here, in the order of `facts`.
+
+    Args:
+        facts: the bundle's.
+        expected: what the caller asks for (config, options). A fact of the bundle with the same kind and name must
+            have the same value; what is expected and not in the bundle is a difference too.
+        target: the CPU to run on; default: this one.
+    """
+    wanted = {(fact.kind, fact.name): fact for fact in expected}
+    cpu = target or read_target()
+    differences = []
+    for fact in facts:
+        asked = wanted.pop((fact.kind, fact.name), None)
+        difference = _compare(fact, asked.value) if asked is not None else _look_up(fact, cpu=cpu)
+        if difference is not None:
+            differences.append(difference)
+    for fact in wanted.values():
+        differences.append(Difference(Fact(fact.kind, fact.name, None), fact.value, why="the bundle doesn't say"))
+    return tuple(differences)
+
+
+def require(facts: Iterable[Fact], *, asked: str, expected: Iterable[Fact] = (), target: Target | None = None) -> None:
+    """Raise StaleBundle with every fact that doesn't hold here; arguments as for `check`, and what was asked."""
+    differences = check(facts, expected=expected, target=target)
+    if differences:
+        raise stale(differences, asked=asked)
+
+
+def stale(differences: Sequence[Difference], *, asked: str) -> StaleBundle:
+    """Return the error that lists `differences`."""
+    return StaleBundle(
+        asked=asked,
+        found="facts that no longer hold: " + "; ".join(str(difference) for difference in differences),
+        try_=_RECOMPILE,
+        differing=[(d.fact.label, d.fact.value, d.here) for d in differences],
+    )
+
+
+def package_version(name: str) -> str:
+    """Return an installed package's version without importing it, or "not installed"."""
+    import importlib.metadata  # noqa: PLC0415 - costs 30 ms, which `piecework --help` need not pay
+
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return NOT_INSTALLED
+
+
+def _look_up(fact: Fact, *, cpu: Target) -> Difference | None:
+    """Compare a fact with this machine; what only a caller can know holds."""
+    match fact.kind, fact.name:
+        case "torch", "version":
+            return _compare(fact, package_version("torch"))
+        case "piecework", "format":
+            return _compare(fact, FORMAT)
+        case "target", "machine":
+            return _compare(fact, cpu.machine)
+        case "target", "system":
+            return _compare(fact, cpu.system)
+        case "target", "isa":
+            missing = missing_flags(str(fact.value), target=cpu)
+            why = f"this CPU lacks {', '.join(missing)}"
+            return Difference(fact, cpu.fact, why=why) if missing else None
+        case "provider", name:
+            return _compare(fact, package_version(name))
+        case "source", name:
+            return _check_source(fact, name=name)
+    return None
+
+
+def _compare(fact: Fact, here: JsonScalar) -> Difference | None:
+    # 1 == True == 1.0 in Python, but not in what a compile read
+    same = type(fact.value) is type(here) and fact.value == here
+    return None if same else Difference(fact, here)
+
+
+def _check_source(fact: Fact, *, name: str) -> Difference | None:
+    top, _, relative = name.partition("/")
+    places = _package_places(top)
+    if not places:
+        return None  # running the bundle doesn't need the package, so its absence changes nothing
+    for place in places:
+        path = place / relative if relative else place
+        if path.is_file():
+            try:
+                return _compare(fact, digest_file(path))
+            except OSError as error:
+                return Difference(fact, None, why=f"can't be read: {error.strerror}")
+    return Difference(fact, None, why="the package has no such file")
+
+
+def _package_places(top: str) -> tuple[Path, ...]:
+    """Return the directories of a top-level package, or the file of a module "name.py"; empty where not installed."""
+    spec = _find_spec(top.removesuffix(".py"))
+    if spec is None:
+        return ()
+    if top.endswith(".py"):
+        return (Path(spec.origin),) if spec.origin and spec.submodule_search_locations is None else ()
+    return tuple(Path(place) for place in spec.submodule_search_locations or ())
+
+
+def _find_spec(top: str) -> importlib.machinery.ModuleSpec | None:
+    """Return a top-level module's spec, which Python finds without importing it."""
+    if not top.isidentifier():
+        return None
+    try:
+        return importlib.util.find_spec(top)
+    except (ValueError, ImportError):  # `__main__` and modules made by hand have no spec
+        return None
+
+
+def _source_name(path: Path) -> str | None:
+    """Return "<package>/<path in it>" or "<module>.py" for a file that Python would find under that name."""
+    file = path.resolve()
+    candidates = [file.relative_to(entry) for entry in _search_path() if file.is_relative_to(entry)]
+    packages = [parent for parent in file.parents if (parent / "__init__.py").is_file()]
+    if packages:
+        candidates.append(file.relative_to(packages[-1].parent))
+    for candidate in sorted(candidates, key=lambda c: len(c.parts)):
+        name = str(PurePosixPath(candidate))
+        top, _, relative = name.partition("/")
+        for place in _package_places(top):
+            if (place / relative if relative else place).resolve() == file:
+                return name
+    return None
+
+
+def _search_path() -> list[Path]:
+    return [Path(entry).resolve() for entry in sys.path if entry]
+
+
+def _shorten(fact: Fact, value: JsonScalar) -> str:
+    """Write a value for people: a digest by its beginning, an instruction set by its level."""
+    if value is None:
+        return "nothing"
+    if fact.kind in ("source", "model") and isinstance(value, str):
+        return value[:12]
+    if (fact.kind, fact.name) == ("target", "isa") and isinstance(value, str):
+        return value.partition(":")[0]
+    return str(value)

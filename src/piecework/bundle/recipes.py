@@ -1,0 +1,211 @@
+"""How a parameter is made from checkpoint tensors, as data; `bundle/run/constants.py` does it, once, at load.
+
+What is here moves values, so that every dtype keeps its bits; only `HeadProduct` computes with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Take:
+    """A checkpoint tensor by its name and shape. In a `Stack`, "*" in the name is the number of the copy."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Its parts along the first axis; they agree in the others."""
+
+    parts: tuple[Source, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        first = self.parts[0].shape
+        return (sum(part.shape[0] for part in self.parts), *first[1:])
+
+
+@dataclass(frozen=True)
+class Stack:
+    """`count` of the same, along a new first axis; "*" in the names of each is 0 to count - 1.
+
+    Some checkpoints may have all of it as one tensor, `whole`.
+    """
+
+    of: Source
+    count: int
+    whole: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        return (self.count, *self.of.shape)
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """Some rows of every head: [heads * n, m] is seen as [heads, n, m], and rows `begin` to `end` of n are taken.
+
+    With `transpose` the result is [heads, m, end - begin], else [heads, end - begin, m]; it is contiguous.
+    """
+
+    of: Source
+    heads: int
+    begin: int
+    end: int
+    transpose: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        rows, width = self.end - self.begin, self.of.shape[1]
+        return (self.heads, width, rows) if self.transpose else (self.heads, rows, width)
+
+
+@dataclass(frozen=True)
+class HeadProduct:
+    """Two linear layers as one, head by head: [X, heads * V] times [heads, V, L] is [X, heads * L].
+
+    Computed in float32, and rounded once.
+    """
+
+    left: Source
+    right: Source
+    heads: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        return (self.left.shape[0], self.heads * self.right.shape[2])
+
+
+Source = Take | Concat | Stack | HeadRows | HeadProduct
+
+
+def takes(source: Source) -> Iterator[Take]:
+    """Yield the checkpoint tensors of a source, in order."""
+    match source:
+        case Take():
+            yield source
+        case Concat(parts):
+            for part in parts:
+                yield from takes(part)
+        case Stack(of, count):
+            for number in range(count):
+                yield from takes(numbered(of, number))
+        case HeadRows(of):
+            yield from takes(of)
+        case HeadProduct(left, right):
+            yield from takes(left)
+            yield from takes(right)
+
+
+def numbered(source: Source, number: int) -> Source:
+    """Return a stack's copy of that number."""
+    return renamed(source, lambda name: name.replace("*", str(number)))
+
+
+def renamed(source: Source, change: Callable[[str], str]) -> Source:
+    """Return the source with every tensor's name changed."""
+    match source:
+        case Take(name):
+            return replace(source, name=change(name))
+        case Concat(parts):
+            return Concat(tuple(renamed(part, change) for part in parts))
+        case Stack(of, _, whole):
+            return replace(source, of=renamed(of, change), whole=change(whole) if whole else "")
+        case HeadRows(of):
+            return replace(source, of=renamed(of, change))
+        case HeadProduct(left, right):
+            return replace(source, left=renamed(left, change), right=renamed(right, change))
+
+
+def resolved(source: Source, names: Container[str]) -> Source:
+    """Return the source for a checkpoint with tensors of these names: stacks that are there as a whole are taken."""
+    match source:
+        case Take():
+            return source
+        case Concat(parts):
+            return Concat(tuple(resolved(part, names) for part in parts))
+        case Stack(_, _, whole) if whole and whole in names:
+            return Take(whole, source.shape)
+        case Stack(of) | HeadRows(of):
+            return replace(source, of=resolved(of, names))
+        case HeadProduct(left, right):
+            return replace(source, left=resolved(left, names), right=resolved(right, names))
+
+
+def source_to_json(source: Source) -> list[Any]:
+    """Return the source as nested lists."""
+    match source:
+        case Take(name, shape):
+            return ["take", name, list(shape)]
+        case Concat(parts):
+            return ["concat", *map(source_to_json, parts)]
+        case Stack(of, count, whole):
+            return ["stack", source_to_json(of), count, *([whole] if whole else [])]
+        case HeadRows(of, heads, begin, end, transpose):
+            return ["heads", source_to_json(of), heads, begin, end, transpose]
+        case HeadProduct(left, right, heads):
+            return ["product", source_to_json(left), source_to_json(right), heads]
+
+
+def source_from_json(data: Any) -> Source:
+    """Read what `source_to_json` wrote. Raises ValueError, TypeError or IndexError where it is something else."""
+    kind, *rest = data
+    made: Source
+    if kind == "take":
+        name, shape = rest
+        made = Take(str(name), tuple(int(size) for size in shape))
+    elif kind == "concat" and rest:
+        made = Concat(tuple(source_from_json(part) for part in rest))
+    elif kind == "stack":
+        of, count, *whole = rest
+        made = Stack(source_from_json(of), int(count), *(str(name) for name in whole))
+    elif kind == "heads":
+        of, heads, begin, end, transpose = rest
+        made = HeadRows(source_from_json(of), int(heads), int(begin), int(end), transpose is True)
+    elif kind == "product":
+        left, right, heads = rest
+        made = HeadProduct(source_from_json(left), source_from_json(right), int(heads))
+    else:
+        raise ValueError(f"a weight's source of kind {kind!r}")
+    if not all(size >= 0 for size in made.shape):
+        raise ValueError(f"a weight's source of shape {made.shape}")
+    return made
+
+
+def label(source: Source) -> str:
+    """Name a source for people, such as "layers.0.q_proj.weight + k_proj.weight"."""
+    match source:
+        case Take(name):
+            return name
+        case Concat(parts):
+            first, *rest = [label(part) for part in parts]
+            return " + ".join([first, *(_shortened(name, beside=first) for name in rest)])
+        case Stack(of, count):
+            return f"{label(of)}[0:{count}]"
+        case HeadRows(of, heads, begin, end):
+            return f"{label(of)}[{heads} heads, {begin}:{end}]"
+        case HeadProduct(left, right):
+            first = label(left)
+            return f"{first} * {_shortened(label(right), beside=first)}"
+
+
+def _shortened(name: str, *, beside: str) -> str:
+    """Leave out the dotted parts that both names begin with."""
+    parts, others = name.split("."), beside.split(".")
+    same = 0
+    while same < min(len(parts), len(others)) - 1 and parts[same] == others[same]:
+        same += 1
+    return ".".join(parts[same:])
+
+
+Sources = Mapping[str, Source]
+"""Parameter name → how it is made."""

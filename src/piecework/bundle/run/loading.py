@@ -1,0 +1,163 @@
+"""Load a bundle: verify its facts and files, open its artifacts, bind weights. No compiler is imported."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from piecework.bundle.bundle import Bundle, open_bundle
+from piecework.bundle.facts import option_facts, require
+from piecework.bundle.plan import Plan, UniquePiece
+from piecework.bundle.record import Record
+from piecework.bundle.run.constants import TensorSource, as_source, make_constants, pack_constants
+from piecework.bundle.run.eager import EagerRunner
+from piecework.bundle.run.instances import open_instance, read_calls
+from piecework.bundle.run.model import LoadedModel, RangeForm
+from piecework.bundle.run.natives import open_natives
+from piecework.bundle.run.step_calls import Run
+from piecework.errors import BundleError, CorruptBundle
+from piecework.foundation import torch_private
+from piecework.foundation.environment import read_environment
+from piecework.foundation.process import garbage_collection_off
+from piecework.ops.ir.program import constant_name
+from piecework.ops.ir.selection import ProviderOrder, as_order
+from piecework.providers.libraries import open_kernel
+
+
+@garbage_collection_off()
+def load(
+    bundle: str | Path | Bundle,
+    *,
+    weights: object,
+    check_facts: bool = True,
+    providers: ProviderOrder | str | Sequence[str] | None = None,
+) -> LoadedModel:
+    """Load a bundle and bind `weights` to it.
+
+    Args:
+        bundle: a bundle's directory or archive, or one that is open (its files verified).
+        weights: the module, a mapping of names to tensors, paths of safetensors files, or anything with `names()` and
+            `get(name)`.
+        check_facts: whether facts about the environment must hold (they should).
+        providers: the order of providers that the bundle must have been compiled with; None takes what it has.
+
+    Returns a model to call. Its `record` has the seconds of "verify", "plan", "weights", "pack", "open" and "bind".
+    Raises CorruptBundle, StaleBundle, WeightsError.
+    """
+    phases: dict[str, float] = {}
+    begun = time.perf_counter()
+    opened = bundle if isinstance(bundle, Bundle) else _open(Path(bundle))
+    if providers is not None:
+        wanted = option_facts({"providers": as_order(providers).text()})
+        require([f for f in opened.facts if f.kind == "option"], asked=f"load {opened.path}", expected=wanted)
+    if check_facts:
+        require(opened.facts, asked=f"load the bundle {opened.path}")
+    phases["verify"] = _lap(begun)
+    begun = time.perf_counter()
+    plan = Plan.from_json(opened.plan())
+    phases["plan"] = _lap(begun)
+    begun = time.perf_counter()
+    source = as_source(weights)
+    literals = _literals(opened)
+    device = plan.pieces[0].device if plan.pieces else "cpu"
+    constants = make_constants(plan.recipes, source=source, literals=literals, device=device)
+    phases["weights"] = _lap(begun)
+    begun = time.perf_counter()
+    pack_constants(plan.recipes, constants)
+    phases["pack"] = _lap(begun)
+    begun = time.perf_counter()
+    runners = _open_instances(opened, plan)
+    phases["open"] = _lap(begun)
+    begun = time.perf_counter()
+    forms = [_bind(plan, low, high, made, constants) for (low, high), made in runners.items()]
+    phases["bind"] = _lap(begun)
+    kernels, notes = _open_kernels(opened, plan)
+    natives, missing = open_natives(opened, plan)
+    record = Record(phases=phases, notes=(*notes, *missing))
+    return LoadedModel(
+        plan, forms=forms, constants=constants, record=record, kernels=kernels, natives=natives, owned=opened
+    )
+
+
+def _open(path: Path) -> Bundle:
+    return open_bundle(path, extract_root=read_environment().store_root)
+
+
+def _lap(begun: float) -> float:
+    return time.perf_counter() - begun
+
+
+def _literals(bundle: Bundle) -> Mapping[str, torch.Tensor]:
+    if bundle.constants_path is None:
+        return {}
+    from safetensors.torch import load as load_bytes  # noqa: PLC0415  only models with computed buffers need it
+
+    made: dict[str, torch.Tensor] = load_bytes(bundle.constants_path.read_bytes())
+    return made
+
+
+def _open_instances(bundle: Bundle, plan: Plan) -> dict[tuple[int, int], list[Any]]:
+    """Open one runner per instance, for every range of the primary size."""
+    bounds = sorted({(r.min, r.max) for p in plan.pieces for r in p.ranges})
+    split = [b for b in bounds if not any(b != o and b[0] <= o[0] and o[1] <= b[1] for o in bounds)]
+    opened: dict[tuple[int, int], list[Any]] = {}
+    shared: dict[tuple[int, str], Any] = {}
+    called: dict[str, str] = {}
+    for low, high in split or [plan.sizes.get(plan.primary, (0, 0))]:
+        runners = []
+        for number, instance in enumerate(plan.instances):
+            name = _artifact(plan.pieces[instance.piece], low, high)
+            if (number, name) not in shared:
+                path = bundle.artifact_path(name)
+                if name not in called:
+                    called[name] = read_calls(path)
+                device = plan.pieces[instance.piece].device
+                shared[number, name] = open_instance(path, device=device, calls=called[name])
+            runners.append(shared[number, name])
+        opened[low, high] = runners
+    return opened
+
+
+def _artifact(piece: UniquePiece, low: int, high: int) -> str:
+    for form in piece.ranges:
+        if form.min <= low and high <= form.max:
+            return form.artifact
+    raise CorruptBundle(
+        asked=f"an artifact of piece {piece.fingerprint[:12]} for {low} to {high}",
+        found="the plan has none",
+        try_="compile the model again",
+        file="plan.json",
+    )
+
+
+def _open_kernels(bundle: Bundle, plan: Plan) -> tuple[dict[str, Callable[..., Any]], tuple[str, ...]]:
+    """Return native implementations of opaque ops, and why there are none where a kernel can't be opened."""
+    kernels: dict[str, Callable[..., Any]] = {}
+    notes: list[str] = []
+    for name, artifact in plan.kernels.items():
+        try:
+            kernels.update(open_kernel(name, bundle.artifact_path(artifact)))
+        except CorruptBundle:
+            raise
+        except BundleError as error:
+            notes.append(f"no native kernel {name}, plain torch instead: {error.found}")
+    return kernels, tuple(notes)
+
+
+def _bind(plan: Plan, low: int, high: int, runners: Sequence[Any], constants: Sequence[torch.Tensor]) -> RangeForm:
+    runs: list[Run] = []
+    for instance, runner in zip(plan.instances, runners, strict=True):
+        named = {constant_name(i): constants[c] for i, c in enumerate(instance.constants)}
+        if isinstance(runner, EagerRunner):
+            runner.bind(named)
+        elif named:
+            torch_private.bind_constants(runner, named)
+        runs.append(runner.run)
+    return RangeForm(low, high, tuple(runs))
+
+
+__all__ = ["LoadedModel", "TensorSource", "load"]

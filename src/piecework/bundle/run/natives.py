@@ -1,0 +1,62 @@
+"""Open the bodies that serve calls of IR ops inside a bundle's opaque ops; they belong to the loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from piecework.bundle.bundle import Bundle
+from piecework.bundle.plan import NativeCall, Plan
+from piecework.bundle.run.instances import open_instance, read_calls
+from piecework.errors import OpError
+from piecework.foundation.torch_private import find_overload
+from piecework.ops.ir.native_bodies import NativeBodies, NativeBody
+from piecework.ops.ir.op import ir_op
+from piecework.ops.ir.selection import ProviderOrder, Selection
+from piecework.providers.discovery import load_providers
+
+
+def open_natives(bundle: Bundle, plan: Plan) -> tuple[Mapping[str, Selection], tuple[str, ...]]:
+    """Open a bundle's bodies.
+
+    Returns for each opaque op that has any ("namespace::name") what is selected while it runs; and notes about bodies
+    that can't be had here, whose calls run natively instead.
+    """
+    if not plan.natives:
+        return {}, ()
+    order = ProviderOrder.from_json(next((str(f.value) for f in bundle.facts if (f.kind, f.name) == _ORDER), "native"))
+    bodies: list[NativeBody] = []
+    notes: list[str] = []
+    for native in plan.natives:
+        try:
+            bodies.append(_open(bundle, native))
+        except OpError as error:
+            notes.append(f"no body for {native.form.text()}, it runs uncompiled: {error.found}")
+    selection = Selection(order, bodies=NativeBodies(order, bodies))
+    return {op: selection for native in plan.natives for op in native.ops}, tuple(notes)
+
+
+_ORDER = ("option", "providers")
+
+
+def _open(bundle: Bundle, native: NativeCall) -> NativeBody:
+    if native.artifact:
+        path = bundle.artifact_path(native.artifact)
+        assert native.piece is not None
+        runner = open_instance(path, device=native.piece.device, calls=read_calls(path))
+        return NativeBody(native.form, provider=native.provider, run=runner.run)
+    if native.piece is not None:
+        raise OpError(
+            asked=f"open the body of {native.form.text()}",
+            found="the bundle has none, because it could not be compiled for all sizes",
+            try_="read the notes of its compile",
+        )
+    absent = load_providers([native.provider]).absent.get(native.provider, "")
+    op = ir_op(find_overload(native.form.op))
+    implementation = None if op is None else op.implementation(native.provider)
+    if implementation is None:
+        raise OpError(
+            asked=f"call {native.provider}'s {native.form.op}",
+            found=absent or "it has no such implementation in this process",
+            try_="install the provider, and import the package that defines the op",
+        )
+    return NativeBody(native.form, provider=native.provider, function=implementation.function)

@@ -1,0 +1,78 @@
+"""Nested arguments and results: from structure-as-data (capture/structure.py writes it) back to Python values."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from piecework.errors import BundleError, RequestError
+
+
+def unflatten(structure: Any, leaves: Sequence[Any]) -> Any:
+    """Return the nested value that `structure` describes, with `leaves` in its places."""
+    if "leaf" in structure:
+        return leaves[structure["leaf"]]
+    if "const" in structure:
+        return structure["const"]
+    if "tuple" in structure:
+        return tuple(unflatten(s, leaves) for s in structure["tuple"])
+    if "list" in structure:
+        return [unflatten(s, leaves) for s in structure["list"]]
+    if "dict" in structure:
+        return {k: unflatten(s, leaves) for k, s in structure["dict"]}
+    return _find_class(structure["class"])(**{n: unflatten(s, leaves) for n, s in structure["fields"]})
+
+
+def _find_class(name: str) -> Callable[..., Any]:
+    """Import the result class of a module; only classes with declared fields are made."""
+    module_name, _, qualified = name.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in qualified.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise BundleError(
+            asked=f"return the module's own result, a {qualified}",
+            found=f"{module_name} can't be imported: {error}",
+            try_="install the package that defines it",
+        ) from error
+    if not isinstance(found, type) or not (hasattr(found, "_fields") or hasattr(found, "__dataclass_fields__")):
+        raise BundleError(asked=f"return a {name}", found="it is neither a dataclass nor a named tuple")
+    return found
+
+
+def match(structure: Any, value: Any, *, where: str, leaves: list[Any]) -> None:
+    """Collect into `leaves` the tensors of an argument that must have the structure it was compiled with."""
+    if "leaf" in structure:
+        leaves.append(value)
+        return
+    if "const" in structure:
+        if type(value) is not type(structure["const"]) or value != structure["const"]:
+            raise _refused(where, f"{value!r}", f"was compiled with {structure['const']!r}")
+        return
+    for kind, cls in (("tuple", tuple), ("list", list)):
+        if kind in structure:
+            parts = structure[kind]
+            if not isinstance(value, cls) or len(value) != len(parts):
+                raise _refused(where, f"a {type(value).__name__}", f"was compiled with a {kind} of {len(parts)}")
+            for i, part in enumerate(parts):
+                match(part, value[i], where=f"{where}[{i}]", leaves=leaves)
+            return
+    if "dict" in structure:
+        keys = [k for k, _ in structure["dict"]]
+        if not isinstance(value, dict) or set(value) != set(keys):
+            raise _refused(where, f"a {type(value).__name__}", f"was compiled with a dict of {keys}")
+        for k, part in structure["dict"]:
+            match(part, value[k], where=f"{where}[{k!r}]", leaves=leaves)
+        return
+    for name, part in structure["fields"]:
+        match(part, getattr(value, name, None), where=f"{where}.{name}", leaves=leaves)
+
+
+def _refused(where: str, found: str, expected: str) -> RequestError:
+    return RequestError(
+        asked=f"call the loaded model with {where} = {found}",
+        found=f"that argument {expected}",
+        try_="pass it like the example arguments, or compile again with other ones",
+    )

@@ -1,0 +1,1 @@
+"""Where bundles and artifacts live. Needs no torch."""

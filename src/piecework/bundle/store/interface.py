@@ -1,0 +1,239 @@
+"""Where bundles and artifacts live: the interface of a store, and its double for tests.
+
+A store holds artifacts by the key of their compile and bundles by the key of what they're of. Keys are made by the
+callers; equal keys mean equal content, so whoever stores a key second changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import tempfile
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Final, final
+
+from piecework.bundle.bundle import Bundle, build_directory, open_bundle
+from piecework.bundle.facts import Fact
+from piecework.bundle.manifest import corrupt
+from piecework.bundle.record import Record
+from piecework.errors import InternalError, StoreError
+from piecework.foundation.digests import digest_file
+
+_KEY: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
+
+
+class Kind(Enum):
+    """What a store holds under a key."""
+
+    ARTIFACT = "artifact"
+    BUNDLE = "bundle"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A stored artifact, verified when it was looked up.
+
+    Args:
+        key: of its compile.
+        name: its file name in a bundle, "<sha256>.so".
+        digest: SHA-256 of its content.
+        size: in bytes.
+        path: its file.
+    """
+
+    key: str
+    name: str
+    digest: str
+    size: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class StoredItem:
+    """One line of a store's list; `aside` is the reason where it was set aside, else ""."""
+
+    kind: Kind
+    key: str
+    size: int
+    aside: str = ""
+
+
+@dataclass(frozen=True)
+class BundleContent:
+    """What a bundle is made of; see `store.bundle.write_bundle`."""
+
+    plan: Mapping[str, object]
+    artifacts: Mapping[str, Path]
+    facts: tuple[Fact, ...]
+    record: Record
+    constants: bytes | None = None
+    identity: Mapping[str, object] | None = None
+    explanation: Mapping[str, object] | None = None
+
+
+class Store(ABC):
+    """Where bundles and artifacts live. All methods raise StoreError where the place can't be read or written."""
+
+    @abstractmethod
+    def get_artifact(self, key: str) -> Artifact | None:
+        """Return the artifact of a compile key, or None. Raises CorruptBundle where its content has changed."""
+
+    @abstractmethod
+    def put_artifact(self, key: str, *, content: Path) -> Artifact:
+        """Store a copy of a file as the artifact of a compile key; its suffix (".so") stays."""
+
+    @abstractmethod
+    def get_bundle(self, key: str) -> Bundle | None:
+        """Return the bundle of a key, or None. Raises CorruptBundle, BundleError. Its facts are not checked."""
+
+    @abstractmethod
+    def put_bundle(self, key: str, *, content: BundleContent) -> Bundle:
+        """Store a bundle. Where a good one with the same facts is there already, that one stays and is returned."""
+
+    @abstractmethod
+    def set_aside(self, kind: Kind, key: str, *, reason: str) -> bool:
+        """Move what is stored under a key out of the way, never deleting it; False where there is nothing."""
+
+    @abstractmethod
+    def items(self) -> tuple[StoredItem, ...]:
+        """Return what is stored and what was set aside, sorted."""
+
+    @abstractmethod
+    def lock(self, key: str, *, timeout_s: float | None = None) -> contextlib.AbstractContextManager[None]:
+        """Hold a key for the length of a block, so that two processes needn't compile the same.
+
+        No other method needs it. Raises StoreError when it takes longer than `timeout_s` seconds.
+        """
+
+    @abstractmethod
+    def scratch(self) -> contextlib.AbstractContextManager[Path]:
+        """Make an empty directory that is removed when the block is left, or at the next opening after a crash."""
+
+
+def check_key(key: str) -> str:
+    """Return `key`, or raise InternalError where it can't be a file's name."""
+    if not _KEY.fullmatch(key):
+        raise InternalError(f"no key of a store: {key!r}")
+    return key
+
+
+@final
+class MemoryStore(Store):
+    """A store that forgets everything; a double for tests.
+
+    Args:
+        root: an existing directory, which whoever made it removes: what is stored can be loaded by path all the same.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._artifacts: dict[str, Artifact] = {}
+        self._bundles: dict[str, Path] = {}
+        self._aside: list[StoredItem] = []
+        self._locks: dict[str, threading.Lock] = {}
+        self._mutex = threading.Lock()
+
+    def get_artifact(self, key: str) -> Artifact | None:
+        """See `Store.get_artifact`."""
+        artifact = self._artifacts.get(check_key(key))
+        if artifact is not None and digest_file(artifact.path) != artifact.digest:
+            raise corrupt(artifact.name, bundle=f"artifact {key}", found="doesn't match its digest")
+        return artifact
+
+    def put_artifact(self, key: str, *, content: Path) -> Artifact:
+        """See `Store.put_artifact`."""
+        digest = digest_file(content)
+        name = digest + content.suffix
+        path = self._root / name
+        shutil.copyfile(content, path)
+        artifact = Artifact(key=check_key(key), name=name, digest=digest, size=path.stat().st_size, path=path)
+        self._artifacts[key] = artifact
+        return artifact
+
+    def get_bundle(self, key: str) -> Bundle | None:
+        """See `Store.get_bundle`."""
+        path = self._bundles.get(check_key(key))
+        return None if path is None else open_bundle(path)
+
+    def put_bundle(self, key: str, *, content: BundleContent) -> Bundle:
+        """See `Store.put_bundle`."""
+        path = Path(tempfile.mkdtemp(dir=self._root)) / check_key(key)
+        build_content(path, content=content)
+        bundle = open_bundle(path)
+        present = self._bundles.get(key)
+        if present is not None:
+            if (kept := open_bundle(present)).facts == bundle.facts:
+                return kept
+            self.set_aside(Kind.BUNDLE, key, reason="a bundle with other facts was stored under the same key")
+        self._bundles[key] = path
+        return bundle
+
+    def set_aside(self, kind: Kind, key: str, *, reason: str) -> bool:
+        """See `Store.set_aside`."""
+        present = {item.kind: item for item in self.items() if item.key == check_key(key) and not item.aside}
+        if kind not in present:
+            return False
+        if kind is Kind.ARTIFACT:
+            del self._artifacts[key]
+        else:
+            del self._bundles[key]
+        self._aside.append(StoredItem(kind=kind, key=key, size=present[kind].size, aside=reason))
+        return True
+
+    def items(self) -> tuple[StoredItem, ...]:
+        """See `Store.items`."""
+        artifacts = [StoredItem(Kind.ARTIFACT, key, artifact.size) for key, artifact in self._artifacts.items()]
+        bundles = [StoredItem(Kind.BUNDLE, key, tree_size(path)) for key, path in self._bundles.items()]
+        return sort_items([*artifacts, *bundles, *self._aside])
+
+    @contextlib.contextmanager
+    def lock(self, key: str, *, timeout_s: float | None = None) -> Iterator[None]:
+        """See `Store.lock`; holds between threads."""
+        with self._mutex:
+            mutex = self._locks.setdefault(check_key(key), threading.Lock())
+        if not mutex.acquire(timeout=-1 if timeout_s is None else timeout_s):
+            raise StoreError(asked=f"lock {key}", found="another thread holds it for longer than the time allowed")
+        try:
+            yield
+        finally:
+            mutex.release()
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """See `Store.scratch`."""
+        with tempfile.TemporaryDirectory(dir=self._root) as directory:
+            yield Path(directory)
+
+
+def build_content(directory: Path, *, content: BundleContent) -> None:
+    """Write the directory form of a bundle, not atomically. Raises OSError."""
+    build_directory(
+        directory,
+        plan=content.plan,
+        artifacts=content.artifacts,
+        facts=content.facts,
+        record=content.record,
+        constants=content.constants,
+        identity=content.identity or {},
+        explanation=content.explanation,
+    )
+
+
+def tree_size(path: Path) -> int:
+    """Return the bytes in a file, or in all files under a directory; what vanishes meanwhile counts nothing."""
+    total = 0
+    for file in [path] if path.is_file() else path.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += file.lstat().st_size if not file.is_dir() else 0
+    return total
+
+
+def sort_items(items: Iterable[StoredItem]) -> tuple[StoredItem, ...]:
+    """Return items in the order of lists: artifacts, bundles, and in each by key."""
+    return tuple(sorted(items, key=lambda item: (item.kind.value, item.key, item.aside)))

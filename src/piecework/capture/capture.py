@@ -1,0 +1,310 @@
+"""Trace a module into one functional graph of aten operators, with weights, buffers and states as named inputs.
+
+`capture` traces each structurally different block of a stack once and stamps the others (templates.py). With
+`templates=False` it traces every block: the fallback and the oracle that stamped graphs are tested against.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from piecework.capture.cuts import is_opaque
+from piecework.capture.locations import KeepLines, is_models, note_lines
+from piecework.capture.recording import TraceAgain
+from piecework.capture.request import CaptureRequest, SizeInput, TensorInput
+from piecework.capture.sources import Unwatched, class_files, is_users, ran_files
+from piecework.capture.stacks import stamping
+from piecework.capture.structure import Structure, flatten
+from piecework.capture.templates import LookedAt, StackCounts
+from piecework.capture.tensors import NamedTensors
+from piecework.errors import CaptureError, InternalError, PieceworkError, ShapeContractError
+from piecework.foundation import torch_private
+from piecework.ops.ir.layer import LayerName
+from piecework.ops.linear import KeepLinear
+
+
+class InputKind(Enum):
+    """Where a graph input comes from."""
+
+    ARGUMENT = "argument"
+    WEIGHT = "weight"
+    STATE = "state"
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """One input of a captured graph: its kind, its name, and its placeholder."""
+
+    kind: InputKind
+    name: str
+    node: torch.fx.Node
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """A model's forward as one graph.
+
+    Attributes:
+        graph: functional aten graph; placeholders are `inputs`, the output node holds the flat outputs.
+        inputs: arguments first, then weights, then states; unused weights are left out.
+        structure: how the flat outputs make up the module's result.
+        size_names: the graph's symbols ("s12") → declared size names ("tokens").
+        literals: buffers that are not in checkpoints (non-persistent), by name, with their values.
+        sources: files whose code ran while tracing.
+        stacks: how many blocks were traced and stamped.
+        request: what was captured.
+    """
+
+    graph: torch.fx.Graph
+    inputs: tuple[GraphInput, ...]
+    structure: Structure
+    size_names: Mapping[str, str]
+    literals: Mapping[str, torch.Tensor]
+    sources: frozenset[Path]
+    stacks: StackCounts
+    request: CaptureRequest
+
+
+def capture(request: CaptureRequest, *, templates: bool = True) -> CapturedGraph:
+    """Trace `request.module` for its whole declared range of sizes.
+
+    Raises CaptureError where the module can't be traced as one graph, ShapeContractError where the trace holds for a
+    part of a declared range only.
+    """
+    looked_at: LookedAt = {}
+    notes: list[str] = []
+    while True:
+        try:
+            return _capture(request, templates=templates, looked_at=looked_at, notes=notes)
+        except TraceAgain as again:
+            known = looked_at.setdefault(again.cls, set())
+            if again.keys <= known:
+                raise InternalError(f"{again.cls.__name__} is traced again and again: {again.reason}") from again
+            known.update(again.keys)
+            notes.append(f"{again.cls.__name__} blocks are told apart by their names: {again.reason}")
+
+
+def _capture(request: CaptureRequest, *, templates: bool, looked_at: LookedAt, notes: Sequence[str]) -> CapturedGraph:
+    session = torch_private.SymbolicSession(is_users=is_users)
+    sizes = {
+        n: session.size(n, low=d.min, high=d.max, hint=_hint(d.min, d.max, d.hint)) for n, d in request.sizes.items()
+    }
+    arguments = [_argument(i, sizes=sizes, session=session) for i in request.inputs]
+    tensors = NamedTensors(
+        request.module, states=request.states, sizes=sizes, fake_mode=session.fake_mode, device=request.device
+    )
+    result: dict[str, Structure] = {}
+    counts = StackCounts()
+    sources = class_files(request.module)
+    with contextlib.ExitStack() as stack:
+        stack.callback(tensors.restore)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_our_errors())
+        stack.enter_context(torch_private.size_oblivious())
+        blocks: frozenset[nn.Module] = frozenset()
+        if templates:
+            counts, blocks = stack.enter_context(
+                stamping(
+                    request.module,
+                    tensors=tensors,
+                    fake_mode=session.fake_mode,
+                    opaque=request.opaque,
+                    looked_at=looked_at,
+                )
+            )
+            counts.notes.extend(notes)
+
+        def forward(*values: Any) -> list[Any]:
+            tracer = torch_private.current_tracer()
+            assert tracer is not None
+            tensors.begin(tracer)
+            tracer.keep(LayerName)
+            note_lines(tracer, is_wanted=is_models(request.module))
+            tensors.swap(m for m in request.module.modules() if m not in blocks)
+            named = {i.name: v for i, v in zip(request.inputs, values, strict=True)}
+            with ran_files(sources), Unwatched():
+                out, result["structure"] = flatten(request.call(request.module, named))
+            return out
+
+        stack.enter_context(session.fake_mode)
+        stack.enter_context(KeepLinear())
+        traced = torch_private.trace(forward, arguments)
+        _refuse_changes(tensors.replaced())
+    graph = traced.graph
+    _adopt_constants(traced, tensors=tensors)
+    names = [n for n in tensors.by_name if n in tensors.nodes]
+    if _mutates(graph, opaque=request.opaque):
+        with _our_errors(), torch.no_grad(), torch_private.size_oblivious(), session.fake_mode:
+            graph, order = _functionalized(graph, arguments=arguments, names=names, tensors=tensors)
+    else:
+        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        made = set(tensors.nodes.values())
+        order = [*(n for n in placeholders if n not in made), *(tensors.nodes[n] for n in names)]
+    _check_contract(session, what=type(request.module).__name__)
+    kinds = [InputKind.ARGUMENT] * len(request.inputs)
+    kinds += [InputKind.STATE if n in request.states else InputKind.WEIGHT for n in names]
+    inputs = tuple(
+        GraphInput(k, n, p) for k, n, p in zip(kinds, [*(i.name for i in request.inputs), *names], order, strict=True)
+    )
+    _refuse_changes(i.name for i in inputs if _is_written(i.node))
+    _canonicalize(graph, opaque=request.opaque)
+    used = tuple(i for i in inputs if i.kind is InputKind.ARGUMENT or i.node.users)
+    for unused in set(inputs) - set(used):
+        graph.erase_node(unused.node)
+    persistent = set(request.module.state_dict(keep_vars=True))
+    return CapturedGraph(
+        graph=graph,
+        inputs=used,
+        structure=result["structure"],
+        size_names=session.symbol_names(),
+        literals={
+            i.name: tensors.by_name[i.name].detach()
+            for i in used
+            if i.kind is InputKind.WEIGHT and i.name not in persistent and not tensors.by_name[i.name].is_meta
+        },
+        sources=frozenset(sources),
+        stacks=counts,
+        request=request,
+    )
+
+
+def _hint(low: int, high: int, wanted: int | None) -> int:
+    if wanted is not None:
+        return wanted
+    # any value does as long as no two sizes share it by accident and it is neither 0 nor 1
+    return max(low, min(high, 2 * low + 37))
+
+
+def _argument(given: TensorInput | SizeInput, *, sizes: Mapping[str, Any], session: Any) -> Any:
+    if isinstance(given, SizeInput):
+        return sizes[given.size]
+    return _fake_tensor(given, sizes=sizes, session=session, device=given.device)
+
+
+def _fake_tensor(given: TensorInput, *, sizes: Mapping[str, Any], session: Any, device: str) -> torch.Tensor:
+    shape = [sizes[d] if isinstance(d, str) else d for d in given.shape]
+    dtype = getattr(torch, given.dtype)
+    with session.fake_mode:
+        if given.stride is None:
+            return torch.empty(shape, dtype=dtype, device=device)
+        return torch.empty_strided(shape, given.stride, dtype=dtype, device=device)
+
+
+def _functionalized(
+    graph: torch.fx.Graph, *, arguments: Sequence[Any], names: Sequence[str], tensors: NamedTensors
+) -> tuple[torch.fx.Graph, list[torch.fx.Node]]:
+    """Trace `graph` again with in-place operators replaced; returns the new graph and its placeholders in order."""
+    module = torch.fx.GraphModule(torch.nn.Module(), graph)
+    order = [n for n in graph.nodes if n.op == "placeholder"]
+    named = {tensors.nodes[n]: n for n in names}
+    own = [n for n in order if n not in named]
+
+    def run(*values: Any) -> Any:
+        env = dict(zip([*own, *(tensors.nodes[n] for n in names)], values, strict=True))
+        tracer = torch_private.current_tracer()
+        assert tracer is not None
+        tracer.keep(LayerName)
+        return KeepLines(module, tracer=tracer).run(*(env[n] for n in order))
+
+    flat = [*arguments, *(tensors.fresh_fake(n) for n in names)]
+    made = torch_private.trace(torch_private.functionalized(run), flat).graph
+    return made, [n for n in made.nodes if n.op == "placeholder"]
+
+
+@contextlib.contextmanager
+def _our_errors() -> Iterator[None]:
+    try:
+        yield
+    except PieceworkError:
+        raise
+    except torch_private.data_dependent_errors() as error:
+        raise CaptureError(
+            asked="capture the module as one graph",
+            found=f"a step depends on the values of a tensor, not on its shape: {_first_line(error)}",
+            try_="compute it with tensor operations (torch.where, masks), or hide it in an opaque operator",
+            location=_user_line(error),
+        ) from error
+    except Exception as error:
+        raise CaptureError(
+            asked="capture the module as one graph",
+            found=f"{type(error).__name__}: {_first_line(error)}",
+            try_="run the module eagerly on the example inputs first; what works there and not here can't be traced",
+            location=_user_line(error),
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
+
+
+def _user_line(error: BaseException) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+
+
+def _check_contract(session: torch_private.SymbolicSession, *, what: str) -> None:
+    guards = session.narrowing_guards()
+    if guards:
+        raise ShapeContractError(
+            asked=f"a graph of {what} for the whole declared range of every size",
+            found="the trace holds only where " + " and ".join(sorted({g.expr for g in guards})[:4]),
+            try_="declare a range in which that holds, or change the line so that it does not depend on the size",
+            location=next((g.location for g in guards if g.location), ""),
+        )
+
+
+def _mutates(graph: torch.fx.Graph, *, opaque: frozenset[str]) -> bool:
+    calls = [n for n in graph.nodes if n.op == "call_function" and not is_opaque(n, opaque)]
+    return any(o is not None and o.mutates for o in (torch_private.operator_of(n.target) for n in calls))
+
+
+def _adopt_constants(traced: torch.fx.GraphModule, *, tensors: NamedTensors) -> None:
+    """Make tensors that the module's code holds or writes down itself inputs of the graph."""
+    placeholders: dict[int, torch.fx.Node] = {}
+    for node in [n for n in traced.graph.nodes if n.op == "get_attr"]:
+        value = getattr(traced, str(node.target))
+        if id(value) not in placeholders:
+            name = f"constant:{len(placeholders)}"
+            placeholders[id(value)] = tensors.node(name, like=node.meta["val"])
+            tensors.adopt(name, value, node=placeholders[id(value)])
+        node.replace_all_uses_with(placeholders[id(value)])
+        traced.graph.erase_node(node)
+
+
+def _is_written(node: torch.fx.Node) -> bool:
+    return any(torch_private.operator_name(u.target) == "aten::copy_" and u.args[0] is node for u in node.users)
+
+
+def _refuse_changes(names: Iterable[str]) -> None:
+    """Raise CaptureError where the module changes a tensor that outlives the call: only opaque ops may do that."""
+    for name in names:
+        raise CaptureError(
+            asked="a module whose forward only computes its result",
+            found=f"it changes {name}, which outlives the call",
+            try_="return the new value instead, or change it inside an opaque op and declare it as a state",
+        )
+
+
+def _canonicalize(graph: torch.fx.Graph, *, opaque: frozenset[str]) -> None:
+    """Compute every symbolic size once, directly after the placeholders' first use, and drop what nobody uses."""
+    first: dict[str, torch.fx.Node] = {}
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, torch.SymInt):
+            continue
+        known = first.setdefault(str(value.node.expr), node)
+        if known is not node:
+            node.replace_all_uses_with(known)
+            graph.erase_node(node)
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users and not is_opaque(node, opaque):
+            graph.erase_node(node)

@@ -1,0 +1,98 @@
+"""What to capture: a module, how to call it, and the declared shapes of everything that goes in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from piecework.bundle.recipes import Sources
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A dynamic size that may take every value in [min, max].
+
+    Args:
+        min: smallest value, at least 0.
+        max: largest value.
+        axes: where `piecework.compile` finds it in the example arguments: argument name → axis or axes. Left out, it is
+            axis 0 of every tensor argument.
+        hint: a typical value, used for heuristics of the code generator only.
+    """
+
+    min: int
+    max: int
+    axes: Mapping[str, int | tuple[int, ...]] | None = None
+    hint: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min <= self.max:
+            raise ValueError(f"Dim({self.min}, {self.max}): a range needs 0 <= min <= max")
+
+
+@dataclass(frozen=True)
+class TensorInput:
+    """A tensor argument: each axis is a number or the name of a declared size."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    device: str = "cpu"
+    stride: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class SizeInput:
+    """An integer argument whose value is the declared size `size`."""
+
+    name: str
+    size: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A forward of its own for one kind of batch, over the same weights, states and inputs.
+
+    Args:
+        name: of the kind, such as "decode".
+        equal: what is so in these batches: pairs of a declared size and another one, or a number, that it is equal to.
+        call: runs the module on them; what it computes is what `CaptureRequest.call` would.
+    """
+
+    name: str
+    equal: tuple[tuple[str, str | int], ...]
+    call: Callable[[nn.Module, Mapping[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class CaptureRequest:
+    """Everything capture needs.
+
+    Attributes:
+        module: the module; parameters may be on the meta device.
+        call: runs it on named inputs, `call(module, {"input_ids": ..., ...})`, and returns nested tuples, lists and
+            dicts of tensors.
+        inputs: the named inputs in order.
+        sizes: the declared dynamic sizes. The first is the one that shape ranges are about.
+        states: buffers (by qualified name) that opaque ops read and write between calls, such as KV caches, with their
+            shapes; they are not weights.
+        opaque: operators ("namespace::name") at which the graph is cut, beside all that aren't torch's own.
+        device: device type that the compiled model runs on.
+        variants: forwards for some kinds of batches, first come first; `call` is for all the others.
+        sources: how parameters are made from checkpoint tensors; one that is not here is taken under its own name.
+        notes: what was decided while the module was built, for people; they go into the bundle's record.
+    """
+
+    module: nn.Module
+    call: Callable[[nn.Module, Mapping[str, Any]], Any]
+    inputs: tuple[TensorInput | SizeInput, ...]
+    sizes: Mapping[str, Dim]
+    states: Mapping[str, TensorInput] = field(default_factory=dict)
+    opaque: frozenset[str] = frozenset()
+    device: str = "cpu"
+    variants: tuple[Variant, ...] = ()
+    sources: Sources = field(default_factory=dict)
+    notes: tuple[str, ...] = ()

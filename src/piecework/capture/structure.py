@@ -1,0 +1,54 @@
+"""Nested results as data: how a flat list of tensors makes up what a module returns.
+
+Tuples, lists, dicts, named tuples and dataclasses (transformers' ModelOutput among them) are kept; a class is named by
+its module and rebuilt by the loader (bundle/run/structure.py), so nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from piecework.errors import CaptureError
+
+Structure = Any
+"""JSON: {"leaf": i} | {"const": v} | {"tuple": [..]} | {"list": [..]} | {"dict": [[k, s], ..]} | {"class": n, ..}."""
+
+
+def flatten(value: Any) -> tuple[list[torch.Tensor], Structure]:
+    """Split a nested result into its tensors, in order, and its structure."""
+    leaves: list[torch.Tensor] = []
+    return leaves, _flatten(value, leaves)
+
+
+def _flatten(value: Any, leaves: list[torch.Tensor]) -> Structure:
+    if isinstance(value, torch.Tensor):
+        leaves.append(value)
+        return {"leaf": len(leaves) - 1}
+    if value is None or type(value) in (bool, int, float, str):
+        return {"const": value}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        fields = [[f, _flatten(getattr(value, f), leaves)] for f in value._fields]
+        return {"class": _class_name(value), "fields": fields}
+    if isinstance(value, (tuple, list)):
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [_flatten(v, leaves) for v in value]}
+    if dataclasses.is_dataclass(value):
+        present = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+        fields = [[n, _flatten(v, leaves)] for n, v in present if v is not None]
+        return {"class": _class_name(value), "fields": fields}
+    if type(value) in (dict, OrderedDict) or isinstance(value, Mapping):
+        return {"dict": [[k, _flatten(v, leaves)] for k, v in value.items()]}
+    raise CaptureError(
+        asked="a module that returns nested tuples, lists, dicts and dataclasses of tensors",
+        found=f"a {type(value).__module__}.{type(value).__qualname__} in its result",
+        try_="return one of those, or wrap the module",
+    )
+
+
+def _class_name(value: object) -> str:
+    return f"{type(value).__module__}:{type(value).__qualname__}"

@@ -1,0 +1,101 @@
+"""Backends: from jobs to artifact files, behind one interface."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from piecework.compiler.backends.pool import Outcome, WorkerPool, end_group
+from piecework.compiler.backends.toolchain import find_toolchain
+from piecework.foundation.target import Target
+
+if TYPE_CHECKING:
+    from piecework.compiler.job import Job  # it imports torch, and workers start before that
+
+OnEvent = Callable[[Mapping[str, Any]], None]
+
+
+class Backend(ABC):
+    """Compiles jobs. Made before there are any, so that it can prepare meanwhile; closed whatever happens."""
+
+    @abstractmethod
+    def compile(self, jobs: Mapping[str, Job], *, on_event: OnEvent) -> Outcome:
+        """Compile jobs by name. Raises CompileError, StoreError."""
+
+    def build_kernel(self, source: Path, *, macros: tuple[str, ...]) -> Path | None:
+        """Build a C++ file of ours into a library, in any thread; None where the backend has no C++ compiler.
+
+        Raises CompileError, StoreError.
+        """
+        return None
+
+    @abstractmethod
+    def close(self) -> None:
+        """End everything that was started."""
+
+
+@final
+class AotiBackend(Backend):
+    """AOTInductor libraries, compiled in parallel worker processes.
+
+    Args:
+        root: directory for what is kept between compiles (the toolchain's prefix and runtime).
+        scratch: directory for this compile's files.
+        compiler: the C++ compiler's command, or None to search for one. Raises CompileError where there is none.
+        target: the CPU.
+        device: device type of the pieces.
+    """
+
+    def __init__(self, *, root: Path, scratch: Path, compiler: str | None, target: Target, device: str) -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        toolchain = find_toolchain(root, compiler=compiler)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jobs = cores + 2  # pieces are few and of unequal length: with one per core, the last one leaves the others idle
+        self._toolchain = toolchain
+        self._scratch = scratch
+        self._compilers: list[subprocess.Popen[str]] = []
+        self._pool = WorkerPool(toolchain=toolchain, scratch=scratch, target=target, jobs=jobs, device=device)
+
+    def compile(self, jobs: Mapping[str, Job], *, on_event: OnEvent) -> Outcome:
+        """See `Backend.compile`."""
+        return self._pool.run(jobs, on_event=on_event) if jobs else Outcome({}, {})
+
+    def build_kernel(self, source: Path, *, macros: tuple[str, ...]) -> Path | None:
+        """See `Backend.build_kernel`."""
+        directory = Path(tempfile.mkdtemp(dir=self._scratch, prefix="kernel-"))
+        library = directory / "kernel.so"
+        self._toolchain.compile_kernel(source, macros=macros, target=library, on_start=self._compilers.append)
+        return library
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        for compiler in self._compilers:
+            end_group(compiler)
+        self._pool.close()
+
+
+@final
+class EagerBackend(Backend):
+    """Artifacts that hold the program itself; the runtime calls its operators one by one. For tests and debugging."""
+
+    def __init__(self, *, scratch: Path) -> None:
+        self._scratch = scratch
+
+    def compile(self, jobs: Mapping[str, Job], *, on_event: OnEvent) -> Outcome:
+        """See `Backend.compile`."""
+        made = {}
+        for name, job in jobs.items():
+            on_event({"event": "start", "job": name})
+            made[name] = self._scratch / f"{name}.json"
+            made[name].write_text(json.dumps(job.program.to_json(), sort_keys=True, separators=(",", ":")))
+            on_event({"event": "done", "job": name, "seconds": 0.0})
+        return Outcome(made, {})
+
+    def close(self) -> None:
+        """See `Backend.close`."""

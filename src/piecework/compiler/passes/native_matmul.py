@@ -1,0 +1,116 @@
+"""Products with packed matrices are done by code of ours, compiled into the piece.
+
+before: piecework::head_matmul(x, w)              before: piecework::linear(x, w, b)
+after:  piecework::head_matmul_cpu(x, w)          after:  piecework::linear_bias_cpu(x, w, b), or linear_cpu(x, w)
+or:     piecework::head_matmul_plain(x, w), which is torch's bmm
+
+Both are functions of providers/cpu_pieces. Applies to constants that are bound packed, which the plan's recipes say
+(compiler/passes/packing.py); all other heads' products are torch's, and other linear layers are left to
+compiler/passes/pack_linear.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from piecework.compiler.passes.pack_linear import LINEAR, constants_used_as
+from piecework.foundation.digests import digest_file
+from piecework.ops import head_matmul as _head_matmul  # noqa: F401  registers piecework::head_matmul_cpu
+from piecework.ops import linear as _linear  # noqa: F401  registers piecework::linear_cpu
+from piecework.ops.ir.program import Call, Program
+from piecework.ops.packed import can_be_packed
+from piecework.providers import cpu_pieces
+
+_HEADS: Final = "piecework.head_matmul.default"
+_HANDLE: Final = "AtenTensorHandle"
+
+
+@dataclass(frozen=True)
+class NativeProducts:
+    """A program after the pass.
+
+    Attributes:
+        program: the program.
+        source: C++ that must come before the piece's own, or "".
+        options: for Inductor.
+    """
+
+    program: Program
+    source: str
+    options: dict[str, Any]
+
+
+def packable_matrices(program: Program) -> frozenset[int]:
+    """Return the constants that are heads' matrices and nothing else, and of which packed ones can be made."""
+    return frozenset(c for c in constants_used_as(_HEADS, program) if _fits(program, c))
+
+
+def native_matmul(program: Program, *, constants: Collection[int]) -> NativeProducts:
+    """Have products with the matrices among `constants`, which are packed, done natively."""
+    made = _with_targets(program, constants, heads="head_matmul_cpu", linear="linear_cpu", biased="linear_bias_cpu")
+    if not constants:
+        return NativeProducts(made, "", {})
+    found = {program.constants[index].dtype for index in constants}
+    shim = Path(cpu_pieces.__file__).resolve().parent / "products_shim.h"
+    lines = [*(f"#define PIECEWORK_{dtype.upper()}" for dtype in sorted(found)), f'#include "{shim}"', ""]
+    ops = torch.ops.piecework
+    shims = {
+        op.default: [f"AOTITorchError aoti_torch_cpu_{name}({', '.join([_HANDLE] * given)}, {_HANDLE}*)"]
+        for op, name, given in (
+            (ops.head_matmul_cpu, "head_matmul_cpu", 2),
+            (ops.linear_cpu, "linear_cpu", 2),
+            (ops.linear_bias_cpu, "linear_bias_cpu", 3),
+        )
+        if any(call.target == f"piecework.{name}.default" for call in made.calls)
+    }
+    return NativeProducts(made, "\n".join(lines), {"aot_inductor.custom_ops_to_c_shims": shims})
+
+
+def plain_matmul(program: Program, *, constants: Collection[int]) -> Program:
+    """Have all products done by torch; the matrices among `constants`, which are packed, are unpacked every time."""
+    linear = "linear_unpacked"
+    return _with_targets(program, constants, heads="head_matmul_unpacked", linear=linear, biased=linear)
+
+
+def native_paths() -> tuple[Path, ...]:
+    """Return the files that are compiled, besides its own code, into a piece with packed matrices."""
+    own = Path(cpu_pieces.__file__).resolve().parent
+    shared = own.parent / "cpu_common"
+    return tuple(sorted([*own.glob("*.h"), *(shared / f"{n}.h" for n in ("elements", "lanes", "products", "vectors"))]))
+
+
+def native_sources() -> dict[str, str]:
+    """Return the digests of `native_paths`, by name."""
+    return {path.name: digest_file(path) for path in native_paths()}
+
+
+def _with_targets(program: Program, constants: Collection[int], *, heads: str, linear: str, biased: str) -> Program:
+    def changed(call: Call) -> Call:
+        if call.target not in (_HEADS, LINEAR):
+            return call
+        packed = call.args[1].get("c") in constants
+        if call.target == _HEADS:
+            return _renamed(call, heads if packed else "head_matmul_plain")
+        if not packed:
+            return call
+        bias = call.args[2] if len(call.args) > 2 else call.kwargs.get("bias")
+        given = call.args[:2] if bias is None else (*call.args[:2], bias)
+        return _renamed(replace(call, args=given, kwargs={}), linear if bias is None else biased)
+
+    return replace(program, calls=tuple(changed(call) for call in program.calls))
+
+
+def _renamed(call: Call, name: str) -> Call:
+    return replace(call, target=f"piecework.{name}.default")
+
+
+def _fits(program: Program, constant: int) -> bool:
+    weight = program.constants[constant]
+    _, depth, width = (int(size) for size in weight.shape)
+    contiguous = weight.stride == (depth * width, width, 1)
+    return weight.device == "cpu" and contiguous and can_be_packed(depth, width, weight.dtype)

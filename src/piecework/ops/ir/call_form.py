@@ -1,0 +1,111 @@
+"""The form of an IR op's call, as data: what a compiled body of the op is made for, and which calls it serves.
+
+Whatever stays the same from call to call is written down: dtypes, devices, static sizes, layouts, numbers. Sizes that
+differ have names and ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from piecework.ops.ir.program import TensorSpec
+
+Size = int | str
+"""A number, or the name of one of the form's dynamic sizes."""
+
+
+@dataclass(frozen=True)
+class TensorForm:
+    """A tensor argument.
+
+    Attributes:
+        shape: its sizes.
+        stride: for each axis a number of elements, or None where it is as if the axes behind it were packed: 1 for the
+            last axis, else the size of the next axis times its stride. A contiguous tensor has None throughout.
+        dtype: "bfloat16".
+        device: its type, "cpu" or "cuda".
+    """
+
+    shape: tuple[Size, ...]
+    stride: tuple[int | None, ...]
+    dtype: str
+    device: str
+
+    def spec(self) -> TensorSpec:
+        """Return what describes the tensor in a program whose symbols are the form's dynamic sizes."""
+        strides: list[Size] = []
+        packed: Size = 1
+        for size, given in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            stride = packed if given is None else given
+            strides.insert(0, stride)
+            packed = _product(stride, size)
+        packed_throughout = all(given is None for given in self.stride)
+        return TensorSpec(self.shape, tuple(strides), self.dtype, self.device, aligned=packed_throughout)
+
+    def text(self) -> str:
+        """Return the tensor for people: "bfloat16[s0, 64]"."""
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """A call.
+
+    Attributes:
+        op: the op, "namespace::name".
+        arguments: for each of its parameters a TensorForm, or a constant as programs encode it (ops/ir/program.py).
+        sizes: the dynamic sizes, each with its least and greatest value.
+    """
+
+    op: str
+    arguments: tuple[Any, ...]
+    sizes: tuple[tuple[str, int, int], ...] = ()
+
+    def __hash__(self) -> int:
+        return hash((self.text(), self.sizes))  # encoded constants may be mappings
+
+    def text(self) -> str:
+        """Return the call for people: "silu_mul(bfloat16[s0, 64], bfloat16[s0, 64])"."""
+        given = ", ".join(a.text() if isinstance(a, TensorForm) else _shown(a) for a in self.arguments)
+        return f"{self.op.removeprefix('piecework::')}({given})"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the form as JSON."""
+        return {
+            "op": self.op,
+            "arguments": [
+                {"tensor": [list(a.shape), list(a.stride), a.dtype, a.device]} if isinstance(a, TensorForm) else a
+                for a in self.arguments
+            ],
+            "sizes": [list(size) for size in self.sizes],
+        }
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> CallForm:
+        """Read what `to_json` wrote. Raises KeyError, TypeError, ValueError."""
+        return CallForm(
+            op=str(data["op"]),
+            arguments=tuple(_argument(a) for a in data["arguments"]),
+            sizes=tuple((str(name), int(low), int(high)) for name, low, high in data["sizes"]),
+        )
+
+
+def _argument(data: Any) -> Any:
+    if not isinstance(data, Mapping) or "tensor" not in data:
+        return data
+    shape, stride, dtype, device = data["tensor"]
+    if len(shape) != len(stride):
+        raise ValueError(f"a tensor of {len(shape)} sizes and {len(stride)} strides")
+    return TensorForm(tuple(shape), tuple(stride), str(dtype), str(device))
+
+
+def _product(stride: Size, size: Size) -> Size:
+    if isinstance(stride, int) and isinstance(size, int):
+        return stride * size
+    return size if stride == 1 else stride if size == 1 else f"{stride}*{size}"
+
+
+def _shown(constant: Any) -> str:
+    return str(next(iter(constant.values()))) if isinstance(constant, Mapping) else str(constant)

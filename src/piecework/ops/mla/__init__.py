@@ -1,0 +1,1 @@
+"""Multi-head latent attention: its operators, and what they mean in plain torch."""

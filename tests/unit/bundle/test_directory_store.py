@@ -1,0 +1,179 @@
+"""The store in a directory: several processes, crashes, disks that are full or read-only."""
+
+import errno
+import multiprocessing
+import os
+import signal
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from piecework.bundle import BundleContent, DirectoryStore, Kind
+from piecework.errors import CorruptBundle, StoreError
+
+# torch's threads may be running in this process; what the children do doesn't touch them
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+def files_of(root: Path) -> list[str]:
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+def store_many(root: Path, content: BundleContent, library: Path, start: Any, results: Any) -> None:
+    store = DirectoryStore(root)
+    start.wait()
+    for number in range(10):
+        with store.lock(f"k{number}"):
+            pass
+        digest = store.put_artifact(f"k{number}", content=library).digest
+        results.put((digest, store.put_bundle(f"k{number}", content=content).digest))
+
+
+def test_two_processes_store_the_same_keys(tmp_path: Path, sample_content: BundleContent) -> None:
+    (tmp_path / "made.so").write_bytes(b"library" * 1000)
+    context = multiprocessing.get_context("fork")
+    start, results = context.Barrier(2), context.Queue()
+    arguments = (tmp_path / "home", sample_content, tmp_path / "made.so", start, results)
+    processes = [context.Process(target=store_many, args=arguments) for _ in range(2)]
+    for process in processes:
+        process.start()
+    digests = {results.get(timeout=60) for _ in range(20)}
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert len(digests) == 1
+    store = DirectoryStore(tmp_path / "home")
+    assert [item.aside for item in store.items()] == [""] * 20
+    for number in range(10):
+        assert store.get_artifact(f"k{number}") is not None
+        assert store.get_bundle(f"k{number}") is not None
+    assert os.listdir(tmp_path / "home" / "scratch") == []
+    assert os.listdir(tmp_path / "home" / "locks") == []
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "rename"])
+@pytest.mark.parametrize("nth", range(1, 12))
+def test_a_crash_leaves_nothing_half_written(
+    call: str, nth: int, tmp_path: Path, sample_content: BundleContent
+) -> None:
+    """A process that is killed at its nth call of a kind leaves a store in which everything is whole or absent."""
+    home = tmp_path / "home"
+    (tmp_path / "made.so").write_bytes(b"library")
+    pid = os.fork()
+    if pid == 0:
+        try:
+            real, left = getattr(os, call), nth
+
+            def dying(*arguments: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*arguments)
+
+            setattr(os, call, dying)
+            store = DirectoryStore(home)
+            store.put_artifact("k", content=tmp_path / "made.so")
+            store.put_bundle("k", content=sample_content)
+            store.set_aside(Kind.BUNDLE, "k", reason="why")
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    store = DirectoryStore(home)
+    assert not (home / "scratch").exists() or os.listdir(home / "scratch") == []
+    for got in (store.get_artifact("k"), store.get_bundle("k")):
+        assert got is None or got.digest
+    assert all(item.key == "k" for item in store.items())
+    store.put_artifact("k", content=tmp_path / "made.so")
+    store.put_bundle("k", content=sample_content)
+    assert store.get_artifact("k") is not None
+    assert store.get_bundle("k") is not None
+
+
+@pytest.mark.parametrize(
+    ("number", "found"), [(errno.ENOSPC, "no space left"), (errno.EROFS, "read-only"), (errno.EACCES, "denied")]
+)
+def test_a_disk_that_takes_nothing(
+    number: int, found: str, tmp_path: Path, sample_content: BundleContent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    store = DirectoryStore(home)
+    (tmp_path / "made.so").write_bytes(b"library")
+    store.put_artifact("old", content=tmp_path / "made.so")
+    store.put_bundle("old", content=sample_content)
+    before = files_of(home)
+
+    def failing(*_arguments: Any, **_keywords: Any) -> None:
+        raise OSError(number, os.strerror(number), str(home))
+
+    with monkeypatch.context() as patch:
+        for call in ("mkdir", "replace", "rename", "fsync"):
+            patch.setattr(os, call, failing)
+        with pytest.raises(StoreError, match=found):
+            store.put_artifact("new", content=tmp_path / "made.so")
+        with pytest.raises(StoreError, match=found):
+            store.put_bundle("new", content=sample_content)
+        with pytest.raises(StoreError, match=found):
+            store.set_aside(Kind.BUNDLE, "old", reason="r")
+        with pytest.raises(StoreError, match=found), store.scratch():
+            pass
+        # what is there can still be used
+        assert DirectoryStore(home).get_artifact("old") is not None
+        assert DirectoryStore(home).get_bundle("old") is not None
+    assert files_of(home) == before
+
+
+def test_a_file_where_the_store_should_be(tmp_path: Path, sample_content: BundleContent) -> None:
+    (tmp_path / "home").write_bytes(b"")
+    store = DirectoryStore(tmp_path / "home")
+    with pytest.raises(StoreError):
+        store.put_bundle("k", content=sample_content)
+    with pytest.raises(StoreError), store.lock("k"):
+        pass
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"name":"../x.so","sha256":"ab","size":1}', b"\xff", b"{ }"])
+def test_a_damaged_index(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "made.so").write_bytes(b"library")
+    store = DirectoryStore(tmp_path / "home")
+    store.put_artifact("k", content=tmp_path / "made.so")
+    (tmp_path / "home" / "artifacts" / "k.json").write_bytes(data)
+    with pytest.raises(CorruptBundle):
+        store.get_artifact("k")
+    assert store.items() == ()
+    assert store.set_aside(Kind.ARTIFACT, "k", reason="r")
+    assert store.get_artifact("k") is None
+
+
+def test_every_changed_byte_of_an_index_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "made.so").write_bytes(b"library")
+    store = DirectoryStore(tmp_path / "home")
+    store.put_artifact("k", content=tmp_path / "made.so")
+    index = tmp_path / "home" / "artifacts" / "k.json"
+    data = index.read_bytes()
+    for position in range(len(data)):
+        index.write_bytes(data[:position] + bytes([data[position] ^ 0x01]) + data[position + 1 :])
+        with pytest.raises(CorruptBundle):
+            store.get_artifact("k")
+
+
+def test_content_that_another_key_shares_stays_when_one_is_set_aside(tmp_path: Path) -> None:
+    (tmp_path / "made.so").write_bytes(b"library")
+    store = DirectoryStore(tmp_path / "home")
+    store.put_artifact("k", content=tmp_path / "made.so")
+    store.put_artifact("l", content=tmp_path / "made.so")
+    store.set_aside(Kind.ARTIFACT, "k", reason="r")
+    assert store.get_artifact("l") is not None
+
+
+def test_opening_changes_nothing(tmp_path: Path) -> None:
+    DirectoryStore(tmp_path / "home").items()
+    assert not (tmp_path / "home").exists()
+
+
+def test_artifacts_can_be_read_by_their_owner(tmp_path: Path) -> None:
+    (tmp_path / "made.so").write_bytes(b"library")
+    path = DirectoryStore(tmp_path / "home").put_artifact("k", content=tmp_path / "made.so").path
+    assert path.stat().st_mode & stat.S_IRUSR

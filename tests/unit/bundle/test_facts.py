@@ -1,0 +1,126 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+from piecework.bundle import Fact, check, config_fact, environment_facts, option_facts, require, source_facts
+from piecework.bundle import facts as facts_module
+from piecework.errors import StaleBundle
+from piecework.foundation.target import make_target
+
+SMALL = make_target("x86_64", system="linux", flags=frozenset({"sse2", "avx", "avx2", "fma"}))
+LARGE = make_target("x86_64", system="linux", flags=frozenset({"sse2", "avx", "avx2", "fma", "f16c"}))
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package on the search path whose import would fail."""
+    root = tmp_path / "pwsample"
+    (root / "sub").mkdir(parents=True)
+    (root / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    (root / "sub" / "__init__.py").write_text("raise RuntimeError('must not be imported')")
+    (root / "sub" / "code.py").write_text("value = 1\n")
+    (tmp_path / "pwmodule.py").write_text("raise RuntimeError('must not be imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return root
+
+
+def test_environment_facts_hold_here() -> None:
+    facts = environment_facts()
+    assert [(fact.kind, fact.name) for fact in facts] == [
+        ("piecework", "format"),
+        ("target", "isa"),
+        ("target", "machine"),
+        ("target", "system"),
+        ("torch", "version"),
+    ]
+    assert check(facts) == ()
+
+
+def test_every_environment_fact_is_compared() -> None:
+    for fact in environment_facts():
+        value = 0 if fact.name == "format" else "other: nosuchflag"
+        differences = check([Fact(fact.kind, fact.name, value)])
+        assert [difference.fact.name for difference in differences] == [fact.name]
+
+
+def test_all_differences_are_named_with_both_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts_module, "package_version", lambda name: {"torch": "2.12.0"}[name])
+    with pytest.raises(StaleBundle) as caught:
+        require(
+            [
+                Fact("torch", "version", "2.13.0"),
+                Fact("target", "machine", "aarch64"),
+                Fact("target", "isa", LARGE.fact),
+            ],
+            asked="load it",
+            target=SMALL,
+        )
+    assert "torch version: bundle 2.13.0, here 2.12.0" in caught.value.found
+    assert "target machine: bundle aarch64, here x86_64" in caught.value.found
+    assert "this CPU lacks f16c" in caught.value.found
+    assert caught.value.differing[0] == ("torch version", "2.13.0", "2.12.0")
+    assert len(caught.value.differing) == 3
+    assert caught.value.asked == "load it"
+
+
+def test_code_for_a_lesser_cpu_runs_on_a_better_one() -> None:
+    assert check([Fact("target", "isa", SMALL.fact)], target=LARGE) == ()
+    assert len(check([Fact("target", "isa", LARGE.fact)], target=SMALL)) == 1
+
+
+def test_what_the_caller_expects_is_compared() -> None:
+    facts = [*option_facts({"dtype": "float32", "tokens": 8}), config_fact({"a": 1})]
+    assert check(facts) == ()
+    assert check(facts, expected=facts) == ()
+    differences = check(facts, expected=option_facts({"dtype": "bfloat16", "new": True}))
+    assert [str(difference) for difference in differences] == [
+        "option dtype: bundle float32, here bfloat16",
+        "option new: bundle nothing, here True (the bundle doesn't say)",
+    ]
+    assert len(check(facts, expected=[config_fact({"a": 2})])) == 1
+
+
+@pytest.mark.parametrize(("recorded", "wanted"), [(1, True), (1, 1.0), (0, None), ("1", 1)])
+def test_values_of_other_types_differ(recorded: object, wanted: object) -> None:
+    assert len(check([Fact("option", "o", recorded)], expected=[Fact("option", "o", wanted)])) == 1  # type: ignore[arg-type]
+
+
+def test_source_facts_name_the_package_not_the_place(package: Path, tmp_path: Path) -> None:
+    code = package / "sub" / "code.py"
+    facts = source_facts([code, str(code), tmp_path / "pwmodule.py", "<string>", tmp_path / "missing.py"])
+    assert [(fact.kind, fact.name) for fact in facts] == [
+        ("source", "pwmodule.py"),
+        ("source", "pwsample/sub/code.py"),
+    ]
+    assert check(facts) == ()
+    assert "pwsample" not in sys.modules
+
+
+def test_a_changed_source_file_is_stale(package: Path) -> None:
+    code = package / "sub" / "code.py"
+    facts = source_facts([code])
+    code.write_text("value = 2\n")
+    [difference] = check(facts)
+    assert str(difference).startswith("source pwsample/sub/code.py: bundle ")
+    code.unlink()
+    [difference] = check(facts)
+    assert "no such file" in str(difference)
+
+
+def test_a_package_that_is_not_installed_changes_nothing() -> None:
+    assert check([Fact("source", "nosuchpackage/code.py", "ab" * 32), Fact("source", "nosuchmodule.py", "cd")]) == ()
+
+
+def test_a_file_outside_every_package_gives_no_fact(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text("")
+    assert source_facts([tmp_path / "script.py"]) == ()
+
+
+def test_this_library_is_found_by_its_name() -> None:
+    [fact] = source_facts([facts_module.__file__])
+    assert fact.name == "piecework/bundle/facts.py"
+
+
+def test_unknown_kinds_hold() -> None:
+    assert check([Fact("weather", "here", "fine")]) == ()
