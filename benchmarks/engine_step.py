@@ -25,7 +25,7 @@ from piecework.bench.machine import commit, machine, versions
 from piecework.engine.block_pool import DEFAULT_BLOCK_SIZE, num_blocks_for
 from piecework.engine.engine import Engine, EngineConfig
 from piecework.engine.request import GenerationRequest
-from piecework.engine.sampler import Sampler
+from piecework.engine.sampling.sampler import Sampler
 from piecework.engine.sampling_params import SamplingParams
 
 LIMIT_MS = 1.0

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from piecework.compiler.eager_ops import EagerOps, eager_ops
     from piecework.compiler.explain import explain
     from piecework.compiler.options import BackendName, CompileOptions
-    from piecework.engine.completion import Completion, Continuation
     from piecework.engine.llm import LLM
     from piecework.engine.sampling_params import SamplingParams, StructuredOutput
+    from piecework.engine.text.completion import Completion, Continuation
     from piecework.models.batch import ForwardBatch
     from piecework.models.latent_attention import LatentOptions, MultiHeadLatentAttention
     from piecework.models.latent_config import LatentSizes
@@ -73,8 +73,8 @@ _LAZY = {
     "LoadedModel": "piecework.bundle.run.model",
     "Bundle": "piecework.bundle.bundle",
     "LLM": "piecework.engine.llm",
-    "Completion": "piecework.engine.completion",
-    "Continuation": "piecework.engine.completion",
+    "Completion": "piecework.engine.text.completion",
+    "Continuation": "piecework.engine.text.completion",
     "SamplingParams": "piecework.engine.sampling_params",
     "StructuredOutput": "piecework.engine.sampling_params",
     "ForwardBatch": "piecework.models.batch",

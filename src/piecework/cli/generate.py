@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from piecework.bundle.run import LoadedModel
     from piecework.engine.request import GenerationRequest
     from piecework.engine.sampling_params import SamplingParams
-    from piecework.engine.tokenizer import Tokenizer
+    from piecework.engine.text.tokenizer import Tokenizer
     from piecework.models.checkpoint import Checkpoint
 
 
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     keep_freed_memory()
     # `piecework --help` must not pay for these
     from piecework.engine.request import GenerationRequest  # noqa: PLC0415
-    from piecework.engine.tokenizer import load_tokenizer  # noqa: PLC0415
+    from piecework.engine.text.tokenizer import load_tokenizer  # noqa: PLC0415
 
     params = _sampling_params(args)
     config = read_config(args.model)
@@ -180,7 +180,7 @@ def _generate(
 ) -> Iterator[_Piece]:
     from piecework.engine.block_pool import num_blocks_for  # noqa: PLC0415
     from piecework.engine.engine import EngineConfig, engine_for  # noqa: PLC0415
-    from piecework.engine.output import OutputStream  # noqa: PLC0415
+    from piecework.engine.text.deltas import OutputStream  # noqa: PLC0415
 
     longest = min(len(request.prompt) + request.params.max_tokens, config.max_positions)
     sizes = EngineConfig(

@@ -1,1 +1,1 @@
-"""Generation over a paged KV cache: requests, block pool, scheduler, forward inputs, sampler, tokenizer."""
+"""Generation over a paged KV cache: requests, scheduler, block pool, forward inputs, the engine and its thread."""

@@ -15,9 +15,9 @@ from torch import Tensor
 from piecework.engine.block_pool import DEFAULT_BLOCK_SIZE, BlockPool
 from piecework.engine.inputs import ForwardInputs, InputBuilder
 from piecework.engine.request import FinishReason, GenerationRequest, Sequence, SequenceKey
-from piecework.engine.sampler import SampledToken, Sampler, SamplingRow
+from piecework.engine.sampling.sampler import SampledToken, Sampler, SamplingRow
 from piecework.engine.scheduler import ScheduledBatch, Scheduler
-from piecework.engine.tokenizer import Tokenizer
+from piecework.engine.text.tokenizer import Tokenizer
 from piecework.errors import RequestError
 from piecework.models.config import ModelConfig
 

@@ -17,15 +17,15 @@ from piecework.bundle.run import LoadedModel, load
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.engine.async_engine import AsyncEngine
 from piecework.engine.bundles import find_or_compile
-from piecework.engine.completion import Completion, CompletionText
 from piecework.engine.engine import EngineConfig, EngineStats, Runner, engine_for
 from piecework.engine.kv_memory import read_memory
 from piecework.engine.loading import CacheSize, num_blocks_for_cache, open_weights
-from piecework.engine.output import TextDelta
 from piecework.engine.profile_options import ProfileOptions
 from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
-from piecework.engine.tokenizer import Tokenizer, load_tokenizer
+from piecework.engine.text.completion import Completion, CompletionText
+from piecework.engine.text.deltas import TextDelta
+from piecework.engine.text.tokenizer import Tokenizer, load_tokenizer
 from piecework.errors import RequestError
 from piecework.foundation.environment import read_environment
 from piecework.foundation.process import keep_freed_memory

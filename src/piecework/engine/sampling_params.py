@@ -60,7 +60,7 @@ class StructuredOutput:
 class SamplingParams:
     """How to choose tokens, and when to stop. Names and meanings are those of vLLM and of OpenAI's API.
 
-    The order in which they act is in `piecework.engine.sampler`.
+    The order in which they act is in `piecework.engine.sampling.sampler`.
 
     Args:
         max_tokens: most tokens to generate, at least 1.

@@ -9,10 +9,10 @@ from dataclasses import fields
 from typing import Any, Protocol, cast, final
 
 from piecework.engine.engine import EngineStats, TokenOutput
-from piecework.engine.output import OutputStream
 from piecework.engine.request import GenerationRequest
-from piecework.engine.sampler import SampledToken
-from piecework.engine.tokenizer import Tokenizer
+from piecework.engine.sampling.sampler import SampledToken
+from piecework.engine.text.deltas import OutputStream
+from piecework.engine.text.tokenizer import Tokenizer
 from piecework.server.service import Candidate, Delta, Generation, Service, Stats, TokenLogprobs
 
 

@@ -11,7 +11,7 @@ from piecework.bundle.run import LoadedModel, load
 from piecework.engine.engine import Engine, EngineConfig, Runner, engine_for
 from piecework.engine.kv_memory import read_memory
 from piecework.engine.loading import CacheSize, num_blocks_for_cache, open_weights
-from piecework.engine.tokenizer import Tokenizer
+from piecework.engine.text.tokenizer import Tokenizer
 from piecework.server.options import ModelOptions
 from piecework.server.status import Phase, ServerStatus
 

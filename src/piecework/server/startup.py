@@ -31,7 +31,7 @@ from piecework.server.status import BundleUse, ServerStatus, State
 if TYPE_CHECKING:
     from piecework.bundle.bundle import Bundle
     from piecework.engine.async_engine import AsyncEngine
-    from piecework.engine.tokenizer import Tokenizer
+    from piecework.engine.text.tokenizer import Tokenizer
 
 NATIVE: Final = "aoti"
 EAGER: Final = "eager"
@@ -149,7 +149,7 @@ class ModelStart:
 
     def _load_tokenizer(self) -> Tokenizer:
         with self._status.phase("tokenizer"):
-            from piecework.engine.tokenizer import load_tokenizer  # noqa: PLC0415  a part of what is measured
+            from piecework.engine.text.tokenizer import load_tokenizer  # noqa: PLC0415  a part of what is measured
 
             return load_tokenizer(self._options.config.path)
 

@@ -7,7 +7,7 @@ import torch
 
 from piecework.bench.mla_model import deepseek_shapes, write_deepseek
 from piecework.bench.random_models import RANDOM_MODELS, TINY_LATENT
-from piecework.engine.tokenizer import load_tokenizer
+from piecework.engine.text.tokenizer import load_tokenizer
 from piecework.models.adapter import build_causal_lm
 from piecework.models.checkpoint import open_checkpoint
 from piecework.models.config import read_config

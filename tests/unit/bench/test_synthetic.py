@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from piecework.bench.synthetic import ModelShape, weight_shapes, write_llama
-from piecework.engine.tokenizer import load_tokenizer
+from piecework.engine.text.tokenizer import load_tokenizer
 from piecework.errors import RequestError
 from piecework.models.adapter import build_causal_lm
 from piecework.models.checkpoint import open_checkpoint

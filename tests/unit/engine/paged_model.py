@@ -16,7 +16,7 @@ from torch import Tensor
 
 from piecework.engine.engine import Engine, EngineConfig, TokenOutput
 from piecework.engine.request import FinishReason, GenerationRequest
-from piecework.engine.sampler import Sampler
+from piecework.engine.sampling.sampler import Sampler
 
 VOCAB = 40
 EOS = 2

@@ -301,7 +301,7 @@ def test_a_step_without_work_does_nothing() -> None:
 
 def test_the_engine_imports_no_compiler_and_no_transformers() -> None:
     code = (
-        "import sys, piecework.engine.engine, piecework.engine.tokenizer; "
+        "import sys, piecework.engine.engine, piecework.engine.text.tokenizer; "
         "bad = {'sympy', 'torch._dynamo', 'torch._inductor', 'triton', 'transformers', 'jinja2'} & set(sys.modules); "
         "raise SystemExit(f'imported {sorted(bad)}' if bad else 0)"
     )

@@ -15,7 +15,7 @@ from piecework.engine.async_engine import AsyncEngine
 from piecework.engine.engine import TokenOutput
 from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
-from piecework.engine.tokenizer import Tokenizer, load_tokenizer
+from piecework.engine.text.tokenizer import Tokenizer, load_tokenizer
 from piecework.errors import CapacityError, EngineError, RequestError
 from piecework.server.engine_service import EngineService
 from piecework.server.service import Delta, Generation
@@ -197,7 +197,7 @@ class OneTokenEngine:
 
     async def stream(self, request: GenerationRequest):
         from piecework.engine.request import FinishReason
-        from piecework.engine.sampler import SampledToken
+        from piecework.engine.sampling.sampler import SampledToken
 
         yield TokenOutput(request.request_id, 0, SampledToken(99, -1.0, ((99, -1.0),)), FinishReason.LENGTH)
 

@@ -20,7 +20,7 @@ from piecework.bundle.store.interface import MemoryStore
 from piecework.engine.bundles import FoundBundle, WantedBundle
 from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
-from piecework.engine.tokenizer import load_tokenizer
+from piecework.engine.text.tokenizer import load_tokenizer
 from piecework.errors import CompileError, UnsupportedModelError, WeightsError
 from piecework.models.config import read_config
 from piecework.server.loading import Loaded

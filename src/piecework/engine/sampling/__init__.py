@@ -1,1 +1,1 @@
-"""The parts of the sampler, in plain numpy: random numbers, what changes logits, drawing, logprobs, grammars."""
+"""From logits to tokens, in plain numpy: the sampler, random numbers, what changes logits, logprobs, grammars."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from piecework.engine.sampling.candidates import Logits
 from piecework.engine.sampling_params import StructuredOutput
-from piecework.engine.tokenizer import Tokenizer
+from piecework.engine.text.tokenizer import Tokenizer
 from piecework.errors import RequestError
 
 if TYPE_CHECKING:

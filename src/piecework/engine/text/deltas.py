@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import final
 
 from piecework.engine.request import FinishReason
-from piecework.engine.sampler import SampledToken
+from piecework.engine.sampling.sampler import SampledToken
 from piecework.engine.sampling_params import SamplingParams
-from piecework.engine.tokenizer import Tokenizer
+from piecework.engine.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from piecework.engine.output import OutputStream, TextDelta
 from piecework.engine.request import FinishReason
-from piecework.engine.sampler import SampledToken
+from piecework.engine.sampling.sampler import SampledToken
 from piecework.engine.sampling_params import SamplingParams
+from piecework.engine.text.deltas import OutputStream, TextDelta
 from tests.unit.engine import tokenizers_of_tests as small
 
 TOKENIZER = small.byte_level()

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import final
 
 from piecework.engine.engine import TokenOutput
-from piecework.engine.output import OutputStream, TextDelta
 from piecework.engine.request import FinishReason, GenerationRequest
-from piecework.engine.sampler import SampledToken
-from piecework.engine.tokenizer import Tokenizer
+from piecework.engine.sampling.sampler import SampledToken
+from piecework.engine.text.deltas import OutputStream, TextDelta
+from piecework.engine.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

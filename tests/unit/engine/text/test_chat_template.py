@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from piecework.engine.chat_template import ChatTemplate
-from piecework.engine.tokenizer import load_tokenizer
+from piecework.engine.text.chat_template import ChatTemplate
+from piecework.engine.text.tokenizer import load_tokenizer
 from piecework.errors import RequestError
 from tests.unit.engine import tokenizers_of_tests as small
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from piecework.engine.tokenizer import Tokenizer, load_tokenizer
+from piecework.engine.text.tokenizer import Tokenizer, load_tokenizer
 from piecework.errors import RequestError, UnsupportedModelError
 from tests.unit.engine import tokenizers_of_tests as small
 

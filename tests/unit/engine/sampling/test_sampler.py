@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from piecework.engine.sampler import SampledToken, Sampler, SamplingRow
 from piecework.engine.sampling.random_numbers import stream_start, uniforms
+from piecework.engine.sampling.sampler import SampledToken, Sampler, SamplingRow
 from piecework.engine.sampling_params import SamplingParams
 from piecework.errors import RequestError
-from tests.unit.engine.sampling_reference import Reference, reference_distribution, reference_logprobs
+from tests.unit.engine.sampling.sampling_reference import Reference, reference_distribution, reference_logprobs
 
 VOCAB, EOS = 61, (0, 7)
 

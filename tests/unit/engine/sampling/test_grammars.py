@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from piecework.engine.sampler import Sampler, SamplingRow
+from piecework.engine.sampling.sampler import Sampler, SamplingRow
 from piecework.engine.sampling_params import SamplingParams, StructuredOutput
-from piecework.engine.tokenizer import Tokenizer
+from piecework.engine.text.tokenizer import Tokenizer
 from piecework.errors import RequestError
 from tests.unit.engine import tokenizers_of_tests as small
 
@@ -182,7 +182,7 @@ def test_without_the_extra_it_says_how_to_install(monkeypatch: pytest.MonkeyPatc
 def test_the_extra_is_imported_only_when_needed_and_brings_no_compiler() -> None:
     code = """
 import sys
-from piecework.engine.sampler import Sampler
+from piecework.engine.sampling.sampler import Sampler
 from piecework.engine.sampling_params import SamplingParams, StructuredOutput
 from tests.unit.engine.tokenizers_of_tests import byte_level
 sampler = Sampler(vocab_size=400, eos_token_ids=(1,), tokenizer=byte_level())

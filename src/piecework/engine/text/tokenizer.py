@@ -10,8 +10,8 @@ from typing import Any, Final, final
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers.decoders import DecodeStream
 
-from piecework.engine.chat_template import ChatTemplate, Message
-from piecework.engine.token_bytes import token_bytes
+from piecework.engine.text.chat_template import ChatTemplate, Message
+from piecework.engine.text.token_bytes import token_bytes
 from piecework.errors import RequestError, UnsupportedModelError
 
 _SPECIAL: Final = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")

@@ -37,7 +37,7 @@ from piecework.engine.sampling.grammars import Grammar, Grammars, apply_grammars
 from piecework.engine.sampling.logprobs import Top, token_logprobs
 from piecework.engine.sampling.random_numbers import stream_start, uniforms
 from piecework.engine.sampling_params import SamplingParams
-from piecework.engine.tokenizer import Tokenizer
+from piecework.engine.text.tokenizer import Tokenizer
 from piecework.errors import RequestError
 
 Key = tuple[str, int]
