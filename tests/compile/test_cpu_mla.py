@@ -18,7 +18,7 @@ from piecework.compiler.backends.toolchain import find_toolchain
 from piecework.errors import OpError
 from piecework.ops.mla import cache as mla_cache
 from piecework.ops.mla import plain as mla_plain
-from piecework.ops.mla.attention import MLA_ATTENTION_OP, LatentAttention
+from piecework.ops.mla.attention import MLA_ATTENTION_OP
 from piecework.ops.mla.core import LatentCores, latent_attention
 from piecework.ops.mla.operators import PLAIN, row_view
 from piecework.ops.packed import packed_linear
@@ -68,8 +68,7 @@ def cores_of(mla: CpuMla) -> LatentCores:
 
 
 def run(mla: CpuMla, case: MlaCase, regime: str | None = None, cores: LatentCores | None = None) -> Tensor:
-    num = case.num_prefill_tokens
-    return latent_attention(regime or case.regime, cores or cores_of(mla), num_prefill_tokens=num, **case.named)
+    return latent_attention(regime or case.regime, cores or cores_of(mla), **case.values)
 
 
 def check(
@@ -119,8 +118,8 @@ def test_queries_are_rotated_where_they_are_not(mla: CpuMla, batch: str, sizes: 
     found = [run(mla, cases[0])]
     for case in cases[1:]:
         case.named["q_pe"] = pairs
-        num = case.num_prefill_tokens
-        found.append(latent_attention(case.regime, cores_of(mla), num_prefill_tokens=num, turned=False, **case.named))
+        case.named["turned"] = False
+        found.append(run(mla, case))
         tolerance = TOLERANCES[dtype]
         torch.testing.assert_close(found[-1], found[0], atol=tolerance, rtol=tolerance)
 
@@ -147,8 +146,8 @@ def test_context_is_expanded_by_packed_weights(
     sizes = replace(sizes, value=sizes.nope) if sizes.heads == 4 else sizes  # heads that divide blocks of columns
     case = make_mla_case(BATCHES[batch], sizes=sizes, dtype=dtype, block_size=16)
     case = in_fp8(case) if fp8 else case
-    num, twin = case.num_prefill_tokens, case.twin()
-    out = latent_attention(case.regime, packed_cores(mla), num_prefill_tokens=num, **case.named)
+    twin = case.twin()
+    out = latent_attention(case.regime, packed_cores(mla), **case.values)
     tolerance = TOLERANCES[dtype]
     torch.testing.assert_close(out, run(mla, twin), atol=tolerance, rtol=tolerance)
     if not fp8:
@@ -161,7 +160,7 @@ def test_packed_weights_in_rounds(mla: CpuMla, chunk: int, monkeypatch: pytest.M
     monkeypatch.setattr(rounds, "LEAST_CHUNK", 1)
     monkeypatch.setattr(prefill, "_EXPANDED_BYTES", 1)
     case = make_mla_case(BATCHES["chunks and decodes"], sizes=Sizes(heads=2, nope=20, value=12), large=4.0)
-    out = latent_attention(case.regime, packed_cores(mla), num_prefill_tokens=case.num_prefill_tokens, **case.named)
+    out = latent_attention(case.regime, packed_cores(mla), **case.values)
     torch.testing.assert_close(out.double(), reference(case), atol=1e-5, rtol=1e-5)
 
 
@@ -183,7 +182,7 @@ def test_packed_weights_of_no_such_layout_are_refused(mla: CpuMla, sizes: Sizes)
 def test_packed_weights_of_another_type_falls_back(mla: CpuMla) -> None:
     sizes = Sizes(heads=2, nope=20, value=12)
     case = make_mla_case(BATCHES["mixed"], sizes=sizes, dtype=torch.float16)
-    out = latent_attention(case.regime, packed_cores(mla), num_prefill_tokens=case.num_prefill_tokens, **case.named)
+    out = latent_attention(case.regime, packed_cores(mla), **case.values)
     torch.testing.assert_close(out.double(), reference(case), atol=4e-3, rtol=4e-3)
 
 
@@ -262,7 +261,7 @@ def test_numbers_that_lead_outside_are_refused(mla: CpuMla, found: str, regime: 
     case.named[name] = change(case.named[name])
     for cores in (cores_of(mla), packed_cores(mla)):
         with pytest.raises(OpError, match=found.partition(":")[0]):
-            latent_attention(case.regime, cores, num_prefill_tokens=case.num_prefill_tokens, **case.named)
+            latent_attention(case.regime, cores, **case.values)
 
 
 FALLBACKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -322,9 +321,7 @@ def test_threads_of_python_may_call_it_at_once(mla: CpuMla) -> None:
 @pytest.mark.parametrize("batch", ["decodes", "mixed", "prefills"])
 def test_the_one_operator_uses_the_same_kernels(library: Path, mla: CpuMla, batch: str) -> None:
     case, twin = (make_mla_case(BATCHES[batch]) for _ in range(2))
-    attention = open_kernel(CPU_MLA.name, library)[MLA_ATTENTION_OP]
-    assert isinstance(attention, LatentAttention)
-    out = attention(**case.named)
+    out = open_kernel(CPU_MLA.name, library)[MLA_ATTENTION_OP](**case.named)
     torch.testing.assert_close(out, run(mla, twin), rtol=1e-5, atol=1e-6)
     assert torch.equal(case.named["latent_cache"].nan_to_num(), twin.named["latent_cache"].nan_to_num())
 
@@ -354,7 +351,7 @@ def test_caches_in_fp8(mla: CpuMla, batch: str, sizes: Sizes, dtype: torch.dtype
     case, twin, exact = (in_fp8(before.twin()) for _ in range(3))
     out = run(mla, case)
     cores = replace(PLAIN, write=mla.write, write_decode=partial(written_and_decoded, mla))
-    wanted = latent_attention(twin.regime, cores, num_prefill_tokens=twin.num_prefill_tokens, **twin.named)
+    wanted = latent_attention(twin.regime, cores, **twin.values)
     tolerance = TOLERANCES[dtype]
     torch.testing.assert_close(out, wanted, atol=tolerance, rtol=tolerance)
     assert torch.equal(case.named["latent_cache"], twin.named["latent_cache"])
@@ -413,4 +410,4 @@ def test_zeros_subnormals_and_nan_are_stored_in_fp8_as_plain_torch_does(mla: Cpu
 
 
 def run_plain(case: MlaCase) -> Tensor:
-    return latent_attention(case.regime, PLAIN, num_prefill_tokens=case.num_prefill_tokens, **case.named)
+    return latent_attention(case.regime, PLAIN, **case.values)

@@ -10,7 +10,7 @@ ones, V of a value, L of a latent, B block size, E the length of an entry in the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final, cast, final
+from typing import Final, final
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,9 @@ from piecework.models.latent_config import (
 )
 from piecework.ops.mla.attention import mla_attention
 from piecework.ops.mla.cache import entry_width
-from piecework.ops.mla.core import Regime, latent_attention
+from piecework.ops.mla.core import LatentWeights, NewLatents, Queries, Regime, latent_attention
 from piecework.ops.mla.operators import TRACED
+from piecework.ops.sequences import Sequences
 
 LATENT_CACHE: Final = "latent_cache"
 
@@ -190,30 +191,21 @@ class MultiHeadLatentAttention(nn.Module):
             q_pe = paired(q_pe)
         folded = self.w_vo if self.folds and batch.regime == Regime.DECODE else None
         norm = self.kv_a_layernorm
-        given = {
-            "q_nope": q_nope,
-            "q_pe": q_pe,
-            "compressed": compressed,
-            "norm_weight": norm.weight,
-            "eps": norm.eps,
-            "cos": cos,
-            "sin": sin,
-            "latent_cache": self.latent_cache,
-            "slot_mapping": batch.slot_mapping,
-            "block_tables": batch.block_tables,
-            "seq_lens": batch.seq_lens,
-            "query_start": batch.query_start,
-            "num_decode_tokens": batch.num_decode_tokens,
-            "scale": options.scale,
-            "kv_b_weight": self.kv_b_proj.weight,
-            "w_uk": self.w_uk,
-            "w_uv": self.w_uv if folded is None else None,
-        }
+        new = NewLatents(compressed, norm.weight, norm.eps, cos, sin, self.latent_cache, batch.slot_mapping)
+        sequences = Sequences(batch.block_tables, batch.seq_lens, batch.query_start, batch.num_decode_tokens)
+        weights = LatentWeights(self.kv_b_proj.weight, self.w_uk, self.w_uv if folded is None else None)
         if options.mla == "opaque":
-            attended = mla_attention(**given)
+            attended = mla_attention(q_nope, q_pe, *new, *sequences, options.scale, *weights)
         else:
             attended = latent_attention(
-                batch.regime, TRACED, num_prefill_tokens=batch.num_prefill_tokens, turned=turned, **cast("Any", given)
+                batch.regime,
+                TRACED,
+                queries=Queries(q_nope, q_pe, turned),
+                new=new,
+                sequences=sequences,
+                num_prefill_tokens=batch.num_prefill_tokens,
+                scale=options.scale,
+                weights=weights,
             )
         out: Tensor = self.o_proj(attended) if folded is None else linear(attended, folded, self.o_proj.bias)
         return out

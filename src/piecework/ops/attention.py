@@ -9,12 +9,12 @@ B block size (tokens per block), W blocks per row of the block table.
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from piecework.ops.attention_plain import Scores, attend_with
+from piecework.ops.ir.values import flattened
+from piecework.ops.sequences import Sequences
 
 ATTENTION_OP = "piecework::attention"
 
@@ -25,61 +25,15 @@ _SCHEMA = (
 )
 
 
-class Attention(Protocol):
-    """An implementation of the op; see `attention_native`."""
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        slot_mapping: Tensor,
-        block_tables: Tensor,
-        seq_lens: Tensor,
-        query_start: Tensor,
-        num_decode_tokens: int,
-        scale: float,
-        sliding_window: int = 0,
-        softcap: float = 0.0,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """Store and attend."""
-
-
-class Attend(Protocol):
-    """What attends over a cache that holds the new tokens already; see `attend`."""
-
-    def __call__(
-        self,
-        query: Tensor,
-        kv_cache: Tensor,
-        block_tables: Tensor,
-        seq_lens: Tensor,
-        query_start: Tensor,
-        num_decode_tokens: int,
-        scale: float,
-        sliding_window: int = 0,
-        softcap: float = 0.0,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """Attend; nothing is written."""
-
-
+@flattened
 def attention_native(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     kv_cache: Tensor,
     slot_mapping: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    query_start: Tensor,
-    num_decode_tokens: int,
-    scale: float,
-    sliding_window: int = 0,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
+    sequences: Sequences,
+    scores: Scores,
 ) -> Tensor:
     """Store key/value in the paged cache, then attend causally, each sequence over its own cached tokens.
 
@@ -93,31 +47,14 @@ def attention_native(
         kv_cache: [2, N, B, K, D]; keys at 0, values at 1; written in place. What slots hold that belong to none of a
             sequence's visible tokens makes no difference, whatever it is.
         slot_mapping: [T] int64, block * B + offset of each new token.
-        block_tables: [S, W] int64; row s lists the blocks of sequence s, padded with any valid block.
-        seq_lens: [S] int64, tokens in the cache after this step, at least 1.
-        query_start: [S + 1] int64, prefix sums of the new tokens per sequence.
-        num_decode_tokens: number of leading sequences with one new token each.
-        scale: factor of the scores before the softmax.
-        sliding_window: a token sees itself and this many minus one before it; 0 means all.
-        softcap: scores become softcap * tanh(score / softcap); 0 means off.
-        sinks: [H], a further score for each head that takes part in the softmax and has no value; or None.
+        sequences: whose the tokens are.
+        scores: what happens to scores.
 
     Returns:
         [T, H, D], contiguous, dtype of the query.
     """
     write_kv(key, value, kv_cache, slot_mapping)
-    return attend(
-        query,
-        kv_cache,
-        block_tables,
-        seq_lens,
-        query_start,
-        num_decode_tokens,
-        scale,
-        sliding_window,
-        softcap,
-        sinks,
-    )
+    return attend_with(query, kv_cache, sequences, scores)
 
 
 def write_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -127,21 +64,10 @@ def write_kv(key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor)
     values.index_copy_(0, slot_mapping, value)
 
 
-def attend(
-    query: Tensor,
-    kv_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    query_start: Tensor,
-    num_decode_tokens: int,
-    scale: float,
-    sliding_window: int = 0,
-    softcap: float = 0.0,
-    sinks: Tensor | None = None,
-) -> Tensor:
+@flattened
+def attend(query: Tensor, kv_cache: Tensor, sequences: Sequences, scores: Scores) -> Tensor:
     """Do what `attention_native` does, over a cache that holds the new tokens already; nothing is written."""
-    scores = Scores(scale, sliding_window, softcap, sinks)
-    return attend_with(query, kv_cache, block_tables, seq_lens, query_start, num_decode_tokens, scores)
+    return attend_with(query, kv_cache, sequences, scores)
 
 
 def attention_fake(query: Tensor, *_args: object, **_kwargs: object) -> Tensor:

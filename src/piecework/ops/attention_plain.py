@@ -8,36 +8,36 @@ Shape suffixes: T tokens, S sequences, H query heads, K key/value heads, G = H /
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from piecework.ops.sequences import Sequences
+
 _UNEVEN = 4  # sequences shorter than the longest by this factor are attended apart, so that padding stays small
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What happens to scores; see `ops/attention.py`. `sinks` is [H] or None."""
+class Scores(NamedTuple):
+    """What happens to scores.
+
+    Attributes:
+        scale: their factor before the softmax.
+        sliding_window: a token sees itself and this many minus one before it; 0 means all.
+        softcap: scores become softcap * tanh(score / softcap); 0 means off.
+        sinks: [H], a further score for each head that takes part in the softmax and has no value; or None.
+    """
 
     scale: float
-    window: int
-    softcap: float
-    sinks: Tensor | None
+    sliding_window: int = 0
+    softcap: float = 0.0
+    sinks: Tensor | None = None
 
 
-def attend_with(
-    query: Tensor,
-    kv_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    query_start: Tensor,
-    num_decode_tokens: int,
-    scores: Scores,
-) -> Tensor:
+def attend_with(query: Tensor, kv_cache: Tensor, sequences: Sequences, scores: Scores) -> Tensor:
     """Attend the new tokens of a batch, [T, H, D] -> [T, H, D], contiguous; see `ops/attention.py`."""
-    num = num_decode_tokens
+    block_tables, seq_lens, query_start, num = sequences
     if num == query.shape[0]:
         return decode(query, kv_cache, block_tables, seq_lens, scores).contiguous()
     if num == 0:
@@ -60,7 +60,7 @@ def decode(query: Tensor, kv_cache: Tensor, block_tables: Tensor, seq_lens: Tens
             return _decode_apart(query, kv_cache, block_tables, seq_lens, scores, longest=longest)
     else:  # asking would wait for the device
         longest, shortest = block_tables.shape[1] * kv_cache.shape[2], 0
-    span = min(longest, scores.window) if scores.window else longest
+    span = min(longest, scores.sliding_window) if scores.sliding_window else longest
     mask = None
     if shortest == longest:
         keys, values = _gather_blocks(kv_cache, block_tables, longest - span, longest)
@@ -107,7 +107,7 @@ def prefill(
         if starts[index] < starts[index + 1]:
             alike.setdefault((starts[index + 1] - starts[index], length), []).append(index)
     for (num_new, length), members in alike.items():
-        begin = max(0, length - num_new - scores.window + 1) if scores.window else 0
+        begin = max(0, length - num_new - scores.sliding_window + 1) if scores.sliding_window else 0
         if len(members) == 1:
             rows = slice(starts[members[0]], starts[members[0]] + num_new)
             keys, values = _gather_blocks(kv_cache, block_tables[members[0]].unsqueeze(0), begin, length)
@@ -128,14 +128,16 @@ def _prefill_alike(query: Tensor, keys: Tensor, values: Tensor, scores: Scores) 
     # S and K are the batch and G the heads, so that shared keys are a stride of zero and not a copy.
     grouped = query.reshape(num_seqs, num_new, num_kv_heads, num_groups, head_dim).permute(0, 2, 3, 1, 4).flatten(0, 1)
     keys, values = (t.transpose(1, 2).flatten(0, 1).unsqueeze(1).expand(-1, num_groups, -1, -1) for t in (keys, values))
-    causal = num_new == length and not (0 < scores.window < length or scores.softcap or scores.sinks is not None)
+    causal = num_new == length and not (
+        0 < scores.sliding_window < length or scores.softcap or scores.sinks is not None
+    )
     mask = None
     if not causal:
         distance = torch.arange(length - num_new, length, device=query.device).unsqueeze(1)
         distance = distance - torch.arange(length, device=query.device)
         mask = distance >= 0
-        if scores.window:
-            mask = mask & (distance < scores.window)
+        if scores.sliding_window:
+            mask = mask & (distance < scores.sliding_window)
     sinks = None
     if scores.sinks is not None:
         sinks = scores.sinks.view(1, num_kv_heads, num_groups, 1, 1).expand(num_seqs, -1, -1, -1, -1).flatten(0, 1)

@@ -9,15 +9,18 @@ empty token, is then given to `layer_attention` as `after`, which orders the two
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 from torch import Tensor
 
-from piecework.ops.attention import Attend, Attention, attend, attention_native, write_kv
+from piecework.ops.attention import attend, attention_native, write_kv
+from piecework.ops.attention_plain import Scores
 from piecework.ops.ir.forward_context import Batch, layer_state, running_context
 from piecework.ops.ir.layer import LayerNameType
 from piecework.ops.ir.opaque_op import opaque_op
+from piecework.ops.ir.values import flattened
 
 LAYER_ATTENTION_OP: Final = "piecework::layer_attention"
 
@@ -33,65 +36,30 @@ class AttentionState:
     kv_cache: Tensor
 
 
-@dataclass(frozen=True)
-class LayerAttention:
-    """`piecework::layer_attention` over an implementation of `piecework::attention`, which it is called like.
+def layered(attention: Callable[..., Tensor], attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return what `piecework::layer_attention` does, by what stores and attends, and by what only attends."""
 
-    Attributes:
-        attention: stores and attends.
-        attend: attends only.
-    """
-
-    attention: Attention
-    attend: Attend
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layer: LayerNameType,
-        scale: float,
-        sliding_window: int = 0,
-        softcap: float = 0.0,
-        after: Tensor | None = None,
-        sinks: Tensor | None = None,
+    @flattened
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, layer: LayerNameType, scores: Scores, after: Tensor | None = None
     ) -> Tensor:
-        """See `layer_attention`."""
         cache = layer_state(layer, AttentionState).kv_cache
         batch: Batch = running_context().batch
-        rows = (batch.block_tables, batch.seq_lens, batch.query_start, batch.num_decode_tokens)
+        sequences = (batch.block_tables, batch.seq_lens, batch.query_start, batch.num_decode_tokens)
         if after is None:
-            slots = batch.slot_mapping
-            return self.attention(
-                query,
-                key,
-                value,
-                cache,
-                slots,
-                *rows,
-                scale,
-                sliding_window=sliding_window,
-                softcap=softcap,
-                sinks=sinks,
-            )
-        return self.attend(query, cache, *rows, scale, sliding_window=sliding_window, softcap=softcap, sinks=sinks)
+            return attention(query, key, value, cache, batch.slot_mapping, *sequences, *scores)
+        return attend(query, cache, *sequences, *scores)
+
+    return run
 
 
-_PLAIN: Final = LayerAttention(attention_native, attend)
+_PLAIN: Final = layered(attention_native, attend)
 
 
 @opaque_op(LAYER_ATTENTION_OP)
+@flattened
 def layer_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layer: LayerNameType,
-    scale: float,
-    sliding_window: int = 0,
-    softcap: float = 0.0,
-    after: Tensor | None = None,
-    sinks: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, layer: LayerNameType, scores: Scores, after: Tensor | None = None
 ) -> Tensor:
     """Store key and value in the layer's cache, unless `after` says that they are, and attend over it.
 
@@ -100,32 +68,19 @@ def layer_attention(
         key: [T, K, D].
         value: [T, K, D].
         layer: the layer whose `AttentionState` is used.
-        scale: factor of the scores before the softmax.
-        sliding_window: a token sees itself and this many minus one before it; 0 means all.
-        softcap: scores become softcap * tanh(score / softcap); 0 means off.
+        scores: what happens to scores.
         after: what `kv_write` gave for the same keys and values, or None.
-        sinks: [H], a further score for each head that takes part in the softmax and has no value; or None.
 
     Returns:
         [T, H, D], contiguous, dtype of the query.
 
     Raises OpError outside of a forward context, and where it has no attention layer of that name.
     """
-    return _PLAIN(query, key, value, layer, scale, sliding_window, softcap, after, sinks)
+    return _PLAIN(query, key, value, layer, *scores, after)
 
 
 @layer_attention.fake
-def _layer_attention_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layer: LayerNameType,
-    scale: float,
-    sliding_window: int = 0,
-    softcap: float = 0.0,
-    after: Tensor | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
+def _layer_attention_fake(query: Tensor, *_args: object, **_kwargs: object) -> Tensor:
     return query.new_empty(query.shape)
 
 

@@ -9,8 +9,8 @@ from typing import Any, Final
 
 from piecework.errors import BundleError
 from piecework.ops.attention import ATTENTION_OP
-from piecework.ops.layer_attention import LAYER_ATTENTION_OP, LayerAttention
-from piecework.ops.mla.attention import MLA_ATTENTION_OP, LatentAttention
+from piecework.ops.layer_attention import LAYER_ATTENTION_OP, layered
+from piecework.ops.mla.attention import MLA_ATTENTION_OP, whole_attention
 from piecework.ops.mla.core import LatentCores
 from piecework.ops.mla.operators import (
     MLA_DECODE_OP,
@@ -70,17 +70,16 @@ def open_kernel(name: str, library: Path) -> Mapping[str, Callable[..., Any]]:
     try:
         if name == CPU_ATTENTION.name:
             attention = cpu_attention.CpuAttention(library)
-            return {ATTENTION_OP: attention, LAYER_ATTENTION_OP: LayerAttention(attention, attention.attend)}
+            return {ATTENTION_OP: attention, LAYER_ATTENTION_OP: layered(attention, attention.attend)}
         if name == CPU_MLA.name:
             mla = cpu_mla.CpuMla(library)
+            cores = LatentCores(mla.write, mla.decode, mla.write_decode, mla.prefill, row_view)
             return {
                 MLA_WRITE_OP: mla.write,
                 MLA_DECODE_OP: mla.decode,
                 MLA_WRITE_DECODE_OP: mla.write_decode,
                 MLA_PREFILL_OP: mla.prefill,
-                MLA_ATTENTION_OP: LatentAttention(
-                    LatentCores(mla.write, mla.decode, mla.write_decode, mla.prefill, row_view)
-                ),
+                MLA_ATTENTION_OP: whole_attention(cores),
             }
         found = "this piecework knows no kernel of that name"
     except (OSError, AttributeError) as error:

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from piecework.ops.mla import cache as mla_cache
+from piecework.ops.mla.core import LatentWeights, NewLatents, Queries
+from piecework.ops.sequences import Sequences
 from tests.unit.ops.attention_cases import BATCHES as _BATCHES
 
 BATCHES = {
@@ -35,12 +37,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class MlaCase:
-    """A batch by the names of `latent_attention`'s arguments, and all tokens of each sequence before their norm.
+    """A batch by the names of `mla_attention`'s arguments, and all tokens of each sequence before their norm.
 
     `histories` holds compressed latents with keys [tokens, L + R], cos and sin [tokens, R / 2].
     """
 
-    named: dict[str, Any]
+    named: dict[str, Any]  # "turned" may be among them
     histories: list[tuple[Tensor, Tensor, Tensor]]
 
     @property
@@ -56,6 +58,23 @@ class MlaCase:
         if not self.num_prefill_tokens:
             return "decode"
         return "mixed" if self.num_decode_tokens else "prefill"
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What `latent_attention` takes."""
+        named = self.named
+
+        def value(kind: Any) -> Any:
+            return kind(**{name: named[name] for name in kind._fields if name in named})
+
+        return {
+            "queries": value(Queries),
+            "new": value(NewLatents),
+            "sequences": value(Sequences),
+            "weights": value(LatentWeights),
+            "scale": named["scale"],
+            "num_prefill_tokens": self.num_prefill_tokens,
+        }
 
     def twin(self) -> MlaCase:
         """Return the same with memory of its own."""

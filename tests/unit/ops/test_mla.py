@@ -36,7 +36,7 @@ from tests.unit.ops.mla_cases import (
 
 
 def exposed(case: MlaCase, cores: LatentCores = TRACED, regime: str | None = None) -> Tensor:
-    return latent_attention(regime or case.regime, cores, num_prefill_tokens=case.num_prefill_tokens, **case.named)
+    return latent_attention(regime or case.regime, cores, **case.values)
 
 
 def check(case: MlaCase, out: Tensor, *, cache: Tensor | None = None) -> None:
@@ -176,10 +176,10 @@ def test_queries_are_rotated_in_any_regime(cores: LatentCores, regime: str) -> N
     batch = BATCHES[{"decode": "decodes", "prefill": "prefills alike", "mixed": "mixed"}[regime]]
     case, other = make_mla_case(batch), make_mla_case(batch)
     other.named["q_pe"] = mla_plain.rotate(case.named["q_pe"], case.named["cos"], case.named["sin"])
-    num = case.num_prefill_tokens
+    case.named["turned"] = False
     with check_ops():
-        out = latent_attention(regime, cores, num_prefill_tokens=num, turned=False, **case.named)
-    torch.testing.assert_close(out, latent_attention(regime, cores, num_prefill_tokens=num, **other.named))
+        out = latent_attention(regime, cores, **case.values)
+    torch.testing.assert_close(out, latent_attention(regime, cores, **other.values))
 
 
 @pytest.mark.parametrize("wrong", [{"sin": None}, {"cos": None}, {"cos": torch.ones(9, 3)}])
@@ -232,7 +232,8 @@ def test_rows(x: Tensor) -> None:
 
 def _trace(case: MlaCase, regime: str) -> torch.fx.Graph:
     def forward(tensors: dict[str, Any]) -> Tensor:
-        return latent_attention(regime, TRACED, num_prefill_tokens=case.num_prefill_tokens, **{**case.named, **tensors})
+        given = MlaCase({**case.named, **tensors}, case.histories)
+        return latent_attention(regime, TRACED, **given.values)
 
     graphs: list[torch.fx.Graph] = []
 

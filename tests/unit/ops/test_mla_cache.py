@@ -119,8 +119,7 @@ def over_decoded_entries(case: MlaCase, regime: str) -> Tensor:
 
     plain = decode(named["latent_cache"], **sizes)
     cores = LatentCores(write, PLAIN.decode, write_decode, PLAIN.prefill, PLAIN.rows)
-    given = {**named, "latent_cache": plain}
-    return latent_attention(regime, cores, num_prefill_tokens=case.num_prefill_tokens, **given)
+    return latent_attention(regime, cores, **MlaCase({**named, "latent_cache": plain}, case.histories).values)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -128,7 +127,7 @@ def over_decoded_entries(case: MlaCase, regime: str) -> Tensor:
 def test_attention_is_over_what_the_cache_holds(batch: str, dtype: torch.dtype) -> None:
     case = in_fp8(make_mla_case(BATCHES[batch], sizes=Sizes(rank=130), dtype=dtype))
     twin = case.twin()
-    out = latent_attention(case.regime, TRACED, num_prefill_tokens=case.num_prefill_tokens, **case.named)
+    out = latent_attention(case.regime, TRACED, **case.values)
     tolerance = {"rtol": 0, "atol": 1e-5 if dtype is torch.float32 else 1e-2}  # of products of other shapes
     torch.testing.assert_close(out, over_decoded_entries(twin, case.regime), **tolerance)
     assert torch.equal(case.named["latent_cache"], twin.named["latent_cache"])

@@ -59,8 +59,8 @@ def test_what_a_library_does_not_support_plain_torch_does(batch: str, gathered: 
     idle._rounds = Rounds(gather=lambda call: gathered, attend=lambda call: 1)
     case, twin = (make_mla_case(BATCHES[batch]) for _ in range(2))
     cores = LatentCores(idle.write, idle.decode, idle.write_decode, idle.prefill, row_view)
-    out = latent_attention(case.regime, cores, num_prefill_tokens=case.num_prefill_tokens, **case.named)
-    expected = latent_attention(case.regime, PLAIN, num_prefill_tokens=case.num_prefill_tokens, **twin.named)
+    out = latent_attention(case.regime, cores, **case.values)
+    expected = latent_attention(case.regime, PLAIN, **twin.values)
     torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(case.named["latent_cache"].nan_to_num(), twin.named["latent_cache"].nan_to_num())
 

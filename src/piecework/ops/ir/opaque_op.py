@@ -15,6 +15,7 @@ bodies of their own, where `@update.calls` declares them (ops/ir/declared_calls.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, final, overload
 
@@ -236,6 +237,7 @@ def _same_place(known: Callable[..., Any], function: Callable[..., Any]) -> bool
 
     Two functions that one factory made run the same code over other values: those are different.
     """
+    known, function = inspect.unwrap(known), inspect.unwrap(function)
     if known.__code__ is function.__code__ and _cells(known) != _cells(function):
         return False
     return known.__qualname__ == function.__qualname__ and (

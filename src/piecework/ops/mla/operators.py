@@ -23,10 +23,13 @@ from torch import Tensor
 from piecework.errors import OpError
 from piecework.ops.head_matmul import head_matmul
 from piecework.ops.ir.opaque_op import opaque_op
+from piecework.ops.ir.values import flattened
 from piecework.ops.mla import plain as mla_plain
 from piecework.ops.mla.cache import entry_width
-from piecework.ops.mla.core import LatentCores
+from piecework.ops.mla.core import ROTATED, Angles, LatentCores, NewLatents
+from piecework.ops.mla.plain import Prompts
 from piecework.ops.rows import rows
+from piecework.ops.sequences import Sequences
 
 MLA_WRITE_OP: Final = "piecework::mla_write"
 MLA_DECODE_OP: Final = "piecework::mla_decode"
@@ -37,48 +40,26 @@ PACKABLE: Final[Mapping[str, tuple[str, str]]] = {MLA_PREFILL_OP: ("kv_b_weight"
 
 
 @opaque_op(MLA_WRITE_OP, mutates=("latent_cache",))
-def mla_write(
-    compressed: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    latent_cache: Tensor,
-    slot_mapping: Tensor,
-) -> Tensor:
+@flattened
+def mla_write(new: NewLatents) -> Tensor:
     """Norm the new tokens' latents, rotate their keys, and store both in the cache.
-
-    Args:
-        compressed: [T, L + R], float32 | bfloat16 | float16; the last R are pairs (2i, 2i + 1) to rotate.
-        norm_weight: [L], of the RMS norm, which is computed in float32, rounded, and then multiplied with this.
-        eps: of the norm.
-        cos: [T, R / 2], of each token's angles, with a model's attention scaling; float32 or the dtype of `compressed`.
-        sin: [T, R / 2].
-        latent_cache: [blocks, B, E], of the dtype of `compressed` or uint8.
-        slot_mapping: [T] int64, block * B + offset of each new token.
 
     Returns:
         [T, L + R], contiguous, dtype of `compressed`: what the cache holds now, latents as fp8 left them where it is
         uint8. Rotated pairs are halves there: all firsts, then all seconds.
     """
-    return mla_plain.write(compressed, norm_weight, eps, cos, sin, latent_cache, slot_mapping)
+    return mla_plain.write(*new)
 
 
 @mla_write.fake
-def _mla_write_fake(
-    compressed: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    latent_cache: Tensor,
-    slot_mapping: Tensor,
-) -> Tensor:
-    _check_write(compressed, norm_weight, cos, latent_cache, asked="mla_write")
-    return compressed.new_empty(compressed.shape)
+@flattened
+def _mla_write_fake(new: NewLatents) -> Tensor:
+    _check_write(new, asked="mla_write")
+    return new.compressed.new_empty(new.compressed.shape)
 
 
 @opaque_op(MLA_DECODE_OP)
+@flattened
 def mla_decode(
     q_latent: Tensor,
     q_pe: Tensor,
@@ -87,8 +68,7 @@ def mla_decode(
     block_tables: Tensor,
     seq_lens: Tensor,
     scale: float,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
+    angles: Angles = ROTATED,
 ) -> Tensor:
     """Attend one new token of each of the first D sequences over its cached latents, which all heads share.
 
@@ -103,16 +83,16 @@ def mla_decode(
         block_tables: [D or more, W] int64.
         seq_lens: [D or more] int64, tokens in the cache, at least 1.
         scale: factor of the scores before the softmax.
-        cos: [D or more, R / 2], of each query's angles, as `mla_write` takes them; or None.
-        sin: the same.
+        angles: of each query, [D or more, R / 2], as `mla_write` takes them; or none.
 
     Returns:
         [D, H, L], contiguous, dtype of the queries.
     """
-    return mla_plain.decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale, cos, sin)
+    return mla_plain.decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale, *angles)
 
 
 @mla_decode.fake
+@flattened
 def _mla_decode_fake(
     q_latent: Tensor,
     q_pe: Tensor,
@@ -121,28 +101,22 @@ def _mla_decode_fake(
     block_tables: Tensor,
     seq_lens: Tensor,
     scale: float,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
+    angles: Angles = ROTATED,
 ) -> Tensor:
     check_same("heads of q_latent and q_pe", q_latent.shape[1], q_pe.shape[1], asked="mla_decode")
     sizes = {"rank": q_latent.shape[2], "rope": q_pe.shape[2]}
     _check_cache("q_latent with q_pe", latent_cache, q_latent, **sizes, asked="mla_decode")
-    mla_plain.check_angles(cos, sin, rope=q_pe.shape[2], asked="mla_decode")
+    mla_plain.check_angles(angles, rope=q_pe.shape[2], asked="mla_decode")
     return q_latent.new_empty(q_latent.shape)
 
 
 @opaque_op(MLA_WRITE_DECODE_OP, mutates=("latent_cache",))
+@flattened
 def mla_write_decode(
     q_latent: Tensor,
     q_pe: Tensor,
     turned: bool,  # noqa: FBT001  an operator's arguments come in order
-    compressed: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    latent_cache: Tensor,
-    slot_mapping: Tensor,
+    new: NewLatents,
     block_tables: Tensor,
     seq_lens: Tensor,
     scale: float,
@@ -154,53 +128,44 @@ def mla_write_decode(
         q_pe: [T, H, R], any strides but the last; rotated as `mla_decode` takes it, or pairs (2i, 2i + 1) yet to be
             rotated, by the angles of the new keys.
         turned: which of the two.
-        compressed: this and the others are as `mla_write` and `mla_decode` take them.
+        new: as `mla_write` takes it.
+        block_tables: as `mla_decode` takes it; so are the others.
+        seq_lens: the same.
+        scale: the same.
 
     Returns:
         [T, H, L], contiguous, dtype of the queries.
     """
-    written = (compressed, norm_weight, eps, cos, sin, latent_cache, slot_mapping)
-    return mla_plain.write_decode(q_latent, q_pe, turned, *written, block_tables, seq_lens, scale)
+    return mla_plain.write_decode(q_latent, q_pe, turned, *new, block_tables, seq_lens, scale)
 
 
 @mla_write_decode.fake
+@flattened
 def _mla_write_decode_fake(
     q_latent: Tensor,
     q_pe: Tensor,
     turned: bool,  # noqa: FBT001
-    compressed: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    latent_cache: Tensor,
-    slot_mapping: Tensor,
+    new: NewLatents,
     block_tables: Tensor,
     seq_lens: Tensor,
     scale: float,
 ) -> Tensor:
     check_same("heads of q_latent and q_pe", q_latent.shape[1], q_pe.shape[1], asked="mla_write_decode")
-    check_same("q_latent and norm_weight", q_latent.shape[2], norm_weight.shape[0], asked="mla_write_decode")
-    _check_write(compressed, norm_weight, cos, latent_cache, asked="mla_write_decode")
+    check_same("q_latent and norm_weight", q_latent.shape[2], new.norm_weight.shape[0], asked="mla_write_decode")
+    _check_write(new, asked="mla_write_decode")
     return q_latent.new_empty(q_latent.shape)
 
 
 @opaque_op(MLA_PREFILL_OP)
+@flattened
 def mla_prefill(
-    q_nope: Tensor,
-    q_pe: Tensor,
-    kv: Tensor,
-    entry: Tensor,
+    prompts: Prompts,
     kv_b_weight: Tensor,
     latent_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    query_start: Tensor,
-    num_decode_tokens: int,
+    sequences: Sequences,
     scale: float,
     decode_out: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
+    angles: Angles = ROTATED,
     packed: bool = False,  # noqa: FBT001, FBT002
 ) -> Tensor:
     """Attend prompts' new tokens over keys and values of their own; rows of decode tokens are copied in.
@@ -209,69 +174,41 @@ def mla_prefill(
     attention over each chunk is merged by log-sum-exp.
 
     Args:
-        q_nope: [T, H, N], float32 | bfloat16 | float16, any strides; row D is the first prompt's first.
-        q_pe: [T, H, R], any strides; rotated as `mla_write` leaves keys, or, where angles are given, pairs (2i, 2i + 1)
-            yet to be rotated.
-        kv: [P, H * (N + V)], the prompts' new latents expanded by `kv_b_weight`.
-        entry: [T, L + R], what `mla_write` returned.
+        prompts: the new tokens; row D is the first prompt's first.
         kv_b_weight: [H * (N + V), L]; packed or not.
         latent_cache: [blocks, B, E]. Slots without a visible token may hold anything.
-        block_tables: [S, W] int64.
-        seq_lens: [S] int64, tokens in the cache after this step.
-        query_start: [S + 1] int64, prefix sums of the new tokens per sequence.
-        num_decode_tokens: D; prompts are sequences D … S - 1.
+        sequences: prompts are sequences D … S - 1.
         scale: factor of the scores before the softmax.
         decode_out: [D, H * V], becomes the first D rows; None where D is 0.
-        cos: [T, R / 2], of each query's angles, as `mla_write` takes them; or None.
-        sin: the same.
+        angles: of each query, [T, R / 2], as `mla_write` takes them; or none.
         packed: whether `kv_b_weight` is what `packed_linear` made of it (ops/packed.py).
 
     Returns:
         [T, H * V], contiguous, dtype of the queries.
     """
-    return mla_plain.prefill(
-        q_nope,
-        q_pe,
-        kv,
-        entry,
-        kv_b_weight,
-        latent_cache,
-        block_tables,
-        seq_lens,
-        query_start,
-        num_decode_tokens,
-        scale,
-        decode_out,
-        cos,
-        sin,
-        packed,
-    )
+    rest = (scale, decode_out, *angles, packed)
+    return mla_plain.prefill(*prompts, kv_b_weight, latent_cache, *sequences, *rest)
 
 
 @mla_prefill.fake
+@flattened
 def _mla_prefill_fake(
-    q_nope: Tensor,
-    q_pe: Tensor,
-    kv: Tensor,
-    entry: Tensor,
+    prompts: Prompts,
     kv_b_weight: Tensor,
     latent_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    query_start: Tensor,
-    num_decode_tokens: int,
+    sequences: Sequences,
     scale: float,
     decode_out: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
+    angles: Angles = ROTATED,
     packed: bool = False,  # noqa: FBT001, FBT002
 ) -> Tensor:
+    q_nope, q_pe, kv, _ = prompts
     num_tokens, num_heads, nope = q_nope.shape
     check_same("heads of q_nope and q_pe", num_heads, q_pe.shape[1], asked="mla_prefill")
     check_same("kv and the rows of kv_b_weight", kv.shape[1], kv_b_weight.shape[0], asked="mla_prefill")
     sizes = {"rank": kv_b_weight.shape[1], "rope": q_pe.shape[2]}
     _check_cache("latents with q_pe", latent_cache, q_nope, **sizes, asked="mla_prefill")
-    mla_plain.check_angles(cos, sin, rope=q_pe.shape[2], asked="mla_prefill")
+    mla_plain.check_angles(angles, rope=q_pe.shape[2], asked="mla_prefill")
     return q_nope.new_empty(num_tokens, kv_b_weight.shape[0] - num_heads * nope)
 
 
@@ -293,10 +230,10 @@ def check_same(what: str, found: int, wanted: int, *, asked: str) -> None:
         raise OpError(asked=f"trace {asked}", found=f"{what}: sizes {found} and {wanted}", try_="tensors of one layer")
 
 
-def _check_write(compressed: Tensor, norm_weight: Tensor, cos: Tensor, latent_cache: Tensor, *, asked: str) -> None:
-    rank, width = norm_weight.shape[0], compressed.shape[1]
-    check_same("norm_weight and 2 * cos, against compressed", rank + 2 * cos.shape[1], width, asked=asked)
-    _check_cache("compressed", latent_cache, compressed, rank=rank, rope=width - rank, asked=asked)
+def _check_write(new: NewLatents, *, asked: str) -> None:
+    rank, width = new.norm_weight.shape[0], new.compressed.shape[1]
+    check_same("norm_weight and 2 * cos, against compressed", rank + 2 * new.cos.shape[1], width, asked=asked)
+    _check_cache("compressed", new.latent_cache, new.compressed, rank=rank, rope=width - rank, asked=asked)
 
 
 def _check_cache(what: str, latent_cache: Tensor, like: Tensor, *, rank: int, rope: int, asked: str) -> None:

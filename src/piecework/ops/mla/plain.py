@@ -17,8 +17,11 @@ from torch import Tensor
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 
 from piecework.errors import OpError
+from piecework.ops.ir.values import flattened
 from piecework.ops.mla import cache as mla_cache
+from piecework.ops.mla.core import ROTATED, Angles, NewLatents
 from piecework.ops.packed import unpacked_linear
+from piecework.ops.sequences import Sequences
 
 CONTEXT_CHUNK: Final = 2048  # tokens that are expanded at once, of all sequences together
 _GATHERED: Final = 4096  # latents that are gathered at once; more would leave the caches on the way
@@ -27,16 +30,27 @@ _SHORT: Final = 64  # … unless all are as short as this
 _SCORES: Final = 1 << 23  # that are held at once, in float32
 
 
-def write(
-    compressed: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    latent_cache: Tensor,
-    slot_mapping: Tensor,
-) -> Tensor:
+class Prompts(NamedTuple):
+    """The new tokens of `mla_prefill`.
+
+    Attributes:
+        q_nope: [T, H, N], float32 | bfloat16 | float16, any strides.
+        q_pe: [T, H, R], any strides; rotated as `mla_write` leaves keys, or, where angles are given, pairs (2i, 2i + 1)
+            yet to be rotated.
+        kv: [P, H * (N + V)], the prompts' new latents expanded by `kv_b_weight`.
+        entry: [T, L + R], what `mla_write` returned.
+    """
+
+    q_nope: Tensor
+    q_pe: Tensor
+    kv: Tensor
+    entry: Tensor
+
+
+@flattened
+def write(new: NewLatents) -> Tensor:
     """Do what `mla_write` does."""
+    compressed, norm_weight, eps, cos, sin, latent_cache, slot_mapping = new
     rank = norm_weight.shape[0]
     latent = compressed[:, :rank].float()
     latent = latent * torch.rsqrt(latent.pow(2).mean(-1, keepdim=True) + eps)
@@ -56,27 +70,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1).to(x.dtype)
 
 
+@flattened
 def write_decode(
     q_latent: Tensor,
     q_pe: Tensor,
     turned: bool,  # noqa: FBT001  an operator's arguments come in order
-    compressed: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    latent_cache: Tensor,
-    slot_mapping: Tensor,
+    new: NewLatents,
     block_tables: Tensor,
     seq_lens: Tensor,
     scale: float,
 ) -> Tensor:
     """Do what `mla_write_decode` does."""
-    entry = write(compressed, norm_weight, eps, cos, sin, latent_cache, slot_mapping)
-    q_pe = q_pe if turned else rotate(q_pe, cos, sin)
-    return decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale)
+    entry = write(*new)
+    q_pe = q_pe if turned else rotate(q_pe, new.cos, new.sin)
+    return decode(q_latent, q_pe, entry, new.latent_cache, block_tables, seq_lens, scale)
 
 
+@flattened
 def decode(
     q_latent: Tensor,
     q_pe: Tensor,
@@ -85,12 +95,11 @@ def decode(
     block_tables: Tensor,
     seq_lens: Tensor,
     scale: float,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
+    angles: Angles = ROTATED,
 ) -> Tensor:
     """Do what `mla_decode` does, sequences of similar length together."""
     num, _, rank = q_latent.shape
-    q_pe = _rotated(q_pe[:num], cos, sin, asked="mla_decode")
+    q_pe = _rotated(q_pe[:num], angles, asked="mla_decode")
     out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
     query = torch.cat([q_latent, q_pe[:num]], dim=-1)
     groups: list[tuple[slice | Tensor, int, int]] = []  # which sequences, and how long the longest and the shortest is
@@ -115,25 +124,21 @@ def decode(
     return out
 
 
+@flattened
 def prefill(
-    q_nope: Tensor,
-    q_pe: Tensor,
-    kv: Tensor,
-    entry: Tensor,
+    prompts: Prompts,
     kv_b_weight: Tensor,
     latent_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    query_start: Tensor,
-    num_decode_tokens: int,
+    sequences: Sequences,
     scale: float,
     decode_out: Tensor | None = None,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
+    angles: Angles = ROTATED,
     packed: bool = False,  # noqa: FBT001, FBT002
 ) -> Tensor:
     """Do what `mla_prefill` does, one sequence after the other."""
-    q_pe = _rotated(q_pe, cos, sin, asked="mla_prefill")
+    q_nope, q_pe, kv, entry = prompts
+    block_tables, seq_lens, query_start, num_decode_tokens = sequences
+    q_pe = _rotated(q_pe, angles, asked="mla_prefill")
     num_tokens, num_heads, nope = q_nope.shape
     rank = kv_b_weight.shape[1]
     expand = _Expansion(kv_b_weight, packed=packed, num_heads=num_heads, nope=nope)
@@ -163,19 +168,20 @@ def prefill(
     return out.flatten(1)
 
 
-def _rotated(q_pe: Tensor, cos: Tensor | None, sin: Tensor | None, *, asked: str) -> Tensor:
+def _rotated(q_pe: Tensor, angles: Angles, *, asked: str) -> Tensor:
     """Return q_pe [D, H, R] rotated by the angles of the first D tokens, or itself where there are none."""
-    check_angles(cos, sin, rope=q_pe.shape[2], asked=asked)
+    check_angles(angles, rope=q_pe.shape[2], asked=asked)
+    cos, sin = angles
     if cos is None or sin is None:
         return q_pe
     return rotate(q_pe, cos[: q_pe.shape[0]], sin[: q_pe.shape[0]])
 
 
-def check_angles(cos: Tensor | None, sin: Tensor | None, *, rope: int, asked: str) -> None:
+def check_angles(angles: Angles, *, rope: int, asked: str) -> None:
     """Raise OpError unless there are both, [T, R / 2], or none."""
-    if cos is None and sin is None:
+    if angles.cos is None and angles.sin is None:
         return
-    found = [None if angles is None else list(angles.shape) for angles in (cos, sin)]
+    found = [None if given is None else list(given.shape) for given in angles]
     if found[0] != found[1] or found[0] is None or len(found[0]) != 2 or 2 * found[0][1] != rope:
         raise OpError(
             asked=f"{asked} of queries with {rope} rotary dimensions",

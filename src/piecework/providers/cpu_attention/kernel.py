@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from pathlib import Path
-from typing import Final, final
+from typing import Final, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch import Tensor
 from piecework.errors import OpError
 from piecework.ops.attention import write_kv
 from piecework.ops.attention_plain import Scores, attend_with
+from piecework.ops.ir.values import flattened
+from piecework.ops.sequences import Sequences
 
 SOURCES: Final = Path(__file__).resolve().parent
 DTYPES: Final = ("float32", "bfloat16", "float16")  # in the order of their numbers in attention.cpp
@@ -33,6 +35,14 @@ _WRONG: Final = {
 }
 
 
+class NewKeys(NamedTuple):
+    """New keys and values, both [T, K, D], and where they go, [T]."""
+
+    key: Tensor
+    value: Tensor
+    slot_mapping: Tensor
+
+
 @final
 class CpuAttention:
     """`piecework::attention` over a library built from `SOURCES`.
@@ -47,6 +57,7 @@ class CpuAttention:
         self._run.argtypes = [ctypes.c_char_p]
         self._run.restype = ctypes.c_int32
 
+    @flattened
     def __call__(
         self,
         query: Tensor,
@@ -54,75 +65,46 @@ class CpuAttention:
         value: Tensor,
         kv_cache: Tensor,
         slot_mapping: Tensor,
-        block_tables: Tensor,
-        seq_lens: Tensor,
-        query_start: Tensor,
-        num_decode_tokens: int,
-        scale: float,
-        sliding_window: int = 0,
-        softcap: float = 0.0,
-        sinks: Tensor | None = None,
+        sequences: Sequences,
+        scores: Scores,
     ) -> Tensor:
         """Do what `attention_native` does. Raises OpError where slots, blocks or lengths don't fit the cache."""
-        rows = (block_tables, seq_lens, query_start)
-        scores = Scores(scale, sliding_window, softcap, sinks)
         if _readable(query, key, value, kv_cache, slot_mapping):
-            out = self._call(query, key, value, kv_cache, slot_mapping, *rows, scores)
+            out = self._call(query, kv_cache, sequences, scores, NewKeys(key, value, slot_mapping))
             if out is not None:
                 return out
         write_kv(key, value, kv_cache, slot_mapping)
-        return attend_with(query, kv_cache, *rows, num_decode_tokens, scores)
+        return attend_with(query, kv_cache, sequences, scores)
 
-    def attend(
-        self,
-        query: Tensor,
-        kv_cache: Tensor,
-        block_tables: Tensor,
-        seq_lens: Tensor,
-        query_start: Tensor,
-        num_decode_tokens: int,
-        scale: float,
-        sliding_window: int = 0,
-        softcap: float = 0.0,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
+    @flattened
+    def attend(self, query: Tensor, kv_cache: Tensor, sequences: Sequences, scores: Scores) -> Tensor:
         """Do the same over a cache that holds the new tokens already. Raises OpError as above."""
-        rows = (block_tables, seq_lens, query_start)
-        scores = Scores(scale, sliding_window, softcap, sinks)
-        out = self._call(query, None, None, kv_cache, None, *rows, scores)
-        return attend_with(query, kv_cache, *rows, num_decode_tokens, scores) if out is None else out
+        out = self._call(query, kv_cache, sequences, scores, None)
+        return attend_with(query, kv_cache, sequences, scores) if out is None else out
 
     def _call(
-        self,
-        query: Tensor,
-        key: Tensor | None,
-        value: Tensor | None,
-        kv_cache: Tensor,
-        slot_mapping: Tensor | None,
-        block_tables: Tensor,
-        seq_lens: Tensor,
-        query_start: Tensor,
-        scores: Scores,
+        self, query: Tensor, kv_cache: Tensor, sequences: Sequences, scores: Scores, new: NewKeys | None
     ) -> Tensor | None:
         """Return None, with nothing written, where the library can't do it."""
-        if not _attendable(query, kv_cache, block_tables, seq_lens, query_start, scores.sinks):
+        if not _attendable(query, kv_cache, sequences, scores.sinks):
             return None
+        block_tables, seq_lens, query_start, _ = sequences
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         _, num_blocks, block_size, num_kv_heads, _ = kv_cache.shape
         call = _CALL.pack(
             query.data_ptr(),
-            0 if key is None else key.data_ptr(),
-            0 if value is None else value.data_ptr(),
+            0 if new is None else new.key.data_ptr(),
+            0 if new is None else new.value.data_ptr(),
             kv_cache.data_ptr(),
-            0 if slot_mapping is None else slot_mapping.data_ptr(),
+            0 if new is None else new.slot_mapping.data_ptr(),
             block_tables.data_ptr(),
             seq_lens.data_ptr(),
             query_start.data_ptr(),
             0 if scores.sinks is None else scores.sinks.data_ptr(),
             out.data_ptr(),
             *query.stride()[:2],
-            *(key.stride()[:2] if key is not None else (0, 0)),
-            *(value.stride()[:2] if value is not None else (0, 0)),
+            *((0, 0) if new is None else new.key.stride()[:2]),
+            *((0, 0) if new is None else new.value.stride()[:2]),
             query.shape[0],
             seq_lens.shape[0],
             query.shape[1],
@@ -131,7 +113,7 @@ class CpuAttention:
             num_blocks,
             block_size,
             block_tables.shape[1],
-            scores.window,
+            scores.sliding_window,
             _NUMBERS[query.dtype],
             torch.get_num_threads(),
             scores.scale,
@@ -162,15 +144,9 @@ def _readable(query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, slot_
     )
 
 
-def _attendable(
-    query: Tensor,
-    kv_cache: Tensor,
-    block_tables: Tensor,
-    seq_lens: Tensor,
-    query_start: Tensor,
-    sinks: Tensor | None,
-) -> bool:
+def _attendable(query: Tensor, kv_cache: Tensor, sequences: Sequences, sinks: Tensor | None) -> bool:
     """Whether the library can read the rest: dense tensors on the CPU whose shapes go together."""
+    block_tables, seq_lens, query_start, _ = sequences
     num_seqs = seq_lens.shape[0]
     return (
         query.device.type == kv_cache.device.type == "cpu"

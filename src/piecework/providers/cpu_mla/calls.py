@@ -16,6 +16,7 @@ from torch import Tensor
 
 from piecework.errors import OpError
 from piecework.ops.mla.cache import entry_width
+from piecework.ops.mla.core import Angles
 
 DTYPES: Final = ("float32", "bfloat16", "float16")  # in the order of their numbers in mla.cpp
 NUMBERS: Final = {getattr(torch, name): number for number, name in enumerate(DTYPES)}
@@ -78,8 +79,9 @@ def paged(latent_cache: Tensor, block_tables: Tensor | None) -> tuple[int, ...]:
     return (latent_cache.data_ptr(), tables, *latent_cache.shape[:2], width, latent_cache.dtype is torch.uint8)
 
 
-def rotatable(cos: Tensor | None, sin: Tensor | None, x: Tensor) -> bool:
+def rotatable(angles: Angles, x: Tensor) -> bool:
     """Whether the library can rotate the tokens of x [T, ..., R] by these angles; without any, they are rotated."""
+    cos, sin = angles
     if cos is None or sin is None:
         return cos is sin
     return (
@@ -90,8 +92,9 @@ def rotatable(cos: Tensor | None, sin: Tensor | None, x: Tensor) -> bool:
     )
 
 
-def angles(cos: Tensor | None, sin: Tensor | None) -> tuple[int, ...]:
+def angle_numbers(angles: Angles) -> tuple[int, ...]:
     """Return the numbers of calls.h's `Angles`."""
+    cos, sin = angles
     if cos is None or sin is None:
         return (0, 0, 0, 0, 0)
     return (cos.data_ptr(), sin.data_ptr(), cos.stride(0), sin.stride(0), cos.dtype is torch.float32)

@@ -9,8 +9,12 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
+from piecework.ops.ir.values import flattened
 from piecework.ops.mla import plain as mla_plain
+from piecework.ops.mla.core import ROTATED, Angles, NewLatents
+from piecework.ops.mla.plain import Prompts
 from piecework.ops.packed import can_be_packed
+from piecework.ops.sequences import Sequences
 from piecework.providers.cpu_mla.calls import (
     DECODE,
     GATHER,
@@ -18,7 +22,7 @@ from piecework.providers.cpu_mla.calls import (
     PREFILL,
     WRITE,
     WRITE_DECODE,
-    angles,
+    angle_numbers,
     dense_numbers,
     entry_point,
     pageable,
@@ -26,7 +30,7 @@ from piecework.providers.cpu_mla.calls import (
     ran,
     rotatable,
 )
-from piecework.providers.cpu_mla.prefill import Cached, Prompts, Rounds
+from piecework.providers.cpu_mla.prefill import Expansion, Prefill, Rounds
 
 SOURCES: Final = Path(__file__).resolve().parent
 
@@ -47,28 +51,20 @@ class CpuMla:
         )
         self._rounds = Rounds(gather, attend)
 
-    def write(
-        self,
-        compressed: Tensor,
-        norm_weight: Tensor,
-        eps: float,
-        cos: Tensor,
-        sin: Tensor,
-        latent_cache: Tensor,
-        slot_mapping: Tensor,
-    ) -> Tensor:
+    @flattened
+    def write(self, new: NewLatents) -> Tensor:
         """Do what `mla_write` does. Raises OpError where slots don't fit the cache."""
+        if not _writes(new):
+            return mla_plain.write(*new)
+        compressed, rank = new.compressed, new.norm_weight.shape[0]
         num_tokens, width = compressed.shape
-        rank = norm_weight.shape[0]
-        if not _writes(compressed, norm_weight, cos, sin, latent_cache, slot_mapping):
-            return mla_plain.write(compressed, norm_weight, eps, cos, sin, latent_cache, slot_mapping)
         entry = torch.empty_like(compressed, memory_format=torch.contiguous_format)
         call = WRITE[1].pack(
-            *paged(latent_cache, None),
-            *angles(cos, sin),
+            *paged(new.latent_cache, None),
+            *angle_numbers(Angles(new.cos, new.sin)),
             compressed.data_ptr(),
-            norm_weight.data_ptr(),
-            slot_mapping.data_ptr(),
+            new.norm_weight.data_ptr(),
+            new.slot_mapping.data_ptr(),
             entry.data_ptr(),
             compressed.stride(0),
             num_tokens,
@@ -76,12 +72,13 @@ class CpuMla:
             width - rank,
             NUMBERS[compressed.dtype],
             torch.get_num_threads(),
-            eps,
+            new.eps,
         )
         if ran(self._write(call), asked=f"mla_write of {num_tokens} tokens"):
             return entry
-        return mla_plain.write(compressed, norm_weight, eps, cos, sin, latent_cache, slot_mapping)
+        return mla_plain.write(*new)
 
+    @flattened
     def decode(
         self,
         q_latent: Tensor,
@@ -91,23 +88,21 @@ class CpuMla:
         block_tables: Tensor,
         seq_lens: Tensor,
         scale: float,
-        cos: Tensor | None = None,
-        sin: Tensor | None = None,
+        angles: Angles = ROTATED,
     ) -> Tensor:
         """Do what `mla_decode` does. Raises OpError where blocks or lengths don't fit the cache."""
         num_seqs, num_heads, rank = q_latent.shape
         rope = q_pe.shape[2]
-        if not (
-            _decodes(q_latent, q_pe, latent_cache, block_tables, seq_lens)
-            and rotatable(_first(cos, num_seqs), _first(sin, num_seqs), q_pe[:num_seqs])
-        ):
-            return mla_plain.decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale, cos, sin)
+        given = (q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale, *angles)
+        first = Angles(*(None if x is None else x[:num_seqs] for x in angles))
+        if not (_decodes(q_latent, q_pe, latent_cache, block_tables, seq_lens) and rotatable(first, q_pe[:num_seqs])):
+            return mla_plain.decode(*given)
         out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
         if num_seqs == 0:
             return out
         call = DECODE[1].pack(
             *paged(latent_cache, block_tables),
-            *angles(cos, sin),
+            *angle_numbers(angles),
             q_latent.data_ptr(),
             q_pe.data_ptr(),
             seq_lens.data_ptr(),
@@ -124,137 +119,113 @@ class CpuMla:
         )
         if ran(self._decode(call), asked=f"mla_decode of {num_seqs} sequences over {latent_cache.shape[0]} blocks"):
             return out
-        return mla_plain.decode(q_latent, q_pe, entry, latent_cache, block_tables, seq_lens, scale, cos, sin)
+        return mla_plain.decode(*given)
 
+    @flattened
     def write_decode(
         self,
         q_latent: Tensor,
         q_pe: Tensor,
         turned: bool,  # noqa: FBT001  an operator's arguments come in order
-        compressed: Tensor,
-        norm_weight: Tensor,
-        eps: float,
-        cos: Tensor,
-        sin: Tensor,
-        latent_cache: Tensor,
-        slot_mapping: Tensor,
+        new: NewLatents,
         block_tables: Tensor,
         seq_lens: Tensor,
         scale: float,
     ) -> Tensor:
         """Do what `mla_write_decode` does. Raises OpError where slots, blocks or lengths don't fit the cache."""
         num_tokens, num_heads, rank = q_latent.shape
-        width = compressed.shape[1]
-        written = (compressed, norm_weight, eps, cos, sin, latent_cache, slot_mapping)
+        compressed, width = new.compressed, new.compressed.shape[1]
+        given = (q_latent, q_pe, turned, *new, block_tables, seq_lens, scale)
         if not (
             num_tokens == compressed.shape[0]
-            and rank == norm_weight.shape[0]
+            and rank == new.norm_weight.shape[0]
             and q_latent.dtype is compressed.dtype
-            and _writes(compressed, norm_weight, cos, sin, latent_cache, slot_mapping)
-            and _decodes(q_latent, q_pe, latent_cache, block_tables, seq_lens)
+            and _writes(new)
+            and _decodes(q_latent, q_pe, new.latent_cache, block_tables, seq_lens)
         ):
-            return mla_plain.write_decode(q_latent, q_pe, turned, *written, block_tables, seq_lens, scale)
+            return mla_plain.write_decode(*given)
         out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
         if num_tokens == 0:
             return out
         dtype, num_threads = NUMBERS[q_latent.dtype], torch.get_num_threads()
         token, head, _ = q_latent.stride()
         pe_token, pe_head, _ = q_pe.stride()
+        angles = angle_numbers(Angles(new.cos, new.sin))
         call = WRITE_DECODE[1].pack(
-            *paged(latent_cache, None),
-            *angles(cos, sin),
-            *(compressed.data_ptr(), norm_weight.data_ptr(), slot_mapping.data_ptr(), 0),
-            *(compressed.stride(0), num_tokens, rank, width - rank, dtype, num_threads, eps),
-            *paged(latent_cache, block_tables),
-            *(angles(None, None) if turned else angles(cos, sin)),
+            *paged(new.latent_cache, None),
+            *angles,
+            *(compressed.data_ptr(), new.norm_weight.data_ptr(), new.slot_mapping.data_ptr(), 0),
+            *(compressed.stride(0), num_tokens, rank, width - rank, dtype, num_threads, new.eps),
+            *paged(new.latent_cache, block_tables),
+            *(angle_numbers(ROTATED) if turned else angles),
             *(q_latent.data_ptr(), q_pe.data_ptr(), seq_lens.data_ptr(), out.data_ptr(), token, head),
             *(pe_token, pe_head, num_tokens, num_heads, rank, width - rank, dtype, num_threads, scale),
         )
-        asked = f"mla_write_decode of {num_tokens} tokens over {latent_cache.shape[0]} blocks"
+        asked = f"mla_write_decode of {num_tokens} tokens over {new.latent_cache.shape[0]} blocks"
         if ran(self._write_decode(call), asked=asked):
             return out
-        return mla_plain.write_decode(q_latent, q_pe, turned, *written, block_tables, seq_lens, scale)
+        return mla_plain.write_decode(*given)
 
+    @flattened
     def prefill(
         self,
-        q_nope: Tensor,
-        q_pe: Tensor,
-        kv: Tensor,
-        entry: Tensor,
+        prompts: Prompts,
         kv_b_weight: Tensor,
         latent_cache: Tensor,
-        block_tables: Tensor,
-        seq_lens: Tensor,
-        query_start: Tensor,
-        num_decode_tokens: int,
+        sequences: Sequences,
         scale: float,
         decode_out: Tensor | None = None,
-        cos: Tensor | None = None,
-        sin: Tensor | None = None,
+        angles: Angles = ROTATED,
         packed: bool = False,  # noqa: FBT001, FBT002
     ) -> Tensor:
         """Do what `mla_prefill` does. Raises OpError where blocks or lengths don't fit cache and tokens."""
-        num_tokens, num_heads, nope = q_nope.shape
-        rank = kv_b_weight.shape[1]
-        out = None
-        if (
-            pageable(q_nope, latent_cache, rank=rank, rope=q_pe.shape[2])
-            and q_nope.dtype is q_pe.dtype is kv.dtype is entry.dtype is kv_b_weight.dtype
-            and q_pe.shape[:2] == (num_tokens, num_heads)
-            and kv.shape == (num_tokens - num_decode_tokens, kv_b_weight.shape[0])
-            and entry.shape == (num_tokens, rank + q_pe.shape[2])
-            and q_nope.stride(2) == q_pe.stride(2) == kv.stride(1) == entry.stride(1) == 1
-            and rotatable(cos, sin, q_pe)
-            and (not packed or _expands(kv_b_weight, num_heads))
-            and block_tables.shape[0] == seq_lens.shape[0] == query_start.shape[0] - 1
-            and dense_numbers(block_tables)
-            and dense_numbers(query_start)
-            and (num_decode_tokens == 0 if decode_out is None else decode_out.shape[0] == num_decode_tokens)
-            and (decode_out is None or (decode_out.dtype is q_nope.dtype and decode_out.stride(1) == 1))
-        ):
-            value = kv_b_weight.shape[0] // num_heads - nope
-            batch = Prompts(q_nope, q_pe, kv, entry, query_start, num_decode_tokens, scale, decode_out, cos, sin, value)
-            old = Cached(kv_b_weight, packed, latent_cache, block_tables, seq_lens)
-            out = self._rounds.run(batch, old)
+        weight = Expansion(kv_b_weight, packed)
+        wanted = Prefill(prompts, weight, latent_cache, sequences, scale, decode_out, angles)
+        out = self._rounds.run(wanted) if _prefills(wanted) else None
         if out is not None:
             return out
-        return mla_plain.prefill(
-            q_nope,
-            q_pe,
-            kv,
-            entry,
-            kv_b_weight,
-            latent_cache,
-            block_tables,
-            seq_lens,
-            query_start,
-            num_decode_tokens,
-            scale,
-            decode_out,
-            cos,
-            sin,
-            packed,
-        )
+        rest = (scale, decode_out, *angles, packed)
+        return mla_plain.prefill(*prompts, kv_b_weight, latent_cache, *sequences, *rest)
 
 
-def _writes(
-    compressed: Tensor, norm_weight: Tensor, cos: Tensor, sin: Tensor, latent_cache: Tensor, slot_mapping: Tensor
-) -> bool:
+def _writes(new: NewLatents) -> bool:
     """Whether the library can norm, rotate and store these."""
+    compressed, norm_weight = new.compressed, new.norm_weight
+    rank = norm_weight.shape[0]
     num_tokens, width = compressed.shape
     return (
-        pageable(compressed, latent_cache, rank=norm_weight.shape[0], rope=width - norm_weight.shape[0])
+        pageable(compressed, new.latent_cache, rank=rank, rope=width - rank)
         and compressed.stride(1) == 1
         and norm_weight.dtype is compressed.dtype
         and norm_weight.is_contiguous()
-        and rotatable(cos, sin, compressed[:, norm_weight.shape[0] :])
-        and slot_mapping.shape == (num_tokens,)
-        and dense_numbers(slot_mapping)
+        and rotatable(Angles(new.cos, new.sin), compressed[:, rank:])
+        and new.slot_mapping.shape == (num_tokens,)
+        and dense_numbers(new.slot_mapping)
     )
 
 
-def _first(x: Tensor | None, count: int) -> Tensor | None:
-    return None if x is None else x[:count]
+def _prefills(wanted: Prefill) -> bool:
+    """Whether the library can attend with these."""
+    q_nope, q_pe, kv, entry = wanted.prompts
+    block_tables, seq_lens, query_start, num_decode_tokens = wanted.sequences
+    weight, decode_out = wanted.weight.kv_b_weight, wanted.decode_out
+    num_tokens, num_heads, _ = q_nope.shape
+    rank, rope = weight.shape[1], q_pe.shape[2]
+    return (
+        pageable(q_nope, wanted.latent_cache, rank=rank, rope=rope)
+        and q_nope.dtype is q_pe.dtype is kv.dtype is entry.dtype is weight.dtype
+        and q_pe.shape[:2] == (num_tokens, num_heads)
+        and kv.shape == (num_tokens - num_decode_tokens, weight.shape[0])
+        and entry.shape == (num_tokens, rank + rope)
+        and q_nope.stride(2) == q_pe.stride(2) == kv.stride(1) == entry.stride(1) == 1
+        and rotatable(wanted.angles, q_pe)
+        and (not wanted.weight.packed or _expands(weight, num_heads))
+        and block_tables.shape[0] == seq_lens.shape[0] == query_start.shape[0] - 1
+        and dense_numbers(block_tables)
+        and dense_numbers(query_start)
+        and (num_decode_tokens == 0 if decode_out is None else decode_out.shape[0] == num_decode_tokens)
+        and (decode_out is None or (decode_out.dtype is q_nope.dtype and decode_out.stride(1) == 1))
+    )
 
 
 def _expands(packed: Tensor, num_heads: int) -> bool:
