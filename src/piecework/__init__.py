@@ -94,6 +94,10 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'piecework' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 __all__ = [
     "LLM",
     "BackendName",

@@ -14,6 +14,7 @@ import pytest
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
+import piecework
 from piecework.foundation.version import VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,3 +129,7 @@ def test_the_docs_name_files_that_exist(page):
     named = re.findall(r"`((?:\w+/)+\w+\.py)`", (ROOT / "docs" / page).read_text())
     assert len(named) > 10
     assert [name for name in named if not (ROOT / "src" / "piecework" / name).exists()] == []
+
+
+def test_dir_lists_the_public_names() -> None:
+    assert dir(piecework) == sorted(piecework.__all__)

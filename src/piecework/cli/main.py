@@ -25,9 +25,7 @@ from piecework.foundation.files import as_store_error
 from piecework.foundation.process import exit_at_once
 from piecework.foundation.version import VERSION
 
-EXIT_DONE: Final = 0
 EXIT_FAILED: Final = 1
-EXIT_USAGE: Final = 2
 
 # What `piecework --help` says of each command; the modules `piecework.cli.<name>` say the rest.
 COMMANDS: Final[Mapping[str, str]] = {

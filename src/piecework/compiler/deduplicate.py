@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from piecework.capture.capture import CapturedGraph
 from piecework.capture.request import Variant
-from piecework.compiler.passes.interface import PassReport
 from piecework.compiler.passes.lower import CallSite, Lowered, Lowering
 from piecework.compiler.passes.packing import Packing
 from piecework.compiler.passes.pipeline import Pipeline
+from piecework.compiler.rewrite.interface import PassReport
 from piecework.compiler.rewrite.rewritten import Rewritten
 from piecework.compiler.split import OpaqueCall, Piece, Step
 from piecework.ops.ir.program import Program

@@ -9,10 +9,10 @@ import torch
 
 from piecework.compiler.natives import constant
 from piecework.ops.ir.call_form import CallForm, Size, TensorForm
-from piecework.ops.ir.op import IrOp
+from piecework.ops.ir.operator import SelectableOp
 
 
-def call_forms(op: IrOp, values: Sequence[Any], *, most: int) -> tuple[CallForm, ...] | str:
+def call_forms(op: SelectableOp, values: Sequence[Any], *, most: int) -> tuple[CallForm, ...] | str:
     """Return the forms to try for a call, the more general one first, or why there is none.
 
     All sizes of a tensor but the last may differ from call to call, from 0 to `most`, but none of a parameter's
@@ -31,7 +31,7 @@ def call_forms(op: IrOp, values: Sequence[Any], *, most: int) -> tuple[CallForm,
     return tuple(dict.fromkeys(form for form in forms if isinstance(form, CallForm)))
 
 
-def _form(op: IrOp, values: Sequence[Any], *, most: int, ones_stay: bool) -> CallForm | str:
+def _form(op: SelectableOp, values: Sequence[Any], *, most: int, ones_stay: bool) -> CallForm | str:
     sizes = _Sizes(ones_stay)
     arguments: list[Any] = []
     for value in values:

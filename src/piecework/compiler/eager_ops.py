@@ -29,7 +29,7 @@ from piecework.foundation.environment import read_environment
 from piecework.foundation.target import Target, read_target
 from piecework.ops.ir.call_form import CallForm
 from piecework.ops.ir.native_bodies import NativeBodies, NativeBody
-from piecework.ops.ir.op import IrOp
+from piecework.ops.ir.operator import SelectableOp
 from piecework.ops.ir.selection import Choice, ProviderOrder, Selection, as_order, entering, leaving
 from piecework.providers.discovery import load_providers
 
@@ -147,7 +147,7 @@ class _Maker:
         self._backend: _LateBackend | None = None
         self._mutex = threading.Lock()
 
-    def make(self, op: IrOp, values: Sequence[Any], choice: Choice, order: ProviderOrder) -> NativeBody | None:
+    def make(self, op: SelectableOp, values: Sequence[Any], choice: Choice, order: ProviderOrder) -> NativeBody | None:
         """Return what serves calls with such arguments; see `ops.native_bodies.Missing`."""
         forms = call_forms(op, values, most=MOST_ROWS)
         if isinstance(forms, str):

@@ -104,7 +104,6 @@ class _Constants:
     """
 
     def __init__(self, paths: Sequence[Forward], pieces: Deduplicated) -> None:
-        self._paths = paths
         self._pieces = pieces
         self._needs: dict[tuple[int, int], list[_Wanted]] = {}
         opaque: list[tuple[tuple[int, int], OpaqueCall, Mapping[torch.fx.Node, str]]] = []

@@ -17,14 +17,12 @@ class Environment:
         store_root: where bundles and artifacts live (`PIECEWORK_HOME`, else `$XDG_CACHE_HOME/piecework`,
             else `~/.cache/piecework`).
         compiler: the C++ compiler's command (`CXX`), or None where it is to be searched for.
-        no_color: whether the user asked for plain output (`NO_COLOR`).
         layer_names: whether layer names are objects that compilers lift (`PIECEWORK_LAYERNAME`, "0" for strings).
         api_key: what clients of a server must send (`PIECEWORK_API_KEY`), or None.
     """
 
     store_root: Path
     compiler: str | None = None
-    no_color: bool = False
     layer_names: bool = True
     api_key: str | None = field(default=None, repr=False)
 
@@ -38,7 +36,6 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     return Environment(
         store_root=_store_root(given),
         compiler=given.get("CXX") or None,
-        no_color=bool(given.get("NO_COLOR")),
         layer_names=given.get("PIECEWORK_LAYERNAME") != "0",
         api_key=given.get("PIECEWORK_API_KEY") or None,
     )

@@ -12,7 +12,7 @@ from typing import Any, Final, final
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from piecework.errors import WeightsError
 from piecework.foundation.digests import digest_bytes
@@ -43,7 +43,7 @@ class TensorMeta:
 
 
 class Checkpoint(ABC):
-    """Tensors by name. Implementations: `SafetensorsCheckpoint`, `MemoryCheckpoint`, `RandomCheckpoint`."""
+    """Tensors by name. Implementations: `SafetensorsCheckpoint`, `RandomCheckpoint`."""
 
     @abstractmethod
     def names(self) -> Sequence[str]:
@@ -128,32 +128,6 @@ class SafetensorsCheckpoint(Checkpoint):
         if name not in self._files:
             raise _missing(name, [path.name for path, _ in dict.fromkeys(self._files.values())])
         return self._files[name]
-
-
-@final
-class MemoryCheckpoint(Checkpoint):
-    """Tensors that are already there: a mapping, or a module's parameters and buffers."""
-
-    def __init__(self, tensors: Mapping[str, Tensor] | nn.Module) -> None:
-        if isinstance(tensors, nn.Module):
-            named = [*tensors.named_parameters(remove_duplicate=False), *tensors.named_buffers(remove_duplicate=False)]
-            tensors = {name: tensor.detach() for name, tensor in named}
-        self._tensors = dict(tensors)
-
-    def names(self) -> Sequence[str]:
-        """Return the names of all tensors."""
-        return list(self._tensors)
-
-    def get(self, name: str) -> Tensor:
-        """Return the very tensor; raises WeightsError where there is none."""
-        if name not in self._tensors:
-            raise _missing(name, ["memory"])
-        return self._tensors[name]
-
-    def meta(self, name: str) -> TensorMeta:
-        """Return a tensor's shape and dtype; raises WeightsError where there is none."""
-        tensor = self.get(name)
-        return TensorMeta(tuple(tensor.shape), tensor.dtype)
 
 
 @final

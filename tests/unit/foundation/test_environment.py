@@ -27,9 +27,8 @@ def test_without_home_the_user_database_says() -> None:
     assert read_environment({}).store_root.is_absolute()
 
 
-def test_compiler_and_color() -> None:
-    environment = read_environment({"HOME": "/h", "CXX": "clang++ -v", "NO_COLOR": "1"})
-    assert (environment.compiler, environment.no_color) == ("clang++ -v", True)
+def test_compiler() -> None:
+    assert read_environment({"HOME": "/h", "CXX": "clang++ -v"}).compiler == "clang++ -v"
     assert read_environment({"HOME": "/h", "CXX": ""}).compiler is None
 
 

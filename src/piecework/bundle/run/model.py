@@ -19,8 +19,7 @@ from piecework.bundle.sizes import size_expression
 from piecework.errors import CapacityError, InternalError, RequestError, ShapeContractError
 from piecework.ops.ir.decode import decode
 from piecework.ops.ir.layer import LayerName
-from piecework.ops.ir.native_bodies import NativeBodies
-from piecework.ops.ir.selection import Selection
+from piecework.ops.ir.selection import Bodies, Selection
 from piecework.ops.opaque import implementation
 
 
@@ -167,7 +166,7 @@ class LoadedModel:
             step(slots, sizes)
         return [slots[i] for i in path.output_slots]
 
-    def _bodies(self) -> list[NativeBodies]:
+    def _bodies(self) -> list[Bodies]:
         found = [s.bodies for s in self._natives.values() if s.bodies is not None]
         return list(dict.fromkeys(found))
 

@@ -91,16 +91,6 @@ _DROPPED = frozenset({"-fno-omit-frame-pointer", "-fPIC"})
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A machine's toolchain for one set of flags."""
-
-    compiler: str
-    flags: tuple[str, ...]
-    prefix: Path
-    runtime: Path
-
-
-@dataclass(frozen=True)
 class Toolchain:
     """Builds pieces' libraries under `root`, a directory that may be shared by processes and kept between compiles."""
 

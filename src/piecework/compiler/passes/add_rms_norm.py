@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from piecework.compiler.passes.interface import NearMiss, Outcome, Pass, Subject
 from piecework.compiler.passes.names import ADD_RMS_NORM
+from piecework.compiler.rewrite.interface import NearMiss, Pass, PassInput, PassResult
 from piecework.compiler.rewrite.metas import form
 from piecework.compiler.rewrite.rewritten import Fused, fuse, results_used
 from piecework.ops.ir.program import Call, references
@@ -23,7 +23,7 @@ _ADD: Final = "aten.add.Tensor"
 _FUSED: Final = "piecework.add_rms_norm.default"
 
 
-def add_rms_norm(subject: Subject) -> Outcome:
+def add_rms_norm(subject: PassInput) -> PassResult:
     """Fuse what can be."""
     program = subject.rewritten.program
     users = results_used(program)
@@ -48,7 +48,7 @@ def add_rms_norm(subject: Subject) -> Outcome:
         made = Call(_FUSED, (x, residual, *call.args[1:]), call.kwargs)
         fused.append(Fused(made, (number, total), frozenset({number, total})))
         matches.append(f"{name}, a sum that is read by {_named(subject, users[total] - {number})} too")
-    return Outcome(fuse(subject.rewritten, fused), tuple(matches), tuple(near_misses))
+    return PassResult(fuse(subject.rewritten, fused), tuple(matches), tuple(near_misses))
 
 
 def make_pass() -> Pass:
@@ -56,7 +56,7 @@ def make_pass() -> Pass:
     return Pass(ADD_RMS_NORM, add_rms_norm)
 
 
-def _refused(subject: Subject, total: int, *, read: set[int]) -> str | None:
+def _refused(subject: PassInput, total: int, *, read: set[int]) -> str | None:
     call = subject.rewritten.program.calls[total]
     if call.kwargs or len(call.args) != 2 or not all(_is_reference(argument) for argument in call.args):
         return "it is no sum of two tensors"
@@ -76,6 +76,6 @@ def _when(value: Any) -> int:
     return int(value.get("n", -1))
 
 
-def _named(subject: Subject, numbers: set[int]) -> str:
+def _named(subject: PassInput, numbers: set[int]) -> str:
     calls = subject.named(frozenset(n for n in numbers if n >= 0)) if numbers - {-1} else ""
     return " and ".join(filter(None, [calls, "the piece's caller" if -1 in numbers else ""]))

@@ -14,8 +14,8 @@ from typing import Any, Final
 from torch import Tensor
 from torch.nn.functional import gelu, silu
 
-from piecework.compiler.passes.interface import Pass
 from piecework.compiler.rewrite.fusion import fusion
+from piecework.compiler.rewrite.interface import Pass
 from piecework.compiler.rewrite.spelling import Spelling
 from piecework.ops.activations import gelu_mul, silu_mul
 

@@ -23,9 +23,9 @@ import torch
 
 from piecework.bundle.sizes import size_expression
 from piecework.compiler.passes.inline import Body, NotTraceable, trace_body, varies
+from piecework.compiler.passes.splice import Splice
 from piecework.compiler.rewrite.fakes import FakeRun, Symbols, declare, made_of, run_on_fakes
 from piecework.compiler.rewrite.liveness import dead_arguments
-from piecework.compiler.rewrite.splice import Splice
 from piecework.compiler.rewrite.verify import same_results
 from piecework.errors import InternalError, OpError
 from piecework.foundation.torch_private import (

@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from piecework.compiler.passes.interface import NearMiss, Outcome, Pass, Subject
 from piecework.compiler.passes.names import MERGE_LINEAR
+from piecework.compiler.rewrite.interface import NearMiss, Pass, PassInput, PassResult
 from piecework.compiler.rewrite.rewritten import Rewritten
 from piecework.compiler.rewrite.verify import same_results
 from piecework.ops.ir.program import Call, Program, TensorSpec, references
@@ -29,7 +29,7 @@ _LINEAR = "piecework.linear.default"
 _SLICE = "aten.slice.Tensor"
 
 
-def merge_linear(subject: Subject) -> Outcome:
+def merge_linear(subject: PassInput) -> PassResult:
     """Merge what can be."""
     before = subject.rewritten
     program = before.program
@@ -45,7 +45,7 @@ def merge_linear(subject: Subject) -> Outcome:
             matches.append(f"merged {name}")
         else:
             near_misses.append(NearMiss(f"not merged, {name}: {wrong}"))
-    return Outcome(made, tuple(matches), tuple(near_misses))
+    return PassResult(made, tuple(matches), tuple(near_misses))
 
 
 def make_pass() -> Pass:
@@ -53,7 +53,7 @@ def make_pass() -> Pass:
     return Pass(MERGE_LINEAR, merge_linear)
 
 
-def _groups(subject: Subject) -> tuple[list[list[int]], list[NearMiss]]:
+def _groups(subject: PassInput) -> tuple[list[list[int]], list[NearMiss]]:
     """Return groups of constants, the weights of linear layers that go together, and near misses."""
     program = subject.rewritten.program
     uses = Counter(index for call in program.calls for index in _constants(call))

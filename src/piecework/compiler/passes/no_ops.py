@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import torch
 
-from piecework.compiler.passes.interface import NearMiss, Outcome, Pass, Subject
+from piecework.compiler.rewrite.interface import NearMiss, Pass, PassInput, PassResult
 from piecework.compiler.rewrite.metas import ERRORS, MetaRun, form, place, run_on_metas
 from piecework.compiler.rewrite.rewritten import fuse
 from piecework.ops.ir.program import Call, Program, references
@@ -46,7 +46,7 @@ _VIEWS: Final = frozenset(
 _FACTORS: Final = frozenset({"aten.mul.Tensor", "aten.mul.Scalar", "aten.div.Tensor", "aten.div.Scalar"})
 
 
-def no_ops(subject: Subject) -> Outcome:
+def no_ops(subject: PassInput) -> PassResult:
     """Leave out what can be."""
     program = subject.rewritten.program
     runs = [*subject.runs, *_at_the_ends(program)]
@@ -60,7 +60,7 @@ def no_ops(subject: Subject) -> Outcome:
         near_misses.append(NearMiss(f"no_ops: {_shown(subject, number)} is left, because {why}"))
         del same[number]
     matches = tuple(f"no_ops: {_shown(subject, number)}" for number in same)
-    return Outcome(fuse(subject.rewritten, (), same=same), matches, tuple(near_misses))
+    return PassResult(fuse(subject.rewritten, (), same=same), matches, tuple(near_misses))
 
 
 def make_pass() -> Pass:
@@ -68,7 +68,7 @@ def make_pass() -> Pass:
     return Pass("no_ops", no_ops)
 
 
-def _shown(subject: Subject, number: int) -> str:
+def _shown(subject: PassInput, number: int) -> str:
     return f"{subject.named([number])}, {subject.rewritten.program.calls[number].target}"
 
 

@@ -22,7 +22,7 @@ from piecework.compiler.passes import (
     rotary,
     rotate_pairs,
 )
-from piecework.compiler.passes.interface import Outcome, Pass, PassReport, Subject
+from piecework.compiler.rewrite.interface import Pass, PassInput, PassReport, PassResult
 from piecework.compiler.rewrite.metas import ERRORS, NUM_TYPICAL, MetaRun, run_on_metas, typical_sizes
 from piecework.compiler.rewrite.rewritten import Rewritten, as_captured
 from piecework.compiler.rewrite.verify import check_form, compare_runs
@@ -85,9 +85,9 @@ class Pipeline:
         if isinstance(runs, str):
             unchanged = len(program.calls), len(program.calls)
             return Passed(made, tuple(PassReport(one.name, (), (runs,), *unchanged) for one in passes))
-        outcomes: list[tuple[Pass, Subject, Outcome]] = []
+        outcomes: list[tuple[Pass, PassInput, PassResult]] = []
         for one in passes:
-            subject = Subject(made, runs, strict_outputs)
+            subject = PassInput(made, runs, strict_outputs)
             outcome = one.run(subject)
             if outcome.rewritten.program is not made.program:
                 runs = _checked(one.name, subject, outcome, captured=program)
@@ -115,7 +115,7 @@ def _ops(program: Program) -> list[int]:
     return [n for n, call in enumerate(program.calls) if call.target.startswith(tuple(known))]
 
 
-def _report(one: Pass, subject: Subject, outcome: Outcome, *, fused: Collection[int]) -> PassReport:
+def _report(one: Pass, subject: PassInput, outcome: PassResult, *, fused: Collection[int]) -> PassReport:
     missed = [near.why for near in outcome.near_misses if not near.calls or not set(near.calls) <= set(fused)]
     sizes = len(subject.rewritten.program.calls), len(outcome.rewritten.program.calls)
     return PassReport(one.name, outcome.matches, tuple(missed), *sizes)
@@ -125,7 +125,7 @@ def _runs(program: Program, captured: Program) -> tuple[MetaRun, ...]:
     return tuple(run_on_metas(program, typical_sizes(captured, choice)) for choice in range(NUM_TYPICAL))
 
 
-def _checked(name: str, subject: Subject, outcome: Outcome, *, captured: Program) -> tuple[MetaRun, ...]:
+def _checked(name: str, subject: PassInput, outcome: PassResult, *, captured: Program) -> tuple[MetaRun, ...]:
     """Return the runs of a pass's program. Raises InternalError where it doesn't give what the one before did."""
     check_form(outcome.rewritten, captured)
     before, after = subject.rewritten.program, outcome.rewritten.program

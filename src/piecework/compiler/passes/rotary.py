@@ -16,8 +16,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from piecework.compiler.passes.interface import Pass
 from piecework.compiler.rewrite.fusion import fusion
+from piecework.compiler.rewrite.interface import Pass
 from piecework.compiler.rewrite.spelling import Spelling
 from piecework.ops.rotary import rotary
 

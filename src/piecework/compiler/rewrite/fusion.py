@@ -13,7 +13,7 @@ from typing import Any, final
 
 import torch
 
-from piecework.compiler.passes.interface import NearMiss, Outcome, Pass, Subject
+from piecework.compiler.rewrite.interface import NearMiss, Pass, PassInput, PassResult
 from piecework.compiler.rewrite.metas import ERRORS, MetaRun, form, run_call
 from piecework.compiler.rewrite.rewritten import Fused, fuse
 from piecework.compiler.rewrite.spelling import Pattern, Spelling, Traced
@@ -52,7 +52,7 @@ class _Match:
 class _Fusing:
     """One run of a fusion over one program."""
 
-    def __init__(self, subject: Subject, traced: Traced, *, op: IrOp, anchor: str, takes: Takes) -> None:
+    def __init__(self, subject: PassInput, traced: Traced, *, op: IrOp, anchor: str, takes: Takes) -> None:
         self._subject = subject
         self._program = subject.rewritten.program
         self._traced = traced
@@ -61,10 +61,10 @@ class _Fusing:
         self._takes = takes
         self._taken: set[int] = set()  # terms that are part of a match
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> PassResult:
         """Find and fuse."""
         if not any(call.target == self._anchor for call in self._program.calls):
-            return Outcome(self._subject.rewritten)
+            return PassResult(self._subject.rewritten)
         terms = self._terms = terms_of(self._program.calls, self._program.outputs)
         values = (value for kind in "nic" for value in self._subject.runs[0].values[kind])
         targets = {term.target for term in terms.terms.values()}
@@ -82,7 +82,7 @@ class _Fusing:
         after = fuse(self._subject.rewritten, [match.fused for match in matches])
         origins = self._subject.rewritten.origins
         near = [NearMiss(why, origins[n]) for n, why in failures.items() if n not in self._taken]
-        return Outcome(after, tuple(match.text for match in matches), tuple(near))
+        return PassResult(after, tuple(match.text for match in matches), tuple(near))
 
     def _at(self, anchor: int, patterns: Sequence[Pattern]) -> _Match | str:
         """Return the match at an anchor, or the near miss, or ""."""

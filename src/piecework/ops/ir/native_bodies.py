@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeVar, final
+from typing import Any, Final, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -17,10 +17,8 @@ from torch import Tensor
 from piecework.foundation.torch_private import computes_plainly, is_stand_in
 from piecework.ops.ir.call_form import CallForm, TensorForm
 from piecework.ops.ir.decode import decode
+from piecework.ops.ir.operator import SelectableOp
 from piecework.ops.ir.selection import CallFacts, Choice, ProviderOrder, Selection
-
-if TYPE_CHECKING:
-    from piecework.ops.ir.op import IrOp
 
 NOT_COMPILED: Final = object()
 """What a call gives for which there is no body: it goes through torch's dispatcher."""
@@ -136,7 +134,7 @@ class NativeBody:
         return all(low <= sizes[-1 - number] <= high for number, (low, high) in enumerate(self._ranges))
 
 
-Missing = Callable[["IrOp", Sequence[Any], "Choice", ProviderOrder], NativeBody | None]
+Missing = Callable[[SelectableOp, Sequence[Any], Choice, ProviderOrder], NativeBody | None]
 """Asked, with a call's op, its arguments, the implementation that they get and the order that says so, for a body that
 serves such calls from now on; None where there can't be one."""
 
@@ -191,7 +189,7 @@ class NativeBodies:
             self._missing = None
             self._chosen, self._by_provider = {}, {}
 
-    def call(self, op: IrOp, args: Sequence[Any], kwargs: Mapping[str, Any], selection: Selection) -> Any:
+    def call(self, op: SelectableOp, args: Sequence[Any], kwargs: Mapping[str, Any], selection: Selection) -> Any:
         """Run a call of an op by the body that serves it; NOT_COMPILED where there is none."""
         if not computes_plainly():
             return NOT_COMPILED
@@ -220,7 +218,7 @@ class NativeBodies:
         self._count(op, values)
         return op.native(*args, **kwargs) if ours and self._complete else NOT_COMPILED
 
-    def _make(self, op: IrOp, values: Sequence[Any], choice: Choice, selection: Selection) -> NativeBody | None:
+    def _make(self, op: SelectableOp, values: Sequence[Any], choice: Choice, selection: Selection) -> NativeBody | None:
         key = (op.name, choice.provider)
         with self._making:
             if self._missing is None:
@@ -239,7 +237,7 @@ class NativeBodies:
                 self._chosen = _with(self._chosen, op.name, found)
             return found
 
-    def _count(self, op: IrOp, values: Sequence[Any]) -> None:
+    def _count(self, op: SelectableOp, values: Sequence[Any]) -> None:
         what = f"{op.short_name}({', '.join(map(_kind, values))})"
         with self._mutex:
             if what in self._fallbacks or len(self._fallbacks) < _MOST_KINDS:
@@ -256,7 +254,7 @@ def _with(
     return {**table, key: (*table.get(key, ()), body)}
 
 
-def _choice(op: IrOp, values: Sequence[Any], selection: Selection) -> Choice:
+def _choice(op: SelectableOp, values: Sequence[Any], selection: Selection) -> Choice:
     return selection.order.resolve(op, values, facts=CallFacts(absent=selection.absent))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, get_args
+from typing import Any, Final, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -59,6 +59,30 @@ class Implementation:
     def kept(self, num_results: int) -> tuple[int, ...]:
         """Return the results that are new tensors."""
         return tuple(i for i in range(num_results) if not self.reused(i))
+
+
+class SelectableOp(Protocol):
+    """An op among whose implementations one is selected: `IrOp`.
+
+    Attributes:
+        name: "namespace::name".
+        short_name: the name as orders of providers write it, without "piecework::".
+        native: the function that defines it.
+    """
+
+    name: str
+    short_name: str
+    native: Callable[..., Any]
+
+    @property
+    def implementations(self) -> Mapping[str, Implementation]:
+        """The implementations by provider."""
+
+    def implementation(self, provider: str) -> Implementation | None:
+        """Return a provider's implementation, or None."""
+
+    def bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...] | None:
+        """Return a call's arguments, one for each parameter, or None where it can't be called so."""
 
 
 def num_results(signature: inspect.Signature) -> int:

@@ -16,14 +16,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 from piecework.errors import OpError
-
-if TYPE_CHECKING:
-    from piecework.ops.ir.native_bodies import NativeBodies
-    from piecework.ops.ir.op import IrOp
-    from piecework.ops.ir.operator import Implementation
+from piecework.ops.ir.operator import Implementation, SelectableOp
 
 NATIVE: Final = "native"
 DEFAULT_PROVIDERS: Final = (NATIVE,)
@@ -197,7 +193,7 @@ class ProviderOrder:
 
     def resolve(
         self,
-        op: IrOp,
+        op: SelectableOp,
         args: Sequence[Any],
         kwargs: Mapping[str, Any] | None = None,
         *,
@@ -253,6 +249,26 @@ class ProviderOrder:
         return names, [r for r in rejected if r.provider not in names]
 
 
+class Bodies(Protocol):
+    """Compiled bodies of ops: `NativeBodies` (ops/ir/native_bodies.py).
+
+    Attributes:
+        order: by which they were chosen.
+    """
+
+    order: ProviderOrder
+
+    @property
+    def fallbacks(self) -> Mapping[str, int]:
+        """How many calls ran uncompiled, by what they were."""
+
+    def clear(self) -> None:
+        """Let go of all bodies."""
+
+    def call(self, op: SelectableOp, args: Sequence[Any], kwargs: Mapping[str, Any], selection: Selection) -> Any:
+        """Run a call by the body that serves it, or return NOT_COMPILED."""
+
+
 @dataclass(frozen=True)
 class Selection:
     """What is selected for eager calls.
@@ -267,7 +283,7 @@ class Selection:
 
     order: ProviderOrder
     absent: Mapping[str, str] = field(default_factory=dict)
-    bodies: NativeBodies | None = None
+    bodies: Bodies | None = None
     owner: object = None
     outer: Selection | None = None
 
@@ -330,7 +346,7 @@ def as_order(value: ProviderOrder | str | Sequence[str] | None) -> ProviderOrder
 
 
 def _why_not(
-    op: IrOp,
+    op: SelectableOp,
     implementation: Implementation | None,
     name: str,
     args: Sequence[Any],

@@ -30,7 +30,7 @@ from piecework.providers.cpu_mla.calls import (
     ran,
     rotatable,
 )
-from piecework.providers.cpu_mla.prefill import Expansion, Prefill, Rounds
+from piecework.providers.cpu_mla.prefill import Prefill, Rounds
 
 SOURCES: Final = Path(__file__).resolve().parent
 
@@ -179,8 +179,7 @@ class CpuMla:
         packed: bool = False,  # noqa: FBT001, FBT002
     ) -> Tensor:
         """Do what `mla_prefill` does. Raises OpError where blocks or lengths don't fit cache and tokens."""
-        weight = Expansion(kv_b_weight, packed)
-        wanted = Prefill(prompts, weight, latent_cache, sequences, scale, decode_out, angles)
+        wanted = Prefill(prompts, kv_b_weight, packed, latent_cache, sequences, scale, decode_out, angles)
         out = self._rounds.run(wanted) if _prefills(wanted) else None
         if out is not None:
             return out
@@ -208,7 +207,7 @@ def _prefills(wanted: Prefill) -> bool:
     """Whether the library can attend with these."""
     q_nope, q_pe, kv, entry = wanted.prompts
     block_tables, seq_lens, query_start, num_decode_tokens = wanted.sequences
-    weight, decode_out = wanted.weight.kv_b_weight, wanted.decode_out
+    weight, decode_out = wanted.kv_b_weight, wanted.decode_out
     num_tokens, num_heads, _ = q_nope.shape
     rank, rope = weight.shape[1], q_pe.shape[2]
     return (
@@ -219,7 +218,7 @@ def _prefills(wanted: Prefill) -> bool:
         and entry.shape == (num_tokens, rank + rope)
         and q_nope.stride(2) == q_pe.stride(2) == kv.stride(1) == entry.stride(1) == 1
         and rotatable(wanted.angles, q_pe)
-        and (not wanted.weight.packed or _expands(weight, num_heads))
+        and (not wanted.packed or _expands(weight, num_heads))
         and block_tables.shape[0] == seq_lens.shape[0] == query_start.shape[0] - 1
         and dense_numbers(block_tables)
         and dense_numbers(query_start)

@@ -21,18 +21,12 @@ from piecework.providers.cpu_mla.rounds import LEAST_CHUNK, Chunk, padded, share
 _EXPANDED_BYTES: Final = 1 << 23  # of context's keys and values, expanded at once
 
 
-class Expansion(NamedTuple):
-    """What expands latents; `packed` is as in `mla_prefill`."""
-
-    kv_b_weight: Tensor
-    packed: bool
-
-
 class Prefill(NamedTuple):
-    """A call of `mla_prefill`."""
+    """A call of `mla_prefill`, whose arguments these are."""
 
     prompts: Prompts
-    weight: Expansion
+    kv_b_weight: Tensor
+    packed: bool
     latent_cache: Tensor
     sequences: Sequences
     scale: float
@@ -43,7 +37,7 @@ class Prefill(NamedTuple):
     def value(self) -> int:
         """The size of a head's values."""
         _, num_heads, nope = self.prompts.q_nope.shape
-        return self.weight.kv_b_weight.shape[0] // num_heads - nope
+        return self.kv_b_weight.shape[0] // num_heads - nope
 
 
 @dataclass(frozen=True)
@@ -55,7 +49,7 @@ class Rounds:
 
     def run(self, wanted: Prefill) -> Tensor | None:
         """Attend in rounds, each over some expanded context; None where the library can't do it."""
-        q_nope, weight = wanted.prompts.q_nope, wanted.weight.kv_b_weight
+        q_nope, weight = wanted.prompts.q_nope, wanted.kv_b_weight
         num_tokens, num_heads, _ = q_nope.shape
         new, rounds = _shared_out(wanted)
         out = q_nope.new_empty(num_tokens, num_heads * wanted.value)
@@ -65,7 +59,7 @@ class Rounds:
             state = torch.empty(rows * num_heads * (wanted.value + 2))
         for number, chunks in enumerate(rounds):
             expanded = keys = None
-            if not wanted.weight.packed and any(chunk.count for chunk in chunks):
+            if not wanted.packed and any(chunk.count for chunk in chunks):
                 latents, keys = self._gathered(chunks, wanted)
                 if latents is None:
                     return None
@@ -77,7 +71,7 @@ class Rounds:
     def _gathered(self, chunks: Sequence[Chunk], wanted: Prefill) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Copy the chunks' cached entries: latents [C, L] and rotated keys [C, R]; None where the library can't."""
         cached = [chunk for chunk in chunks if chunk.count]
-        weight, block_tables = wanted.weight.kv_b_weight, wanted.sequences.block_tables
+        weight, block_tables = wanted.kv_b_weight, wanted.sequences.block_tables
         count, rank, rope = sum(chunk.count for chunk in cached), weight.shape[1], wanted.prompts.q_pe.shape[2]
         latents, keys = weight.new_empty(count, rank), weight.new_empty(count, rope)
         slices = array("q", [n for chunk in cached for n in (chunk.seq, chunk.begin, chunk.count)])
@@ -111,13 +105,10 @@ class Rounds:
 
         Returns whether the library could.
         """
-        numbers, row = array("q"), 0
-        for chunk in chunks:
-            numbers.extend((chunk.seq, row, chunk.count, chunk.begin, chunk.state, chunk.resumed, chunk.paused))
-            row += chunk.count
+        numbers = _numbers(chunks)
         q_nope, q_pe, kv, entry = wanted.prompts
         block_tables, _, query_start, num_decode_tokens = wanted.sequences
-        weight = wanted.weight.kv_b_weight
+        weight = wanted.kv_b_weight
         decoded = wanted.decode_out if first else None
         new_keys = entry[:, entry.shape[1] - q_pe.shape[2] :]
         call = PREFILL[1].pack(
@@ -129,7 +120,7 @@ class Rounds:
             new_keys.data_ptr(),
             0 if expanded is None else expanded.data_ptr(),
             0 if keys is None else keys.data_ptr(),
-            weight.data_ptr() if wanted.weight.packed else 0,
+            weight.data_ptr() if wanted.packed else 0,
             0 if decoded is None else decoded.data_ptr(),
             query_start.data_ptr(),
             numbers.buffer_info()[0],
@@ -146,7 +137,7 @@ class Rounds:
             num_decode_tokens,
             query_start.shape[0] - 1,
             len(chunks),
-            row,
+            sum(chunk.count for chunk in chunks),
             q_nope.shape[1],
             q_nope.shape[2],
             q_pe.shape[2],
@@ -157,6 +148,15 @@ class Rounds:
             wanted.scale,
         )
         return ran(self.attend(call), asked=f"mla_prefill of {q_nope.shape[0]} tokens")
+
+
+def _numbers(chunks: Sequence[Chunk]) -> array[int]:
+    """Return the numbers of calls.h's `Prompt`, for each chunk."""
+    numbers, row = array("q"), 0
+    for chunk in chunks:
+        numbers.extend((chunk.seq, row, chunk.count, chunk.begin, chunk.state, chunk.resumed, chunk.paused))
+        row += chunk.count
+    return numbers
 
 
 def _shared_out(wanted: Prefill) -> tuple[list[int], list[list[Chunk]]]:
@@ -171,6 +171,6 @@ def _shared_out(wanted: Prefill) -> tuple[list[int], list[list[Chunk]]]:
     }
     if any(num < 0 or new[seq] < 1 for seq, num in context.items()):
         ran(WRONG_LENGTHS, asked=f"mla_prefill of {len(context)} sequences")
-    weight = wanted.weight.kv_b_weight
+    weight = wanted.kv_b_weight
     row_bytes = weight.shape[0] * weight.element_size()
     return new, share_out(context, new, most=max(LEAST_CHUNK, _EXPANDED_BYTES // row_bytes))

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from piecework.compiler.options import BackendName, CompileOptions, chosen_passes
-from piecework.compiler.passes.interface import Outcome, Pass, Subject, named_calls
 from piecework.compiler.passes.names import MERGE_LINEAR, PASS_NAMES
 from piecework.compiler.passes.pipeline import Pipeline, make_passes
+from piecework.compiler.rewrite.interface import Pass, PassInput, PassResult, named_calls
 from piecework.compiler.rewrite.rewritten import Rewritten, as_captured
 from piecework.compiler.rewrite.verify import check_form
 from piecework.errors import CompileError, InternalError
@@ -62,7 +62,7 @@ def test_an_unknown_pass_is_an_error_that_lists_them() -> None:
 
 
 def _wrong(change: str) -> Pass:
-    def run(subject: Subject) -> Outcome:
+    def run(subject: PassInput) -> PassResult:
         made = subject.rewritten
         program = made.program
         changed = {
@@ -73,8 +73,8 @@ def _wrong(change: str) -> Pass:
         if change == "shape":
             summed = Call("aten.sum.default", ({"n": 0},), {})
             changed = replace(changed, calls=(*program.calls, summed))
-            return Outcome(Rewritten(changed, made.constants, (*made.origins, (0,))))
-        return Outcome(replace(made, program=changed))
+            return PassResult(Rewritten(changed, made.constants, (*made.origins, (0,))))
+        return PassResult(replace(made, program=changed))
 
     return Pass("no_ops", run)
 

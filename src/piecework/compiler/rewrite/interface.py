@@ -11,7 +11,7 @@ from piecework.compiler.rewrite.rewritten import Rewritten
 
 
 @dataclass(frozen=True)
-class Subject:
+class PassInput:
     """What a pass works on.
 
     Attributes:
@@ -56,7 +56,7 @@ class NearMiss:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PassResult:
     """What a pass made of a program.
 
     Attributes:
@@ -80,7 +80,7 @@ class Pass:
     """
 
     name: str
-    run: Callable[[Subject], Outcome]
+    run: Callable[[PassInput], PassResult]
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from inspect import Signature
 from typing import Any, Final, final
 
 from piecework.compiler.passes.inline import Body
+from piecework.compiler.rewrite.rewritten import mapped
 from piecework.ops.ir.operator import Implementation, num_results
 from piecework.ops.ir.program import Call
 
@@ -36,7 +37,7 @@ class Splice:
         made: list[Any] = []
 
         def reference(value: Any) -> Any:
-            return _mapped(value, lambda kind, number: made[number] if kind == "n" else given[number])
+            return mapped(value, lambda kind, number: made[number] if kind == "n" else given[number])
 
         for part in body.calls:
             args = tuple(reference(a) for a in part.args)
@@ -62,7 +63,7 @@ class Splice:
 
     def moved(self, value: Any) -> Any:
         """Return an encoded value of the old program as one of the new."""
-        return _mapped(value, lambda kind, number: self._results[number] if kind == "n" else {kind: number})
+        return mapped(value, lambda kind, number: self._results[number] if kind == "n" else {kind: number})
 
     def _args(self, call: Call) -> tuple[Any, ...]:
         return tuple(self.moved(a) for a in call.args)
@@ -76,14 +77,3 @@ class Splice:
 
     def _set(self, index: int, results: tuple[Any, ...]) -> None:
         self._results[index] = results if len(results) > 1 else results[0]
-
-
-def _mapped(value: Any, reference: Callable[[str, int], Any]) -> Any:
-    if isinstance(value, Mapping):
-        for kind in ("n", "i", "c"):
-            if kind in value:
-                return reference(kind, value[kind])
-        return value
-    if isinstance(value, (list, tuple)):
-        return [_mapped(item, reference) for item in value]
-    return value
