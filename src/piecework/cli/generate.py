@@ -193,7 +193,7 @@ def _generate(
     stream = OutputStream(tokenizer, request.params, request.prompt)
     while engine.has_work:
         for output in engine.step():
-            delta = stream.add(output.sampled, output.finish_reason)
+            delta = stream.add(output)
             reason = delta.finish_reason.value if delta.finish_reason else None
             yield _Piece(output.sampled.token, delta.text, seconds_since_start(), reason)
 

@@ -15,30 +15,23 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import final
 
-from piecework.engine.engine import Engine, EngineStats, Runner, TokenOutput
+from piecework.engine.engine import Engine, Runner
 from piecework.engine.mailbox import Mailbox
-from piecework.engine.request import GenerationRequest, SequenceKey
+from piecework.engine.output import Stats, TokenOutput
+from piecework.engine.request import GenerationRequest
 from piecework.errors import EngineError, PieceworkError
 from piecework.foundation.process import release_idle_threads
 
 
 @dataclass(frozen=True, slots=True)
-class _Aborted:
-    """A continuation that ended without a last token."""
+class _Ended:
+    """A request of which nothing more comes: somebody ended it, or `error` says why it can't go on."""
 
     request_id: str
-    index: int
+    error: PieceworkError | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Failed:
-    """A request that was refused, or can't go on."""
-
-    request_id: str
-    error: PieceworkError
-
-
-_Item = TokenOutput | _Aborted | _Failed
+_Item = TokenOutput | _Ended
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,14 +40,6 @@ class _Reader:
 
     put: Callable[[_Item], None]
     loop: asyncio.AbstractEventLoop | None = None
-
-
-@dataclass(eq=False)
-class _Request:
-    """A request under way: who reads it, and which of its continuations go on."""
-
-    reader: _Reader
-    open: set[int]
 
 
 @final
@@ -68,11 +53,11 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._requests: dict[str, _Request] = {}  # the thread's
+        self._readers: dict[str, _Reader] = {}  # the thread's: by the ids of the requests under way
         self._paused = False  # the thread's
         # guards what follows; notified when the last request has ended
         self._changed = threading.Condition()
-        self._num_open = 0
+        self._num_requests = 0
         self._draining = False
         self._stopping = False
         self._ended = False
@@ -88,11 +73,16 @@ class AsyncEngine:
         """What ended the engine, if something did."""
         return self._error
 
+    @property
+    def max_length(self) -> int:
+        """The longest sequence, prompt and continuation together, in tokens."""
+        return self._engine.max_length
+
     def check(self, request: GenerationRequest) -> None:
         """Raise RequestError or CapacityError where a request could never run. Any thread may call it."""
         self._engine.check(request)
 
-    def stats(self) -> EngineStats:
+    def stats(self) -> Stats:
         """Return what the engine is doing. Any thread may call it."""
         return self._engine.stats()
 
@@ -105,21 +95,17 @@ class AsyncEngine:
         """
         received: asyncio.Queue[_Item] = asyncio.Queue()
         self._submit(request, _Reader(received.put_nowait, asyncio.get_running_loop()))
-        num_open = request.params.n
+        over = False
         try:
-            while num_open:
+            while not over:
                 item = await received.get()
-                if isinstance(item, _Failed):
-                    num_open = 0
+                over = _ends(item)
+                if isinstance(item, TokenOutput):
+                    yield item
+                elif item.error is not None:
                     raise item.error
-                if isinstance(item, _Aborted):
-                    num_open -= 1
-                    continue
-                if item.finish_reason is not None:
-                    num_open -= 1
-                yield item
         finally:
-            if num_open:
+            if not over:
                 self.abort(request.request_id)
 
     def run(self, requests: Sequence[GenerationRequest]) -> Iterator[TokenOutput]:
@@ -130,28 +116,24 @@ class AsyncEngine:
         received: Mailbox[_Item] = Mailbox()
 
         def put(item: _Item) -> None:
-            ends = not isinstance(item, TokenOutput) or item.finish_reason is not None
-            (received.put_urgent if ends else received.put)(item)
+            (received.put_urgent if _ends(item) else received.put)(item)
 
-        open_: set[SequenceKey] = set()
+        under_way: set[str] = set()
         try:
             for request in requests:
                 # whoever looks for stop strings ends requests by them, and so is told of every token at once
                 self._submit(request, _Reader(received.put_urgent if request.params.stop else put))
-                open_.update((request.request_id, index) for index in range(request.params.n))
-            while open_:
+                under_way.add(request.request_id)
+            while under_way:
                 for item in received.wait():
-                    if isinstance(item, _Failed):
-                        open_ = {key for key in open_ if key[0] != item.request_id}
+                    if _ends(item):
+                        under_way.discard(item.request_id)
+                    if isinstance(item, TokenOutput):
+                        yield item
+                    elif item.error is not None:
                         raise item.error
-                    if isinstance(item, _Aborted):
-                        open_.discard((item.request_id, item.index))
-                        continue
-                    if item.finish_reason is not None:
-                        open_.discard((item.request_id, item.index))
-                    yield item
         finally:
-            for request_id in {key[0] for key in open_}:
+            for request_id in under_way:
                 self.abort(request_id)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
@@ -178,7 +160,7 @@ class AsyncEngine:
         """Take no more requests, and wait for those under way; returns whether all of them ended in time."""
         with self._changed:
             self._draining = True
-            return self._changed.wait_for(lambda: not self._num_open, timeout_s)
+            return self._changed.wait_for(lambda: not self._num_requests, timeout_s)
 
     def close(self) -> None:
         """End at once, after the step that runs: requests under way get an EngineError, the model is closed."""
@@ -196,7 +178,7 @@ class AsyncEngine:
         with self._changed:
             if self._ended or self._draining or self._stopping:
                 raise self._stopped()
-            self._num_open += 1
+            self._num_requests += 1
             self._commands.put(lambda: self._add(request, reader))
 
     def _command(self, command: Callable[[], None], *, or_else: Callable[[], None]) -> None:
@@ -257,49 +239,42 @@ class AsyncEngine:
         try:
             self._engine.add(request)
         except PieceworkError as error:
-            _tell(reader, [(reader, _Failed(request.request_id, error))])
+            _tell(reader, [(reader, _Ended(request.request_id, error))])
             self._close_one()
             return
-        self._requests[request.request_id] = _Request(reader, set(range(request.params.n)))
+        self._readers[request.request_id] = reader
 
     def _abort(self, request_id: str, index: int | None) -> None:
-        known = self._requests.get(request_id)
-        if known is None:
-            return
-        self._engine.abort(request_id, index)
-        ended = [at for at in known.open if index in (None, at)]
-        _tell(known.reader, [(known.reader, _Aborted(request_id, at)) for at in ended])
-        for at in ended:
-            self._end_one(request_id, at)
+        if self._engine.abort(request_id, index) and not self._engine.is_open(request_id):
+            reader = self._readers[request_id]
+            _tell(reader, [(reader, _Ended(request_id))])
+            self._end_request(request_id)
 
     def _deliver(self, outputs: Sequence[TokenOutput]) -> None:
         """Hand the outputs of a step to their readers, with one call for each event loop."""
         of_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Reader, _Item]]] = {}
         for output in outputs:
-            reader = self._requests[output.request_id].reader
+            reader = self._readers[output.request_id]
             if reader.loop is None:
                 reader.put(output)
             else:
                 of_loop.setdefault(reader.loop, []).append((reader, output))
-            if output.finish_reason is not None:
-                self._end_one(output.request_id, output.index)
+            if output.ends_request:
+                self._end_request(output.request_id)
         for items in of_loop.values():
             if not _tell(items[0][0], items):
                 for _, item in items:  # the loop is closed, so nobody will read them
                     assert isinstance(item, TokenOutput)
                     self._abort(item.request_id, None)
 
-    def _end_one(self, request_id: str, index: int) -> None:
-        known = self._requests[request_id]
-        known.open.discard(index)
-        if not known.open:
-            del self._requests[request_id]
-            self._close_one()
+    def _end_request(self, request_id: str) -> None:
+        del self._readers[request_id]
+        self._close_one()
 
     def _close_one(self) -> None:
         with self._changed:
-            self._num_open -= 1
-            if not self._num_open:
+            self._num_requests -= 1
+            if not self._num_requests:
                 self._changed.notify_all()
 
     def _end(self) -> None:
@@ -311,11 +286,11 @@ class AsyncEngine:
                 self._commands.get_nowait()()
             except queue.Empty:
                 break
-        for request_id, known in self._requests.items():
-            _tell(known.reader, [(known.reader, _Failed(request_id, self._stopped()))])
-        self._requests.clear()
+        for request_id, reader in self._readers.items():
+            _tell(reader, [(reader, _Ended(request_id, self._stopped()))])
+        self._readers.clear()
         with self._changed:
-            self._num_open = 0
+            self._num_requests = 0
             self._changed.notify_all()
 
     def _set_paused(self, paused: bool) -> None:  # noqa: FBT001
@@ -334,6 +309,11 @@ class AsyncEngine:
         )
         error.__cause__ = cause
         return error
+
+
+def _ends(item: _Item) -> bool:
+    """Return whether nothing more comes of the item's request."""
+    return not isinstance(item, TokenOutput) or item.ends_request
 
 
 def _tell(reader: _Reader, items: Sequence[tuple[_Reader, _Item]]) -> bool:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from piecework.engine.block_pool import DEFAULT_BLOCK_SIZE, BlockPool
 from piecework.engine.inputs import ForwardInputs, InputBuilder
-from piecework.engine.request import FinishReason, GenerationRequest, Sequence, SequenceKey
-from piecework.engine.sampling.sampler import SampledToken, Sampler, SamplingRow
+from piecework.engine.output import SampledToken, Stats, TokenOutput
+from piecework.engine.request import GenerationRequest, Sequence, SequenceKey
+from piecework.engine.sampling.sampler import Sampler, SamplingRow
 from piecework.engine.scheduler import ScheduledBatch, Scheduler
 from piecework.engine.text.tokenizer import Tokenizer
 from piecework.errors import RequestError
@@ -52,52 +53,6 @@ class EngineConfig:
     max_tokens: int
     max_seqs: int
     prefix_caching: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class TokenOutput:
-    """A generated token.
-
-    Attributes:
-        request_id, index: of which request, which of its continuations.
-        sampled: the token, with logprobs where asked for.
-        finish_reason: why it is the last, if it is.
-        num_cached: how many of the prompt's tokens were found in the KV cache; said with the first token.
-        prompt_logprobs: with the first token of continuation 0 where asked for: one for each token of the prompt,
-            None for the first of them.
-    """
-
-    request_id: str
-    index: int
-    sampled: SampledToken
-    finish_reason: FinishReason | None = None
-    num_cached: int = 0
-    prompt_logprobs: tuple[SampledToken | None, ...] | None = None
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """What the engine is doing, and what it has done since it was made.
-
-    Attributes:
-        waiting, running: sequences now.
-        kv_blocks_used, kv_blocks_total: of the KV cache; used are those that sequences hold.
-        prefix_queried_tokens, prefix_hit_tokens: tokens of prompts looked up in the KV cache, and found there.
-        preemptions: how often a sequence gave its blocks up, to be computed again.
-        prompt_tokens, generated_tokens: tokens of admitted prompts, and tokens that were sampled.
-        steps: forwards.
-    """
-
-    waiting: int = 0
-    running: int = 0
-    kv_blocks_used: int = 0
-    kv_blocks_total: int = 0
-    prefix_queried_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    preemptions: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    steps: int = 0
 
 
 @final
@@ -150,6 +105,15 @@ class Engine:
         """Whether any request waits or runs."""
         return self._scheduler.has_work
 
+    @property
+    def max_length(self) -> int:
+        """The longest sequence that the model and the KV cache take, prompt and continuation together, in tokens."""
+        return min(self._max_positions, self._config.num_blocks * self._config.block_size)
+
+    def is_open(self, request_id: str) -> bool:
+        """Return whether any continuation of a request waits or runs."""
+        return request_id in self._sequences
+
     def check(self, request: GenerationRequest) -> None:
         """Raise RequestError or CapacityError where a request could never run. Any thread may call it.
 
@@ -200,7 +164,6 @@ class Engine:
         known = self._sequences.get(request_id, {})
         ended = [sequence for at, sequence in known.items() if index in (None, at)]
         for sequence in ended:
-            sequence.finish_reason = FinishReason.ABORT
             self._end(sequence)
         return len(ended)
 
@@ -234,10 +197,10 @@ class Engine:
         """Close the model; the engine can't be used afterwards."""
         self._runner.close()
 
-    def stats(self) -> EngineStats:
+    def stats(self) -> Stats:
         """Return what the engine is doing."""
         counts = self._scheduler.counts
-        return EngineStats(
+        return Stats(
             waiting=self._scheduler.num_waiting,
             running=self._scheduler.num_running,
             kv_blocks_used=self._pool.num_blocks - self._pool.num_free,
@@ -275,12 +238,14 @@ class Engine:
         for sequence, token in zip(forward.sampled, sampled, strict=True):
             request_id, index = sequence.key
             sequence.append(token.token)
-            reason = sequence.finish_reason
+            reason, ends_request = sequence.finish_reason, False
+            if reason is not None:
+                ends_request = len(self._sequences[request_id]) == 1
             if len(sequence.generated) == 1:
                 scores = self._take_scores(sequence)
-                outputs.append(TokenOutput(request_id, index, token, reason, sequence.num_cached, scores))
+                outputs.append(TokenOutput(request_id, index, token, reason, ends_request, sequence.num_cached, scores))
             else:
-                outputs.append(TokenOutput(request_id, index, token, reason))
+                outputs.append(TokenOutput(request_id, index, token, reason, ends_request))
             if reason is not None:
                 self._end(sequence)
         return outputs

@@ -8,7 +8,6 @@ a compile gives the same KV cache as one that found its bundle.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 
 from piecework.bundle.plan import Plan
 from piecework.bundle.sizes import size_expression
-from piecework.engine.block_pool import num_blocks_for
 from piecework.errors import CapacityError
 from piecework.models.config import ModelConfig
 from piecework.models.latent_config import LatentSizes
@@ -87,11 +85,6 @@ def num_blocks_of_bytes(num_bytes: int, needs: MemoryNeeds) -> int:
             asked=f"a KV cache of {_mib(num_bytes)}", found=f"one block takes {_mib(needs.block)}", try_="more memory"
         )
     return num_bytes // needs.block
-
-
-def num_blocks_of_lengths(lengths: Iterable[int], *, block_size: int) -> int:
-    """Return the blocks of a KV cache that holds sequences of these lengths at once."""
-    return sum(num_blocks_for(length, block_size=block_size) for length in lengths)
 
 
 def memory_needs(plan: Plan, config: ModelConfig) -> MemoryNeeds:

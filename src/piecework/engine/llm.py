@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -17,15 +16,17 @@ from piecework.bundle.run import LoadedModel, load
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.engine.async_engine import AsyncEngine
 from piecework.engine.bundles import find_or_compile
-from piecework.engine.engine import EngineConfig, EngineStats, Runner, engine_for
+from piecework.engine.engine import EngineConfig, Runner, engine_for
 from piecework.engine.kv_memory import read_memory
 from piecework.engine.loading import CacheSize, num_blocks_for_cache, open_weights
+from piecework.engine.output import Stats
 from piecework.engine.profile_options import ProfileOptions
 from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
-from piecework.engine.text.completion import Completion, CompletionText
+from piecework.engine.text.completion import Completion
 from piecework.engine.text.deltas import TextDelta
 from piecework.engine.text.tokenizer import Tokenizer, load_tokenizer
+from piecework.engine.text_engine import TextEngine
 from piecework.errors import RequestError
 from piecework.foundation.environment import read_environment
 from piecework.foundation.process import keep_freed_memory
@@ -126,7 +127,7 @@ class LLM:
         runner = model if profile is None else _profiled(model, profile, on_note=on_note)
         engine = engine_for(runner, engine_config, model_config=config, tokenizer=self._tokenizer)
         self._bundle = opened
-        self._engine = AsyncEngine(engine)
+        self._texts = TextEngine(AsyncEngine(engine), self._tokenizer)
         self._numbers = itertools.count()
 
     @property
@@ -151,15 +152,7 @@ class LLM:
         Raises RequestError or CapacityError where one of them can't be continued, before any is; EngineError where the
         engine ends before they do.
         """
-        requests = [self._request(prompt, one) for prompt, one in _pair(prompts, params)]
-        for request in requests:
-            self._engine.check(request)
-        texts = {request.request_id: CompletionText(request, self._tokenizer) for request in requests}
-        for output in self._engine.run(requests):
-            text = texts[output.request_id]
-            if text.add(output) is not None and text.ended_by_itself(output):
-                self._engine.abort(output.request_id, output.index)
-        return [texts[request.request_id].completion() for request in requests]
+        return self._texts.complete([self._request(prompt, one) for prompt, one in _pair(prompts, params)])
 
     async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[TextDelta]:
         """Continue a prompt, and yield what each step adds.
@@ -173,23 +166,18 @@ class LLM:
             raise RequestError(
                 asked=f"stream {request.params.n} continuations", found="a stream has one", try_="n=1, or generate"
             )
-        self._engine.check(request)
-        text = CompletionText(request, self._tokenizer)
-        async with aclosing(cast("Any", self._engine.stream(request))) as outputs:
-            async for output in outputs:
-                delta = text.add(output)
-                if delta is not None:
-                    yield delta
-                    if delta.finish_reason is not None:
-                        return
+        self._texts.check(request)
+        async with aclosing(cast("Any", self._texts.stream(request))) as deltas:
+            async for delta in deltas:
+                yield delta
 
-    def stats(self) -> EngineStats:
+    def stats(self) -> Stats:
         """Return what the engine is doing."""
-        return self._engine.stats()
+        return self._texts.stats()
 
     def close(self) -> None:
         """End what runs with an EngineError, and let go of the model."""
-        self._engine.close()
+        self._texts.close()
 
     def __enter__(self) -> LLM:
         """Return itself; the end of the block closes it."""
@@ -202,15 +190,8 @@ class LLM:
         self.close()
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> GenerationRequest:
-        if self._tokenizer is None and (isinstance(prompt, str) or params.stop):
-            raise RequestError(
-                asked="continue a text" if isinstance(prompt, str) else "stop at a string",
-                found=f"no tokenizer.json in {self._config.path}",
-                try_="give tokens, or a model directory with a tokenizer",
-            )
-        tokens = self._tokenizer.encode(prompt) if self._tokenizer and isinstance(prompt, str) else prompt
-        made = tuple(cast("Sequence[int]", tokens))
-        return GenerationRequest(f"llm-{next(self._numbers)}", made, params, time.monotonic())
+        tokens = self._texts.encode(prompt) if isinstance(prompt, str) else prompt
+        return GenerationRequest(f"llm-{next(self._numbers)}", tuple(tokens), params)
 
 
 def _profiled(model: LoadedModel, options: ProfileOptions, *, on_note: Callable[[str], None]) -> Runner:

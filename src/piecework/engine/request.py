@@ -12,28 +12,25 @@ SequenceKey = tuple[str, int]
 
 
 class FinishReason(Enum):
-    """Why a sequence ended: at a stop token or stop string, at its most tokens, or because nobody wants it."""
+    """Why a sequence ended: at a stop token or stop string, or at its most tokens."""
 
     STOP = "stop"
     LENGTH = "length"
-    ABORT = "abort"
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A prompt and how to continue it, `params.n` times.
+    """A prompt and how to continue it, `params.n` times: the one value that goes from a caller to the scheduler.
 
     Args:
         request_id: unique among the requests of an engine.
         prompt: token ids, at least one.
         params: how to continue.
-        arrival_s: when it came, in seconds of `time.monotonic()`; for measurements only.
     """
 
     request_id: str
     prompt: tuple[int, ...]
     params: SamplingParams
-    arrival_s: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -61,7 +58,6 @@ class Sequence:
         num_computed: how many tokens are in the KV cache.
         num_scored: how many of the prompt's first tokens have given the logits that the request wants of a prompt.
         num_cached: how many of the prompt's tokens were found in the KV cache when it was first admitted.
-        num_preemptions: how often it was preempted.
         blocks: the KV cache's blocks that it holds.
         digests: those of its first full blocks, as far as they were needed.
         finish_reason: set when it ended.
@@ -78,7 +74,6 @@ class Sequence:
     num_computed: int = field(init=False, default=0)
     num_scored: int = field(init=False, default=0)
     num_cached: int = field(init=False, default=-1)
-    num_preemptions: int = field(init=False, default=0)
     blocks: list[int] = field(init=False, default_factory=list)
     digests: list[bytes] = field(init=False, default_factory=list)
     finish_reason: FinishReason | None = field(init=False, default=None)

@@ -225,7 +225,6 @@ class Scheduler:
     def _preempt_last(self) -> Sequence:
         sequence = self._running.pop()
         self._release(sequence)
-        sequence.num_preemptions += 1
         self.counts.preemptions += 1
         self._waiting[sequence] = None
         self._waiting.move_to_end(sequence, last=False)

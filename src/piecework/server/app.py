@@ -5,17 +5,15 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from piecework.foundation.version import VERSION
-from piecework.server.admission import Admission
 from piecework.server.chat import chat_routes
 from piecework.server.completions import completion_routes
-from piecework.server.context import ServerContext
-from piecework.server.documented import documented_openapi
+from piecework.server.context import Admission, ServerContext
 from piecework.server.errors import add_error_answers
-from piecework.server.information import information_routes
+from piecework.server.information import health_routes, model_routes, page_routes, start_routes
 from piecework.server.log import EventLog
 from piecework.server.metrics import Metrics
 from piecework.server.middleware import Counted, JsonBody, KeyRequired
-from piecework.server.page import page_routes
+from piecework.server.openapi import documented_openapi
 from piecework.server.settings import ServerSettings
 from piecework.server.status import ServerStatus
 
@@ -42,7 +40,7 @@ def make_app(
         docs_url=None,
         redoc_url=None,
     )
-    for routes in (completion_routes, chat_routes, information_routes, page_routes):
+    for routes in (completion_routes, chat_routes, model_routes, health_routes, start_routes, page_routes):
         app.include_router(routes(context))
     add_error_answers(app)
     app.openapi = documented_openapi(app, has_key=settings.api_key is not None)  # type: ignore[method-assign]

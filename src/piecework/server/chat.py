@@ -9,35 +9,47 @@ from typing import Any, final
 
 from fastapi import APIRouter, Request, Response
 
+from piecework.engine.output import SampledToken
+from piecework.engine.request import FinishReason
+from piecework.engine.text.completion import Completion
+from piecework.engine.text.deltas import TextDelta
 from piecework.server.context import ServerContext
-from piecework.server.documented import generation_responses
-from piecework.server.generation import AnswerFormat, Choice, Exchange, answer_stream, answer_whole
-from piecework.server.logprobs import chat_logprobs
-from piecework.server.params import chat_params
-from piecework.server.prompts import chat_prompt
+from piecework.server.engine_requests import chat_request
+from piecework.server.generation import AnswerFormat, Exchange, answer_stream, answer_whole
+from piecework.server.logprobs import TokenTexts, chat_logprobs, token_texts
+from piecework.server.openapi import generation_responses
 from piecework.server.requests import ChatRequest
-from piecework.server.responses import ChatCompletion
-from piecework.server.service import Delta, Generation
+from piecework.server.responses import (
+    AssistantMessage,
+    ChatAnswer,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatDelta,
+    ChatLogprobs,
+    Usage,
+)
 
 
 def chat_routes(context: ServerContext) -> APIRouter:
     """Return the route."""
     router = APIRouter(tags=["text"])
+    documented = generation_responses(ChatAnswer, chunk=ChatChunk)
 
-    @router.post("/v1/chat/completions", response_model=None, responses=generation_responses(ChatCompletion))
+    @router.post("/v1/chat/completions", response_model=None, responses=documented)
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         began_s = time.perf_counter()
         context.check_model(body.model)
-        service = context.ready_service()
-        prompt = await chat_prompt(body, service=service, limits=context.settings.limits)
-        params = chat_params(body, settings=context.settings, room=service.max_positions - len(prompt))
+        service, settings = context.ready_service(), context.settings
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
-        answer = ChatFormat(body, answer_id=answer_id, model=context.settings.model)
-        exchange = Exchange(context, service, [Generation(answer_id, tuple(prompt), params)], began_s=began_s)
+        asked = await chat_request(body, answer_id=answer_id, service=service, settings=settings)
+        known = await token_texts(service) if body.logprobs else None
+        head = {"id": answer_id, "created": int(time.time()), "model": settings.model}
+        answer = ChatFormat(body, head=head, known=known)
+        exchange = Exchange(context, service, [asked], began_s=began_s)
         if body.stream:
-            usage = bool(body.stream_options and body.stream_options.include_usage)
-            return await answer_stream(exchange, answer, include_usage=usage, context=context)
+            return await answer_stream(exchange, answer, include_usage=body.include_usage, context=context)
         return await answer_whole(request, exchange, answer, context=context)
 
     return router
@@ -45,56 +57,62 @@ def chat_routes(context: ServerContext) -> APIRouter:
 
 @final
 class ChatFormat(AnswerFormat):
-    """How /v1/chat/completions writes an answer; `answer_id` and `model` are what it carries."""
+    """How /v1/chat/completions writes an answer.
 
-    def __init__(self, request: ChatRequest, *, answer_id: str, model: str) -> None:
-        self._answer_id = answer_id
-        self._created = int(time.time())
-        self._model = model
-        self._n = request.n or 1
-        self._logprobs = bool(request.logprobs)
+    Args:
+        body: what the client sent.
+        head: id, created and model of the answer and of each chunk.
+        known: the texts of tokens, where log-probabilities are asked for.
+    """
 
-    def opening(self) -> list[dict[str, Any]]:
+    def __init__(self, body: ChatRequest, *, head: dict[str, Any], known: TokenTexts | None) -> None:
+        self._head = head
+        self._no_usage: dict[str, Any] = {"usage": None} if body.include_usage else {}
+        self._n = body.n or 1
+        self._known = known
+
+    def opening(self) -> list[ChatChunk]:
         """Return, for each choice, the chunk that says who speaks."""
-        return [self._chunk(index, {"role": "assistant", "content": ""}) for index in range(self._n)]
+        return [self._chunk(index, ChatDelta(role="assistant", content="")) for index in range(self._n)]
 
-    def chunks(self, delta: Delta) -> list[dict[str, Any]]:
+    def chunks(self, prompt: int, delta: TextDelta) -> list[ChatChunk]:
         """See `AnswerFormat.chunks`. The reason of the end comes in a chunk of its own, as OpenAI sends it."""
+        assert prompt == 0, "a conversation is one prompt"
         made = []
-        if delta.text or delta.logprobs:
-            logprobs = chat_logprobs(delta.logprobs) if self._logprobs else None
-            made.append(self._chunk(delta.index, {"content": delta.text}, logprobs=logprobs))
+        if delta.text or (self._known is not None and delta.tokens):
+            made.append(self._chunk(delta.index, ChatDelta(content=delta.text), logprobs=self._logprobs(delta.tokens)))
         if delta.finish_reason is not None:
-            made.append(self._chunk(delta.index, {}, finish_reason=delta.finish_reason))
+            made.append(self._chunk(delta.index, ChatDelta(), finish_reason=delta.finish_reason))
         return made
 
-    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
+    def usage_chunk(self, usage: Usage) -> ChatChunk:
         """See `AnswerFormat.usage_chunk`."""
-        return {**self._head("chat.completion.chunk"), "choices": [], "usage": usage}
+        return ChatChunk(**self._head, object="chat.completion.chunk", choices=[], usage=usage)
 
-    def whole(self, choices: Sequence[Choice], usage: dict[str, Any]) -> dict[str, Any]:
+    def whole(self, completions: Sequence[Completion], usage: Usage) -> ChatAnswer:
         """See `AnswerFormat.whole`."""
-        made = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                "logprobs": chat_logprobs(choice.logprobs) if self._logprobs else None,
-                "finish_reason": choice.finish_reason,
-            }
-            for index, choice in enumerate(choices)
+        (completion,) = completions
+        choices = [
+            ChatChoice(
+                index=index,
+                message=AssistantMessage(role="assistant", content=made.text, refusal=None),
+                logprobs=self._logprobs(made.logprobs or ()),
+                finish_reason=made.finish_reason,
+            )
+            for index, made in enumerate(completion.continuations)
         ]
-        return {**self._head("chat.completion"), "choices": made, "usage": usage}
+        return ChatAnswer(**self._head, object="chat.completion", choices=choices, usage=usage)
 
     def _chunk(
         self,
         index: int,
-        delta: dict[str, Any],
+        delta: ChatDelta,
         *,
-        logprobs: dict[str, Any] | None = None,
-        finish_reason: str | None = None,
-    ) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return {**self._head("chat.completion.chunk"), "choices": [choice]}
+        logprobs: ChatLogprobs | None = None,
+        finish_reason: FinishReason | None = None,
+    ) -> ChatChunk:
+        choice = ChatChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish_reason)
+        return ChatChunk(**self._head, object="chat.completion.chunk", choices=[choice], **self._no_usage)
 
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self._answer_id, "object": kind, "created": self._created, "model": self._model}
+    def _logprobs(self, tokens: Sequence[SampledToken]) -> ChatLogprobs | None:
+        return None if self._known is None else chat_logprobs(tokens, known=self._known)

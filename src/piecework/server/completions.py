@@ -9,41 +9,39 @@ from typing import Any, final
 
 from fastapi import APIRouter, Request, Response
 
+from piecework.engine.output import SampledToken
+from piecework.engine.request import FinishReason, GenerationRequest
+from piecework.engine.text.completion import Completion
+from piecework.engine.text.deltas import TextDelta
 from piecework.server.context import ServerContext
-from piecework.server.documented import generation_responses
-from piecework.server.generation import AnswerFormat, Choice, Exchange, answer_stream, answer_whole
-from piecework.server.logprobs import completion_logprobs
-from piecework.server.params import completion_params, fitted
-from piecework.server.prompts import completion_prompts
+from piecework.server.engine_requests import completion_requests
+from piecework.server.generation import AnswerFormat, Exchange, answer_stream, answer_whole
+from piecework.server.logprobs import TokenTexts, completion_logprobs, token_texts
+from piecework.server.openapi import generation_responses
 from piecework.server.requests import CompletionRequest
-from piecework.server.responses import Completion
-from piecework.server.service import Delta, Generation, Service, TokenLogprobs
+from piecework.server.responses import CompletionAnswer, CompletionChoice, CompletionChunk, Usage
+from piecework.server.service import Service
 
 
 def completion_routes(context: ServerContext) -> APIRouter:
     """Return the route."""
     router = APIRouter(tags=["text"])
+    documented = generation_responses(CompletionAnswer, chunk=CompletionChunk)
 
-    @router.post("/v1/completions", response_model=None, responses=generation_responses(Completion))
+    @router.post("/v1/completions", response_model=None, responses=documented)
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Continue one prompt or several."""
         began_s = time.perf_counter()
         context.check_model(body.model)
-        service = context.ready_service()
-        params = completion_params(body, settings=context.settings)
-        prompts = await completion_prompts(body, service=service, limits=context.settings.limits)
+        service, settings = context.ready_service(), context.settings
         answer_id = f"cmpl-{uuid.uuid4().hex}"
-        answer = CompletionFormat(body, prompts, service=service, answer_id=answer_id, model=context.settings.model)
-        generations = [
-            Generation(f"{answer_id}-{i}", tuple(p), fitted(params, room=service.max_positions - len(p)))
-            for i, p in enumerate(prompts)
-        ]
-        exchange = Exchange(
-            context, service, generations, began_s=began_s, hidden_tokens=1 if body.max_tokens == 0 else 0
-        )
+        asked = await completion_requests(body, answer_id=answer_id, service=service, settings=settings)
+        known = None if body.logprobs is None else await token_texts(service)
+        head = {"id": answer_id, "created": int(time.time()), "model": settings.model}
+        answer = CompletionFormat(body, asked, head=head, service=service, known=known)
+        exchange = Exchange(context, service, asked, began_s=began_s, hidden_tokens=1 if body.max_tokens == 0 else 0)
         if body.stream:
-            usage = bool(body.stream_options and body.stream_options.include_usage)
-            return await answer_stream(exchange, answer, include_usage=usage, context=context)
+            return await answer_stream(exchange, answer, include_usage=body.include_usage, context=context)
         return await answer_whole(request, exchange, answer, context=context)
 
     return router
@@ -54,105 +52,104 @@ class CompletionFormat(AnswerFormat):
     """How /v1/completions writes an answer.
 
     Args:
-        request: the body.
-        prompts: their tokens.
+        body: what the client sent.
+        requests: one for each of its prompts.
+        head: id, created and model of the answer and of each chunk.
         service: gives the text of prompts that came as tokens, for `echo`.
-        answer_id, model: what the answer carries.
+        known: the texts of tokens, where log-probabilities are asked for.
     """
 
     def __init__(
         self,
-        request: CompletionRequest,
-        prompts: Sequence[Sequence[int]],
+        body: CompletionRequest,
+        requests: Sequence[GenerationRequest],
         *,
+        head: dict[str, Any],
         service: Service,
-        answer_id: str,
-        model: str,
+        known: TokenTexts | None,
     ) -> None:
-        self._head = {"id": answer_id, "object": "text_completion", "created": int(time.time()), "model": model}
-        self._n = request.n or 1
-        self._echo = bool(request.echo)
-        self._logprobs = request.logprobs is not None
-        self._hide = request.max_tokens == 0
-        self._prompts = prompts
+        self._head = {**head, "object": "text_completion"}
+        self._no_usage: dict[str, Any] = {"usage": None} if body.include_usage else {}
+        self._n = body.n or 1
+        self._known = known
+        self._hide = body.max_tokens == 0
+        self._prompts = [request.prompt for request in requests]
         self._service = service
-        self._texts = self._prompt_texts(request) if self._echo else []
+        self._echoed = _prompt_texts(body, self._prompts, service) if body.echo else []
         self._offsets: dict[int, int] = {}
-        self._scores: dict[int, Sequence[TokenLogprobs | None]] = {}
+        self._scores: dict[int, Sequence[SampledToken | None]] = {}
 
-    def opening(self) -> list[dict[str, Any]]:
+    def opening(self) -> list[CompletionChunk]:
         """See `AnswerFormat.opening`."""
         return []
 
-    def chunks(self, delta: Delta) -> list[dict[str, Any]]:
+    def chunks(self, prompt: int, delta: TextDelta) -> list[CompletionChunk]:
         """See `AnswerFormat.chunks`."""
-        first = delta.index not in self._offsets
-        offset = self._offsets.setdefault(delta.index, 0)
-        self._note_scores(delta.index, delta.prompt_logprobs)
-        text, logprobs = self._content(
-            delta.index, delta.text, delta.logprobs, echo=self._echo and first, offset=offset
-        )
-        if not text and logprobs is None and delta.finish_reason is None:
+        index = prompt * self._n + delta.index
+        echo = bool(self._echoed) and index not in self._offsets
+        offset = self._offsets.setdefault(index, 0)
+        if delta.prompt_logprobs is not None:
+            # they come with the first of a prompt's continuations, and are for all of them
+            self._scores[prompt] = delta.prompt_logprobs
+        choice = self._choice(index, delta.text, delta.tokens, delta.finish_reason, echo=echo, offset=offset)
+        if not choice.text and choice.logprobs is None and choice.finish_reason is None:
             return []
-        self._offsets[delta.index] = offset + (sum(map(len, logprobs["tokens"])) if logprobs is not None else len(text))
-        return [{**self._head, "choices": [_choice(delta.index, text, logprobs, self._reason(delta.finish_reason))]}]
+        self._offsets[index] = offset + len("".join(choice.logprobs.tokens) if choice.logprobs else choice.text)
+        return [CompletionChunk(**self._head, choices=[choice], **self._no_usage)]
 
-    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
+    def usage_chunk(self, usage: Usage) -> CompletionChunk:
         """See `AnswerFormat.usage_chunk`."""
-        return {**self._head, "choices": [], "usage": usage}
+        return CompletionChunk(**self._head, choices=[], usage=usage)
 
-    def whole(self, choices: Sequence[Choice], usage: dict[str, Any]) -> dict[str, Any]:
+    def whole(self, completions: Sequence[Completion], usage: Usage) -> CompletionAnswer:
         """See `AnswerFormat.whole`."""
-        made = []
-        for index, choice in enumerate(choices):
-            self._note_scores(index, choice.prompt_logprobs)
-            text, logprobs = self._content(index, choice.text, choice.logprobs, echo=self._echo, offset=0)
-            made.append(_choice(index, text, logprobs, self._reason(choice.finish_reason)))
-        return {**self._head, "choices": made, "usage": usage}
+        choices = []
+        for prompt, completion in enumerate(completions):
+            self._scores[prompt] = completion.prompt_logprobs or ()
+            for index, made in enumerate(completion.continuations, start=prompt * self._n):
+                tokens = made.logprobs or ()
+                echo = bool(self._echoed)
+                choices.append(self._choice(index, made.text, tokens, made.finish_reason, echo=echo, offset=0))
+        return CompletionAnswer(**self._head, choices=choices, usage=usage)
 
-    def _content(
+    def _choice(
         self,
         index: int,
         text: str,
-        logprobs: Sequence[TokenLogprobs],
+        tokens: Sequence[SampledToken],
+        finish_reason: FinishReason | None,
         *,
         echo: bool,
         offset: int,
-    ) -> tuple[str, dict[str, Any] | None]:
-        """Return a choice's text and log-probabilities, with the prompt's before them where it is echoed."""
-        entries: list[TokenLogprobs | None] = [] if self._hide else list(logprobs)
-        texts = ["" if entry is None else entry.chosen.text for entry in entries]
-        text = "" if self._hide else text
+    ) -> CompletionChoice:
+        """Return a continuation, or a part of one, with the prompt before it where it is echoed.
+
+        `offset` says how many characters were sent before.
+        """
+        if self._hide:  # the one token that was generated is not wanted
+            text, tokens, finish_reason = "", (), finish_reason and FinishReason.LENGTH
+        entries: list[SampledToken | None] = list(tokens) if self._known else []
+        texts = [self._known.text_of(token.token) for token in tokens] if self._known else []
         if echo:
             prompt = index // self._n
-            text = self._texts[prompt] + text
+            text = self._echoed[prompt] + text
             scores = self._scores.get(prompt, ())
             entries = [*scores, *entries]
             if scores:
-                tokens = self._prompts[prompt]
-                texts = [*(self._token_text(e, t) for e, t in zip(scores, tokens, strict=True)), *texts]
-        if not self._logprobs or not (entries or echo):
-            return text, None
-        return text, completion_logprobs(entries, texts=texts, offset=offset)
+                texts = [*self._prompt_token_texts(prompt, scores), *texts]
+        logprobs = None
+        if self._known is not None and (entries or echo):
+            logprobs = completion_logprobs(entries, texts=texts, offset=offset, known=self._known)
+        return CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=finish_reason)
 
-    def _note_scores(self, index: int, scores: Sequence[TokenLogprobs | None] | None) -> None:
-        """Keep a prompt's log-probabilities, which come with the first of its continuations, for all of them."""
-        if scores is not None:
-            self._scores[index // self._n] = scores
-
-    def _token_text(self, entry: TokenLogprobs | None, token: int) -> str:
-        return self._service.decode([token]) if entry is None else entry.chosen.text
-
-    def _reason(self, reason: str | None) -> str | None:
-        return "length" if reason is not None and self._hide else reason
-
-    def _prompt_texts(self, request: CompletionRequest) -> list[str]:
-        given = request.prompt
-        if isinstance(given, str):
-            return [given]
-        texts = [text for text in given if isinstance(text, str)]
-        return texts or [self._service.decode(tokens) for tokens in self._prompts]
+    def _prompt_token_texts(self, prompt: int, scores: Sequence[SampledToken | None]) -> list[str]:
+        assert self._known is not None
+        tokens = zip(self._prompts[prompt], scores, strict=True)
+        return [self._service.decode([t]) if score is None else self._known.text_of(t) for t, score in tokens]
 
 
-def _choice(index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+def _prompt_texts(body: CompletionRequest, prompts: Sequence[Sequence[int]], service: Service) -> list[str]:
+    """Return the prompts as texts, those that came as tokens decoded."""
+    given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    texts = [text for text in given if isinstance(text, str)]
+    return texts or [service.decode(tokens) for tokens in prompts]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -12,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from piecework.errors import CapacityError, EngineError, PieceworkError, RequestError
+from piecework.server.responses import ErrorAnswer, ErrorDetail
 
 _INVALID: Final = "invalid_request_error"
 _SERVER: Final = "server_error"
@@ -55,16 +55,16 @@ class ApiError(Exception):
         self.code = code or _CODES.get(status)
         self.headers = dict(headers or {})
 
-    def to_json(self) -> dict[str, Any]:
+    def answer(self) -> ErrorAnswer:
         """Return the body of the answer."""
         kind = "rate_limit_error" if self.status == 429 else _INVALID if self.status < 500 else _SERVER
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _encodable(self.param)
+        detail = ErrorDetail(message=_encodable(self.message), type=kind, param=param, code=self.code)
+        return ErrorAnswer(error=detail)
 
     def response(self) -> Response:
         """Return the answer."""
-        # plain ASCII: a message may repeat what a client sent, and that may not be encodable
-        body = json.dumps(self.to_json()).encode("ascii")
-        return Response(body, status_code=self.status, headers=self.headers, media_type="application/json")
+        return self.answer().response(status=self.status, headers=self.headers)
 
 
 def invalid(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
@@ -143,6 +143,11 @@ def _param(location: Sequence[str | int]) -> str | None:
         elif part.isidentifier() and part not in _UNION_TAGS and not part[0].isupper():
             path += f".{part}" if path else part
     return path or None
+
+
+def _encodable(text: str) -> str:
+    """Return a text without halves of surrogate pairs, which a message that repeats what a client sent may have."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _lowered(messages: Iterable[str]) -> list[str]:

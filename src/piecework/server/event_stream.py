@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, TypeVar, final
 
@@ -11,26 +10,22 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from piecework.server.responses import Answered
+
 T = TypeVar("T")
 Emit = Callable[[bytes], Awaitable[None]]
 Produce = Callable[[Emit], Coroutine[Any, Any, None]]
 
 DONE: Final = b"data: [DONE]\n\n"
-_ENCODE: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 class ClientGone(Exception):
     """The client closed the connection before it had its answer."""
 
 
-def event(value: Any) -> bytes:
-    """Return a JSON value as one event."""
-    return f"data: {_ENCODE(value)}\n\n".encode()
-
-
-def json_bytes(value: Any) -> bytes:
-    """Return a JSON value's bytes, in UTF-8 and without spaces."""
-    return _ENCODE(value).encode()
+def event(value: Answered) -> bytes:
+    """Return an answer, or a part of one, as an event."""
+    return b"data: " + value.to_bytes() + b"\n\n"
 
 
 async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -7,54 +7,49 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
 from typing import Any, Final, cast, final
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from piecework.engine.request import GenerationRequest
+from piecework.engine.text.completion import Completion, completion_of
+from piecework.engine.text.deltas import TextDelta
 from piecework.errors import PieceworkError
 from piecework.server.context import ServerContext
 from piecework.server.errors import ApiError, as_api_error
-from piecework.server.event_stream import DONE, ClientGone, Emit, EventStream, event, json_bytes, until_disconnect
-from piecework.server.service import Delta, Generation, Service, TokenLogprobs
+from piecework.server.event_stream import DONE, ClientGone, Emit, EventStream, event, until_disconnect
+from piecework.server.responses import Answered, PromptTokensDetails, Usage
+from piecework.server.service import Service
 
 CLIENT_CLOSED_REQUEST: Final = 499  # nginx' number; nobody is there to read it
 
 
-@dataclass
-class Choice:
-    """One continuation so far. Changed by `collect` only."""
-
-    texts: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
-    finish_reason: str | None = None
-
-    @property
-    def text(self) -> str:
-        """All of its text."""
-        return "".join(self.texts)
-
-
 class AnswerFormat(ABC):
-    """How an answer is written: `CompletionFormat` or `ChatFormat`. One object per request."""
+    """How an answer is written: `CompletionFormat` or `ChatFormat`. One object per request.
+
+    Continuations of all prompts are numbered through: those of prompt 0 come first.
+    """
 
     @abstractmethod
-    def opening(self) -> list[dict[str, Any]]:
+    def opening(self) -> Sequence[Answered]:
         """Return the chunks that a stream begins with."""
 
     @abstractmethod
-    def chunks(self, delta: Delta) -> list[dict[str, Any]]:
-        """Return the chunks for what was generated; none where there is nothing to say yet."""
+    def chunks(self, prompt: int, delta: TextDelta) -> Sequence[Answered]:
+        """Return the chunks for what a prompt's continuation grew by; none where there is nothing to say yet."""
 
     @abstractmethod
-    def usage_chunk(self, usage: dict[str, Any]) -> dict[str, Any]:
+    def usage_chunk(self, usage: Usage) -> Answered:
         """Return the chunk with a stream's usage."""
 
     @abstractmethod
-    def whole(self, choices: Sequence[Choice], usage: dict[str, Any]) -> dict[str, Any]:
-        """Return the answer in one piece."""
+    def whole(self, completions: Sequence[Completion], usage: Usage) -> Answered:
+        """Return the answer in one piece, of what became of each prompt."""
+
+
+OnDelta = Callable[[int, TextDelta], Awaitable[None]]
+"""Is given which of the prompts, and what one of its continuations grew by."""
 
 
 @final
@@ -64,7 +59,7 @@ class Exchange:
     Args:
         context: the server's.
         service: what generates.
-        generations: one for each prompt, all with the same number of continuations.
+        requests: one for each prompt, all with the same number of continuations.
         began_s: when the request came, by `time.perf_counter`.
         hidden_tokens: tokens of each continuation that nobody asked for, not to be counted.
     """
@@ -73,60 +68,49 @@ class Exchange:
         self,
         context: ServerContext,
         service: Service,
-        generations: Sequence[Generation],
+        requests: Sequence[GenerationRequest],
         *,
         began_s: float,
         hidden_tokens: int = 0,
     ) -> None:
         self._context = context
         self._service = service
-        self._generations = generations
+        self.requests = requests
         self._began_s = began_s
         self._hidden = hidden_tokens
-        self._last_s: dict[int, float] = {}
+        self._last_s: dict[tuple[int, int], float] = {}
         self._num_generated = 0
         self._num_cached = 0
 
-    @property
-    def num_choices(self) -> int:
-        """Continuations of all prompts together."""
-        return sum(generation.params.n for generation in self._generations)
-
     async def check(self) -> None:
         """Raise RequestError or CapacityError where one of the prompts could never run."""
-        for generation in self._generations:
-            await self._service.check(generation)
+        for request in self.requests:
+            if request.params.structured is None:
+                self._service.check(request)
+            else:  # a new grammar is compiled, which takes a while
+                await asyncio.to_thread(self._service.check, request)
 
-    async def run(self, on_delta: Callable[[Delta], Awaitable[None]]) -> None:
-        """Generate; `on_delta` gets what comes, with the continuations of all prompts numbered through.
-
-        Being cancelled ends all of the generations.
-        """
-        if len(self._generations) == 1:
-            await self._run_one(self._generations[0], first=0, on_delta=on_delta)
+    async def run(self, on_delta: OnDelta) -> None:
+        """Generate; `on_delta` gets what comes. Being cancelled ends all of it."""
+        if len(self.requests) == 1:
+            await self._run_one(0, on_delta)
         else:
             try:
                 async with asyncio.TaskGroup() as group:
-                    first = 0
-                    for generation in self._generations:
-                        group.create_task(self._run_one(generation, first=first, on_delta=on_delta))
-                        first += generation.params.n
+                    for prompt in range(len(self.requests)):
+                        group.create_task(self._run_one(prompt, on_delta))
             except BaseExceptionGroup as errors:
                 raise errors.exceptions[0] from None
         self._context.metrics.request_time.observe(time.perf_counter() - self._began_s)
 
-    async def _run_one(
-        self, generation: Generation, *, first: int, on_delta: Callable[[Delta], Awaitable[None]]
-    ) -> None:
+    async def _run_one(self, prompt: int, on_delta: OnDelta) -> None:
         # closed at once, and not when the garbage collector comes by: it is what frees the request's blocks
-        async with aclosing(cast("Any", self._service.stream(generation))) as deltas:
+        async with aclosing(cast("Any", self._service.stream(self.requests[prompt]))) as deltas:
             async for delta in deltas:
-                self._measure(delta, key=first + delta.index)
-                if delta.finish_reason == "abort":
-                    raise ApiError(503, "the server stopped before the text was finished", code="aborted")
-                await on_delta(replace(delta, index=first + delta.index) if first else delta)
+                self._measure(delta, key=(prompt, delta.index))
+                await on_delta(prompt, delta)
 
-    def _measure(self, delta: Delta, *, key: int) -> None:
+    def _measure(self, delta: TextDelta, *, key: tuple[int, int]) -> None:
         metrics = self._context.metrics
         if delta.tokens:
             now = time.perf_counter()
@@ -140,18 +124,18 @@ class Exchange:
             self._last_s[key] = now
             self._num_generated += len(delta.tokens)
         if delta.finish_reason is not None:
-            metrics.finished.labels(delta.finish_reason).inc()
+            metrics.finished.labels(delta.finish_reason.value).inc()
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> Usage:
         """Return the tokens so far, as OpenAI counts them: a prompt counts once, however many continue it."""
-        prompt = sum(len(generation.prompt) for generation in self._generations)
+        prompt = sum(len(request.prompt) for request in self.requests)
         generated = self._num_generated - self._hidden * len(self._last_s)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": generated,
-            "total_tokens": prompt + generated,
-            "prompt_tokens_details": {"cached_tokens": min(self._num_cached, prompt)},
-        }
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=generated,
+            total_tokens=prompt + generated,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=min(self._num_cached, prompt)),
+        )
 
 
 async def answer_whole(
@@ -159,14 +143,10 @@ async def answer_whole(
 ) -> Response:
     """Return the answer in one piece; the generation ends when the client goes away."""
     ticket = context.admission.admit()
-    choices = [Choice() for _ in range(exchange.num_choices)]
+    deltas: list[list[TextDelta]] = [[] for _ in exchange.requests]
 
-    async def collect(delta: Delta) -> None:
-        choice = choices[delta.index]
-        choice.texts.append(delta.text)
-        choice.logprobs += delta.logprobs
-        choice.prompt_logprobs = delta.prompt_logprobs or choice.prompt_logprobs
-        choice.finish_reason = delta.finish_reason or choice.finish_reason
+    async def collect(prompt: int, delta: TextDelta) -> None:
+        deltas[prompt].append(delta)
 
     try:
         await exchange.check()
@@ -176,7 +156,8 @@ async def answer_whole(
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     finally:
         ticket.release()
-    return Response(json_bytes(answer.whole(choices, exchange.usage())), media_type="application/json")
+    completions = [completion_of(request, of_it) for request, of_it in zip(exchange.requests, deltas, strict=True)]
+    return answer.whole(completions, exchange.usage()).response()
 
 
 async def answer_stream(
@@ -191,24 +172,24 @@ async def answer_stream(
         raise
 
     async def produce(emit: Emit) -> None:
-        async def pass_on(delta: Delta) -> None:
-            for chunk in answer.chunks(delta):
-                await emit(event({**chunk, "usage": None} if include_usage else chunk))
+        async def pass_on(prompt: int, delta: TextDelta) -> None:
+            for chunk in answer.chunks(prompt, delta):
+                await emit(event(chunk))
 
         try:
             for chunk in answer.opening():
-                await emit(event({**chunk, "usage": None} if include_usage else chunk))
+                await emit(event(chunk))
             await exchange.run(pass_on)
             if include_usage:
                 await emit(event(answer.usage_chunk(exchange.usage())))
         except ApiError as error:
-            await emit(event(error.to_json()))
+            await emit(event(error.answer()))
         except PieceworkError as error:
             context.log.failure("generation_failed", error)
-            await emit(event(as_api_error(error).to_json()))
+            await emit(event(as_api_error(error).answer()))
         except Exception as error:  # noqa: BLE001 - the status is sent already; the client must learn of it all the same
             context.log.failure("generation_failed", error)
-            await emit(event(ApiError(500, "the server failed while generating").to_json()))
+            await emit(event(ApiError(500, "the server failed while generating").answer()))
         await emit(DONE)
 
     def on_end(gone: bool) -> None:  # noqa: FBT001

@@ -1,39 +1,43 @@
-"""What the server says of itself: models, health, figures, the bundle, how the start went."""
+"""What the server says of itself: models, health, figures, the bundle, how the start went, and a page that shows it."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
+import re
 import time
-from dataclasses import asdict
-from typing import Any
+from importlib.resources import files
+from typing import Final
 
 from fastapi import APIRouter, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, PlainTextResponse
 
 from piecework.foundation.version import VERSION
 from piecework.server.context import ServerContext
-from piecework.server.documented import error_responses
 from piecework.server.errors import ApiError
 from piecework.server.metrics import CONTENT_TYPE
-from piecework.server.responses import BundleAnswer, Health, Model, ModelList, StatusAnswer
+from piecework.server.openapi import error_responses
+from piecework.server.responses import BundleAnswer, Health, Model, ModelList, PhaseTimes, StatusAnswer
 from piecework.server.status import State
 
+_INLINE: Final = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 
-def information_routes(context: ServerContext) -> APIRouter:
-    """Return the routes."""
+
+def model_routes(context: ServerContext) -> APIRouter:
+    """Return the routes that OpenAI's clients know: the models that are served."""
     router = APIRouter()
-    status, settings = context.status, context.settings
     created = int(time.time())
 
-    def model(name: str) -> dict[str, Any]:
-        service = status.service
+    def model(name: str) -> Model:
+        service = context.status.service
         longest = None if service is None else service.max_positions
-        return {"id": name, "object": "model", "created": created, "owned_by": "piecework", "max_model_len": longest}
+        return Model(id=name, object="model", created=created, owned_by="piecework", max_model_len=longest)
 
     @router.get("/v1/models", response_model=None, responses={200: {"model": ModelList}, **error_responses(401)})
     async def list_models() -> Response:
         """List the names under which the model is served."""
-        return JSONResponse({"object": "list", "data": [model(name) for name in settings.model_names]})
+        return ModelList(object="list", data=[model(name) for name in context.settings.model_names]).response()
 
     @router.get(
         "/v1/models/{name:path}", response_model=None, responses={200: {"model": Model}, **error_responses(401, 404)}
@@ -41,17 +45,27 @@ def information_routes(context: ServerContext) -> APIRouter:
     async def get_model(name: str) -> Response:
         """Say whether a model is served."""
         context.check_model(name)
-        return JSONResponse(model(name))
+        return model(name).response()
+
+    return router
+
+
+def health_routes(context: ServerContext) -> APIRouter:
+    """Return the routes for whatever watches the server: health and figures."""
+    router = APIRouter()
+    status, settings = context.status, context.settings
 
     @router.get("/health", response_model=None, responses={200: {"model": Health}, 503: {"model": Health}})
     async def health() -> Response:
         """200 where requests for text are answered, else 503."""
-        able = status.service is not None and status.state in (State.READY, State.COMPILING)
-        answer: dict[str, Any] = {"status": status.state.value, "message": status.failure}
-        if able and status.bundle is not None:
-            answer["serving"] = status.bundle.backend
-        headers = {} if able else {"Retry-After": str(settings.limits.retry_after_s)}
-        return JSONResponse(answer, status_code=200 if able else 503, headers=headers)
+        state, failure = status.state, status.failure
+        able = status.service is not None and state in (State.READY, State.COMPILING)
+        if not able:
+            retry = {"Retry-After": str(settings.limits.retry_after_s)}
+            return Health(status=state, message=failure).response(status=503, headers=retry)
+        if status.bundle is None:
+            return Health(status=state, message=failure).response()
+        return Health(status=state, message=failure, serving=status.bundle.backend).response()
 
     @router.get(
         "/metrics",
@@ -61,6 +75,14 @@ def information_routes(context: ServerContext) -> APIRouter:
     async def metrics() -> Response:
         """Figures for Prometheus."""
         return Response(context.metrics.text(), media_type=CONTENT_TYPE)
+
+    return router
+
+
+def start_routes(context: ServerContext) -> APIRouter:
+    """Return the routes that are piecework's own: the bundle that runs, and how the start went."""
+    router = APIRouter()
+    status, settings = context.status, context.settings
 
     @router.get(
         "/v1/piecework/bundle",
@@ -72,22 +94,79 @@ def information_routes(context: ServerContext) -> APIRouter:
         if status.bundle is None:
             retry = {"Retry-After": str(settings.limits.retry_after_s)}
             raise ApiError(503, "no bundle is loaded yet", code=status.state.value, headers=retry)
-        return JSONResponse(await asyncio.to_thread(status.bundle.report))
+        report = await asyncio.to_thread(status.bundle.report)
+        return BundleAnswer.model_validate(report).response()
 
     @router.get(
         "/v1/piecework/status", response_model=None, responses={200: {"model": StatusAnswer}, **error_responses(401)}
     )
     async def server_status() -> Response:
         """How the start went, what is being compiled, and what the engine is doing."""
-        service = status.service
-        return JSONResponse(
-            {
-                "model": settings.model,
-                "version": VERSION,
-                **status.to_json(),
-                "max_positions": None if service is None else service.max_positions,
-                "engine": None if service is None else asdict(service.stats()),
-            }
-        )
+        return _status_answer(context).response()
 
     return router
+
+
+def page_routes(_context: ServerContext) -> APIRouter:
+    """Return the route of the page at /: one file of HTML, CSS and JavaScript that loads nothing from anywhere."""
+    router = APIRouter()
+    html = files("piecework.server").joinpath("page.html").read_text(encoding="utf-8")
+    headers = {
+        "Content-Security-Policy": content_policy(html),
+        "Cache-Control": "no-cache",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+
+    @router.get("/", response_class=HTMLResponse)
+    async def page() -> Response:
+        """A page to try the model and watch the server."""
+        return HTMLResponse(html, headers=headers)
+
+    return router
+
+
+def _status_answer(context: ServerContext) -> StatusAnswer:
+    status, service = context.status, context.status.service
+    first = status.first_token_s
+    return StatusAnswer(
+        model=context.settings.model,
+        version=VERSION,
+        state=status.state,
+        serving=status.serving,
+        uptime_s=round(status.uptime_s, 3),
+        first_token_s=None if first is None else round(first, 3),
+        phases=[
+            PhaseTimes(
+                name=phase.name,
+                begin_s=round(phase.begin_s, 4),
+                end_s=None if phase.end_s is None else round(phase.end_s, 4),
+            )
+            for phase in status.phases
+        ],
+        compile=status.compiling,
+        failure=status.failure,
+        bundle_hit=None if status.bundle is None else status.bundle.hit,
+        max_positions=None if service is None else service.max_positions,
+        engine=None if service is None else service.stats(),
+    )
+
+
+def content_policy(html: str) -> str:
+    """Return a Content-Security-Policy that runs the page's own script and style, by digest, and nothing else."""
+    digests: dict[str, list[str]] = {"script": [], "style": []}
+    for kind, text in _INLINE.findall(html):
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        digests[kind].append(f"'sha256-{digest}'")
+    return "; ".join(
+        [
+            "default-src 'none'",
+            "connect-src 'self'",
+            "img-src data:",
+            "script-src " + (" ".join(digests["script"]) or "'none'"),
+            "style-src " + (" ".join(digests["style"]) or "'none'"),
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+        ]
+    )

@@ -10,8 +10,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
+from piecework.engine.output import Stats
 from piecework.foundation.version import VERSION
-from piecework.server.service import Stats
 from piecework.server.status import ServerStatus, State
 
 CONTENT_TYPE: Final = CONTENT_TYPE_LATEST

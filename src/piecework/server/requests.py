@@ -78,6 +78,11 @@ class Sampling(Given):
     structured_outputs: StructuredOutputs | None = None
     user: str | None = None
 
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with its usage, and all of its chunks have that field."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
 
 class CompletionRequest(Sampling):
     """The body of POST /v1/completions."""

@@ -1,18 +1,33 @@
-"""What clients get, as pydantic models. They describe the API in /openapi.json; answers are written as plain dicts."""
+"""What clients get, as pydantic models: every answer and every chunk of a stream is made of these.
+
+A field that is given is written, `null` included; one that isn't given is left out.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import Response
 
-FinishReason = Literal["stop", "length"]
+from piecework.engine.output import Stats
+from piecework.engine.request import FinishReason
+from piecework.server.status import CompileProgress, State
 
 
 class Answered(BaseModel):
     """A part of an answer."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def to_bytes(self) -> bytes:
+        """Return it as JSON, in UTF-8 and without spaces."""
+        return self.__pydantic_serializer__.to_json(self, exclude_unset=True)
+
+    def response(self, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+        """Return it as the answer to a request."""
+        return Response(self.to_bytes(), status_code=status, headers=headers, media_type="application/json")
 
 
 class ErrorDetail(Answered):
@@ -63,7 +78,7 @@ class CompletionChoice(Answered):
     finish_reason: FinishReason | None
 
 
-class Completion(Answered):
+class CompletionAnswer(Answered):
     """The answer to POST /v1/completions."""
 
     id: str
@@ -72,6 +87,17 @@ class Completion(Answered):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
+
+
+class CompletionChunk(Answered):
+    """A part of a stream of POST /v1/completions; without choices, the one with the usage."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
 
 
 class TokenLogprob(Answered):
@@ -112,7 +138,7 @@ class ChatChoice(Answered):
     finish_reason: FinishReason
 
 
-class ChatCompletion(Answered):
+class ChatAnswer(Answered):
     """The answer to POST /v1/chat/completions."""
 
     id: str
@@ -121,6 +147,33 @@ class ChatCompletion(Answered):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+
+
+class ChatDelta(Answered):
+    """What a chunk adds to a message: first who speaks, then text, at the end nothing."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str = ""
+
+
+class ChatChunkChoice(Answered):
+    """What a chunk adds to one answer."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatChunk(Answered):
+    """A part of a stream of POST /v1/chat/completions; without choices, the one with the usage."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
 
 
 class Model(Answered):
@@ -143,7 +196,7 @@ class ModelList(Answered):
 class Health(Answered):
     """The answer to GET /health: the state, and the backend that answers meanwhile where one does."""
 
-    status: Literal["starting", "compiling", "ready", "draining", "failed"]
+    status: State
     serving: str | None = None
     message: str = ""
 
@@ -156,52 +209,27 @@ class PhaseTimes(Answered):
     end_s: float | None
 
 
-class CompileState(Answered):
-    """A compile in another process."""
-
-    reason: str
-    backend: str
-    stage: str
-    done: int
-    total: int
-    begin_s: float
-
-
-class EngineStats(Answered):
-    """What the engine is doing, and what it has done."""
-
-    waiting: int
-    running: int
-    kv_blocks_used: int
-    kv_blocks_total: int
-    prefix_queried_tokens: int
-    prefix_hit_tokens: int
-    preemptions: int
-    prompt_tokens: int
-    generated_tokens: int
-
-
 class StatusAnswer(Answered):
     """The answer to GET /v1/piecework/status."""
 
     model: str
     version: str
-    state: Literal["starting", "compiling", "ready", "draining", "failed"]
+    state: State
     serving: str | None
     uptime_s: float
     first_token_s: float | None
     phases: list[PhaseTimes]
-    compile: CompileState | None
+    compile: CompileProgress | None
     failure: str
     bundle_hit: bool | None
     max_positions: int | None
-    engine: EngineStats | None
+    engine: Stats | None
 
 
-class BundleAnswer(BaseModel):
+class BundleAnswer(Answered):
     """The answer to GET /v1/piecework/bundle: what `piecework inspect --json` prints."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", frozen=True)
 
     digest: str
     identity: dict[str, Any]

@@ -1,147 +1,49 @@
-"""What the HTTP layer needs of whatever generates text: a small interface, so that a test can stand in for it."""
+"""What the HTTP layer needs of whatever generates text. `TextEngine` is that; tests have one without a model."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from piecework.engine.sampling_params import SamplingParams
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One prompt and how to continue it.
-
-    Args:
-        request_id: unique while the server runs.
-        prompt: token ids, at least one.
-        params: how to continue; `params.n` continuations.
-    """
-
-    request_id: str
-    prompt: tuple[int, ...]
-    params: SamplingParams
+from piecework.engine.output import Stats
+from piecework.engine.request import GenerationRequest
+from piecework.engine.text.deltas import TextDelta
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A token that was or could have been chosen.
-
-    Args:
-        token: its id.
-        text: as people read it; incomplete characters are U+FFFD.
-        raw: its bytes.
-        logprob: natural logarithm of its probability.
-    """
-
-    token: int
-    text: str
-    raw: bytes
-    logprob: float
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """The token at one place, and the likeliest ones there, best first."""
-
-    chosen: Candidate
-    top: tuple[Candidate, ...] = ()
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What one step adds to one continuation.
-
-    Args:
-        index: of the continuation, 0 to n - 1.
-        text: what became complete; may be empty.
-        tokens: the ids that were generated.
-        logprobs: one for each token where they were asked for, else empty.
-        finish_reason: "stop", "length" or "abort" with the last one, else None.
-        num_cached: tokens of the prompt that were in the prefix cache; said with the first.
-        prompt_logprobs: with the first of continuation 0, where asked for: one for each prompt token, None for the
-            first of them.
-    """
-
-    index: int
-    text: str
-    tokens: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    finish_reason: str | None = None
-    num_cached: int = 0
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What the engine is doing, and what it has done since it started.
-
-    Args:
-        waiting, running: sequences now.
-        kv_blocks_used, kv_blocks_total: of the KV cache.
-        prefix_queried_tokens, prefix_hit_tokens: looked up in the prefix cache, and found there.
-        preemptions: sequences that gave their blocks up and were computed again.
-        prompt_tokens, generated_tokens: processed.
-    """
-
-    waiting: int = 0
-    running: int = 0
-    kv_blocks_used: int = 0
-    kv_blocks_total: int = 0
-    prefix_queried_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    preemptions: int = 0
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-
-
-class Service(ABC):
-    """Generates text. Implementations: `EngineService`, and a deterministic one in the tests."""
+class Service(Protocol):
+    """Generates text; see `TextEngine` for what each of these does. All but `stream` may be called from any thread."""
 
     @property
-    @abstractmethod
     def max_positions(self) -> int:
         """The longest sequence, prompt and continuation together, in tokens."""
 
     @property
-    @abstractmethod
     def failure(self) -> str:
         """What has ended the engine for good, or ""."""
 
-    @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Return the tokens of a plain prompt. May be called from any thread."""
+        """Return the tokens of a plain prompt."""
 
-    @abstractmethod
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        tools: Sequence[Mapping[str, Any]] | None,
-        template_arguments: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        extra: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Return the tokens of a conversation, up to where the assistant answers. May be called from any thread.
+        """Return the tokens of a conversation; raises RequestError where the chat template refuses it."""
 
-        Raises RequestError where the model has no chat template or it refuses the messages.
-        """
-
-    @abstractmethod
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens."""
 
-    @abstractmethod
-    async def check(self, generation: Generation) -> None:
-        """Raise RequestError or CapacityError where this could never run, before any of it does."""
+    def token_bytes(self) -> Sequence[bytes]:
+        """Return the bytes of each token; the first time takes part of a second."""
 
-    @abstractmethod
-    def stream(self, generation: Generation) -> AsyncIterator[Delta]:
-        """Yield what is generated, the continuations interleaved.
+    def check(self, request: GenerationRequest) -> None:
+        """Raise RequestError or CapacityError where this could never run; a new grammar is compiled here."""
 
-        Whoever stops iterating, by cancellation or `aclose`, ends the request: its memory is free after one step.
-        """
+    def stream(self, request: GenerationRequest) -> AsyncIterator[TextDelta]:
+        """Yield what each step adds; whoever stops iterating ends the request."""
 
-    @abstractmethod
     def stats(self) -> Stats:
-        """Return what the engine is doing. Cheap; may be called from any thread."""
+        """Return what the engine is doing. Cheap."""

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Final, final
 from piecework.bundle.bundle import open_bundle
 from piecework.bundle.facts import require
 from piecework.bundle.store.interface import Store
-from piecework.engine.block_pool import DEFAULT_BLOCK_SIZE
 from piecework.engine.bundles import FoundBundle, WantedBundle, compile_process, compile_wanted, find, why_missing
 from piecework.engine.compile_process import CompileProcess, parse_step
 from piecework.errors import PieceworkError, WeightsError
@@ -207,7 +206,7 @@ class ModelStart:
 
     def _serve(self, found: FoundBundle, tokenizer: Tokenizer, *, wanted: WantedBundle, hit: bool) -> None:
         from piecework.engine.async_engine import AsyncEngine  # noqa: PLC0415  imports torch
-        from piecework.server.engine_service import EngineService  # noqa: PLC0415
+        from piecework.engine.text_engine import TextEngine  # noqa: PLC0415
         from piecework.server.loading import load_model, make_engine  # noqa: PLC0415
 
         loaded = load_model(found.bundle, self._options, status=self._status)
@@ -216,9 +215,7 @@ class ModelStart:
         )
         with self._mutex:
             self._engine = engine
-        longest = min(self._options.config.max_positions, loaded.num_blocks * DEFAULT_BLOCK_SIZE)
-        service = EngineService(engine, tokenizer, max_positions=longest)
-        self._status.serves(service, bundle=self._use(found.bundle, wanted=wanted, hit=hit))
+        self._status.serves(TextEngine(engine, tokenizer), bundle=self._use(found.bundle, wanted=wanted, hit=hit))
         self._log.event(
             "ready",
             seconds=self._status.uptime_s,

@@ -9,7 +9,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, final
 
@@ -105,6 +105,17 @@ class ServerStatus:
         return self._compile
 
     @property
+    def serving(self) -> str | None:
+        """The backend of the bundle that answers, or None."""
+        with self._mutex:
+            return self._bundle.backend if self._bundle is not None and self._service is not None else None
+
+    @property
+    def first_token_s(self) -> float | None:
+        """When the first token of the process came, in seconds since it began, or None."""
+        return self._first_token_s
+
+    @property
     def failure(self) -> str:
         """Why the start failed, or what has ended the engine, or ""."""
         service = self._service
@@ -180,23 +191,3 @@ class ServerStatus:
             self._state = State.FAILED
             self._failure = failure
             self._service = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all of it as a JSON object."""
-        phases, state, failure = self.phases, self.state, self.failure
-        with self._mutex:
-            return {
-                "state": state.value,
-                "serving": self._bundle.backend if self._bundle and self._service else None,
-                "uptime_s": round(self._clock(), 3),
-                "first_token_s": None if self._first_token_s is None else round(self._first_token_s, 3),
-                "phases": [_rounded(phase) for phase in phases],
-                "compile": None if self._compile is None else asdict(self._compile),
-                "failure": failure,
-                "bundle_hit": None if self._bundle is None else self._bundle.hit,
-            }
-
-
-def _rounded(phase: Phase) -> dict[str, Any]:
-    end = None if phase.end_s is None else round(phase.end_s, 4)
-    return {"name": phase.name, "begin_s": round(phase.begin_s, 4), "end_s": end}

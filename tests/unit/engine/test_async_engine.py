@@ -72,7 +72,7 @@ def test_many_streams_at_once() -> None:
         assert asyncio.run(everything(engine)) == wanted(requests)
         assert engine.stats().preemptions > 0
         assert engine.stats().kv_blocks_used == 0
-        assert not engine._requests
+        assert engine.drain(SECONDS)
 
 
 def test_requests_of_plain_threads() -> None:
@@ -137,6 +137,20 @@ def test_one_continuation_can_be_ended_and_the_others_go_on() -> None:
         assert found[0] == expected["a", 0]
         assert found[2] == expected["a", 2]
         assert 2 <= len(found[1]) <= 3
+
+
+def test_a_request_is_over_when_the_last_of_its_continuations_is_ended() -> None:
+    model = GatedModel()
+    with running(model) as engine:
+        outputs = engine.run([make_request("a", [5, 9], 30, n=2, ignore_eos=True)])
+        model.gate.release(1)
+        first = next(outputs)
+        assert (first.finish_reason, first.ends_request) == (None, False)
+        for index in (0, 1):
+            engine.abort("a", index)
+        model.gate.release(1000)
+        assert len(list(outputs)) <= 3  # those of the steps that ran meanwhile
+        assert engine.drain(SECONDS)
 
 
 def test_what_can_not_run_is_refused_at_its_own_stream_only() -> None:

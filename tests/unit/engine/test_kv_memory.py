@@ -18,7 +18,6 @@ from piecework.engine.kv_memory import (
     memory_needs,
     num_blocks_in,
     num_blocks_of_bytes,
-    num_blocks_of_lengths,
     read_memory,
 )
 from piecework.errors import CapacityError
@@ -64,10 +63,6 @@ def test_needs_are_counted_from_plan_and_config(tmp_path: Path) -> None:
     assert needs.activations == activation_bytes(config, itemsize=2, max_tokens=256, max_seqs=8)
     per_token = 2 * 64 + 2 * 64 + 2 * 32 + 3 * 96
     assert needs.activations == (256 * per_token + 8 * 131) * 6
-
-
-def test_blocks_for_sequences_of_known_lengths() -> None:
-    assert num_blocks_of_lengths([1, 16, 17], block_size=16) == 4
 
 
 def test_this_machine_says_how_much_is_free() -> None:

@@ -1,4 +1,4 @@
-"""`LLM`: from arguments to the engine and back, with a made-up model in place of a loaded bundle."""
+"""`LLM` over a bundle that is written by hand: one operator, which continues every letter with the next one."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import asyncio
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,95 +18,88 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 import piecework
+from piecework.bundle import environment_facts, write_bundle
 from piecework.bundle.facts import config_fact
-from piecework.bundle.plan import Recipe, State
-from piecework.engine import llm as llm_module
-from piecework.engine.bundles import FoundBundle
+from piecework.bundle.plan import OpStep, Plan, PlanInput, Recipe, State
+from piecework.bundle.record import Record
 from piecework.engine.llm import LLM
 from piecework.engine.request import FinishReason
 from piecework.engine.sampling_params import SamplingParams
-from piecework.errors import CapacityError, EngineError, RequestError, StaleBundle
+from piecework.errors import CapacityError, EngineError, RequestError, StaleBundle, WeightsError
 
 VOCAB = 60
 END = 26
 BLOCK_BYTES = 2 * 16 * 1 * 4 * 4
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "vocab_size": VOCAB,
+    "eos_token_id": END,
+    "max_position_embeddings": 64,
+}
 
 
-class AlphabetModel:
-    """Continues every letter with the next one."""
+@torch.library.custom_op("pwllm::next_letter", mutates_args=())
+def next_letter(tokens: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
+    assert weight.shape == (2, 3)
+    return torch.nn.functional.one_hot((tokens[wanted] + 1) % VOCAB, VOCAB).float()
 
-    def __init__(self) -> None:
-        self.sizes: dict[str, int] = {}
-        self.closed = False
-        self.step_s = 0.0
 
-    def make_states(self, sizes: Mapping[str, int]) -> None:
-        self.sizes = dict(sizes)
+PLAN = Plan(
+    sizes={"tokens": (1, 8), "seqs": (1, 4), "blocks": (1, 1 << 30)},
+    primary="tokens",
+    inputs=(
+        PlanInput("input_ids", shape=("tokens",), dtype="int64", device="cpu"),
+        PlanInput("logits_indices", shape=("seqs",), dtype="int64", device="cpu"),
+    ),
+    states=(State("kv", (2, "blocks", 16, 1, 4), dtype="float32", device="cpu"),),
+    recipes=(Recipe("a.weight", (2, 3), "float32"),),
+    pieces=(),
+    instances=(),
+    steps=(OpStep("pwllm::next_letter", ({"slot": 0}, {"slot": 1}, {"recipe": 0}), {}, (2,)),),
+    num_slots=3,
+    output_slots=(2,),
+    structure={"slot": 0},
+)
 
-    def run(self, inputs: Mapping[str, Tensor | int]) -> list[Tensor]:
-        tokens, wanted = inputs["input_ids"], inputs["logits_indices"]
-        assert isinstance(tokens, Tensor)
-        assert len(tokens) <= 8
-        time.sleep(self.step_s)
-        return [torch.nn.functional.one_hot((tokens[wanted] + 1) % VOCAB, VOCAB).float()]
-
-    def close(self) -> None:
-        self.closed = True
+Make = Callable[..., LLM]
 
 
 @pytest.fixture
-def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Put the made-up model behind `load` and `find_or_compile`; return what those were called with."""
+def model_dir(tmp_path: Path) -> Path:
     alphabet = {chr(ord("a") + i): i for i in range(26)} | {"</s>": END}
     tokenizer = HuggingFaceTokenizer(models.WordLevel(alphabet, unk_token="</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(["</s>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 8,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 1,
-        "vocab_size": VOCAB,
-        "eos_token_id": END,
-        "max_position_embeddings": 64,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    seen: dict[str, Any] = {"dir": tmp_path, "model": AlphabetModel(), "config": config}
-    plan = SimpleNamespace(
-        sizes={"tokens": (1, 8), "seqs": (1, 4)},
-        recipes=[Recipe("a.weight", (2, 3), "float32")],
-        states=[State("kv", (2, "blocks", 16, 1, 4), "float32", "cpu")],
-    )
-
-    def open_bundle(path: Path, **_: Any) -> Any:
-        return SimpleNamespace(path=path, plan=dict, facts=(config_fact(seen["config"]),))
-
-    def find_or_compile(config: Any, **options: Any) -> FoundBundle:
-        seen["find"] = (options["dtype"], options["max_tokens"], options["device"])
-        return FoundBundle(open_bundle(tmp_path / "stored"), compiled=False, verify_s=0.0)
-
-    def load(bundle: Any, *, weights: Any, check_facts: bool) -> AlphabetModel:
-        assert not check_facts  # they were checked when the bundle was found
-        seen["load"] = (bundle.path, weights.names())
-        return seen["model"]
-
-    monkeypatch.setattr(llm_module, "find_or_compile", find_or_compile)
-    monkeypatch.setattr(llm_module, "open_bundle", open_bundle)
-    monkeypatch.setattr(llm_module, "load", load)
-    monkeypatch.setattr(llm_module.Plan, "from_json", staticmethod(lambda data: plan))
-    return seen
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path
 
 
 @pytest.fixture
-def llm(calls: dict[str, Any]) -> Iterator[LLM]:
-    with LLM(calls["dir"], random_weights=0, kv_cache_memory=40 * BLOCK_BYTES) as made:
-        yield made
+def make(model_dir: Path) -> Any:
+    facts = (*environment_facts(), config_fact(CONFIG))
+    bundle = write_bundle(
+        model_dir / "bundle", plan=PLAN.to_json(), artifacts={}, facts=facts, record=Record(), identity={}
+    )
+    made = []
+
+    def make(*, blocks: int = 40, **options: Any) -> LLM:
+        given = {"kv_cache_memory": blocks * BLOCK_BYTES, "random_weights": 0, "bundle": bundle.path, **options}
+        made.append(LLM(model_dir, **given))
+        return made[-1]
+
+    yield make
+    for llm in made:
+        llm.close()
 
 
-def test_texts_in_texts_out(llm: LLM, calls: dict[str, Any]) -> None:
+def test_texts_in_texts_out(make: Make) -> None:
+    llm = make()
     found = llm.generate(["abc", "wx", "p"], SamplingParams(max_tokens=3))
     assert [completion.text for completion in found] == ["def", "yz", "qrs"]
     assert [completion.finish_reason for completion in found] == [
@@ -118,19 +109,18 @@ def test_texts_in_texts_out(llm: LLM, calls: dict[str, Any]) -> None:
     ]
     assert found[1].tokens == (24, 25, END)
     assert found[1].prompt == (22, 23)
-    assert calls["find"] == ("float32", 2048, "cpu")
-    assert calls["load"] == (calls["dir"] / "stored", ["a.weight"])
-    assert calls["model"].sizes == {"blocks": 40}
-    assert llm.stats().generated_tokens == 9
+    assert (llm.stats().generated_tokens, llm.stats().kv_blocks_total) == (9, 40)
 
 
-def test_one_text_and_tokens(llm: LLM) -> None:
+def test_one_text_and_tokens(make: Make) -> None:
+    llm = make()
     assert llm.generate("a", SamplingParams(max_tokens=2))[0].text == "bc"
     assert [c.text for c in llm.generate([[0, 1], (2,)], SamplingParams(max_tokens=2))] == ["cd", "de"]
     assert llm.generate([]) == []
 
 
-def test_parameters_for_each(llm: LLM) -> None:
+def test_parameters_for_each(make: Make) -> None:
+    llm = make()
     each = [SamplingParams(max_tokens=1), SamplingParams(max_tokens=2, n=2, logprobs=1)]
     first, second = llm.generate(["a", "a"], each)
     assert (first.text, first.continuations[0].logprobs) == ("b", None)
@@ -141,25 +131,8 @@ def test_parameters_for_each(llm: LLM) -> None:
         llm.generate(["a", "b"], each[:1])
 
 
-def test_a_stop_string_ends_a_text_and_frees_its_blocks(llm: LLM, calls: dict[str, Any]) -> None:
-    calls["model"].step_s = 0.01  # so that whoever reads keeps up
-    (found,) = llm.generate("a", SamplingParams(max_tokens=20, n=3, stop="ef"))
-    for continuation in found.continuations:
-        assert (continuation.text, continuation.stop) == ("bcd", "ef")
-        assert continuation.finish_reason is FinishReason.STOP
-        assert continuation.tokens == (1, 2, 3, 4, 5)
-    assert llm.generate("a", SamplingParams(max_tokens=1))[0].text == "b"
-    assert llm.stats().kv_blocks_used == 0
-    assert llm.stats().generated_tokens < 3 * 20
-
-
-def test_logprobs_of_the_prompt(llm: LLM) -> None:
-    (found,) = llm.generate("abz", SamplingParams(max_tokens=1, prompt_logprobs=0))
-    assert found.prompt_logprobs is not None
-    assert [score and score.token for score in found.prompt_logprobs] == [None, 1, 25]
-
-
-def test_nothing_runs_where_one_of_the_prompts_can_not(llm: LLM) -> None:
+def test_nothing_runs_where_one_of_the_prompts_can_not(make: Make) -> None:
+    llm = make()
     for prompts in (["a", ""], [[1], [VOCAB]], [[1], [1] * 64]):
         with pytest.raises(RequestError):
             llm.generate(prompts)
@@ -168,7 +141,9 @@ def test_nothing_runs_where_one_of_the_prompts_can_not(llm: LLM) -> None:
     assert llm.stats().steps == 0
 
 
-def test_a_stream(llm: LLM) -> None:
+def test_a_stream(make: Make) -> None:
+    llm = make()
+
     async def read() -> list[str]:
         return [delta.text async for delta in llm.stream("a", SamplingParams(max_tokens=20, stop=["fgh"]))]
 
@@ -193,44 +168,43 @@ def test_a_stream(llm: LLM) -> None:
         asyncio.run(read_two())
 
 
-def test_closing(calls: dict[str, Any]) -> None:
-    llm = LLM(calls["dir"], random_weights=0, kv_cache_memory=10 * BLOCK_BYTES, max_seqs=1)
+def test_closing(make: Make) -> None:
+    llm = make(max_seqs=1)
     llm.close()
     llm.close()
-    assert calls["model"].closed
     with pytest.raises(EngineError, match="closed"):
         llm.generate("a")
 
 
-def test_the_cache_is_a_fraction_of_free_memory(calls: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = llm_module.read_memory("cpu")
-    free = 64 * (10 * BLOCK_BYTES + 8000)
-    monkeypatch.setattr(llm_module, "read_memory", lambda device: type(memory)(total=64 * free, free=free))
-    with LLM(calls["dir"], random_weights=0, memory_fraction=0.25):
-        half = calls["model"].sizes["blocks"]
-    with LLM(calls["dir"], random_weights=0):
-        assert calls["model"].sizes["blocks"] in (2 * half, 2 * half + 1)
+def test_the_cache_is_as_large_as_asked_for(make: Make) -> None:
+    assert make(blocks=7).stats().kv_blocks_total == 7
+    smaller = make(kv_cache_memory=None, memory_fraction=0.0001).stats().kv_blocks_total
+    assert smaller < make(kv_cache_memory=None, memory_fraction=0.0002).stats().kv_blocks_total
     with pytest.raises(CapacityError):
-        LLM(calls["dir"], random_weights=0, kv_cache_memory=BLOCK_BYTES - 1)
+        make(kv_cache_memory=BLOCK_BYTES - 1)
 
 
-def test_without_a_tokenizer_there_are_tokens(calls: dict[str, Any]) -> None:
-    (calls["dir"] / "tokenizer.json").unlink()
-    with LLM(calls["dir"], random_weights=0, kv_cache_memory=10 * BLOCK_BYTES) as llm:
-        (found,) = llm.generate([[3]], SamplingParams(max_tokens=3))
-        assert (found.text, found.tokens) == ("", (4, 5, 6))
-        with pytest.raises(RequestError, match=r"no tokenizer\.json"):
-            llm.generate("a")
-        with pytest.raises(RequestError, match=r"no tokenizer\.json"):
-            llm.generate([[3]], SamplingParams(stop="x"))
+def test_without_a_tokenizer_there_are_tokens(make: Make, model_dir: Path) -> None:
+    (model_dir / "tokenizer.json").unlink()
+    llm = make()
+    (found,) = llm.generate([[3]], SamplingParams(max_tokens=3))
+    assert (found.text, found.tokens) == ("", (4, 5, 6))
+    with pytest.raises(RequestError, match=r"no tokenizer\.json"):
+        llm.generate("a")
+    with pytest.raises(RequestError, match=r"no tokenizer\.json"):
+        llm.generate([[3]], SamplingParams(stop="x"))
 
 
-def test_a_bundle_of_another_model_is_refused(calls: dict[str, Any]) -> None:
-    with LLM(calls["dir"], random_weights=0, kv_cache_memory=10 * BLOCK_BYTES, bundle="given.pwb") as llm:
-        assert llm.bundle.path == Path("given.pwb")
-    calls["config"] = {"model_type": "llama", "hidden_size": 16}
+def test_without_weights_it_is_not_made(make: Make) -> None:
+    with pytest.raises(WeightsError):
+        make(random_weights=None)
+
+
+def test_a_bundle_of_another_model_is_refused(make: Make, model_dir: Path) -> None:
+    assert make().bundle.path == model_dir / "bundle"
+    (model_dir / "config.json").write_text(json.dumps({**CONFIG, "hidden_size": 16}))
     with pytest.raises(StaleBundle):
-        LLM(calls["dir"], random_weights=0, bundle="other.pwb")
+        make()
 
 
 def test_its_names_are_public_and_need_no_compiler() -> None:

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
-import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
+from piecework.engine.output import SampledToken, Stats
+from piecework.engine.request import FinishReason, GenerationRequest
+from piecework.engine.sampling.logprobs import LEAST
+from piecework.engine.text.chat_template import ChatTemplate
+from piecework.engine.text.deltas import TextDelta
 from piecework.errors import RequestError
-from piecework.server.service import Candidate, Delta, Generation, Service, Stats, TokenLogprobs
+from piecework.server.service import Service
 from piecework.server.status import BundleUse, ServerStatus
 
 WORDS = ("red", "green", "blue", "black", "white", "grün", "漢字", "🙂", "one", "two", "three", "four", "five", "six")
 FIRST_WORD = 256  # smaller ids are the bytes of a prompt
 VOCAB = FIRST_WORD + len(WORDS)
 MAX_POSITIONS = 2048
+
+
+TEMPLATE = ChatTemplate(
+    "{% if messages[0].role == 'function' %}{{ raise_exception('it begins with a function') }}{% endif %}"
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}"
+    "{% if thinking is defined %}thinking: {{ thinking | tojson }}\n{% endif %}"
+    "assistant:",
+    special_tokens={},
+)
 
 
 class FakeService(Service):
@@ -26,7 +39,7 @@ class FakeService(Service):
         self.step_s = step_s
         self.active: set[str] = set()
         self.ended: list[str] = []
-        self.seen: list[Generation] = []
+        self.seen: list[GenerationRequest] = []
         self.fail_after: int | None = None
         self.failed = ""
         self.prompt_tokens = 0
@@ -48,29 +61,25 @@ class FakeService(Service):
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        tools: Sequence[Mapping[str, Any]] | None,
-        template_arguments: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        extra: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        if messages[0]["role"] == "function":
-            raise RequestError(
-                asked="a prompt from the chat template", found="it begins with a function", try_="a user"
-            )
-        lines = [f"{message['role']}: {message['content']}" for message in messages]
-        lines += [json.dumps(tool) for tool in tools or ()]
-        lines += [json.dumps(dict(template_arguments))] if template_arguments else []
-        return self.encode("\n".join(lines) + "\nassistant:")
+        return self.encode(TEMPLATE.render(messages, tools=tools, extra=extra))
 
     def decode(self, tokens: Sequence[int]) -> str:
         return b"".join(_raw(token) for token in tokens).decode(errors="replace")
 
-    async def check(self, generation: Generation) -> None:
+    def token_bytes(self) -> Sequence[bytes]:
+        return [_raw(token) for token in range(VOCAB)]
+
+    def check(self, generation: GenerationRequest) -> None:
         generation.params.check_tokens(VOCAB)
         if max(generation.prompt) >= VOCAB:
             raise RequestError(
                 asked="continue a prompt", found=f"token {max(generation.prompt)}", try_=f"tokens below {VOCAB}"
             )
 
-    def continuation(self, generation: Generation, index: int, length: int) -> list[int]:
+    def continuation(self, generation: GenerationRequest, index: int, length: int) -> list[int]:
         """Return the ids that `index` of a request generates."""
         start = f"{generation.prompt} {generation.params.seed} {index}"
         tokens = []
@@ -79,7 +88,7 @@ class FakeService(Service):
             tokens.append(FIRST_WORD + digest[0] % len(WORDS))
         return tokens
 
-    async def stream(self, generation: Generation) -> AsyncIterator[Delta]:
+    async def stream(self, generation: GenerationRequest) -> AsyncIterator[TextDelta]:
         self.seen.append(generation)
         self.active.add(generation.request_id)
         params = generation.params
@@ -104,15 +113,15 @@ class FakeService(Service):
                     if stopped is not None:
                         cut = texts[index].index(stopped)
                         text = text[: max(0, cut - (len(texts[index]) - len(text)))]
-                    reason = "stop" if stopped is not None else "length" if place == length - 1 else None
+                    reason = None if place < length - 1 else FinishReason.LENGTH
+                    reason = reason if stopped is None else FinishReason.STOP
                     done[index] = reason is not None
                     self.generated += 1
-                    yield Delta(
-                        index,
+                    yield TextDelta(
                         text,
-                        tokens=(token,),
-                        logprobs=() if params.logprobs is None else (_logprobs(token, params.logprobs),),
-                        finish_reason=reason,
+                        (_scored(token, params.logprobs),),
+                        reason,
+                        index=index,
                         prompt_logprobs=_prompt_logprobs(generation) if place == index == 0 else None,
                     )
         finally:
@@ -151,18 +160,13 @@ def _raw(token: int) -> bytes:
     return bytes([token]) if token < FIRST_WORD else f" {WORDS[token - FIRST_WORD]}".encode()
 
 
-def _candidate(token: int, logprob: float) -> Candidate:
-    raw = _raw(token)
-    return Candidate(token, raw.decode(errors="replace"), raw, logprob)
-
-
-def _logprobs(token: int, count: int) -> TokenLogprobs:
-    top = [_candidate(FIRST_WORD + (token + i) % len(WORDS), -0.5 - i) for i in range(count)]
-    return TokenLogprobs(_candidate(token, -math.inf if token % 7 == 0 else -0.25), tuple(top))
-
-
-def _prompt_logprobs(generation: Generation) -> tuple[TokenLogprobs | None, ...] | None:
-    count = generation.params.prompt_logprobs
+def _scored(token: int, count: int | None) -> SampledToken:
     if count is None:
-        return None
-    return (None, *(_logprobs(token, count) for token in generation.prompt[1:]))
+        return SampledToken(token)
+    top = tuple((FIRST_WORD + (token + i) % len(WORDS), -0.5 - i) for i in range(count))
+    return SampledToken(token, LEAST if token % 7 == 0 else -0.25, top)
+
+
+def _prompt_logprobs(generation: GenerationRequest) -> tuple[SampledToken | None, ...] | None:
+    count = generation.params.prompt_logprobs
+    return None if count is None else (None, *(_scored(token, count) for token in generation.prompt[1:]))

@@ -7,7 +7,7 @@ import time
 import httpx
 import pytest
 
-from piecework.server.page import content_policy
+from piecework.server.information import content_policy
 from piecework.server.settings import ServerSettings
 from tests.unit.server.browser import browser_page, find_browser
 from tests.unit.server.fake import FakeService, ready

@@ -26,13 +26,12 @@ from piecework.models.config import read_config
 from piecework.server.loading import Loaded
 from piecework.server.log import EventLog
 from piecework.server.options import ModelOptions, WhileCompiling
-from piecework.server.service import Generation
 from piecework.server.settings import ServerSettings
 from piecework.server.startup import ModelStart
 from piecework.server.status import ServerStatus, State
+from tests.unit.engine.letters import write_letters
 from tests.unit.engine.paged_model import EOS, POSITIONS, VOCAB, PagedModel, alone
 from tests.unit.models.tiny import write_config
-from tests.unit.server.letters import write_letters
 from tests.unit.server.live import eventually, live_server
 
 
@@ -136,7 +135,8 @@ def _text(status: ServerStatus, *, length: int = 5) -> list[int]:
     async def collect() -> list[int]:
         service = status.service
         assert service is not None
-        return [d.tokens[0] async for d in service.stream(Generation(f"r{id(params)}", (5, 6, 7), params))]
+        request = GenerationRequest(f"r{id(params)}", (5, 6, 7), params)
+        return [delta.tokens[0].token async for delta in service.stream(request)]
 
     return asyncio.run(collect())
 

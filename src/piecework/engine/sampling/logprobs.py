@@ -8,10 +8,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from piecework.engine.output import Top
 from piecework.engine.sampling.candidates import Logits, gather, lower_bounds
 from piecework.engine.sampling.mass import mass_of
-
-Top = tuple[tuple[int, float], ...]
 
 LEAST: Final = -9999.0
 """What stands for less, as in OpenAI's API: JSON has no infinity."""

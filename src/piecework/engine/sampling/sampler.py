@@ -23,24 +23,24 @@ import secrets
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from typing import Final, NamedTuple, final
+from typing import Final, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from piecework.engine.output import SampledToken
+from piecework.engine.request import SequenceKey
 from piecework.engine.sampling.candidates import Logits
 from piecework.engine.sampling.changes import Changes, apply_changes, changes_of
 from piecework.engine.sampling.draw import Filters, draw
 from piecework.engine.sampling.grammars import Grammar, Grammars, apply_grammars
-from piecework.engine.sampling.logprobs import Top, token_logprobs
+from piecework.engine.sampling.logprobs import token_logprobs
 from piecework.engine.sampling.random_numbers import stream_start, uniforms
 from piecework.engine.sampling_params import SamplingParams
 from piecework.engine.text.tokenizer import Tokenizer
 from piecework.errors import RequestError
-
-Key = tuple[str, int]
 
 _PROMPT_ROWS: Final = 64
 """How many rows of a prompt's logits are worked on at a time, which bounds the memory."""
@@ -57,18 +57,10 @@ class SamplingRow:
         generated: the tokens since, which only ever grow; the list may be the same one at each step.
     """
 
-    key: Key
+    key: SequenceKey
     params: SamplingParams
     prompt: Items[int]
     generated: Items[int]
-
-
-class SampledToken(NamedTuple):
-    """A chosen token; where logprobs were asked for, its own and those of the likeliest tokens, likeliest first."""
-
-    token: int
-    logprob: float | None = None
-    top: Top = ()
 
 
 @dataclass(frozen=True)
@@ -99,7 +91,7 @@ class Sampler:
         if tokenizer is not None and eos_token_ids:
             size = tokenizer.num_tokens if vocab_size is None else vocab_size
             self._grammars = Grammars(tokenizer, vocab_size=size, eos_token_ids=self._eos_token_ids)
-        self._sequences: dict[Key, _Sequence] = {}
+        self._sequences: dict[SequenceKey, _Sequence] = {}
 
     def check(self, params: SamplingParams) -> None:
         """Raise RequestError where a request's parameters don't suit this model, or its grammar is invalid.
@@ -134,7 +126,7 @@ class Sampler:
                 found.extend(_scored(table, np.array(part, dtype=np.int64), [top] * len(part)))
         return found
 
-    def forget(self, key: Key) -> None:
+    def forget(self, key: SequenceKey) -> None:
         """Drop what is kept for a sequence that has ended."""
         self._sequences.pop(key, None)
 

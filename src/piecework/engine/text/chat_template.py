@@ -111,8 +111,13 @@ def _compile(source: str) -> Template:
 
 
 def _plain_message(message: Message) -> dict[str, Any]:
-    """Return a message as templates expect it: text content in one string, arguments of tool calls as an object."""
+    """Return a message as templates expect it: text content in one string, arguments of tool calls as an object.
+
+    The role "developer" becomes "system", its other name, which more templates know.
+    """
     plain = dict(message)
+    if plain.get("role") == "developer":
+        plain["role"] = "system"
     content = plain.get("content")
     if isinstance(content, Sequence) and not isinstance(content, str):
         plain["content"] = "\n".join(_text_of(part) for part in content)

@@ -1,16 +1,13 @@
-"""What becomes of a prompt: its continuations' tokens and texts, collected as they come."""
+"""What became of a prompt: its continuations' tokens and texts, as a whole."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import final
 
-from piecework.engine.engine import TokenOutput
+from piecework.engine.output import SampledToken
 from piecework.engine.request import FinishReason, GenerationRequest
-from piecework.engine.sampling.sampler import SampledToken
-from piecework.engine.text.deltas import OutputStream, TextDelta
-from piecework.engine.text.tokenizer import Tokenizer
+from piecework.engine.text.deltas import TextDelta
 
 
 @dataclass(frozen=True)
@@ -64,58 +61,27 @@ class Completion:
         return self.continuations[0].finish_reason
 
 
-@final
-class CompletionText:
-    """The continuations of one request while their tokens come.
-
-    Args:
-        request: what was asked.
-        tokenizer: the model's; without one, texts are empty.
-    """
-
-    def __init__(self, request: GenerationRequest, tokenizer: Tokenizer | None) -> None:
-        params = request.params
-        self._request = request
-        self._streams = [
-            None if tokenizer is None else OutputStream(tokenizer, params, request.prompt) for _ in range(params.n)
-        ]
-        self._deltas: list[list[TextDelta]] = [[] for _ in range(params.n)]
-        self._first: TokenOutput | None = None
-
-    def add(self, output: TokenOutput) -> TextDelta | None:
-        """Take in a token; returns what it adds, or None where its text has ended before."""
-        if self._first is None or output.prompt_logprobs is not None:
-            self._first = output
-        deltas = self._deltas[output.index]
-        if deltas and deltas[-1].finish_reason is not None:
-            return None  # from the step that ran when a stop string ended the text
-        stream = self._streams[output.index]
-        if stream is None:
-            delta = TextDelta("", (output.sampled,), output.finish_reason)
-        else:
-            delta = stream.add(output.sampled, output.finish_reason)
-        deltas.append(delta)
-        return delta
-
-    def ended_by_itself(self, output: TokenOutput) -> bool:
-        """Return whether the text of the output's continuation has ended, and the engine doesn't know."""
-        return output.finish_reason is None and self._deltas[output.index][-1].finish_reason is not None
-
-    def completion(self) -> Completion:
-        """Return what became of the request."""
-        assert self._first is not None
-        made = tuple(_continuation(deltas, logprobs=self._request.params.logprobs) for deltas in self._deltas)
-        return Completion(self._request.prompt, made, self._first.num_cached, self._first.prompt_logprobs)
+def completion_of(request: GenerationRequest, deltas: Iterable[TextDelta]) -> Completion:
+    """Return what became of a request, of all that its stream has yielded."""
+    params = request.params
+    of_index: list[list[TextDelta]] = [[] for _ in range(params.n)]
+    num_cached, prompt_logprobs = 0, None
+    for delta in deltas:
+        of_index[delta.index].append(delta)
+        num_cached = max(num_cached, delta.num_cached)
+        prompt_logprobs = delta.prompt_logprobs or prompt_logprobs
+    made = tuple(_continuation(own, with_logprobs=params.logprobs is not None) for own in of_index)
+    return Completion(request.prompt, made, num_cached, prompt_logprobs)
 
 
-def _continuation(deltas: Sequence[TextDelta], *, logprobs: int | None) -> Continuation:
+def _continuation(deltas: Sequence[TextDelta], *, with_logprobs: bool) -> Continuation:
     last = deltas[-1]
     assert last.finish_reason is not None
     sampled = tuple(token for delta in deltas for token in delta.tokens)
     return Continuation(
-        "".join(delta.text for delta in deltas),
+        "".join([delta.text for delta in deltas]),
         tuple(token.token for token in sampled),
         last.finish_reason,
         last.stop,
-        None if logprobs is None else sampled,
+        sampled if with_logprobs else None,
     )

@@ -62,11 +62,6 @@ class Tokenizer:
         return count
 
     @property
-    def has_chat_template(self) -> bool:
-        """Whether `encode_chat` can work."""
-        return "default" in self._templates
-
-    @property
     def special_token_ids(self) -> frozenset[int]:
         """The tokens that `decode` leaves out."""
         added = self._tokenizer.get_added_tokens_decoder()

@@ -117,7 +117,13 @@ def test_a_template_for_tools_is_taken_where_there_are_tools(tmp_path: Path) -> 
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("with tools")
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.has_chat_template
     assert tokenizer.render_chat(MESSAGES) == "plain"
     assert tokenizer.render_chat(MESSAGES, tools=TOOLS) == "with tools"
-    assert not small.byte_level().has_chat_template
+    with pytest.raises(RequestError, match="neither chat_template"):
+        small.byte_level().render_chat(MESSAGES)
+
+
+def test_developers_are_what_older_templates_call_the_system() -> None:
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}"
+    messages = [{"role": "developer", "content": "be kind"}, {"role": "user", "content": "Hi"}]
+    assert make_template(source).render(messages) == "system: be kind;user: Hi;"

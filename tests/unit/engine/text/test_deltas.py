@@ -9,43 +9,54 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as HuggingFaceTokenizer
+from tokenizers import decoders, models
 
-from piecework.engine.request import FinishReason
-from piecework.engine.sampling.sampler import SampledToken
+from piecework.engine.output import SampledToken, TokenOutput
+from piecework.engine.request import FinishReason, GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
-from piecework.engine.text.deltas import OutputStream, TextDelta
+from piecework.engine.text.deltas import OutputStream, RequestTexts, TextDelta
+from piecework.engine.text.tokenizer import Tokenizer
 from tests.unit.engine import tokenizers_of_tests as small
 
 TOKENIZER = small.byte_level()
 BYTES = {byte: [TOKENIZER.token_bytes(range(400)).index(bytes([byte]))] for byte in range(256)}
 
 
-class Pieces:
-    """Stands for a tokenizer: token i is the i-th piece of a text."""
+NOTHING = small.EOS
+"""A token without text."""
 
-    def __init__(self, pieces: Sequence[str]) -> None:
-        self._pieces = pieces
 
-    def stream(self, prompt: Sequence[int]) -> Pieces:
-        return self
+def pieces_tokenizer(pieces: Sequence[str]) -> tuple[Tokenizer, list[int]]:
+    """Return a tokenizer that has each piece of a text as a token, and their tokens; "" is that of a special token."""
+    vocab = {"<none>": 0, "</s>": NOTHING} | {
+        piece: i for i, piece in enumerate(dict.fromkeys(filter(None, pieces)), 2)
+    }
+    tokenizer = HuggingFaceTokenizer(models.WordLevel(vocab, unk_token="<none>"))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<none>", "</s>"])
+    return Tokenizer(tokenizer, settings={}), [vocab[piece] if piece else NOTHING for piece in pieces]
 
-    def add(self, token: int) -> str:
-        return self._pieces[token]
 
-    def finish(self) -> str:
-        return ""
+def output(token: int | SampledToken, finish_reason: FinishReason | None = None) -> TokenOutput:
+    sampled = token if isinstance(token, SampledToken) else SampledToken(token)
+    return TokenOutput("r", 0, sampled, finish_reason)
+
+
+def add_all(stream: OutputStream, tokens: Sequence[int], reason: FinishReason | None) -> list[TextDelta]:
+    """Return the deltas up to the end, with `reason` for the last token."""
+    deltas: list[TextDelta] = []
+    for place, token in enumerate(tokens):
+        if stream.ended:
+            break
+        deltas.append(stream.add(output(token, reason if place == len(tokens) - 1 else None)))
+    return deltas
 
 
 def run(pieces: Sequence[str], **params: Any) -> list[TextDelta]:
-    """Return the deltas up to the end, with the last piece ending at the length."""
-    stream = OutputStream(Pieces(pieces), SamplingParams(**params))  # type: ignore[arg-type]
-    deltas = []
-    for place in range(len(pieces)):
-        last = FinishReason.LENGTH if place == len(pieces) - 1 else None
-        deltas.append(stream.add(SampledToken(place), last))
-        if deltas[-1].finish_reason is not None:
-            break
-    return deltas
+    """Return the deltas of a text in pieces, the last of which ends it at its length."""
+    tokenizer, tokens = pieces_tokenizer(pieces)
+    return add_all(OutputStream(tokenizer, SamplingParams(**params)), tokens, FinishReason.LENGTH)
 
 
 def text_of(deltas: Sequence[TextDelta]) -> str:
@@ -89,27 +100,26 @@ def test_any_split_gives_the_text_that_cutting_the_whole_gives(case: tuple[list[
 
 @settings(deadline=None)
 @given(case=split_texts())
-def test_no_more_is_held_back_than_needed(case: tuple[list[str], list[str]]) -> None:
+def test_what_is_held_back_is_the_longest_beginning_of_a_stop_string(case: tuple[list[str], list[str]]) -> None:
     pieces, stops = case
     given_out, seen = "", ""
-    for piece, delta in zip(pieces, run(pieces, stop=stops), strict=False):
+    *before, last = run(pieces, stop=stops)
+    for piece, delta in zip(pieces, before, strict=False):
         given_out, seen = given_out + delta.text, seen + piece
-        held = seen[len(given_out) :]
-        if held and delta.finish_reason is None:
-            assert any(stop.startswith(held) for stop in stops)
+        begun = [seen[at:] for at in range(len(seen)) if any(stop.startswith(seen[at:]) for stop in stops)]
+        assert seen[len(given_out) :] == max(begun, key=len, default="")
+    assert last.finish_reason is not None
 
 
 @settings(deadline=None)
-@given(text=st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"), max_size=30), stop=st.text(max_size=3))
+@given(
+    text=st.text(st.characters(codec="utf-8", exclude_characters="\ufffd"), min_size=1, max_size=30),
+    stop=st.text(max_size=3),
+)
 def test_real_tokens_with_characters_of_many_bytes(text: str, stop: str) -> None:
     stops = [stop] if stop and "\ufffd" not in stop else []
-    stream, found = OutputStream(TOKENIZER, SamplingParams(stop=stops)), []
-    for token in TOKENIZER.encode(text):
-        found.append(stream.add(SampledToken(token)))
-        if found[-1].finish_reason is not None:
-            break
-    else:
-        found.append(stream.finish(FinishReason.ABORT))
+    stream = OutputStream(TOKENIZER, SamplingParams(stop=stops))
+    found = add_all(stream, TOKENIZER.encode(text), FinishReason.LENGTH)
     assert text_of(found) == cut(text, stops)[0]
 
 
@@ -137,13 +147,10 @@ def test_a_stop_string_may_begin_in_the_min_tokens() -> None:
 
 def test_the_token_that_ends_it_gives_no_text_but_what_was_held() -> None:
     stream = OutputStream(TOKENIZER, SamplingParams(stop="cats", stop_token_ids=TOKENIZER.encode(".")))
-    tokens = TOKENIZER.encode("the cat")
-    text = text_of([stream.add(SampledToken(token)) for token in tokens])
     stop = TOKENIZER.encode(".")[0]
-    delta = stream.add(SampledToken(stop), FinishReason.STOP)
-    assert text + delta.text == "the cat"
-    assert (delta.finish_reason, delta.stop) == (FinishReason.STOP, stop)
-    assert delta.tokens == (SampledToken(stop),)
+    *before, delta = add_all(stream, [*TOKENIZER.encode("the cat"), stop], FinishReason.STOP)
+    assert text_of(before) == "the "
+    assert delta == TextDelta("cat", (SampledToken(stop),), FinishReason.STOP, stop)
 
 
 @pytest.mark.parametrize("reason", [FinishReason.LENGTH, FinishReason.STOP])
@@ -152,18 +159,33 @@ def test_an_end_inside_a_character_gives_the_characters_before_it(reason: Finish
     tokens = [token for byte in "a 🙂".encode() for token in BYTES[byte]][:-1]
     if reason is FinishReason.STOP:
         tokens.append(small.EOS)
-    found = [stream.add(SampledToken(token)) for token in tokens[:-1]]
-    found.append(stream.add(SampledToken(tokens[-1]), reason))
+    found = add_all(stream, tokens, reason)
     assert (text_of(found), found[-1].finish_reason) == ("a ", reason)
 
 
-def test_logprobs_go_with_their_token() -> None:
+def test_what_the_engine_says_of_a_token_goes_with_its_delta() -> None:
     stream = OutputStream(TOKENIZER, SamplingParams(stop="zz", logprobs=1))
     token = SampledToken(TOKENIZER.encode("z")[0], -0.5, ((3, -0.1),))
-    delta = stream.add(token)
-    assert delta == TextDelta("", (token,))
-    assert stream.finish(FinishReason.ABORT) == TextDelta("z", (), FinishReason.ABORT)
+    first = TokenOutput("r", 2, token, num_cached=4, prompt_logprobs=(None, token))
+    assert stream.add(first) == TextDelta("", (token,), index=2, num_cached=4, prompt_logprobs=(None, token))
+    assert not stream.ended
 
 
 def test_a_stop_string_beats_the_length() -> None:
-    assert run(["a", "b"], stop="b")[-1] == TextDelta("", (SampledToken(1),), FinishReason.STOP, "b")
+    last = run(["a", "b"], stop="b")[-1]
+    assert (last.text, last.finish_reason, last.stop) == ("", FinishReason.STOP, "b")
+
+
+def test_without_a_tokenizer_there_is_no_text() -> None:
+    found = add_all(OutputStream(None, SamplingParams()), [5, 6], FinishReason.LENGTH)
+    assert found == [TextDelta("", (SampledToken(5),)), TextDelta("", (SampledToken(6),), FinishReason.LENGTH)]
+
+
+def test_tokens_that_come_after_a_stop_string_are_dropped_and_the_others_go_on() -> None:
+    tokenizer, (a, b) = pieces_tokenizer(["a", "b"])
+    texts = RequestTexts(GenerationRequest("r", (a,), SamplingParams(n=2, stop="b")), tokenizer)
+    assert texts.add(TokenOutput("r", 0, SampledToken(b))).finish_reason is FinishReason.STOP
+    assert texts.add(TokenOutput("r", 0, SampledToken(a))) is None
+    assert not texts.ended
+    assert texts.add(TokenOutput("r", 1, SampledToken(a), FinishReason.LENGTH)).text == "a"
+    assert texts.ended

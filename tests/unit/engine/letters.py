@@ -14,9 +14,9 @@ LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"[: VOCAB - 1]
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if tools %}{{ tools[0].function.name }}{% endif %}"
 
 
-def write_letters(directory: Path) -> None:
+def write_letters(directory: Path, *, num_letters: int = len(LETTERS)) -> None:
     """Write tokenizer.json and tokenizer_config.json; token EOS is "</s>"."""
-    names = [*LETTERS[:EOS], "</s>", *LETTERS[EOS:]]
+    names = [*LETTERS[:EOS], "</s>", *LETTERS[EOS:num_letters]]
     tokenizer = HuggingFaceTokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="</s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()

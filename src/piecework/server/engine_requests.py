@@ -1,20 +1,102 @@
-"""From a request's fields to sampling parameters."""
+"""From what a client sent to what the engine takes: prompts become tokens, fields become sampling parameters."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
+from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams, StructuredOutput
 from piecework.errors import RequestError
 from piecework.server.errors import invalid
 from piecework.server.requests import ChatRequest, CompletionRequest, Sampling
+from piecework.server.service import Service
 from piecework.server.settings import ServerSettings
 
-_COMPLETION_TOKENS = 16  # where a request to /v1/completions doesn't say, as OpenAI has it
+_COMPLETION_TOKENS: Final = 16  # where a request to /v1/completions doesn't say, as OpenAI has it
+_LONG: Final = 4096  # characters; longer texts are encoded beside the event loop, which costs a switch of threads
 
 
-def completion_params(request: CompletionRequest, *, settings: ServerSettings) -> SamplingParams:
+async def completion_requests(
+    body: CompletionRequest, *, answer_id: str, service: Service, settings: ServerSettings
+) -> list[GenerationRequest]:
+    """Return what continues each of a request's prompts. Raises ApiError for what isn't possible."""
+    params = _completion_params(body, settings=settings)
+    prompts = await _completion_prompts(body, service=service, settings=settings)
+    longest = service.max_positions
+    return [
+        GenerationRequest(f"{answer_id}-{number}", prompt, _fitted(params, room=longest - len(prompt)))
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+async def chat_request(
+    body: ChatRequest, *, answer_id: str, service: Service, settings: ServerSettings
+) -> GenerationRequest:
+    """Return what answers a conversation.
+
+    Raises ApiError for what isn't possible, RequestError where the chat template refuses the messages.
+    """
+    prompt = await _chat_prompt(body, service=service, settings=settings)
+    params = _chat_params(body, settings=settings, room=service.max_positions - len(prompt))
+    return GenerationRequest(answer_id, prompt, params)
+
+
+async def _completion_prompts(
+    request: CompletionRequest, *, service: Service, settings: ServerSettings
+) -> list[tuple[int, ...]]:
+    """Return the tokens of each prompt. Raises ApiError for none, too many, or one that is too long."""
+    prompt, most = request.prompt, settings.limits.prompts
+    texts: list[Any] = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) else list(prompt)
+    if not texts:
+        raise invalid("prompt: at least one is needed", param="prompt")
+    if len(texts) > most:
+        raise invalid(f"prompt: {len(texts)} prompts are more than this server's {most}", param="prompt")
+    prompts = []
+    for text in texts:
+        tokens = await _encoded(text, service.encode) if isinstance(text, str) else text
+        prompts.append(_checked(tokens, service=service, settings=settings, param="prompt"))
+    return prompts
+
+
+async def _chat_prompt(request: ChatRequest, *, service: Service, settings: ServerSettings) -> tuple[int, ...]:
+    """Return the tokens of a conversation."""
+    messages = [message.model_dump(exclude_none=True) for message in request.messages]
+    tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
+    if request.tool_choice not in (None, "auto", "none"):
+        raise invalid("tool_choice: only none and auto are supported", param="tool_choice")
+    offered = tools if tools and request.tool_choice != "none" else None
+
+    def encode(_text: str) -> list[int]:
+        return service.encode_chat(messages, tools=offered, extra=request.chat_template_kwargs)
+
+    # the length decides where it is encoded; the text itself is in the messages
+    tokens = await _encoded("".join(str(message.get("content", "")) for message in messages), encode)
+    return _checked(tokens, service=service, settings=settings, param="messages")
+
+
+async def _encoded(text: str, encode: Callable[[str], list[int]]) -> list[int]:
+    return encode(text) if len(text) < _LONG else await asyncio.to_thread(encode, text)
+
+
+def _checked(tokens: list[int], *, service: Service, settings: ServerSettings, param: str) -> tuple[int, ...]:
+    """Return a prompt's tokens; raises ApiError where there are none or too many."""
+    if not tokens:
+        raise invalid(f"{param}: no tokens; at least one is needed, such as the model's BOS token", param=param)
+    longest = service.max_positions - 1
+    most = min(longest, settings.limits.prompt_tokens or longest)
+    if len(tokens) > most:
+        raise invalid(
+            f"{param}: {len(tokens)} tokens, where this server takes prompts of at most {most}",
+            param=param,
+            code="context_length_exceeded",
+        )
+    return tuple(tokens)
+
+
+def _completion_params(request: CompletionRequest, *, settings: ServerSettings) -> SamplingParams:
     """Return how to continue a plain prompt. Raises ApiError for what isn't possible.
 
     `max_tokens` 0 (with `echo`, to score a text) becomes 1, because a forward ends in a token; whoever asked drops it.
@@ -36,7 +118,7 @@ def completion_params(request: CompletionRequest, *, settings: ServerSettings) -
     )
 
 
-def chat_params(request: ChatRequest, *, settings: ServerSettings, room: int) -> SamplingParams:
+def _chat_params(request: ChatRequest, *, settings: ServerSettings, room: int) -> SamplingParams:
     """Return how to answer a conversation. Raises ApiError for what isn't possible.
 
     Args:
@@ -54,10 +136,10 @@ def chat_params(request: ChatRequest, *, settings: ServerSettings, room: int) ->
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         prompt_logprobs=None,
     )
-    return fitted(params, room=room)
+    return _fitted(params, room=room)
 
 
-def fitted(params: SamplingParams, *, room: int) -> SamplingParams:
+def _fitted(params: SamplingParams, *, room: int) -> SamplingParams:
     """Return `params` with no more tokens than fit behind the prompt: a text ends there, by its length."""
     if params.max_tokens <= room:
         return params

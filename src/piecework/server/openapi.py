@@ -1,4 +1,4 @@
-"""What /openapi.json says of the answers, so that it holds for every status that the server sends."""
+"""What /openapi.json says of the answers: the models that they are made of, for every status that the server sends."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any, Final
 
 from fastapi import FastAPI
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 
-from piecework.server.responses import ErrorAnswer
+from piecework.server.responses import ChatChunk, CompletionChunk, ErrorAnswer
 
 _MEANINGS: Final[Mapping[int, str]] = {
     400: "The request asks for something wrong.",
@@ -21,6 +22,8 @@ _MEANINGS: Final[Mapping[int, str]] = {
     503: "The model is not ready, or the server is shutting down; see Retry-After.",
 }
 
+_REFERENCE: Final = "#/components/schemas/{model}"
+
 Responses = dict[int | str, dict[str, Any]]
 
 
@@ -29,17 +32,22 @@ def error_responses(*statuses: int) -> Responses:
     return {status: {"model": ErrorAnswer, "description": _MEANINGS[status]} for status in statuses}
 
 
-def generation_responses(model: type[BaseModel]) -> Responses:
-    """Return the answers of a request for text: `model`, or a stream of its chunks."""
+def generation_responses(answer: type[BaseModel], *, chunk: type[BaseModel]) -> Responses:
+    """Return the answers of a request for text: `answer`, or a stream of chunks."""
     # OpenAPI 3.2's way to describe a stream, as FastAPI itself has it: the schema of one event
-    data = {"type": "string", "description": "A chunk as JSON, at the end `[DONE]`"}
+    data = {
+        "type": "string",
+        "description": "A chunk as JSON, at the end `[DONE]`",
+        "contentMediaType": "application/json",
+        "contentSchema": {"$ref": _REFERENCE.format(model=chunk.__name__)},
+    }
     stream = {"itemSchema": {"type": "object", "properties": {"data": data}, "required": ["data"]}}
-    whole = {"model": model, "description": "The text.", "content": {"text/event-stream": stream}}
+    whole = {"model": answer, "description": "The text.", "content": {"text/event-stream": stream}}
     return {200: whole, **error_responses(*_MEANINGS)}
 
 
 def documented_openapi(app: FastAPI, *, has_key: bool) -> Callable[[], dict[str, Any]]:
-    """Return what replaces `app.openapi`: with the API key where there is one, and without the status 422.
+    """Return what replaces `app.openapi`: with the chunks, the API key where there is one, and without the status 422.
 
     FastAPI documents 422 for every body; this server answers 400.
     """
@@ -48,13 +56,18 @@ def documented_openapi(app: FastAPI, *, has_key: bool) -> Callable[[], dict[str,
     def openapi() -> dict[str, Any]:
         schema = original()
         components = schema.setdefault("components", {})
+        schemas = components.setdefault("schemas", {})
         for path, methods in schema["paths"].items():
             for operation in methods.values():
                 operation["responses"].pop("422", None)
                 if has_key and path.startswith("/v1/"):
                     operation["security"] = [{"key": []}]
         for name in ("HTTPValidationError", "ValidationError"):
-            components.get("schemas", {}).pop(name, None)
+            schemas.pop(name, None)
+        _, chunks = models_json_schema(
+            [(CompletionChunk, "serialization"), (ChatChunk, "serialization")], ref_template=_REFERENCE
+        )
+        schemas.update({name: chunk for name, chunk in chunks["$defs"].items() if name not in schemas})
         if has_key:
             components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         return schema
