@@ -54,7 +54,6 @@ class AsyncEngine:
         self._engine = engine
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._readers: dict[str, _Reader] = {}  # the thread's: by the ids of the requests under way
-        self._paused = False  # the thread's
         # guards what follows; notified when the last request has ended
         self._changed = threading.Condition()
         self._num_requests = 0
@@ -140,21 +139,27 @@ class AsyncEngine:
         """End a request, or one of its continuations, before the next step. One that has ended already is no error."""
         self._command(lambda: self._abort(request_id, index), or_else=lambda: None)
 
-    def pause(self) -> None:
-        """Return once the step that runs has ended; no other begins before `resume`."""
-        self._call(lambda: self._set_paused(True))
-
-    def resume(self) -> None:
-        """Go on after `pause`."""
-        self._call(lambda: self._set_paused(False))
-
     def swap_runner(self, runner: Runner) -> None:
         """Go on with another model of the same shapes from the next step; see `Engine.swap_runner`.
 
         Blocks until it is done: not for an event loop's thread. Raises what allocating the KV caches raises, which ends
         the engine.
         """
-        self._call(lambda: self._engine.swap_runner(runner), fatal=True)
+        done: Future[None] = Future()
+
+        def command() -> None:
+            if self._stopping:
+                done.set_exception(self._stopped())
+                return
+            try:
+                self._engine.swap_runner(runner)
+            except BaseException as error:
+                done.set_exception(error)
+                raise
+            done.set_result(None)
+
+        self._command(command, or_else=lambda: done.set_exception(self._stopped()))
+        done.result()
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Take no more requests, and wait for those under way; returns whether all of them ended in time."""
@@ -189,26 +194,6 @@ class AsyncEngine:
                 return
         or_else()
 
-    def _call(self, function: Callable[[], None], *, fatal: bool = False) -> None:
-        """Have the thread call `function` between two steps, and wait; with `fatal`, its error ends the engine."""
-        done: Future[None] = Future()
-
-        def command() -> None:
-            if self._stopping:
-                done.set_exception(self._stopped())
-                return
-            try:
-                function()
-            except BaseException as error:
-                done.set_exception(error)
-                if fatal:
-                    raise
-            else:
-                done.set_result(None)
-
-        self._command(command, or_else=lambda: done.set_exception(self._stopped()))
-        done.result()
-
     # what follows runs in the thread
 
     def _serve(self) -> None:
@@ -217,7 +202,7 @@ class AsyncEngine:
                 self._obey()
                 if self._stopping:
                     break
-                if self._engine.has_work and not self._paused:
+                if self._engine.has_work:
                     self._deliver(self._engine.step())
         except BaseException as error:  # noqa: BLE001  kept, and told to everyone who waits
             self._error = error
@@ -226,7 +211,7 @@ class AsyncEngine:
 
     def _obey(self) -> None:
         """Take the commands that came in; wait for one where there is nothing else to do."""
-        if self._paused or not self._engine.has_work:
+        if not self._engine.has_work:
             self._commands.get()()
         while not self._stopping:
             try:
@@ -292,9 +277,6 @@ class AsyncEngine:
         with self._changed:
             self._num_requests = 0
             self._changed.notify_all()
-
-    def _set_paused(self, paused: bool) -> None:  # noqa: FBT001
-        self._paused = paused
 
     def _stopped(self) -> EngineError:
         """Return a new error that says why the engine doesn't go on."""

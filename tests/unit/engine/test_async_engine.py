@@ -257,24 +257,6 @@ def test_a_model_that_can_not_take_over_ends_the_engine() -> None:
         assert errors == [engine.error]
 
 
-def test_a_pause_lasts_until_it_ends() -> None:
-    model = PagedModel()
-    with running(model) as engine:
-        engine.pause()
-        done: list[int] = []
-
-        def read() -> None:
-            done.extend(output.sampled.token for output in engine.run([make_request("a", [5], 3, ignore_eos=True)]))
-
-        reader = threading.Thread(target=read)
-        reader.start()
-        reader.join(0.05)
-        assert not model.batches
-        engine.resume()
-        reader.join(SECONDS)
-        assert done == alone(make_request("a", [5], 3, ignore_eos=True))["a", 0]
-
-
 def test_draining_lets_requests_end_and_takes_no_others() -> None:
     model = GatedModel()
     with running(model) as engine:
@@ -309,7 +291,7 @@ def test_closing_ends_streams_with_an_error() -> None:
     with pytest.raises(EngineError, match="was closed"):
         list(engine.run([make_request("b", [5], 4)]))
     with pytest.raises(EngineError, match="was closed"):
-        engine.pause()
+        engine.swap_runner(PagedModel())
 
 
 def test_an_event_loop_that_is_gone_ends_its_requests() -> None:
