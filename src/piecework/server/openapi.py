@@ -35,11 +35,13 @@ def error_responses(*statuses: int) -> Responses:
 def generation_responses(answer: type[BaseModel], *, chunk: type[BaseModel]) -> Responses:
     """Return the answers of a request for text: `answer`, or a stream of chunks."""
     # OpenAPI 3.2's way to describe a stream, as FastAPI itself has it: the schema of one event
+    parts = {"anyOf": [{"$ref": _REFERENCE.format(model=model.__name__)} for model in (chunk, ErrorAnswer)]}
     data = {
-        "type": "string",
-        "description": "A chunk as JSON, at the end `[DONE]`",
-        "contentMediaType": "application/json",
-        "contentSchema": {"$ref": _REFERENCE.format(model=chunk.__name__)},
+        "description": "A chunk as JSON, or an error where it goes wrong in the middle; at the end `[DONE]`",
+        "anyOf": [
+            {"type": "string", "const": "[DONE]"},
+            {"type": "string", "contentMediaType": "application/json", "contentSchema": parts},
+        ],
     }
     stream = {"itemSchema": {"type": "object", "properties": {"data": data}, "required": ["data"]}}
     whole = {"model": answer, "description": "The text.", "content": {"text/event-stream": stream}}

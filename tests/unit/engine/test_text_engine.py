@@ -157,7 +157,7 @@ def test_whoever_stops_listening_frees_the_blocks(make: Make) -> None:
 
 
 def test_what_can_never_run_is_refused_before_anything_does(make: Make) -> None:
-    texts, engine, _ = make(num_blocks=4)
+    texts, engine, _ = make(num_blocks=6)
     for asked, error in (
         (request("x", (5,) * POSITIONS), RequestError),
         (request("x", (5, 1000)), RequestError),
