@@ -13,7 +13,7 @@ from piecework.server.information import health_routes, model_routes, page_route
 from piecework.server.log import EventLog
 from piecework.server.metrics import Metrics
 from piecework.server.middleware import Counted, JsonBody, KeyRequired
-from piecework.server.openapi import documented_openapi
+from piecework.server.responses import documented_openapi
 from piecework.server.settings import ServerSettings
 from piecework.server.status import ServerStatus
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, final
 
 from fastapi import APIRouter, Request, Response
@@ -15,9 +15,15 @@ from piecework.engine.text.completion import Completion
 from piecework.engine.text.deltas import TextDelta
 from piecework.server.context import ServerContext
 from piecework.server.engine_requests import chat_request
-from piecework.server.generation import AnswerFormat, Exchange, answer_stream, answer_whole
-from piecework.server.logprobs import TokenTexts, chat_logprobs, token_texts
-from piecework.server.openapi import generation_responses
+from piecework.server.generation import (
+    AnswerFormat,
+    Exchange,
+    TokenTexts,
+    answer_stream,
+    answer_whole,
+    logprob_of,
+    token_texts,
+)
 from piecework.server.requests import ChatRequest
 from piecework.server.responses import (
     AssistantMessage,
@@ -27,7 +33,10 @@ from piecework.server.responses import (
     ChatChunkChoice,
     ChatDelta,
     ChatLogprobs,
+    ChosenLogprob,
+    TokenLogprob,
     Usage,
+    generation_responses,
 )
 
 
@@ -115,4 +124,21 @@ class ChatFormat(AnswerFormat):
         return ChatChunk(**self._head, object="chat.completion.chunk", choices=[choice], **self._no_usage)
 
     def _logprobs(self, tokens: Sequence[SampledToken]) -> ChatLogprobs | None:
-        return None if self._known is None else chat_logprobs(tokens, known=self._known)
+        return None if self._known is None else _logprobs_of(tokens, known=self._known)
+
+
+def _logprobs_of(entries: Iterable[SampledToken], *, known: TokenTexts) -> ChatLogprobs:
+    """Return the object of /v1/chat/completions: a list of tokens."""
+    content = [
+        ChosenLogprob(
+            token=known.text_of(entry.token),
+            logprob=logprob_of(entry),
+            bytes=list(known.bytes_of(entry.token)),
+            top_logprobs=[
+                TokenLogprob(token=known.text_of(token), logprob=logprob, bytes=list(known.bytes_of(token)))
+                for token, logprob in entry.top
+            ],
+        )
+        for entry in entries
+    ]
+    return ChatLogprobs(content=content, refusal=None)

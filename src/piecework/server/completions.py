@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, final
 
 from fastapi import APIRouter, Request, Response
@@ -15,11 +15,24 @@ from piecework.engine.text.completion import Completion
 from piecework.engine.text.deltas import TextDelta
 from piecework.server.context import ServerContext
 from piecework.server.engine_requests import completion_requests
-from piecework.server.generation import AnswerFormat, Exchange, answer_stream, answer_whole
-from piecework.server.logprobs import TokenTexts, completion_logprobs, token_texts
-from piecework.server.openapi import generation_responses
+from piecework.server.generation import (
+    AnswerFormat,
+    Exchange,
+    TokenTexts,
+    answer_stream,
+    answer_whole,
+    logprob_of,
+    token_texts,
+)
 from piecework.server.requests import CompletionRequest
-from piecework.server.responses import CompletionAnswer, CompletionChoice, CompletionChunk, Usage
+from piecework.server.responses import (
+    CompletionAnswer,
+    CompletionChoice,
+    CompletionChunk,
+    CompletionLogprobs,
+    Usage,
+    generation_responses,
+)
 from piecework.server.service import Service
 
 
@@ -139,7 +152,7 @@ class CompletionFormat(AnswerFormat):
                 texts = [*self._prompt_token_texts(prompt, scores), *texts]
         logprobs = None
         if self._known is not None and (entries or echo):
-            logprobs = completion_logprobs(entries, texts=texts, offset=offset, known=self._known)
+            logprobs = _logprobs_of(entries, texts=texts, offset=offset, known=self._known)
         return CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=finish_reason)
 
     def _prompt_token_texts(self, prompt: int, scores: Sequence[SampledToken | None]) -> list[str]:
@@ -153,3 +166,35 @@ def _prompt_texts(body: CompletionRequest, prompts: Sequence[Sequence[int]], ser
     given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     texts = [text for text in given if isinstance(text, str)]
     return texts or [service.decode(tokens) for tokens in prompts]
+
+
+def _logprobs_of(
+    entries: Iterable[SampledToken | None], *, texts: Iterable[str], offset: int, known: TokenTexts
+) -> CompletionLogprobs:
+    """Return the object of /v1/completions: parallel lists.
+
+    Args:
+        entries: one for each token; None for a prompt's first, which nothing came before.
+        texts: each token's text.
+        offset: characters of the text before the first token.
+        known: the texts of likely tokens.
+    """
+    tokens: list[str] = []
+    chosen: list[float | None] = []
+    top: list[dict[str, float] | None] = []
+    offsets: list[int] = []
+    for entry, text in zip(entries, texts, strict=True):
+        tokens.append(text)
+        chosen.append(None if entry is None else entry.logprob)
+        top.append(None if entry is None else _best_by_text(entry, known))
+        offsets.append(offset)
+        offset += len(text)
+    return CompletionLogprobs(tokens=tokens, token_logprobs=chosen, top_logprobs=top, text_offset=offsets)
+
+
+def _best_by_text(entry: SampledToken, known: TokenTexts) -> dict[str, float]:
+    """Return the likeliest tokens by text, and the chosen one; of two with the same text the likelier stays."""
+    best: dict[str, float] = {}
+    for token, logprob in (*entry.top, (entry.token, logprob_of(entry))):
+        best.setdefault(known.text_of(token), logprob)
+    return best

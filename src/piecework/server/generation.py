@@ -12,6 +12,7 @@ from typing import Any, Final, cast, final
 from starlette.requests import Request
 from starlette.responses import Response
 
+from piecework.engine.output import SampledToken
 from piecework.engine.request import GenerationRequest
 from piecework.engine.text.completion import Completion, completion_of
 from piecework.engine.text.deltas import TextDelta
@@ -198,3 +199,30 @@ async def answer_stream(
             context.metrics.disconnects.inc()
 
     return EventStream(produce, on_end=on_end)
+
+
+@final
+class TokenTexts:
+    """How tokens are written: `token_bytes` has the bytes of each; a token that the tokenizer lacks has none."""
+
+    def __init__(self, token_bytes: Sequence[bytes]) -> None:
+        self._token_bytes = token_bytes
+
+    def bytes_of(self, token: int) -> bytes:
+        """Return a token's bytes."""
+        return self._token_bytes[token] if token < len(self._token_bytes) else b""
+
+    def text_of(self, token: int) -> str:
+        """Return a token as people read it; incomplete characters are U+FFFD."""
+        return self.bytes_of(token).decode(errors="replace")
+
+
+async def token_texts(service: Service) -> TokenTexts:
+    """Return how a service's tokens are written; the first time takes a while, beside the event loop."""
+    return TokenTexts(await asyncio.to_thread(service.token_bytes))
+
+
+def logprob_of(entry: SampledToken) -> float:
+    """Return a token's log-probability, where log-probabilities were asked for."""
+    assert entry.logprob is not None, "nobody asked for log-probabilities"
+    return entry.logprob

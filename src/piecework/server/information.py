@@ -17,8 +17,7 @@ from piecework.foundation.version import VERSION
 from piecework.server.context import ServerContext
 from piecework.server.errors import ApiError
 from piecework.server.metrics import CONTENT_TYPE
-from piecework.server.openapi import error_responses
-from piecework.server.responses import BundleAnswer, Health, Model, ModelList, PhaseTimes, StatusAnswer
+from piecework.server.responses import BundleAnswer, Health, Model, ModelList, PhaseTimes, StatusAnswer, error_responses
 from piecework.server.status import State
 
 _INLINE: Final = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
