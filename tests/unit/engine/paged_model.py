@@ -134,11 +134,16 @@ class Collected:
         self.tokens: dict[tuple[str, int], list[int]] = {}
         self.reasons: dict[tuple[str, int], FinishReason] = {}
         self.outputs: list[TokenOutput] = []
+        self.over: set[str] = set()
 
     def add(self, outputs: Sequence[TokenOutput]) -> None:
         for output in outputs:
             key = (output.request_id, output.index)
             assert key not in self.reasons, "a token after the last"
+            assert output.request_id not in self.over, "a token after the end of its request"
+            if output.ends_request:
+                assert output.finish_reason is not None
+                self.over.add(output.request_id)
             self.tokens.setdefault(key, []).append(output.sampled.token)
             if output.finish_reason is not None:
                 self.reasons[key] = output.finish_reason

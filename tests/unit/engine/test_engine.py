@@ -132,9 +132,9 @@ def test_whatever_happens_tokens_are_those_of_a_request_alone(
                 found.add(engine.step())
         else:
             # the same answers from other states: what was left in the cache would be wrong
-            engine.swap_runner(PagedModel(block_size=block_size, max_tokens=max_tokens, max_seqs=max_seqs))
-            assert model.closed
-            model = engine._runner
+            old, model = model, PagedModel(block_size=block_size, max_tokens=max_tokens, max_seqs=max_seqs)
+            engine.swap_runner(model)
+            assert old.closed
     run_all(engine, found)
     expected = wanted(list(requests.values()))
     for key, tokens in expected.items():
@@ -283,15 +283,37 @@ def test_an_id_in_use_is_refused_and_free_again_afterwards() -> None:
     assert engine.abort("nobody") == 0
 
 
-def test_the_sampler_forgets_who_ended() -> None:
+@pytest.mark.parametrize("aborted", [False, True])
+def test_a_later_request_of_the_same_id_gets_random_numbers_of_its_own(aborted: bool) -> None:
     engine = make_engine(PagedModel())
-    forgotten = []
-    engine._sampler.forget = forgotten.append  # type: ignore[method-assign]
-    engine.add(make_request("a", [5], 2, n=2, ignore_eos=True))
-    engine.add(make_request("b", [5], 2))
-    engine.abort("b")
+    first = make_request("a", [5], 6, ignore_eos=True, temperature=1.0, seed=1)
+    second = make_request("a", [5], 6, ignore_eos=True, temperature=1.0, seed=2)
+    assert alone(first) != alone(second)
+    engine.add(first)
+    if aborted:
+        engine.step()
+        assert engine.abort("a") == 1
     run_all(engine, Collected())
-    assert sorted(forgotten) == [("a", 0), ("a", 1), ("b", 0)]
+    engine.add(second)
+    found = Collected()
+    run_all(engine, found)
+    assert found.tokens == alone(second)
+
+
+def test_the_last_of_all_continuations_ends_the_request() -> None:
+    engine = make_engine(PagedModel())
+    engine.add(make_request("a", [5], 3, ignore_eos=True, n=3))
+    assert engine.is_open("a")
+    assert [output.ends_request for output in engine.step()] == [False] * 3
+    engine.abort("a", 2)
+    outputs = [*engine.step(), *engine.step()]
+    assert [(output.index, output.ends_request) for output in outputs] == [
+        (0, False),
+        (1, False),
+        (0, False),
+        (1, True),
+    ]
+    assert not engine.is_open("a")
 
 
 def test_a_step_without_work_does_nothing() -> None:
