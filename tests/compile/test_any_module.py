@@ -28,6 +28,7 @@ class Encoder(nn.Module):
         return {"hidden": hidden, "scores": self.head(hidden.mean(dim=1))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 2, 7, 64])
 def test_an_mlp_with_few_outputs(
     tmp_path_factory: pytest.TempPathFactory, rows: int, mlp: tuple[nn.Module, Path]

@@ -10,6 +10,7 @@ from piecework.bench.systems.mla import SERVING_METRICS
 from piecework.cli.main import main
 
 
+@pytest.mark.slow
 def test_from_nothing_to_figures_of_both_forms(capsys: pytest.CaptureFixture[str]) -> None:
     options = [
         "--layer-shape",

@@ -10,6 +10,7 @@ import pytest
 from piecework.cli.main import main
 
 
+@pytest.mark.slow
 def test_from_nothing_to_figures_and_a_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--random-llama", "tiny", "--requests", "3", "--input", "9", "--output", "5", "--dtype", "float32"]
     options += ["--repeats", "1", "--runs", "1", "--systems", "piecework", "--backend", "eager"]

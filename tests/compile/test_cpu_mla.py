@@ -25,6 +25,7 @@ from piecework.ops.packed import packed_linear
 from piecework.providers.cpu_mla import prefill, rounds
 from piecework.providers.cpu_mla.kernel import CpuMla
 from piecework.providers.libraries import CPU_MLA, open_kernel
+from tests.choice import one_in
 from tests.compile.native_kernels import MACHINES, build
 from tests.unit.ops.mla_cases import (
     BATCHES,
@@ -83,9 +84,7 @@ def check(
     return out
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("heads", [1, 3, 6, 16])
+@pytest.mark.parametrize(("heads", "dtype", "batch"), one_in(4, [1, 3, 6, 16], TOLERANCES, BATCHES))
 def test_equals_the_reference(mla: CpuMla, batch: str, heads: int, dtype: torch.dtype) -> None:
     check(mla, make_mla_case(BATCHES[batch], sizes=Sizes(heads=heads), dtype=dtype))
 
@@ -102,9 +101,10 @@ def test_true_sizes(mla: CpuMla, batch: list[tuple[int, int]], dtype: torch.dtyp
     check(mla, case)
 
 
-@pytest.mark.parametrize("sizes", [LITE, Sizes(heads=3), Sizes(2, 2, 2, 2, 2), Sizes(heads=1, rope=20)])
-@pytest.mark.parametrize("batch", ["decodes", "mixed", "prefills"])
-@pytest.mark.parametrize("dtype", TOLERANCES)
+ROTATED = (LITE, Sizes(heads=3), Sizes(2, 2, 2, 2, 2), Sizes(heads=1, rope=20))
+
+
+@pytest.mark.parametrize(("sizes", "batch", "dtype"), one_in(3, ROTATED, ["decodes", "mixed", "prefills"], TOLERANCES))
 def test_queries_are_rotated_where_they_are_not(mla: CpuMla, batch: str, sizes: Sizes, dtype: torch.dtype) -> None:
     """Pairs that lie apart in a wider tensor, as in what a projection makes; angles of both types."""
     cases = [make_mla_case(BATCHES[batch], sizes=sizes, dtype=dtype) for _ in range(3)]
@@ -136,10 +136,12 @@ def packed_cores(mla: CpuMla) -> LatentCores:
 PACKED = (LITE, Sizes(heads=4), Sizes(heads=2, nope=20, value=12), Sizes(heads=1, nope=64, value=32, rope=6, rank=130))
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("sizes", PACKED)
-@pytest.mark.parametrize("batch", ["chunks and decodes", "a long prefix", "prefills"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "sizes", "fp8", "dtype"),
+    one_in(
+        4, ["chunks and decodes", "a long prefix", "prefills"], PACKED, [False, True], [torch.float32, torch.bfloat16]
+    ),
+)
 def test_context_is_expanded_by_packed_weights(
     mla: CpuMla, batch: str, sizes: Sizes, fp8: bool, dtype: torch.dtype
 ) -> None:
@@ -187,13 +189,14 @@ def test_packed_weights_of_another_type_falls_back(mla: CpuMla) -> None:
 
 
 @given(case=drawn_mla_cases())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_equals_the_reference_whatever_the_batch(mla: CpuMla, case: MlaCase) -> None:
     check(mla, case)
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 64, 10_000])
-@pytest.mark.parametrize("batch", [b for b in BATCHES if BATCHES[b][-1][1] > 1])
+@pytest.mark.parametrize(
+    ("batch", "chunk"), one_in(3, [b for b in BATCHES if BATCHES[b][-1][1] > 1], [1, 5, 64, 10_000])
+)
 def test_context_in_rounds_of_any_size(mla: CpuMla, batch: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "LEAST_CHUNK", chunk)
     monkeypatch.setattr(rounds, "LEAST_CHUNK", 1)
@@ -201,9 +204,9 @@ def test_context_in_rounds_of_any_size(mla: CpuMla, batch: str, chunk: int, monk
     check(mla, make_mla_case(BATCHES[batch], sizes=Sizes(heads=2), large=4.0))
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("threads", "dtype", "packed"), one_in(4, [1, 2, 5], [torch.float32, torch.bfloat16], [False, True])
+)
 def test_work_is_split_among_threads(mla: CpuMla, threads: int, dtype: torch.dtype, packed: bool) -> None:
     sizes = Sizes(heads=8, nope=16, rope=8, value=12, rank=40)
     case = make_mla_case([(2000, 1), (3, 1), (999, 1), (300, 90), (0, 200)], sizes=sizes, block_size=16, dtype=dtype)
@@ -343,8 +346,7 @@ FP8_CASES = (
 )
 
 
-@pytest.mark.parametrize(("sizes", "batch"), FP8_CASES)
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("sizes", "batch", "dtype"), one_in(3, FP8_CASES, TOLERANCES))
 def test_caches_in_fp8(mla: CpuMla, batch: str, sizes: Sizes, dtype: torch.dtype) -> None:
     """Entries are plain torch's, but for what rounds the other way; attention is over those that the kernel stored."""
     before = make_mla_case(BATCHES[batch], sizes=sizes, dtype=dtype, block_size=16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from piecework.engine.sampling_params import SamplingParams
 from piecework.errors import WeightsError
 from piecework.models.config import read_config
 from piecework.models.latent_config import MLA_MODES
+from tests.choice import one_in, slow_but
 from tests.unit.engine.test_engine_models import NUM_TOKENS, assert_greedy, mixed_prompts, transformers_tokens
 from tests.unit.models.batches import Part, error, every_regime, expected, run
 from tests.unit.models.tiny import LATENT_FAMILIES, reference_model, write_config
@@ -90,8 +92,7 @@ def caches_and_logits(model: LoadedModel, steps: list[list[Part]]) -> list[Tenso
     return found
 
 
-@pytest.mark.parametrize("mla", MLA_MODES)
-@pytest.mark.parametrize("family", LATENT_FAMILIES)
+@pytest.mark.parametrize(("family", "mla"), one_in(2, LATENT_FAMILIES, MLA_MODES))
 def test_every_regime_equals_transformers(family: str, mla: str, compile_family: Compile, references: Any) -> None:
     model_dir, reference = references(family)
     compiled = compile_family(family, mla=mla)
@@ -102,7 +103,12 @@ def test_every_regime_equals_transformers(family: str, mla: str, compile_family:
         assert error(run(model, step), expected(reference, step)) <= 1e-5
 
 
-@pytest.mark.parametrize(("family", "mla"), [*((f, "exposed") for f in LATENT_FAMILIES), ("deepseek_v3", "opaque")])
+@pytest.mark.parametrize(
+    ("family", "mla"),
+    slow_but(
+        [*((f, "exposed") for f in LATENT_FAMILIES), ("deepseek_v3", "opaque")], ("deepseek_v3_halves", "exposed")
+    ),
+)
 def test_64_tokens_with_preemptions_and_prefix_hits(
     family: str, mla: str, compile_family: Compile, references: Any
 ) -> None:
@@ -119,7 +125,7 @@ def test_64_tokens_with_preemptions_and_prefix_hits(
     assert list(found[3].tokens) == transformers_tokens(reference, prompts[3])
 
 
-@pytest.mark.parametrize("mla", MLA_MODES)
+@pytest.mark.parametrize("mla", slow_but(MLA_MODES, "exposed"))
 def test_prompts_of_1_to_300_tokens_in_chunks(mla: str, compile_family: Compile, references: Any) -> None:
     model_dir, reference = references("deepseek_v2_groups")
     model = load(
@@ -168,8 +174,12 @@ def test_a_batch_of_one_kind_takes_one_path(compile_family: Compile, references:
         assert steps[name] == [f"piecework::{op}.default" for op in wanted]
 
 
-@pytest.mark.parametrize("mla", MLA_MODES)
-@pytest.mark.parametrize("family", LATENT_FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "mla"),
+    slow_but(
+        itertools.product(LATENT_FAMILIES, MLA_MODES), ("deepseek_v3_halves", "exposed"), ("deepseek_v2", "opaque")
+    ),
+)
 def test_caches_hold_the_same_after_every_pass(family: str, mla: str, compile_family: Compile, references: Any) -> None:
     weights = references(family)[0] / "model.safetensors"
     plain, merged = (
@@ -191,7 +201,7 @@ def test_queries_and_latents_are_one_product_in_every_regime(compile_family: Com
     assert queries == {"merged 2 linear layers of 96 + 40 outputs"}
 
 
-@pytest.mark.parametrize("layers", [6, 14])
+@pytest.mark.parametrize("layers", slow_but([6, 14], 14))
 def test_pieces_do_not_grow_with_depth(layers: int, compile_family: Compile, tmp_path: Path) -> None:
     model_dir = write_config(tmp_path, "deepseek_v3", num_hidden_layers=layers, first_k_dense_replace=3)
     tensors: Any = reference_model(model_dir)
@@ -234,7 +244,7 @@ def wide_values(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Modu
     return model_dir, reference
 
 
-@pytest.mark.parametrize("backend", [BackendName.EAGER, BackendName.AOTI])
+@pytest.mark.parametrize("backend", slow_but([BackendName.EAGER, BackendName.AOTI], BackendName.EAGER))
 def test_values_and_output_are_projected_as_one(
     backend: BackendName, compile_family: Compile, wide_values: tuple[Path, nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,7 +281,7 @@ def test_the_decision_is_told_where_they_are_two(
     assert not [note for note in compile_family("deepseek_v3", mla="opaque").bundle.record().notes if "MFLOP" in note]
 
 
-@pytest.mark.parametrize("mla", MLA_MODES)
+@pytest.mark.parametrize("mla", slow_but(MLA_MODES, "opaque"))
 def test_the_command_compiles_either_way(
     mla: str, references: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -294,7 +304,10 @@ def test_a_checkpoint_without_an_expert_is_refused(compile_family: Compile, refe
 
 
 @pytest.mark.parametrize(
-    ("family", "mla"), [("deepseek_v2", "exposed"), ("deepseek_v3", "exposed"), ("deepseek_v2", "opaque")]
+    ("family", "mla"),
+    slow_but(
+        [("deepseek_v2", "exposed"), ("deepseek_v3", "exposed"), ("deepseek_v2", "opaque")], ("deepseek_v3", "exposed")
+    ),
 )
 def test_native_code_equals_transformers(family: str, mla: str, compile_family: Compile, references: Any) -> None:
     model_dir, reference = references(family)

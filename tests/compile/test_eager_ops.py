@@ -62,6 +62,7 @@ def test_results_are_the_native_ones_at_all_sizes(shared: piecework.EagerOps) ->
     assert shared.fallbacks == {}
 
 
+@pytest.mark.slow
 def test_axes_beside_the_last_may_all_differ(shared: piecework.EagerOps) -> None:
     known = len(shared.compiled)
     with shared, torch.inference_mode():
@@ -76,6 +77,7 @@ def test_axes_beside_the_last_may_all_differ(shared: piecework.EagerOps) -> None
     assert shared.fallbacks == {}
 
 
+@pytest.mark.slow
 def test_tensors_that_are_broadcast_and_dtypes_that_differ(shared: piecework.EagerOps) -> None:
     with shared, torch.no_grad():
         for rows in (5, 2):

@@ -16,10 +16,11 @@ from piecework.engine.engine import EngineConfig, engine_for
 from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
 from piecework.models.config import read_config
+from tests.choice import slow_but
 from tests.unit.models.tiny import FAMILIES, reference_model, write_config
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"llama"}))
+@pytest.mark.parametrize("family", slow_but(sorted(set(FAMILIES) - {"llama"}), "qwen3"))
 def test_a_family_equals_transformers(family: str, home: Path, tmp_path: Path) -> None:
     model_dir = write_config(tmp_path, family, eos_token_id=None)
     reference = reference_model(model_dir)

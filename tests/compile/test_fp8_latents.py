@@ -26,6 +26,7 @@ from piecework.models.bundle_key import expected_facts
 from piecework.models.config import read_config
 from piecework.models.latent_config import MLA_MODES
 from piecework.ops.mla import cache as mla_cache
+from tests.choice import slow_but
 from tests.unit.engine.test_engine_models import mixed_prompts
 from tests.unit.models.batches import Part, error, every_regime, expected, run
 from tests.unit.models.tiny import reference_model, write_config
@@ -96,7 +97,9 @@ def quantized(family_dir: Path) -> nn.Module:
     return reference  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(("family", "mla"), [("deepseek_v2", "exposed"), ("deepseek_v3", "opaque")])
+@pytest.mark.parametrize(
+    ("family", "mla"), slow_but([("deepseek_v2", "exposed"), ("deepseek_v3", "opaque")], ("deepseek_v2", "exposed"))
+)
 def test_every_regime_equals_transformers_with_rounded_latents(family: str, mla: str, made: Made, model: Load) -> None:
     found, reference = model(family, mla=mla), quantized(made(family)[0])
     for state in found.states.values():
@@ -117,6 +120,7 @@ def test_chunks_do_not_change_what_comes_out(mla: str, model: Load) -> None:
     assert error(run(exact, [Part(prompt, 40, [1, 2, 3])]), whole) > 1e-3
 
 
+@pytest.mark.slow
 def test_logits_are_near_those_of_an_exact_cache(made: Made, model: Load) -> None:
     """Where no expert is chosen by them, and weights are as large as those of real models."""
     exact, found = (model("dense", kv_cache_dtype=kind) for kind in ("auto", "fp8"))

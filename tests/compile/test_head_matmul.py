@@ -12,6 +12,7 @@ import piecework
 from piecework.bundle.bundle import open_bundle
 from piecework.bundle.run import LoadedModel
 from piecework.ops.head_matmul import head_matmul, head_matmul_native
+from tests.choice import slow_but
 
 HEADS, DEPTH = 3, 70
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
@@ -44,7 +45,7 @@ class Apart(nn.Module):
         return head_matmul(x.transpose(1, 2), self.first)
 
 
-@pytest.fixture(scope="module", params=list(TOLERANCES), ids=str)
+@pytest.fixture(scope="module", params=slow_but(TOLERANCES, torch.bfloat16), ids=str)
 def products(request: pytest.FixtureRequest) -> Products:
     torch.manual_seed(0)
     return Products(dtype=request.param).requires_grad_(requires_grad=False)

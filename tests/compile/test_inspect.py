@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from piecework.bundle.bundle import Bundle, write_bundle
 from piecework.compiler.model import CompiledModel
 from piecework.foundation.digests import digest_file
@@ -47,6 +49,7 @@ def test_every_linear_layer_is_a_call_and_nothing_else_is(float32: CompiledModel
         assert all("linear" in name for name in calls)
 
 
+@pytest.mark.slow
 def test_ranges_have_kernels_of_their_own(ranged: CompiledModel) -> None:
     report = describe(ranged.bundle, verified=False, sizes=[{"tokens": n} for n in (1, 32, 256)])
     for table in report.moved:

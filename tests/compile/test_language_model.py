@@ -82,6 +82,7 @@ def test_float32_equals_transformers(float32: CompiledModel, reference: nn.Modul
     assert worst(opened(float32, reference), reference) <= 1e-4
 
 
+@pytest.mark.slow
 def test_ranges_give_the_same(ranged: CompiledModel, reference: nn.Module) -> None:
     model = opened(ranged, reference)
     assert [[(r.min, r.max) for r in p.ranges] for p in model.plan.pieces] == [[(1, 1), (2, 64), (65, 256)]] * 3

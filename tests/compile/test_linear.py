@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import piecework
 from piecework.bundle.run import LoadedModel
+from tests.choice import slow_but
 
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
 TOKENS = [0, 1, 2, 3, 4, 7, 8, 9, 15, 40, 260, 700]  # several tiles, and several chunks of tokens
@@ -35,7 +36,7 @@ class Layers(nn.Module):
         return first, second, self.odd(second), turned, self.turned(x[:, 8:24].unflatten(1, (4, 4)))
 
 
-@pytest.fixture(scope="module", params=list(TOLERANCES), ids=str)
+@pytest.fixture(scope="module", params=slow_but(TOLERANCES, torch.float32), ids=str)
 def layers(request: pytest.FixtureRequest) -> Layers:
     torch.manual_seed(0)
     return Layers(dtype=request.param).requires_grad_(requires_grad=False)

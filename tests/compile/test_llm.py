@@ -20,6 +20,7 @@ from piecework.engine.llm import LLM
 from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
 from piecework.models.config import read_config
+from tests.choice import slow_but
 from tests.unit.engine.test_engine_models import NUM_TOKENS, assert_greedy, mixed_prompts, transformers_tokens
 from tests.unit.models.tiny import write_config
 
@@ -54,8 +55,11 @@ def eager(home: Path, weights_dir: Path) -> CompiledModel:
     )
 
 
-def test_40_requests_with_preemptions(eager: CompiledModel, weights_dir: Path, reference: nn.Module) -> None:
-    prompts = mixed_prompts(40)
+@pytest.mark.parametrize("count", slow_but([14, 40], 14))
+def test_many_requests_with_preemptions(
+    count: int, eager: CompiledModel, weights_dir: Path, reference: nn.Module
+) -> None:
+    prompts = mixed_prompts(count)
     with LLM(weights_dir, bundle=eager.bundle.path, kv_cache_memory=30 * BLOCK_BYTES, max_seqs=12) as llm:
         found = llm.generate(prompts, PARAMS)
         stats = llm.stats()

@@ -18,6 +18,7 @@ import torch
 
 import piecework
 from piecework.foundation.environment import child_variables
+from tests.choice import slow_but
 from tests.compile.stacks import FAMILY, run_compiled, run_steps
 from tests.unit.names.models import HIDDEN, make_stack
 
@@ -26,7 +27,7 @@ ARTIFACTS = 3
 CLOSE = 1e-5
 
 
-@pytest.fixture(scope="module", params=["LayerName", "str"])
+@pytest.fixture(scope="module", params=slow_but(["LayerName", "str"], "LayerName"))
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -98,6 +99,7 @@ class TestTorchCompile:
         assert max(four["worst"], eight["worst"]) < CLOSE
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_bundle_of_shared_libraries(tmp_path: Path) -> None:
     model = make_stack(FAMILY, "LayerName", num_layers=4)

@@ -20,6 +20,7 @@ from piecework.compiler.job import Job
 from piecework.errors import CompileError, PieceworkError
 from piecework.foundation.target import read_target
 from piecework.ops.ir.program import Call, Program, TensorSpec
+from tests.choice import slow_but
 from tests.unit.capture.graphs import Mlp
 from tests.unit.models.tiny import write_config
 
@@ -168,7 +169,7 @@ def test_closing_ends_compilers(start: Callable[[Path], WorkerPool], slow: Path,
     assert [p.name for p in (tmp_path / "toolchain").iterdir() if p.name.startswith(".piecework")] == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", slow_but([signal.SIGINT, signal.SIGTERM], signal.SIGINT))
 def test_an_interrupt_ends_workers_and_compilers(tmp_path: Path, slow: Path, number: signal.Signals) -> None:
     model_dir = write_config(tmp_path / "model", "llama")
     home = tmp_path / "home"
@@ -194,6 +195,7 @@ def test_an_interrupt_ends_workers_and_compilers(tmp_path: Path, slow: Path, num
     assert [p for p in home.rglob("*") if p.is_file()] == []
 
 
+@pytest.mark.slow
 def test_two_processes_compile_the_same_model_at_once(tmp_path: Path) -> None:
     model_dir = write_config(tmp_path / "model", "llama")
     command = [sys.executable, "-m", "piecework", "compile", str(model_dir), "--weights", "none", "--backend", "eager"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from piecework.models.checkpoint import open_checkpoint
 from piecework.models.config import read_config
 from piecework.models.latent_config import MLA_MODES
 from piecework.ops.mla.core import Regime
+from tests.choice import one_in, slow_but
 from tests.unit.capture.graphs import assert_stamped_equals_traced
 from tests.unit.models.batches import Part, error, every_regime, expected, inputs_of, run
 from tests.unit.models.tiny import LATENT_FAMILIES, eager_pair, reference_model, write_config
@@ -29,8 +31,7 @@ def tokens(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCAB, (count,), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("mla", MLA_MODES)
-@pytest.mark.parametrize("family", LATENT_FAMILIES)
+@pytest.mark.parametrize(("family", "mla"), one_in(2, LATENT_FAMILIES, MLA_MODES))
 def test_every_regime_in_both_modes(tmp_path: Path, family: str, mla: str) -> None:
     reference, model = eager_pair(tmp_path, family, mla=mla)
     model.make_states({"blocks": 12})
@@ -38,8 +39,10 @@ def test_every_regime_in_both_modes(tmp_path: Path, family: str, mla: str) -> No
         assert error(run(model, step), expected(reference, step)) <= 1e-5
 
 
-@pytest.mark.parametrize("mla", MLA_MODES)
-@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 64, 300])
+@pytest.mark.parametrize(
+    ("count", "mla"),
+    slow_but(itertools.product([1, 2, 15, 16, 17, 64, 300], MLA_MODES), (17, "opaque"), (64, "exposed")),
+)
 def test_prompts_of_any_length_at_once_and_in_chunks(tmp_path: Path, count: int, mla: str) -> None:
     reference, model = eager_pair(tmp_path, "deepseek_v3", max_tokens=300, mla=mla)
     model.make_states({"blocks": 42})
@@ -81,8 +84,7 @@ def test_the_modes_agree(tmp_path: Path, family: str) -> None:
         assert error(exposed, opaque) <= 1e-5
 
 
-@pytest.mark.parametrize("mla", MLA_MODES)
-@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize(("family", "mla"), one_in(2, ["deepseek_v2", "deepseek_v3"], MLA_MODES))
 def test_stamped_graphs_equal_traced_ones(tmp_path: Path, family: str, mla: str) -> None:
     model_dir = write_config(tmp_path, family, num_hidden_layers=6, first_k_dense_replace=2)
     request = build_causal_lm(model_dir, max_tokens=64, mla=mla)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,7 @@ from piecework.capture.request import Dim
 from piecework.compiler.options import BackendName, CompileOptions
 from piecework.ops.ir.forward_context import ForwardContext
 from piecework.ops.ir.layer import IS_OBJECT
+from tests.choice import slow_but
 from tests.unit.names.kinds import KINDS
 from tests.unit.names.models import FAMILIES, HIDDEN, Stack, forwards, make_stack, make_states
 
@@ -39,15 +40,14 @@ ONE_BLOCK = 2
 """Artifacts of a block that is compiled by itself."""
 
 
-def every_cell(*, quick: Callable[[str, str], bool]) -> pytest.MarkDecorator:
-    """Return every operator, type of name and depth; 80 layers that are not `quick` are marked slow.
+def every_cell(*, deep: Iterable[tuple[str, str]] = ()) -> pytest.MarkDecorator:
+    """Return every operator, type of name and depth; all but 4 layers of a few, and 80 of those in `deep`, are slow.
 
     Dynamo and torch.export take 2 to 4 seconds for 80 layers, and Dynamo 5 to 10 where it traces every block.
     """
-    cells = []
-    for family, kind, num_layers in itertools.product(FAMILIES, KINDS, WHOLE_STACK):
-        slow = num_layers == 80 and not quick(family, kind)
-        cells.append(pytest.param(family, kind, num_layers, marks=[pytest.mark.slow] if slow else []))
+    kept = [(family, kind, 4) for family, kind in itertools.product(FAMILIES, KINDS) if _one_kind_each(family, kind)]
+    kept += [(family, kind, 80) for family, kind in deep]
+    cells = slow_but(itertools.product(FAMILIES, KINDS, WHOLE_STACK), *kept)
     return pytest.mark.parametrize(("family", "kind", "num_layers"), cells)
 
 
@@ -117,13 +117,13 @@ def export(cell: Cell) -> torch.export.ExportedProgram:
     return torch.export.export(cell.model, (torch.randn(5, HIDDEN),), dynamic_shapes=({0: tokens},))
 
 
-@every_cell(quick=lambda family, kind: True)
+@every_cell(deep=[("KV update", kind) for kind in KINDS])
 def test_a_bundle(family: str, kind: str, num_layers: int) -> None:
     cell = Cell(family, kind, num_layers)
     check_bundle(cell, cell.model)
 
 
-@every_cell(quick=_one_kind_each)
+@every_cell(deep=[("KV update", "LayerName")])
 def test_torch_compile_of_the_whole_model(family: str, kind: str, num_layers: int) -> None:
     cell, recorder = Cell(family, kind, num_layers), Recorder()
     options = {"backend": "eager", "store": False, "recorder": recorder}
@@ -134,7 +134,7 @@ def test_torch_compile_of_the_whole_model(family: str, kind: str, num_layers: in
     assert found["compiled"] + found["store_hits"] == WHOLE_STACK[num_layers]
 
 
-@every_cell(quick=lambda family, kind: kind == "LayerName" or family == "user's op")
+@every_cell(deep=[("attention", "LayerName")])
 def test_each_block_compiled_by_itself(family: str, kind: str, num_layers: int) -> None:
     cell, recorder = Cell(family, kind, num_layers), Recorder()
     options = {"backend": "eager", "store": False, "recorder": recorder}
@@ -152,7 +152,7 @@ def test_each_block_compiled_by_itself(family: str, kind: str, num_layers: int) 
     assert found["compiled"] + found["store_hits"] == ONE_BLOCK
 
 
-@every_cell(quick=lambda family, kind: family == "user's op")
+@every_cell()
 def test_what_torch_export_makes(family: str, kind: str, num_layers: int) -> None:
     needs_exported_objects(kind)
     cell = Cell(family, kind, num_layers)
@@ -177,7 +177,7 @@ class Positional(nn.Module):
         return self.inner(x)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(KINDS, "LayerName"))
 def test_what_torch_export_saves(kind: str, tmp_path: Path) -> None:
     needs_exported_objects(kind)
     cell = Cell("KV update", kind, num_layers=4)

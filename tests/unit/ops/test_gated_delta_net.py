@@ -17,6 +17,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 from piecework import LayerName, OpError, check_ops
 from piecework.ops.gated_delta_net import GatedDeltaNetState, GatedDeltaNetWeights, gated_delta_net
 from piecework.ops.ir.forward_context import ForwardContext
+from tests.choice import one_in
 from tests.unit.ops.schedules import LENGTHS, SCHEDULES, make_batch, run_schedule
 
 LAYER = LayerName("model.layers.0.linear_attn")
@@ -89,8 +90,7 @@ def run_all(module, state: GatedDeltaNetState, inputs: list[Tensor], schedule: s
     return run_schedule(schedule, run, slots=SLOTS)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize(("schedule", "key_heads"), one_in(3, SCHEDULES, [1, 2, 4]))
 def test_equals_transformers_on_the_whole_sequence(inputs: list[Tensor], schedule: str, key_heads: int) -> None:
     module = make_module(key_heads=key_heads)
     outs = run_all(module, make_state(module), inputs, schedule)

@@ -19,6 +19,7 @@ from piecework.providers.discovery import load_providers
 from piecework.providers.families.norms import Rounding, probe
 from piecework.providers.known import known_provider
 from piecework.providers.vllm.library import libraries
+from tests.choice import slow_but
 from tests.unit.ops.ir_cases import SEEDS, assert_close
 
 WHY_ABSENT = known_provider("vllm").why_absent
@@ -134,7 +135,7 @@ def use_stand_ins(version: str) -> None:
         assert quantizes(x, torch.int8) == "this build of vLLM quantizes to no int8"
 
 
-@pytest.mark.parametrize("version", ["LATER", "EARLIER", "EARLIEST"])
+@pytest.mark.parametrize("version", slow_but(["LATER", "EARLIER", "EARLIEST"], "LATER"))
 def test_operators_of_other_builds_and_versions(tmp_path: Path, version: str) -> None:
     (tmp_path / "vllm.py").write_text("raise AssertionError('vLLM itself was imported')")
     code = f"from tests.unit.providers import test_vllm_provider as t; t.use_stand_ins({version!r})"

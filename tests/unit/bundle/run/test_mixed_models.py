@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.choice import one_in, slow_but
 from tests.unit.capture.name_ops import number_of
 from torch import Tensor, nn
 
@@ -149,15 +150,14 @@ def check(module: nn.Module, *, pieces: int, unique: int, traced: int) -> None:
     assert counts["blocks_traced"] == traced
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layers", [3, 12])
+@pytest.mark.parametrize(("kind", "layers"), one_in(2, KINDS, [3, 12]))
 def test_equal_layers(kind: str, layers: int) -> None:
     """A | D A | D A | … | D: three, however deep."""
     module = Model([Layer(Attention(kind, name(kind, i)), Dense()) for i in range(layers)])
     check(module, pieces=layers + 1, unique=3, traced=1 if kind == "LayerName" else 2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(KINDS, "LayerName"))
 def test_dense_layers_then_experts(kind: str) -> None:
     """A | D A | D A | D A | R | M A | R | M A | R | M: five different ones."""
     layers = [Layer(Attention(kind, name(kind, i)), Dense()) for i in range(3)]
@@ -166,21 +166,21 @@ def test_dense_layers_then_experts(kind: str) -> None:
     check(Model(layers), pieces=10, unique=5, traced=2 if kind == "LayerName" else 4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(KINDS, "str"))
 def test_alternating_windows(kind: str) -> None:
     """A | D A | D A | D A | D A | D A | D: the window is the operator's, so it makes no piece another one."""
     module = Model([Layer(Attention(kind, name(kind, i), window=(0, 12)[i % 2]), Dense()) for i in range(6)])
     check(module, pieces=7, unique=3, traced=2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(KINDS, "int"))
 def test_alternating_layers_that_compute_something_else(kind: str) -> None:
     """With d for a layer that scales: A | D A | d A | D A | d A | D A | d: four, for "A", "D A", "d A" and "d"."""
     module = Model([Layer(Attention(kind, name(kind, i)), Dense(), scale=(1.0, 0.5)[i % 2]) for i in range(6)])
     check(module, pieces=7, unique=4, traced=2 if kind == "LayerName" else 4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_but(KINDS, "LayerName"))
 def test_layers_that_share_a_cache(kind: str) -> None:
     """With a for a layer that has no keys of its own: A | D A | D A | D a | D a | D: four.
 
