@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from piecework.engine.engine import Engine, EngineConfig, EngineStats, engine_for
+from piecework.engine.engine import Engine, EngineConfig, engine_for
+from piecework.engine.output import Stats
 from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
 from piecework.models.config import read_config
@@ -26,7 +27,7 @@ def make_engine(model: EagerModel, model_dir: Path, *, num_blocks: int, max_toke
     return engine_for(model, sizes, model_config=read_config(model_dir), tokenizer=None)  # type: ignore[arg-type]
 
 
-def run(engine: Engine, prompts: list[list[int]], **params: Any) -> tuple[list[list[int]], EngineStats]:
+def run(engine: Engine, prompts: list[list[int]], **params: Any) -> tuple[list[list[int]], Stats]:
     for index, prompt in enumerate(prompts):
         params = {"max_tokens": NUM_TOKENS, "ignore_eos": True, **params}
         engine.add(GenerationRequest(str(index), tuple(prompt), SamplingParams(**params)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import types
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,12 +30,16 @@ def _variants(op: OpaqueOp) -> dict[str, OpaqueOp]:
 
 
 def _variant(op: OpaqueOp, kind: str, annotation: type) -> OpaqueOp:
-    source: Any = op.function
-    assert source.__annotations__["layer"] in ("LayerNameType", LayerNameType)
-    name = f"{source.__name__}_{kind}"
-    function = types.FunctionType(source.__code__, source.__globals__, name, source.__defaults__, source.__closure__)
-    function.__annotations__ = {**source.__annotations__, "layer": annotation}
-    function.__module__, function.__qualname__ = __name__, name
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return op.function(*args, **kwargs)
+
+    signature = inspect.signature(op)
+    layer = signature.parameters["layer"]
+    assert layer.annotation is LayerNameType
+    others = [layer.replace(annotation=annotation) if p is layer else p for p in signature.parameters.values()]
+    name = f"{op.__name__}_{kind}"
+    function.__signature__ = signature.replace(parameters=others)  # type: ignore[attr-defined]
+    function.__module__, function.__qualname__, function.__name__ = __name__, name, name
     made = opaque_op(f"pwnames::{name}", cuts=op.cuts)(function)
     made.fake(op._fake)
     return made
