@@ -50,7 +50,7 @@ def measure(features: int, width: int, dtype: str, *, rounds: int, root: Path) -
     dynamic = {"tokens": piecework.Dim(1, 1024)}
     models = {}
     for name in SYSTEMS:
-        options = piecework.CompileOptions(pack_linear=name, merge_linear=False)
+        options = piecework.CompileOptions(pack_linear=name, passes_off=frozenset({"merge_linear"}))
         out = root / f"{name}-{features}-{width}-{dtype}"
         example = torch.randn(8, features, dtype=getattr(torch, dtype))
         piecework.compile(module, (example,), dynamic=dynamic, out=out, options=options)

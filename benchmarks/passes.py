@@ -30,15 +30,13 @@ from piecework.bench.contention import read_cpu_times, share_of_others
 from piecework.bench.machine import commit, machine, versions
 from piecework.bench.random_models import RANDOM_MODELS
 from piecework.bundle.bundle import Bundle
-from piecework.bundle.record import Recorder
 from piecework.bundle.run import LoadedModel, load
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.compiler.model import compile_model
-from piecework.compiler.options import CompileOptions
-from piecework.compiler.passes.names import MERGE_LINEAR, PASS_NAMES
 from piecework.foundation.environment import read_environment
 from piecework.foundation.process import keep_freed_memory
-from piecework.models.config import read_config
+from piecework.spec.model_spec import ModelSpec
+from piecework.spec.passes import MERGE_LINEAR, PASS_NAMES
 
 CACHED = 160
 BLOCK = 16
@@ -88,19 +86,13 @@ def decode_inputs(seqs: int, *, vocab: int) -> dict[str, Tensor | int]:
 
 def compiled(model_dir: Path, *, dtype: str, off: frozenset[str], out: Path) -> Bundle:
     """Compile into `out`."""
-    root = read_environment().store_root
+    environment = read_environment()
     return compile_model(
-        read_config(model_dir),
-        dtype=dtype,
-        max_tokens=2048,
-        options=CompileOptions(passes_off=off),
+        ModelSpec.of(model_dir, dtype=dtype, max_tokens=2048, passes_off=off),
+        store=DirectoryStore(environment.store_root),
+        environment=environment,
         check_weights=False,
-        store=DirectoryStore(root),
-        toolchain_root=root / "toolchain",
-        compiler=None,
         out=out,
-        recorder=Recorder(),
-        on_progress=lambda _text, _done, _total: None,
     ).bundle
 
 

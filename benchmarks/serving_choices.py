@@ -21,19 +21,19 @@ from typing import Any
 
 from piecework import LLM, SamplingParams
 from piecework.bench.machine import commit, machine, versions
-from piecework.bundle.record import Recorder
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.compiler.model import compile_model
-from piecework.compiler.options import CompileOptions
 from piecework.foundation.environment import read_environment
 from piecework.foundation.process import release_idle_threads
-from piecework.models.config import read_config
+from piecework.spec.compile_options import CompileOptions
+from piecework.spec.config import read_config
+from piecework.spec.model_spec import ModelSpec
 
 MAX_TOKENS = 2048
 CHOICES = {
     "default": CompileOptions(),
     "three ranges": CompileOptions(ranges=((1, 1), (2, 64), (65, MAX_TOKENS))),
-    "linear layers apart": CompileOptions(merge_linear=False),
+    "linear layers apart": CompileOptions(passes_off=frozenset({"merge_linear"})),
     "weights not packed": CompileOptions(pack_linear=False),
 }
 
@@ -71,19 +71,13 @@ def main() -> None:
 
 
 def _compile(args: argparse.Namespace, options: CompileOptions, out: Path) -> Path:
-    root = read_environment().store_root
+    environment = read_environment()
     compile_model(
-        read_config(args.model),
-        dtype=args.dtype,
-        max_tokens=MAX_TOKENS,
-        options=options,
+        ModelSpec(read_config(args.model), dtype=args.dtype, max_tokens=MAX_TOKENS, options=options),
+        store=DirectoryStore(environment.store_root),
+        environment=environment,
         check_weights=False,
-        store=DirectoryStore(root),
-        toolchain_root=root / "toolchain",
-        compiler=None,
         out=out,
-        recorder=Recorder(),
-        on_progress=lambda _text, _done, _total: None,
     )
     return out
 

@@ -34,13 +34,11 @@ if TYPE_CHECKING:
     from piecework.compiler.api import compile
     from piecework.compiler.eager_ops import EagerOps, eager_ops
     from piecework.compiler.explain import explain
-    from piecework.compiler.options import BackendName, CompileOptions
     from piecework.engine.llm import LLM
     from piecework.engine.sampling_params import SamplingParams, StructuredOutput
     from piecework.engine.text.completion import Completion, Continuation
     from piecework.models.batch import ForwardBatch
     from piecework.models.latent_attention import LatentOptions, MultiHeadLatentAttention
-    from piecework.models.latent_config import LatentSizes
     from piecework.ops.ir.forward_context import Batch, ForwardContext, running_context
     from piecework.ops.ir.layer import LayerName, LayerNameType, encode, resolve
     from piecework.ops.ir.op import op
@@ -48,13 +46,17 @@ if TYPE_CHECKING:
     from piecework.ops.ir.selection import ProviderOrder
     from piecework.ops.mla.core import Regime
     from piecework.providers.discovery import selected_providers as providers
+    from piecework.spec.compile_options import BackendName, CompileOptions
+    from piecework.spec.latent_config import LatentSizes
+    from piecework.spec.model_spec import ModelSpec
 
 _LAZY = {
     "compile": "piecework.compiler.api",
     "eager_ops": "piecework.compiler.eager_ops",
     "EagerOps": "piecework.compiler.eager_ops",
-    "BackendName": "piecework.compiler.options",
-    "CompileOptions": "piecework.compiler.options",
+    "BackendName": "piecework.spec.compile_options",
+    "CompileOptions": "piecework.spec.compile_options",
+    "ModelSpec": "piecework.spec.model_spec",
     "explain": "piecework.compiler.explain",
     "Dim": "piecework.capture.request",
     "LayerName": "piecework.ops.ir.layer",
@@ -79,7 +81,7 @@ _LAZY = {
     "StructuredOutput": "piecework.engine.sampling_params",
     "ForwardBatch": "piecework.models.batch",
     "LatentOptions": "piecework.models.latent_attention",
-    "LatentSizes": "piecework.models.latent_config",
+    "LatentSizes": "piecework.spec.latent_config",
     "MultiHeadLatentAttention": "piecework.models.latent_attention",
     "Regime": "piecework.ops.mla.core",
 }
@@ -122,6 +124,7 @@ __all__ = [
     "LayerName",
     "LayerNameType",
     "LoadedModel",
+    "ModelSpec",
     "MultiHeadLatentAttention",
     "OpError",
     "PieceworkError",

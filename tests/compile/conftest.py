@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from piecework.bundle.record import Recorder
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.compiler.model import CompiledModel, compile_model
-from piecework.compiler.options import CompileOptions
-from piecework.models.config import read_config
+from piecework.foundation.environment import Environment
+from piecework.spec.model_spec import ModelSpec
 from tests.unit.models.tiny import reference_model, write_config
 
 MAX_TOKENS = 256
@@ -48,17 +47,11 @@ def compiled(home: Path, model_dir: Path) -> Callable[..., CompiledModel]:
         *, dtype: str = "float32", ranges: tuple[tuple[int, int], ...] = (), out: Path | None = None
     ) -> CompiledModel:
         return compile_model(
-            read_config(model_dir),
-            dtype=dtype,
-            max_tokens=MAX_TOKENS,
-            options=CompileOptions(ranges=ranges),
-            check_weights=False,
+            ModelSpec.of(model_dir, dtype=dtype, max_tokens=MAX_TOKENS, ranges=ranges),
             store=DirectoryStore(home),
-            toolchain_root=home / "toolchain",
-            compiler=None,
+            environment=Environment(store_root=home),
+            check_weights=False,
             out=out,
-            recorder=Recorder(),
-            on_progress=lambda text, done, total: None,
         )
 
     return make

@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from piecework.bundle.bundle import open_bundle
 from piecework.bundle.plan import OpStep, PlanVariant
-from piecework.bundle.record import Recorder
 from piecework.bundle.run import LoadedModel, load
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.cli.main import main
 from piecework.compiler.model import CompiledModel, compile_model
-from piecework.compiler.options import BackendName, CompileOptions
 from piecework.engine.llm import LLM
 from piecework.engine.sampling_params import SamplingParams
 from piecework.errors import WeightsError
-from piecework.models.config import read_config
-from piecework.models.latent_config import MLA_MODES
+from piecework.foundation.environment import Environment
+from piecework.spec.compile_options import BackendName
+from piecework.spec.latent_config import MLA_MODES
+from piecework.spec.model_spec import ModelSpec
 from tests.choice import one_in, slow_but
 from tests.unit.engine.test_engine_models import NUM_TOKENS, assert_greedy, mixed_prompts, transformers_tokens
 from tests.unit.models.batches import Part, error, every_regime, expected, run
@@ -58,26 +58,13 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tupl
 @pytest.fixture(scope="session")
 def compile_family(home: Path, references: Callable[[str], tuple[Path, nn.Module]]) -> Compile:
     def make(
-        family: str | Path,
-        *,
-        mla: str = "exposed",
-        backend: BackendName = BackendName.EAGER,
-        merge_linear: bool | None = None,
-        max_tokens: int = 64,
+        family: str | Path, *, backend: BackendName = BackendName.EAGER, max_tokens: int = 64, **given: Any
     ) -> CompiledModel:
+        options = {"dtype": "float32", "backend": backend, "max_tokens": max_tokens, **given}
         return compile_model(
-            read_config(references(family)[0] if isinstance(family, str) else family),
-            dtype="float32",
-            max_tokens=max_tokens,
-            options=CompileOptions(backend=backend, merge_linear=merge_linear),
-            check_weights=True,
+            ModelSpec.of(references(family)[0] if isinstance(family, str) else family, **options),
             store=DirectoryStore(home),
-            toolchain_root=home / "toolchain",
-            compiler=None,
-            out=None,
-            recorder=Recorder(),
-            on_progress=lambda text, done, total: None,
-            mla=mla,
+            environment=Environment(store_root=home),
         )
 
     return make
@@ -183,7 +170,7 @@ def test_a_batch_of_one_kind_takes_one_path(compile_family: Compile, references:
 def test_caches_hold_the_same_after_every_pass(family: str, mla: str, compile_family: Compile, references: Any) -> None:
     weights = references(family)[0] / "model.safetensors"
     plain, merged = (
-        load(compile_family(family, mla=mla, merge_linear=merge).bundle, weights=weights) for merge in (False, True)
+        load(compile_family(family, mla=mla, passes_off=off).bundle, weights=weights) for off in (["merge_linear"], ())
     )
     steps = every_regime()
     for found, wanted in zip(caches_and_logits(merged, steps), caches_and_logits(plain, steps), strict=True):
@@ -193,7 +180,7 @@ def test_caches_hold_the_same_after_every_pass(family: str, mla: str, compile_fa
 
 def test_queries_and_latents_are_one_product_in_every_regime(compile_family: Compile) -> None:
     """In mixed batches too, where another piece reads rows of the queries, whatever their strides."""
-    bundle = compile_family("deepseek_v2", merge_linear=True).bundle
+    bundle = compile_family("deepseek_v2").bundle
     explained = json.loads((bundle.path / "explain.json").read_text())
     reports = [report for passes in explained["passes"] for report in passes if report["name"] == "merge_linear"]
     told = [text for report in reports for text in (*report["matches"], *report["near_misses"])]

@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from piecework.bundle.record import Recorder
 from piecework.bundle.run import load
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.compiler.model import compile_model
-from piecework.compiler.options import CompileOptions
 from piecework.engine.engine import EngineConfig, engine_for
 from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
-from piecework.models.config import read_config
+from piecework.foundation.environment import Environment
+from piecework.spec.model_spec import ModelSpec
 from tests.choice import slow_but
 from tests.unit.models.tiny import FAMILIES, reference_model, write_config
 
@@ -24,19 +23,9 @@ from tests.unit.models.tiny import FAMILIES, reference_model, write_config
 def test_a_family_equals_transformers(family: str, home: Path, tmp_path: Path) -> None:
     model_dir = write_config(tmp_path, family, eos_token_id=None)
     reference = reference_model(model_dir)
-    config = read_config(model_dir)
+    spec = ModelSpec.of(model_dir, dtype="float32", max_tokens=64)
     compiled = compile_model(
-        config,
-        dtype="float32",
-        max_tokens=64,
-        options=CompileOptions(),
-        check_weights=False,
-        store=DirectoryStore(home),
-        toolchain_root=home / "toolchain",
-        compiler=None,
-        out=None,
-        recorder=Recorder(),
-        on_progress=lambda text, done, total: None,
+        spec, store=DirectoryStore(home), environment=Environment(store_root=home), check_weights=False
     )
     record = compiled.bundle.record()
     assert (record.counts["blocks_traced"], record.counts["unique_pieces"]) == (1, 3)
@@ -64,7 +53,7 @@ def test_a_family_equals_transformers(family: str, home: Path, tmp_path: Path) -
     params = SamplingParams(max_tokens=64, ignore_eos=True)
     prompts = [ids[:9].tolist(), ids[9:12].tolist()]
     sizes = EngineConfig(num_blocks=10, max_tokens=64, max_seqs=8)
-    engine = engine_for(model, sizes, model_config=config, tokenizer=None)
+    engine = engine_for(model, sizes, model_config=spec.config, tokenizer=None)
     for index, prompt in enumerate(prompts):
         engine.add(GenerationRequest(str(index), tuple(prompt), params))
     tokens: list[list[int]] = [[], []]

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from piecework.bundle.plan import Plan
-from piecework.bundle.record import Recorder
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.compiler.model import compile_model
-from piecework.compiler.options import BackendName, CompileOptions
-from piecework.models.config import read_config
+from piecework.foundation.environment import Environment
+from piecework.spec.model_spec import ModelSpec
 from tests.unit.models.tiny import write_config
 
 
@@ -23,18 +22,18 @@ from tests.unit.models.tiny import write_config
 )
 def test_all_of_a_bundle_is_on_the_gpu(home: Path, tmp_path: Path, family: str, mla: str) -> None:
     made = compile_model(
-        read_config(write_config(tmp_path / "model", family)),
-        dtype="bfloat16",
-        max_tokens=64,
-        options=CompileOptions(backend=BackendName.EAGER, merge_linear=True, pack_linear="own", device="cuda"),
-        check_weights=False,
+        ModelSpec.of(
+            write_config(tmp_path / "model", family),
+            dtype="bfloat16",
+            max_tokens=64,
+            mla=mla,
+            backend="eager",
+            pack_linear="own",
+            device="cuda",
+        ),
         store=DirectoryStore(home),
-        toolchain_root=home / "toolchain",
-        compiler=None,
-        out=None,
-        recorder=Recorder(),
-        on_progress=lambda text, done, total: None,
-        mla=mla,
+        environment=Environment(store_root=home),
+        check_weights=False,
     )
     plan = Plan.from_json(made.bundle.plan())
     assert {piece.device for piece in plan.pieces} | {state.device for state in plan.states} == {"cuda"}

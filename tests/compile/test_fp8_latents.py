@@ -12,20 +12,20 @@ from torch import Tensor, nn
 
 from piecework.bundle.bundle import Bundle
 from piecework.bundle.plan import Plan
-from piecework.bundle.record import Recorder
 from piecework.bundle.run import LoadedModel, load
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.cli.main import main
 from piecework.compiler.model import CompiledModel, compile_model
-from piecework.compiler.options import BackendName, CompileOptions
 from piecework.engine.kv_memory import memory_needs
 from piecework.engine.llm import LLM
 from piecework.engine.sampling_params import SamplingParams
 from piecework.errors import StaleBundle, UnsupportedModelError
-from piecework.models.bundle_key import expected_facts
-from piecework.models.config import read_config
-from piecework.models.latent_config import MLA_MODES
+from piecework.foundation.environment import Environment
 from piecework.ops.mla import cache as mla_cache
+from piecework.spec.compile_options import BackendName
+from piecework.spec.config import read_config
+from piecework.spec.latent_config import MLA_MODES
+from piecework.spec.model_spec import ModelSpec
 from tests.choice import slow_but
 from tests.unit.engine.test_engine_models import mixed_prompts
 from tests.unit.models.batches import Part, error, every_regime, expected, run
@@ -54,19 +54,17 @@ def made(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
             model.save_pretrained(directories[family])
             (directories[family] / "config.json").write_text(config)
         compiled: CompiledModel = compile_model(
-            read_config(directories[family]),
-            dtype="float32",
-            max_tokens=64,
-            options=CompileOptions(backend=backend),
-            check_weights=False,
+            ModelSpec.of(
+                directories[family],
+                dtype="float32",
+                max_tokens=64,
+                backend=backend,
+                mla=mla,
+                kv_cache_dtype=kv_cache_dtype,
+            ),
             store=DirectoryStore(home),
-            toolchain_root=home / "toolchain",
-            compiler=None,
-            out=None,
-            recorder=Recorder(),
-            on_progress=lambda text, done, total: None,
-            mla=mla,
-            kv_cache_dtype=kv_cache_dtype,
+            environment=Environment(store_root=home),
+            check_weights=False,
         )
         return directories[family], compiled.bundle
 
@@ -172,7 +170,7 @@ def test_a_model_without_latents_has_no_such_cache(
     assert "with a KV cache of 'fp8'" in said
     assert "a model without latent attention" in said
     with pytest.raises(UnsupportedModelError, match="one of auto, fp8"):
-        expected_facts(read_config(model_dir), dtype="float32", max_tokens=64, kv_cache_dtype="int4")
+        ModelSpec.of(model_dir, kv_cache_dtype="int4")
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from piecework.bundle.bundle import Bundle, write_bundle
+from piecework.bundle.bundle import Bundle, BundleContent, write_bundle
 from piecework.compiler.model import CompiledModel
 from piecework.foundation.digests import digest_file
 from piecework.foundation.notes import KERNELS, read_note
@@ -81,11 +81,13 @@ def test_libraries_that_were_compiled_before_counts_were_noted(float32: Compiled
         artifacts[f"{digest}.so"] = old
     old_bundle = write_bundle(
         tmp_path / "old",
-        plan=json.loads(plan),
-        artifacts=artifacts,
-        facts=bundle.facts,
-        record=bundle.record(),
-        explanation=bundle.explanation(),
+        BundleContent(
+            plan=json.loads(plan),
+            artifacts=artifacts,
+            facts=bundle.facts,
+            record=bundle.record(),
+            explanation=bundle.explanation(),
+        ),
     )
     *before, compiled = layers(old_bundle).stages
     assert compiled == Moved(None, None, None)

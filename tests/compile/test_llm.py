@@ -9,17 +9,17 @@ import pytest
 from safetensors.torch import save_file
 from torch import nn
 
-from piecework.bundle.record import Recorder
 from piecework.bundle.run import load
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.compiler.model import CompiledModel, compile_model
-from piecework.compiler.options import BackendName, CompileOptions
 from piecework.engine.async_engine import AsyncEngine
 from piecework.engine.engine import EngineConfig, engine_for
 from piecework.engine.llm import LLM
 from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
-from piecework.models.config import read_config
+from piecework.foundation.environment import Environment
+from piecework.spec.config import read_config
+from piecework.spec.model_spec import ModelSpec
 from tests.choice import slow_but
 from tests.unit.engine.test_engine_models import NUM_TOKENS, assert_greedy, mixed_prompts, transformers_tokens
 from tests.unit.models.tiny import write_config
@@ -41,17 +41,10 @@ def weights_dir(tmp_path_factory: pytest.TempPathFactory, reference: nn.Module) 
 def eager(home: Path, weights_dir: Path) -> CompiledModel:
     """A bundle of the eager backend, for at most 32 tokens in a forward."""
     return compile_model(
-        read_config(weights_dir),
-        dtype="float32",
-        max_tokens=32,
-        options=CompileOptions(backend=BackendName.EAGER),
-        check_weights=False,
+        ModelSpec.of(weights_dir, dtype="float32", max_tokens=32, backend="eager"),
         store=DirectoryStore(home),
-        toolchain_root=home / "toolchain",
-        compiler=None,
-        out=None,
-        recorder=Recorder(),
-        on_progress=lambda text, done, total: None,
+        environment=Environment(store_root=home),
+        check_weights=False,
     )
 
 

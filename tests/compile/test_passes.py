@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 import piecework
 from piecework.bundle.bundle import Bundle
-from piecework.bundle.record import Recorder
 from piecework.bundle.run import load
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.compiler.deduplicate import Deduplicated, Forward, deduplicate
 from piecework.compiler.driver import capture_variants
 from piecework.compiler.model import compile_model
-from piecework.compiler.options import BackendName, CompileOptions
-from piecework.compiler.passes.names import PASS_NAMES
 from piecework.compiler.split import split
+from piecework.foundation.environment import Environment
 from piecework.models.adapter import build_causal_lm
-from piecework.models.config import read_config
-from piecework.models.latent_config import MLA_MODES
 from piecework.ops.ir.selection import IR_OPS
+from piecework.spec.compile_options import BackendName, CompileOptions
+from piecework.spec.latent_config import MLA_MODES
+from piecework.spec.model_spec import ModelSpec
+from piecework.spec.passes import PASS_NAMES
 from tests.choice import one_in, slow_but
 from tests.unit.models.tiny import FAMILIES, LATENT_FAMILIES, reference_model, write_config
 
@@ -52,24 +52,17 @@ PASS_BY_PASS = (*FAMILIES, "deepseek_v2_groups", "deepseek_v3_halves")
 def compile_tiny(home: Path) -> Compile:
     def made(model_dir: Path, *, backend: BackendName = BackendName.EAGER, **options: Any) -> Bundle:
         return compile_model(
-            read_config(model_dir),
-            dtype="float32",
-            max_tokens=64,
-            options=CompileOptions(backend=backend, **options),
-            check_weights=False,
+            ModelSpec.of(model_dir, dtype="float32", max_tokens=64, backend=backend, **options),
             store=DirectoryStore(home),
-            toolchain_root=home / "toolchain",
-            compiler=None,
-            out=None,
-            recorder=Recorder(),
-            on_progress=lambda text, done, total: None,
+            environment=Environment(store_root=home),
+            check_weights=False,
         ).bundle
 
     return made
 
 
 def _pieces(model_dir: Path, *, dtype: str, mla: str = "exposed") -> Deduplicated:
-    request = build_causal_lm(model_dir, dtype=dtype, max_tokens=64, mla=mla)
+    request = build_causal_lm(ModelSpec.of(model_dir, dtype=dtype, max_tokens=64, mla=mla))
     paths = [Forward(captured, split(captured), variant) for captured, variant in capture_variants(request)]
     return deduplicate(paths, passes=PASS_NAMES)
 
@@ -164,7 +157,7 @@ def _applied(bundle: Bundle) -> set[str]:
 def test_logits_are_the_same_with_all_passes_as_with_none(family: str, compile_tiny: Compile, tmp_path: Path) -> None:
     weights = _weights(write_config(tmp_path, family))
     wanted = _logits(compile_tiny(tmp_path, passes_off=frozenset(PASS_NAMES)), weights)
-    every = compile_tiny(tmp_path, merge_linear=True)
+    every = compile_tiny(tmp_path)
     assert {"no_ops", "rms_norm", "silu_mul", "add_rms_norm", "merge_linear"} <= _applied(every)
     _assert_close(_logits(every, weights), wanted)
 
@@ -173,12 +166,12 @@ def test_logits_are_the_same_with_all_passes_as_with_none(family: str, compile_t
 @pytest.mark.parametrize("family", PASS_BY_PASS)
 def test_logits_are_the_same_without_any_one_pass(family: str, compile_tiny: Compile, tmp_path: Path) -> None:
     weights = _weights(write_config(tmp_path, family))
-    every = compile_tiny(tmp_path, merge_linear=True)
+    every = compile_tiny(tmp_path)
     wanted = _logits(every, weights)
     applied = sorted(_applied(every))
     assert len(applied) >= 5
     for name in applied:
-        without = compile_tiny(tmp_path, merge_linear=True, passes_off=frozenset({name}))
+        without = compile_tiny(tmp_path, passes_off=frozenset({name}))
         _assert_close(_logits(without, weights), wanted)
 
 
@@ -199,7 +192,7 @@ def test_a_bundle_says_what_each_pass_did(compile_tiny: Compile, tmp_path: Path)
     explained = json.loads((bundle.path / "explain.json").read_text())
     for reports in explained["passes"]:
         names = [found["name"] for found in reports]
-        assert names == [name for name in PASS_NAMES if name not in {"rotary", "merge_linear"}]
+        assert names == [name for name in PASS_NAMES if name != "rotary"]
     assert sum(len(found["matches"]) for found in explained["passes"][1]) == 5
     assert ("option", "passes_off", "rotary") in {(f.kind, f.name, f.value) for f in bundle.facts}
     sites = explained["ir_ops"][1]

@@ -15,11 +15,11 @@ from piecework.engine.profile_options import ProfileOptions
 from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
 from piecework.errors import StoreError
-from piecework.models.config import read_config
 from piecework.report.step_labels import step_labels
 from piecework.server.loading import load_model, make_engine
 from piecework.server.options import ModelOptions
 from piecework.server.status import ServerStatus
+from piecework.spec.model_spec import ModelSpec
 from tests.compile.test_llm import BLOCK_BYTES, eager, weights_dir
 
 __all__ = ["eager", "weights_dir"]
@@ -93,7 +93,7 @@ def test_a_trace_that_cant_be_written_stops_nothing(eager: CompiledModel, weight
 
 def test_a_server_profiles_its_first_forwards(eager: CompiledModel, weights_dir: Path, tmp_path: Path) -> None:
     profile = ProfileOptions(tmp_path / "profile", steps=2)
-    options = ModelOptions(read_config(weights_dir), "float32", kv_memory=20 * BLOCK_BYTES, profile=profile)
+    options = ModelOptions(ModelSpec.of(weights_dir), kv_memory=20 * BLOCK_BYTES, profile=profile)
     status, notes = ServerStatus(), list[str]()
     loaded = load_model(eager.bundle, options, status=status)
     engine = make_engine(loaded, options, tokenizer=None, status=status, on_note=notes.append)

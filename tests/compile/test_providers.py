@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import piecework
-from piecework.compiler.options import BackendName
 from piecework.foundation.torch_private import called_operators, read_calls
 from piecework.ops.norms import add_rms_norm
 from piecework.ops.quantize import quantize_dynamic_per_token
 from piecework.report.ops import describe_ops
+from piecework.spec.compile_options import BackendName
 
 _PACKAGE = """
     from piecework.ops.norms import add_rms_norm

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def write_sample(sample_content: BundleContent, tmp_path: Path) -> Callable[...,
     """Return a function that writes the sample to a path; keywords replace parts of it."""
 
     def write(path: Path, **changes: Any) -> Bundle:
-        content = {"extract_root": tmp_path / "home", **vars(sample_content), **changes}
-        return write_bundle(path, **content)
+        extract_root = changes.pop("extract_root", tmp_path / "home")
+        return write_bundle(path, replace(sample_content, **changes), extract_root=extract_root)
 
     return write

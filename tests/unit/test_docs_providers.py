@@ -49,7 +49,7 @@ def test_the_blocks_run_in_order(site: Path) -> None:
     # the page's own compile, without a C++ compiler
     eager = [b.replace("CompileOptions(", "CompileOptions(backend='eager', ") for b in code]
     eager = [b.replace("backend='eager'", "backend=BackendName.EAGER") for b in eager]
-    _run("from torch import Tensor\nfrom piecework.compiler.options import BackendName\n" + "\n".join(eager), site)
+    _run("from torch import Tensor\nfrom piecework.spec.compile_options import BackendName\n" + "\n".join(eager), site)
 
 
 def test_the_package_is_found_by_its_entry_point(site: Path) -> None:

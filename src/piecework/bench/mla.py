@@ -17,7 +17,7 @@ from piecework.bench.systems.mla import ChatLoad, LatentLayers, LatentModel, Lat
 from piecework.bench.systems.throughput import ThroughputSystem, VllmThroughput, Workload
 from piecework.bench.systems.vllm import Peers
 from piecework.bench.throughput import take_turns
-from piecework.models.latent_config import MLA_MODES
+from piecework.spec.latent_config import MLA_MODES
 
 SYSTEMS: Final = (*MLA_MODES, "vllm")
 PARTS: Final = ("layers", "serving", "offline")

@@ -15,7 +15,7 @@ from piecework.bench.random_models import RandomModel
 from piecework.bench.systems.throughput import PieceworkThroughput, ThroughputSystem, VllmThroughput, Workload
 from piecework.bench.systems.vllm import Peers
 from piecework.engine.profile_options import ProfileOptions
-from piecework.models.config import read_config
+from piecework.spec.config import read_config
 
 SYSTEMS: Final = ("piecework", "vllm")
 

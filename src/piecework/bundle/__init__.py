@@ -1,6 +1,6 @@
 """What a compile leaves: its format, the facts that it holds under, and where it lives. Needs no torch."""
 
-from piecework.bundle.bundle import Bundle, open_bundle, write_bundle
+from piecework.bundle.bundle import Bundle, BundleContent, open_bundle, write_bundle
 from piecework.bundle.facts import (
     Difference,
     Fact,
@@ -13,7 +13,7 @@ from piecework.bundle.facts import (
 )
 from piecework.bundle.manifest import FileEntry, Manifest
 from piecework.bundle.store.directory import DirectoryStore
-from piecework.bundle.store.interface import Artifact, BundleContent, Kind, MemoryStore, Store, StoredItem
+from piecework.bundle.store.interface import Artifact, Kind, MemoryStore, Store, StoredItem
 from piecework.bundle.store.lookup import find_artifact, find_bundle
 
 __all__ = [

@@ -6,10 +6,10 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, final
 
 from piecework.bundle import archive
 from piecework.bundle.facts import Fact
@@ -30,7 +30,28 @@ from piecework.foundation import files
 from piecework.foundation.digests import canonical_json, digest_bytes, digest_file
 from piecework.foundation.environment import read_environment
 
-_NO_IDENTITY: Final[Mapping[str, object]] = {}
+
+@dataclass(frozen=True)
+class BundleContent:
+    """What a bundle is made of.
+
+    Attributes:
+        plan: the content of plan.json.
+        artifacts: the artifacts' files by their name in the bundle, "<sha256 of the content>.so".
+        facts: what the compile read.
+        record: what happened while compiling.
+        constants: the content of constants.safetensors, if the plan has literals.
+        identity: what the bundle is of, as JSON.
+        explanation: the content of explain.json, for `piecework explain`.
+    """
+
+    plan: Mapping[str, object]
+    artifacts: Mapping[str, Path]
+    facts: tuple[Fact, ...]
+    record: Record
+    constants: bytes | None = None
+    identity: Mapping[str, object] = field(default_factory=dict)
+    explanation: Mapping[str, object] | None = None
 
 
 @final
@@ -154,29 +175,12 @@ def open_bundle(path: str | Path, *, extract_root: Path | None = None, verify: b
         return _open_archive(place, extract_root=extract_root or read_environment().store_root, verify=verify)
 
 
-def write_bundle(
-    path: str | Path,
-    *,
-    plan: Mapping[str, object],
-    artifacts: Mapping[str, Path],
-    facts: Iterable[Fact],
-    record: Record,
-    constants: bytes | None = None,
-    identity: Mapping[str, object] = _NO_IDENTITY,
-    explanation: Mapping[str, object] | None = None,
-    extract_root: Path | None = None,
-) -> Bundle:
+def write_bundle(path: str | Path, content: BundleContent, *, extract_root: Path | None = None) -> Bundle:
     """Write a bundle atomically and open it. A bundle that is there already is replaced.
 
     Args:
         path: where to; a name that ends in ".pwb" gives an archive, any other a directory.
-        plan: the content of plan.json.
-        artifacts: the artifacts' files by their name in the bundle, "<sha256 of the content>.so".
-        facts: what the compile read.
-        record: what happened while compiling.
-        constants: the content of constants.safetensors, if the plan has literals.
-        identity: what the bundle is of, as JSON.
-        explanation: the content of explain.json, for `piecework explain`.
+        content: what it is made of.
         extract_root: as for `open_bundle`.
 
     Raises StoreError where `path` can't be written or holds something that is no bundle.
@@ -187,16 +191,7 @@ def write_bundle(
         place.absolute().parent.mkdir(parents=True, exist_ok=True)
         with files.scratch(place.absolute().parent) as directory:
             unfinished = directory / "bundle"
-            build_directory(
-                unfinished,
-                plan=plan,
-                artifacts=artifacts,
-                facts=facts,
-                record=record,
-                constants=constants,
-                identity=identity,
-                explanation=explanation,
-            )
+            build_directory(unfinished, content)
             if place.suffix == ARCHIVE_SUFFIX:
                 packed = directory / place.name
                 archive.write_archive(unfinished, to=packed)
@@ -208,37 +203,33 @@ def write_bundle(
     return open_bundle(place, extract_root=extract_root, verify=False)
 
 
-def build_directory(
-    directory: Path,
-    *,
-    plan: Mapping[str, object],
-    artifacts: Mapping[str, Path],
-    facts: Iterable[Fact],
-    record: Record,
-    constants: bytes | None = None,
-    identity: Mapping[str, object] = _NO_IDENTITY,
-    explanation: Mapping[str, object] | None = None,
-) -> Manifest:
-    """Write the directory form of a bundle into a new `directory`, not atomically; arguments as `write_bundle`.
+def build_directory(directory: Path, content: BundleContent) -> Manifest:
+    """Write the directory form of a bundle into a new `directory`, not atomically.
 
     Raises OSError, InternalError where an artifact's name isn't its content's digest.
     """
     (directory / ARTIFACTS).mkdir(parents=True)
     entries: dict[str, FileEntry] = {}
-    for name, source in sorted(artifacts.items()):
+    for name, source in sorted(content.artifacts.items()):
         copy = directory / ARTIFACTS / name
         shutil.copyfile(source, copy)
         entries[f"{ARTIFACTS}/{name}"] = FileEntry(sha256=digest_file(copy), size=copy.stat().st_size)
         if artifact_digest(name) != entries[f"{ARTIFACTS}/{name}"].sha256:
             raise InternalError(f"the artifact {name} is not named by its content's digest")
-    contents = {PLAN: canonical_json(plan), RECORD: canonical_json(record.to_json()), CONSTANTS: constants}
-    contents[EXPLANATION] = None if explanation is None else canonical_json(explanation)
-    for name, data in contents.items():
+    explanation = content.explanation
+    written = {
+        PLAN: canonical_json(content.plan),
+        RECORD: canonical_json(content.record.to_json()),
+        CONSTANTS: content.constants,
+        EXPLANATION: None if explanation is None else canonical_json(explanation),
+    }
+    for name, data in written.items():
         if data is not None:
             (directory / name).write_bytes(data)
             entries[name] = FileEntry(sha256=digest_bytes(data), size=len(data))
-    unique = {(fact.kind, fact.name): fact for fact in facts}
-    manifest = Manifest(facts=tuple(unique[key] for key in sorted(unique)), files=entries, identity=dict(identity))
+    unique = {(fact.kind, fact.name): fact for fact in content.facts}
+    facts = tuple(unique[key] for key in sorted(unique))
+    manifest = Manifest(facts=facts, files=entries, identity=dict(content.identity))
     (directory / MANIFEST).write_bytes(manifest.to_bytes())
     return manifest
 

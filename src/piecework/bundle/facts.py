@@ -247,7 +247,7 @@ def _search_path() -> list[Path]:
 
 def _shorten(fact: Fact, value: JsonScalar) -> str:
     """Write a value for people: a digest by its beginning, an instruction set by its level."""
-    if value is None:
+    if value is None or value == "":
         return "nothing"
     if fact.kind in ("source", "model") and isinstance(value, str):
         return value[:12]

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from piecework.cli import console
-from piecework.cli.compile import add_compile_options
+from piecework.foundation.environment import read_environment
+from piecework.spec.command_line import add_spec_options, given_options
+from piecework.spec.model_spec import spec_options
 
 if TYPE_CHECKING:
     from piecework.report.explain import ExplainReport
@@ -26,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
                         "directory with config.json")  # fmt: skip
     parser.add_argument("--layers", type=_layers, metavar="A,B", help="compare these two layers piece by piece")
     parser.add_argument("--all", action="store_true", help="name every group of layers and every difference")
-    add_compile_options(parser.add_argument_group("for a model's directory"))
+    add_spec_options(parser.add_argument_group("for a model's directory"))
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object")
 
 
@@ -41,17 +43,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> ExplainReport:
-    # `piecework --help` must not pay for them
-    from piecework.compiler.explain import explain_path  # noqa: PLC0415
-    from piecework.compiler.options import BackendName, CompileOptions  # noqa: PLC0415
+    from piecework.compiler.explain import explain_path  # noqa: PLC0415  `piecework --help` must not pay for it
 
     return explain_path(
         args.target,
-        dtype=args.dtype,
-        max_tokens=args.max_tokens,
-        options=CompileOptions(backend=BackendName(args.backend), ranges=args.ranges, device=args.device),
-        mla=args.mla,
-        kv_cache_dtype=args.kv_cache_dtype,
+        environment=read_environment(),
+        options=given_options(args, spec_options()),
         layers=args.layers,
     )
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from piecework.cli import console
-from piecework.cli.compile import add_latent_options, add_provider_option, chosen_providers
 from piecework.engine.block_pool import DEFAULT_BLOCK_SIZE
 from piecework.foundation.process import keep_freed_memory, peak_rss_bytes, seconds_since_start
-from piecework.models.bundle_key import DEFAULT_MAX_TOKENS, given_bundle_facts
-from piecework.models.config import ModelConfig, read_config
+from piecework.spec.command_line import add_spec_options, spec_of
+from piecework.spec.config import ModelConfig
 
 if TYPE_CHECKING:
     from piecework.bundle.bundle import Bundle
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from piecework.engine.sampling_params import SamplingParams
     from piecework.engine.text.tokenizer import Tokenizer
     from piecework.models.checkpoint import Checkpoint
+    from piecework.spec.model_spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--random-weights", type=int, metavar="SEED", help="use random weights; the directory needs no safetensors"
     )
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="type of weights and activations (default: the config's)"
-    )
-    parser.add_argument(
-        "--max-tokens",
-        type=_positive,
-        default=DEFAULT_MAX_TOKENS,
-        metavar="N",
-        help="most tokens in one forward pass (default: %(default)s)",
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
-    add_latent_options(parser)
-    add_provider_option(parser)
+    add_spec_options(parser)
     parser.add_argument("--bundle", type=Path, metavar="BUNDLE", help="use this bundle instead of the store's")
     parser.add_argument("--json", action="store_true", help="print text, tokens and timings as one JSON object")
 
@@ -89,16 +77,16 @@ def run(args: argparse.Namespace) -> int:
     from piecework.engine.text.tokenizer import load_tokenizer  # noqa: PLC0415
 
     params = _sampling_params(args)
-    config = read_config(args.model)
+    spec = spec_of(args, source=args.model)
     tokenizer = load_tokenizer(args.model)
     prompt = _prompt_tokens(args, tokenizer)
     # refuses an empty prompt before anything is compiled for it
     request = GenerationRequest("generate", tuple(prompt), params)
-    bundle, verify_s = _bundle(args, config)
+    bundle, verify_s = _bundle(args, spec)
     model = _load(args, bundle)
     gc.freeze()
     gc.enable()
-    pieces = _generate(model, config, tokenizer, request)
+    pieces = _generate(model, spec.config, tokenizer, request)
     if args.json:
         console.out_json(_figures(list(pieces), prompt=prompt, model=model, bundle=bundle, verify_s=verify_s))
     else:
@@ -127,7 +115,7 @@ def _prompt_tokens(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(args.prompt)
 
 
-def _bundle(args: argparse.Namespace, config: ModelConfig) -> tuple[Bundle, float]:
+def _bundle(args: argparse.Namespace, spec: ModelSpec) -> tuple[Bundle, float]:
     """Return the bundle that was given, or the store's, compiling it where need be; and the seconds to verify it.
 
     Its files and facts are checked here, once.
@@ -142,20 +130,9 @@ def _bundle(args: argparse.Namespace, config: ModelConfig) -> tuple[Bundle, floa
     begun = time.perf_counter()
     if args.bundle is not None:
         bundle = open_bundle(args.bundle, extract_root=root)
-        expected = given_bundle_facts(config, providers=chosen_providers(args), kv_cache_dtype=args.kv_cache_dtype)
-        require(bundle.facts, asked=f"run {args.model} from {args.bundle}", expected=expected)
+        require(bundle.facts, asked=f"run {args.model} from {args.bundle}", expected=spec.asked_facts)
         return bundle, time.perf_counter() - begun
-    found = find_or_compile(
-        config,
-        dtype=args.dtype or config.dtype,
-        max_tokens=args.max_tokens,
-        device=args.device,
-        store=DirectoryStore(root),
-        on_note=console.status,
-        mla=args.mla,
-        kv_cache_dtype=args.kv_cache_dtype,
-        providers=chosen_providers(args),
-    )
+    found = find_or_compile(spec, store=DirectoryStore(root), on_note=console.status)
     return found.bundle, found.verify_s
 
 
@@ -219,10 +196,3 @@ def _figures(
         "tokens_per_s": round((len(pieces) - 1) / decode_s, 1) if decode_s else 0.0,
         "peak_rss_mb": round(peak_rss_bytes() / 2**20, 1),
     }
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value

@@ -12,13 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from piecework.cli.compile import add_latent_options, add_provider_option, chosen_providers
 from piecework.engine.profile_options import DEFAULT_STEPS, ProfileOptions
 from piecework.errors import PieceworkError
 from piecework.foundation.environment import read_environment
 from piecework.foundation.process import keep_freed_memory, seconds_since_start
-from piecework.models.bundle_key import DEFAULT_MAX_TOKENS
-from piecework.models.config import read_config
+from piecework.spec.command_line import add_spec_options, spec_of
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -140,12 +138,8 @@ def _import_server() -> tuple[Callable[..., FastAPI], type[HttpServer]]:
 def _model_options(args: argparse.Namespace) -> ModelOptions:
     from piecework.server.options import ModelOptions, WhileCompiling  # noqa: PLC0415
 
-    config = read_config(args.model)
     return ModelOptions(
-        config,
-        args.dtype or config.dtype,
-        device=args.device,
-        max_tokens=args.max_tokens,
+        spec_of(args, source=args.model),
         max_seqs=args.max_seqs,
         kv_memory=args.kv_memory,
         memory_fraction=args.memory_fraction,
@@ -153,9 +147,6 @@ def _model_options(args: argparse.Namespace) -> ModelOptions:
         while_compiling=WhileCompiling(args.while_compiling),
         bundle=args.bundle,
         random_weights=args.random_weights,
-        mla=args.mla,
-        kv_cache_dtype=args.kv_cache_dtype,
-        providers=chosen_providers(args),
         profile=None if args.profile is None else ProfileOptions(args.profile, steps=args.profile_steps),
     )
 
@@ -196,19 +187,7 @@ def _add_http(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="type of weights and activations (default: the config's)"
-    )
-    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
-    add_latent_options(group)
-    add_provider_option(group)
-    group.add_argument(
-        "--max-tokens",
-        type=_positive,
-        default=DEFAULT_MAX_TOKENS,
-        metavar="N",
-        help="most tokens in one forward pass (default: %(default)s)",
-    )
+    add_spec_options(group)
     group.add_argument(
         "--max-seqs",
         type=_positive,

@@ -19,11 +19,11 @@ from piecework.capture.request import CaptureRequest, Dim, TensorInput
 from piecework.capture.structure import flatten
 from piecework.compiler.driver import compile_request
 from piecework.compiler.model import started_backend
-from piecework.compiler.options import CompileOptions
 from piecework.errors import CaptureError
 from piecework.foundation.environment import read_environment
 from piecework.foundation.target import read_target
 from piecework.foundation.torch_private import operator_name
+from piecework.spec.compile_options import CompileOptions
 
 
 def compile(
@@ -77,12 +77,7 @@ def compile(
     with (
         store.scratch() as scratch,
         started_backend(
-            chosen,
-            scratch=scratch,
-            root=environment.store_root / "toolchain",
-            compiler=environment.compiler,
-            target=target,
-            device=request.device,
+            chosen, scratch=scratch, environment=environment, target=target, device=request.device
         ) as backend,
     ):
         content = compile_request(
@@ -96,17 +91,8 @@ def compile(
             identity={"module": type(module).__qualname__},
             arguments=arguments,
         ).content
-        return write_bundle(
-            Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="piecework-")) / "bundle",
-            plan=content.plan,
-            artifacts=content.artifacts,
-            facts=content.facts,
-            record=content.record,
-            constants=content.constants,
-            identity=content.identity or {},
-            explanation=content.explanation,
-            extract_root=environment.store_root,
-        )
+        place = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="piecework-")) / "bundle"
+        return write_bundle(place, content, extract_root=environment.store_root)
 
 
 def module_request(

@@ -16,7 +16,6 @@ from piecework.capture.request import Dim
 from piecework.compiler.backends import aoti, rebuild, toolchain, vector_exp
 from piecework.compiler.backends.backend import Backend
 from piecework.compiler.job import Job
-from piecework.compiler.options import BackendName, CompileOptions
 from piecework.compiler.passes import native_matmul, pack_linear
 from piecework.compiler.rewrite import fakes
 from piecework.errors import CompileError
@@ -25,6 +24,7 @@ from piecework.foundation.target import Target
 from piecework.foundation.torch_private import inductor, scheduled_kernels, symbolic
 from piecework.ops.ir import decode, resolve
 from piecework.ops.ir.program import Program
+from piecework.spec.compile_options import BackendName, CompileOptions
 
 OnProgress = Callable[[str, int, int], None]
 """Called with what is being done, how many artifacts are done, and how many there are (0: not known yet)."""

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from piecework.bundle.bundle import BundleContent
 from piecework.bundle.facts import Fact, environment_facts, option_facts, package_version, source_facts
 from piecework.bundle.packings import OWN
 from piecework.bundle.plan import Plan, ShapeRange
 from piecework.bundle.record import Recorder
-from piecework.bundle.store.interface import BundleContent, Store
+from piecework.bundle.store.interface import Store
 from piecework.capture.capture import CapturedGraph, capture
 from piecework.capture.request import CaptureRequest, Variant
 from piecework.compiler.artifacts import OnProgress, compile_artifacts
@@ -21,7 +22,6 @@ from piecework.compiler.deduplicate import Deduplicated, Forward, deduplicate
 from piecework.compiler.explanations import explain_pieces
 from piecework.compiler.kernel_builds import KernelBuilds, kernel_jobs
 from piecework.compiler.natives import Native, collect_natives
-from piecework.compiler.options import CompileOptions, chosen_passes
 from piecework.compiler.packing import packing_of
 from piecework.compiler.passes.lower import Lowering
 from piecework.compiler.passes.native_matmul import native_paths
@@ -30,6 +30,7 @@ from piecework.compiler.split import Piece, split
 from piecework.foundation.process import garbage_collection_off
 from piecework.foundation.target import Target
 from piecework.providers.discovery import Providers, load_providers
+from piecework.spec.compile_options import CompileOptions
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def compile_request(
             paths = [Forward(captured, split(captured), variant) for captured, variant in captures]
             pieces = deduplicate(
                 paths,
-                passes=chosen_passes(options),
+                passes=options.passes,
                 packing=packing_of(options, target=target, device=request.device),
                 lowering=lowering,
             )

@@ -22,7 +22,6 @@ from piecework.compiler.backends.pool import Outcome
 from piecework.compiler.eager_forms import call_forms
 from piecework.compiler.job import Job
 from piecework.compiler.natives import Native, native
-from piecework.compiler.options import CompileOptions
 from piecework.compiler.passes.lower import Lowering
 from piecework.errors import OpError
 from piecework.foundation.environment import read_environment
@@ -32,6 +31,7 @@ from piecework.ops.ir.native_bodies import NativeBodies, NativeBody
 from piecework.ops.ir.operator import SelectableOp
 from piecework.ops.ir.selection import Choice, ProviderOrder, Selection, as_order, entering, leaving
 from piecework.providers.discovery import load_providers
+from piecework.spec.compile_options import CompileOptions
 
 MOST_ROWS = 1 << 20
 
@@ -240,7 +240,7 @@ class _LateBackend(Backend):
         if self._backend is None:
             environment = read_environment()
             self._backend = AotiBackend(
-                root=environment.store_root / "toolchain",
+                root=environment.toolchain_root,
                 scratch=self._stack.enter_context(self._store.scratch()),
                 compiler=environment.compiler,
                 target=self._target,

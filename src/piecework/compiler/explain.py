@@ -7,29 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from piecework.bundle.bundle import Bundle, open_bundle
 from piecework.bundle.facts import require
 from piecework.bundle.format import MANIFEST
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.bundle.store.interface import Store
-from piecework.compiler.options import CompileOptions
 from piecework.errors import BundleError, CaptureError, UnsupportedModelError
-from piecework.foundation.environment import read_environment
+from piecework.foundation.environment import Environment, read_environment
 from piecework.foundation.target import read_target
-from piecework.models.bundle_key import DEFAULT_MAX_TOKENS, bundle_key, expected_facts
-from piecework.models.config import ModelConfig, read_config
-from piecework.models.latent_config import DEFAULT_KV_CACHE_DTYPE, DEFAULT_MLA
 from piecework.report.explain import ExplainReport, bundle_subject, explain_bundle, explain_subject
 from piecework.report.subject import Subject
+from piecework.spec.model_spec import ModelSpec
 
 if TYPE_CHECKING:
     from torch import nn
 
     from piecework.capture.request import CaptureRequest, Dim
 
-CAPTURED = "a capture: nothing was compiled"
+CAPTURED: Final = "a capture: nothing was compiled"
+_NO_OPTIONS: Final[Mapping[str, Any]] = {}
 
 
 def explain(
@@ -67,7 +65,7 @@ def explain(
         return explain_bundle(target, layers=layers)
     if isinstance(target, str | Path):
         if example_args is None and example_kwargs is None:
-            return explain_path(Path(target), layers=layers)
+            return explain_path(Path(target), environment=read_environment(), layers=layers)
         raise _no_module(f"the path {target} with example arguments")
     if example_args is None and example_kwargs is None:
         raise _no_module(f"a {type(target).__name__} without example arguments")
@@ -89,40 +87,23 @@ def explain(
 def explain_path(
     path: Path,
     *,
-    dtype: str | None = None,
-    max_tokens: int = DEFAULT_MAX_TOKENS,
-    options: CompileOptions | None = None,
-    mla: str = DEFAULT_MLA,
-    kv_cache_dtype: str = DEFAULT_KV_CACHE_DTYPE,
+    environment: Environment,
+    options: Mapping[str, Any] = _NO_OPTIONS,
     layers: tuple[int, int] | None = None,
 ) -> ExplainReport:
     """Explain a bundle, or the model of a directory.
 
     Args:
         path: the bundle's directory or archive, or the model's directory.
-        dtype: of a model's weights; default: the config's.
-        max_tokens: most tokens in one forward pass of a model.
-        options: what a model's bundle was or would be compiled with.
-        mla: the same, for models with latent attention: "exposed" or "opaque".
-        kv_cache_dtype: the same: "auto", or "fp8" for these models.
+        environment: where the store is.
+        options: what a model's bundle was or would be compiled with, as `ModelSpec.of` takes them.
         layers: see `explain`.
 
     Raises as `explain`.
     """
-    environment = read_environment()
     if not _is_model(path):
         return explain_bundle(open_bundle(path, extract_root=environment.store_root, verify=False), layers=layers)
-    config = read_config(path)
-    return explain_model(
-        config,
-        dtype=dtype or config.dtype,
-        max_tokens=max_tokens,
-        options=options or CompileOptions(),
-        store=DirectoryStore(environment.store_root),
-        mla=mla,
-        kv_cache_dtype=kv_cache_dtype,
-        layers=layers,
-    )
+    return explain_model(ModelSpec.of(path, **options), store=DirectoryStore(environment.store_root), layers=layers)
 
 
 def _is_model(path: Path) -> bool:
@@ -137,40 +118,23 @@ def _is_model(path: Path) -> bool:
     return True
 
 
-def explain_model(
-    config: ModelConfig,
-    *,
-    dtype: str,
-    max_tokens: int,
-    options: CompileOptions,
-    store: Store,
-    mla: str = DEFAULT_MLA,
-    kv_cache_dtype: str = DEFAULT_KV_CACHE_DTYPE,
-    layers: tuple[int, int] | None = None,
-) -> ExplainReport:
+def explain_model(spec: ModelSpec, *, store: Store, layers: tuple[int, int] | None = None) -> ExplainReport:
     """Explain the stored bundle of a model; where there is none that holds here, capture the model.
 
     Args:
-        config: the model directory's.
-        dtype: type of weights and activations.
-        max_tokens: most tokens in one forward pass.
-        options: what the bundle was or would be compiled with.
+        spec: which model, compiled how.
         store: where its bundle may be; nothing is written to it.
-        mla: for models with latent attention, "exposed" or "opaque".
-        kv_cache_dtype: "auto", or "fp8" for these models.
         layers: see `explain`.
 
     Raises as `explain`.
     """
     target = read_target()
-    latent = {"mla": mla, "kv_cache_dtype": kv_cache_dtype}
-    expected = expected_facts(config, dtype=dtype, max_tokens=max_tokens, options=options.facts(), **latent)
     try:
-        bundle = store.get_bundle(bundle_key(expected, target=target))
+        bundle = store.get_bundle(spec.key(target=target))
         if bundle is None:
             note = "the store has no bundle of it with these options"
         else:
-            require(bundle.facts, asked=f"explain the bundle {bundle.path}", expected=expected, target=target)
+            require(bundle.facts, asked=f"explain the bundle {bundle.path}", expected=spec.facts, target=target)
             subject = bundle_subject(bundle)
             if subject.explanation is not None:
                 return explain_subject(subject, layers=layers)
@@ -179,8 +143,8 @@ def explain_model(
         note = f"its bundle in the store can't be used: {error.found}"
     from piecework.models.adapter import build_causal_lm  # noqa: PLC0415  imports transformers
 
-    request = build_causal_lm(config.path, dtype=dtype, max_tokens=max_tokens, device=options.device, **latent)
-    return explain_subject(captured_subject(request, name=str(config.path), notes=(note,)), layers=layers)
+    request = build_causal_lm(spec)
+    return explain_subject(captured_subject(request, name=str(spec.source), notes=(note,)), layers=layers)
 
 
 def captured_subject(

@@ -17,13 +17,13 @@ from piecework.bundle.store.interface import Artifact, Store
 from piecework.bundle.store.lookup import find_artifact
 from piecework.compiler.backends.backend import Backend
 from piecework.compiler.backends.toolchain import KERNEL_FLAGS
-from piecework.compiler.options import BackendName, CompileOptions
 from piecework.compiler.split import OpaqueCall, Step
 from piecework.errors import CompileError
 from piecework.foundation.digests import digest_file, digest_json
 from piecework.foundation.target import Target
 from piecework.foundation.torch_private import operator_of
 from piecework.providers.libraries import KERNELS, Kernel
+from piecework.spec.compile_options import BackendName, CompileOptions
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from piecework.compiler.options import BackendName, CompileOptions
 from piecework.compiler.passes.packing import Packing
 from piecework.foundation.target import Target
 from piecework.foundation.torch_private import operator_of, parameter_position
 from piecework.ops.mla.operators import PACKABLE
+from piecework.spec.compile_options import BackendName, CompileOptions
 
 
 def packing_of(options: CompileOptions, *, target: Target, device: str) -> Packing:

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Final, final
 
 from piecework.errors import CompileError, PieceworkError
-from piecework.models.latent_config import DEFAULT_KV_CACHE_DTYPE, DEFAULT_MLA
-from piecework.ops.ir.selection import ProviderOrder
+from piecework.spec.model_spec import ModelSpec
 
 _STEP: Final = re.compile(r"\[(\d+)/(\d+)\] (.*)")
 _STOP_S: Final = 10.0
@@ -41,33 +40,12 @@ class CompileProcess:
     """`piecework compile` for one model, into the local store. May be stopped from another thread.
 
     Args:
-        model_dir: the model.
-        dtype: type of weights and activations.
-        max_tokens: most tokens in one forward pass.
-        device: device type to run on.
-        backend: "aoti" or "eager".
-        mla: "exposed" or "opaque", for models with latent attention.
-        providers: which implementations IR ops get; None for the default.
-        kv_cache_dtype: "auto", or "fp8" for models with latent attention.
+        spec: which model, compiled how.
     """
 
-    def __init__(
-        self,
-        model_dir: Path,
-        *,
-        dtype: str,
-        max_tokens: int,
-        device: str,
-        backend: str,
-        mla: str = DEFAULT_MLA,
-        providers: ProviderOrder | None = None,
-        kv_cache_dtype: str = DEFAULT_KV_CACHE_DTYPE,
-    ) -> None:
-        self._command = [sys.executable, "-m", "piecework", "compile", str(model_dir), "--weights", "none", "--json"]
-        self._command += ["--dtype", dtype, "--max-tokens", str(max_tokens), "--device", device, "--backend", backend]
-        self._command += ["--mla", mla, "--kv-cache-dtype", kv_cache_dtype]
-        if providers is not None:
-            self._command += ["--provider", providers.text()]
+    def __init__(self, spec: ModelSpec) -> None:
+        options = ["--spec", spec.to_json(), "--weights", "none", "--json"]
+        self._command = [sys.executable, "-m", "piecework", "compile", *options]
         self._mutex = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._stopped = False

@@ -20,7 +20,7 @@ from piecework.engine.sampling.sampler import Sampler, SamplingRow
 from piecework.engine.scheduler import ScheduledBatch, Scheduler
 from piecework.engine.text.tokenizer import Tokenizer
 from piecework.errors import RequestError
-from piecework.models.config import ModelConfig
+from piecework.spec.config import ModelConfig
 
 
 class Runner(Protocol):

@@ -18,9 +18,9 @@ import torch
 from piecework.bundle.plan import Plan
 from piecework.bundle.sizes import size_expression
 from piecework.errors import CapacityError
-from piecework.models.config import ModelConfig
-from piecework.models.latent_config import LatentSizes
 from piecework.ops.mla.plain import CONTEXT_CHUNK
+from piecework.spec.config import ModelConfig
+from piecework.spec.latent_config import LatentSizes
 
 DEFAULT_FRACTION: Final = {"cpu": 0.5, "cuda": 0.9}
 _STEPS: Final = 64

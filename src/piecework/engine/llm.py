@@ -30,10 +30,7 @@ from piecework.engine.text_engine import TextEngine
 from piecework.errors import RequestError
 from piecework.foundation.environment import read_environment
 from piecework.foundation.process import keep_freed_memory
-from piecework.models.bundle_key import DEFAULT_MAX_TOKENS, given_bundle_facts
-from piecework.models.config import read_config
-from piecework.models.latent_config import DEFAULT_KV_CACHE_DTYPE, DEFAULT_MLA
-from piecework.ops.ir.selection import ProviderOrder, as_order
+from piecework.spec.model_spec import ModelSpec
 
 Prompt = str | Sequence[int]
 
@@ -70,49 +67,31 @@ class LLM:
 
     def __init__(
         self,
-        model_dir: str | Path,
+        model: str | Path | ModelSpec,
         *,
-        dtype: str | None = None,
-        device: str = "cpu",
-        max_tokens: int = DEFAULT_MAX_TOKENS,
         max_seqs: int | None = None,
         kv_cache_memory: int | None = None,
         memory_fraction: float | None = None,
         prefix_caching: bool = True,
         bundle: str | Path | None = None,
         random_weights: int | None = None,
-        mla: str = DEFAULT_MLA,
-        kv_cache_dtype: str = DEFAULT_KV_CACHE_DTYPE,
-        providers: ProviderOrder | str | Sequence[str] | None = None,
         profile: ProfileOptions | None = None,
         on_note: Callable[[str], None] = lambda _: None,
+        **options: Any,
     ) -> None:
         keep_freed_memory()
+        spec = model if isinstance(model, ModelSpec) else ModelSpec.of(model, **options)
+        device = spec.options.device
         memory = read_memory(device)
-        self._config = config = read_config(Path(model_dir))
+        self._config = config = spec.config
         has_tokenizer = (config.path / "tokenizer.json").exists()
         self._tokenizer = load_tokenizer(config.path) if has_tokenizer else None
-        order = None if providers is None else as_order(providers)
+        root = read_environment().store_root
         if bundle is not None:
-            opened = open_bundle(Path(bundle), extract_root=read_environment().store_root)
-            require(
-                opened.facts,
-                asked=f"run {config.path} from {bundle}",
-                expected=given_bundle_facts(config, providers=order, kv_cache_dtype=kv_cache_dtype),
-            )
+            opened = open_bundle(Path(bundle), extract_root=root)
+            require(opened.facts, asked=f"run {config.path} from {bundle}", expected=spec.asked_facts)
         else:
-            store = DirectoryStore(read_environment().store_root)
-            opened = find_or_compile(
-                config,
-                dtype=dtype or config.dtype,
-                max_tokens=max_tokens,
-                device=device,
-                store=store,
-                on_note=on_note,
-                mla=mla,
-                providers=order,
-                kv_cache_dtype=kv_cache_dtype,
-            ).bundle
+            opened = find_or_compile(spec, store=DirectoryStore(root), on_note=on_note).bundle
         size = CacheSize(num_bytes=kv_cache_memory, fraction=memory_fraction)
         plan = Plan.from_json(opened.plan())
         num_blocks = num_blocks_for_cache(plan, config, size, device=device, memory=memory)
@@ -123,8 +102,8 @@ class LLM:
             max_seqs=most if max_seqs is None else min(max_seqs, most),
             prefix_caching=prefix_caching,
         )
-        model = load(opened, weights=open_weights(config.path, plan, random_seed=random_weights), check_facts=False)
-        runner = model if profile is None else _profiled(model, profile, on_note=on_note)
+        loaded = load(opened, weights=open_weights(config.path, plan, random_seed=random_weights), check_facts=False)
+        runner = loaded if profile is None else _profiled(loaded, profile, on_note=on_note)
         engine = engine_for(runner, engine_config, model_config=config, tokenizer=self._tokenizer)
         self._bundle = opened
         self._texts = TextEngine(AsyncEngine(engine), self._tokenizer)

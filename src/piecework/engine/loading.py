@@ -10,7 +10,7 @@ import torch
 from piecework.bundle.plan import Plan
 from piecework.engine.kv_memory import DEFAULT_FRACTION, Memory, memory_needs, num_blocks_in, num_blocks_of_bytes
 from piecework.models.checkpoint import Checkpoint, TensorMeta, open_checkpoint, random_checkpoint
-from piecework.models.config import ModelConfig
+from piecework.spec.config import ModelConfig
 
 
 @dataclass(frozen=True)

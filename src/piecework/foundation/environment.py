@@ -26,6 +26,11 @@ class Environment:
     layer_names: bool = True
     api_key: str | None = field(default=None, repr=False)
 
+    @property
+    def toolchain_root(self) -> Path:
+        """Where what the C++ compiler prepares once per machine lives."""
+        return self.store_root / "toolchain"
+
 
 def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     """Read the variables that piecework knows, from `variables` or else from this process's environment.

@@ -8,24 +8,24 @@ buffers that are computed from the config (rotary frequencies) are real.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from piecework.capture.request import CaptureRequest, Dim, SizeInput, TensorInput, Variant
 from piecework.errors import UnsupportedModelError
 from piecework.models.adapted import AdaptedModel
 from piecework.models.batch import BLOCK_SIZE, ForwardBatch
-from piecework.models.config import DTYPES, ModelConfig, read_config
 from piecework.models.deepseek import adapt_deepseek
-from piecework.models.latent_config import DEFAULT_KV_CACHE_DTYPE, DEFAULT_MLA, MLA_MODES, check_kv_cache_dtype
 from piecework.models.paged_attention import adapt_paged
 from piecework.ops.attention import ATTENTION_OP
 from piecework.ops.mla.core import Regime
+from piecework.spec.config import ModelConfig
+from piecework.spec.model_spec import ModelSpec
 
 MAX_SEQS: Final = 256
 MAX_BLOCKS: Final = 2**31 - 1
@@ -41,47 +41,22 @@ _INPUTS: Final[Mapping[str, tuple[str, ...]]] = {
 }
 
 
-def build_causal_lm(
-    model_dir: Path,
-    *,
-    dtype: str | None = None,
-    max_tokens: int,
-    device: str = "cpu",
-    mla: str = DEFAULT_MLA,
-    kv_cache_dtype: str = DEFAULT_KV_CACHE_DTYPE,
-) -> CaptureRequest:
-    """Return what to capture for the model of a directory; only config.json (and generation_config.json) is read.
-
-    Args:
-        model_dir: a directory in Hugging Face layout.
-        dtype: type of weights and activations; default: the config's.
-        max_tokens: most tokens in one forward pass.
-        device: device type that the compiled model runs on, "cpu" or "cuda".
-        mla: for models with latent attention, "exposed" or "opaque"; see models/latent_attention.py.
-        kv_cache_dtype: "auto", or for these models "fp8"; see ops/mla/cache.py.
+def build_causal_lm(spec: ModelSpec) -> CaptureRequest:
+    """Return what to capture for a model; of its directory nothing more is read than the spec has.
 
     Raises UnsupportedModelError where piecework can't compile the model.
     """
-    config = read_config(model_dir)
-    dtype = dtype or config.dtype
-    for what, value, known in (("dtype", dtype, DTYPES), ("way of latent attention", mla, MLA_MODES)):
-        if value not in known:
-            raise UnsupportedModelError(
-                asked=f"{model_dir} in {value}",
-                found=f"a {what} that isn't supported",
-                try_=f"one of {', '.join(known)}",
-            )
-    check_kv_cache_dtype(kv_cache_dtype, config.latent, asked=f"{model_dir}")
-    model = _adapt(config, dtype=dtype, mla=mla, kv_cache_dtype=kv_cache_dtype)
-    regimes = config.latent is not None and mla == "exposed"
-    sizes = _sizes(config, max_tokens=max_tokens)
+    config, device = spec.config, spec.options.device
+    model = _adapt(spec)
+    regimes = config.latent is not None and spec.mla == "exposed"
+    sizes = _sizes(config, max_tokens=spec.max_tokens)
     inputs: list[TensorInput | SizeInput] = [
         *(TensorInput(name, shape, "int64", device) for name, shape in _INPUTS.items()),
         SizeInput("num_decode_tokens", "decode_tokens"),
     ]
     if regimes:
         inputs.append(SizeInput("num_prefill_tokens", "prefill_tokens"))
-        sizes["prefill_tokens"] = Dim(0, max_tokens)
+        sizes["prefill_tokens"] = Dim(0, spec.max_tokens)
     return CaptureRequest(
         module=model.module,
         call=partial(call_causal_lm, regime=Regime.MIXED),
@@ -140,14 +115,14 @@ def _sizes(config: ModelConfig, *, max_tokens: int) -> dict[str, Dim]:
     }
 
 
-def _adapt(config: ModelConfig, *, dtype: str, mla: str, kv_cache_dtype: str) -> AdaptedModel:
+def _adapt(spec: ModelSpec) -> AdaptedModel:
+    config = spec.config
     asked = f"the model in {config.path}"
     hf_config = _transformers_config(config, asked=asked)
-    made = getattr(torch, dtype)
     model = (
-        adapt_paged(config, hf_config, dtype=made)
+        adapt_paged(config, hf_config, dtype=getattr(torch, spec.dtype))
         if config.latent is None
-        else adapt_deepseek(config, hf_config, dtype=made, mla=mla, kv_cache_dtype=kv_cache_dtype)
+        else adapt_deepseek(spec, hf_config)
     )
     module = model.module
     if type(module).__name__ != config.architecture:
@@ -170,7 +145,7 @@ def _adapt(config: ModelConfig, *, dtype: str, mla: str, kv_cache_dtype: str) ->
 
 def _transformers_config(config: ModelConfig, *, asked: str) -> PretrainedConfig:
     try:
-        hf_config = AutoConfig.from_pretrained(config.path, local_files_only=True, trust_remote_code=False)
+        hf_config = CONFIG_MAPPING[config.model_type].from_dict(deepcopy(dict(config.raw)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UnsupportedModelError(
             asked=asked, found=f"transformers can't read its config.json: {error}", try_="check the file's fields"

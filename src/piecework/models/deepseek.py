@@ -19,7 +19,6 @@ from piecework.bundle.recipes import Source, Sources
 from piecework.capture.request import TensorInput
 from piecework.models.adapted import AdaptedModel
 from piecework.models.batch import BLOCK_SIZE, ForwardBatch
-from piecework.models.config import ModelConfig
 from piecework.models.latent_attention import (
     LATENT_CACHE,
     LatentOptions,
@@ -29,20 +28,18 @@ from piecework.models.latent_attention import (
 )
 from piecework.models.paged_attention import ATTENTION, paged_attention
 from piecework.models.routed_experts import RoutedExperts, expert_sources
+from piecework.spec.config import ModelConfig
+from piecework.spec.model_spec import ModelSpec
 
 
-def adapt_deepseek(
-    config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torch.dtype, mla: str, kv_cache_dtype: str
-) -> AdaptedModel:
-    """Return transformers' model with our decoder layers.
+def adapt_deepseek(spec: ModelSpec, hf_config: PretrainedConfig) -> AdaptedModel:
+    """Return transformers' model with our decoder layers; routers are float32 whatever the spec's dtype.
 
     Args:
-        config: the model directory's; it has `latent`.
-        hf_config: transformers' reading of it.
-        dtype: type of weights and activations; routers are float32 in any case.
-        mla: this and `kv_cache_dtype`: see `LatentOptions`.
-        kv_cache_dtype: see there.
+        spec: of a model with latent attention.
+        hf_config: transformers' reading of its config.
     """
+    config, dtype = spec.config, getattr(torch, spec.dtype)
     # its attention is replaced; but with one of its own, transformers would make a mask
     AttentionInterface.register(ATTENTION, paged_attention)
     with torch.device("meta"), no_init_weights():
@@ -56,8 +53,8 @@ def adapt_deepseek(
         eps=first.kv_a_layernorm.variance_epsilon,
         bias=first.kv_a_proj_with_mqa.bias is not None,
         interleaved=bool(getattr(hf_config, "rope_interleave", True)),
-        mla=mla,
-        kv_cache_dtype=kv_cache_dtype,
+        mla=spec.mla,
+        kv_cache_dtype=spec.kv_cache_dtype,
     )
     with torch.device("meta"):
         model.layers = nn.ModuleList(_decoder_layer(layer, config, options, dtype=dtype) for layer in model.layers)

@@ -18,18 +18,18 @@ from torch.nn.functional import linear
 
 from piecework.bundle.recipes import HeadProduct, HeadRows, Source, Sources, Take
 from piecework.models.batch import BLOCK_SIZE, ForwardBatch
-from piecework.models.latent_config import (
+from piecework.ops.mla.attention import mla_attention
+from piecework.ops.mla.cache import entry_width
+from piecework.ops.mla.core import LatentWeights, NewLatents, Queries, Regime, latent_attention
+from piecework.ops.mla.operators import TRACED
+from piecework.ops.sequences import Sequences
+from piecework.spec.latent_config import (
     DEFAULT_KV_CACHE_DTYPE,
     DEFAULT_MLA,
     KV_CACHE_DTYPES,
     MLA_MODES,
     LatentSizes,
 )
-from piecework.ops.mla.attention import mla_attention
-from piecework.ops.mla.cache import entry_width
-from piecework.ops.mla.core import LatentWeights, NewLatents, Queries, Regime, latent_attention
-from piecework.ops.mla.operators import TRACED
-from piecework.ops.sequences import Sequences
 
 LATENT_CACHE: Final = "latent_cache"
 

@@ -12,9 +12,9 @@ from transformers.initialization import no_init_weights
 from piecework.capture.request import TensorInput
 from piecework.models.adapted import AdaptedModel
 from piecework.models.batch import BLOCK_SIZE, ForwardBatch
-from piecework.models.config import ModelConfig
 from piecework.models.meta import meta_parameters
 from piecework.ops import attention as _attention  # noqa: F401  registers piecework::attention
+from piecework.spec.config import ModelConfig
 
 ATTENTION: Final = "piecework"
 KV_CACHE: Final = "kv_cache"

@@ -32,11 +32,11 @@ def load_model(bundle: Bundle, options: ModelOptions, *, status: ServerStatus) -
     Raises CorruptBundle, WeightsError, CapacityError.
     """
     plan = Plan.from_json(bundle.plan())
+    spec, device = options.spec, options.spec.options.device
     size = CacheSize(num_bytes=options.kv_memory, fraction=options.memory_fraction)
-    memory = read_memory(options.device)
-    num_blocks = num_blocks_for_cache(plan, options.config, size, device=options.device, memory=memory)
+    num_blocks = num_blocks_for_cache(plan, spec.config, size, device=device, memory=read_memory(device))
     at = status.uptime_s
-    weights = open_weights(options.config.path, plan, random_seed=options.random_weights)
+    weights = open_weights(spec.source, plan, random_seed=options.random_weights)
     model = load(bundle, weights=weights, check_facts=False)
     for name, seconds in model.record.phases.items():  # they came one after the other
         if name != "verify":
@@ -71,4 +71,4 @@ def make_engine(
 
         runner = profiled(loaded.model, options.profile, on_note=on_note)
     with status.phase("KV cache"):
-        return engine_for(runner, engine_config, model_config=options.config, tokenizer=tokenizer)
+        return engine_for(runner, engine_config, model_config=options.spec.config, tokenizer=tokenizer)

@@ -11,29 +11,28 @@ import contextlib
 import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final, final
 
 from piecework.bundle.bundle import open_bundle
 from piecework.bundle.facts import require
 from piecework.bundle.store.interface import Store
-from piecework.engine.bundles import FoundBundle, WantedBundle, compile_process, compile_wanted, find, why_missing
+from piecework.engine.bundles import FoundBundle, find, run_compile, why_missing
 from piecework.engine.compile_process import CompileProcess, parse_step
 from piecework.errors import PieceworkError, WeightsError
-from piecework.models.bundle_key import given_bundle_facts
-from piecework.ops.ir.selection import ProviderOrder
 from piecework.report.inspect import describe
 from piecework.server.log import EventLog
 from piecework.server.options import ModelOptions, WhileCompiling
 from piecework.server.status import BundleUse, ServerStatus, State
+from piecework.spec.compile_options import BackendName
+from piecework.spec.model_spec import ModelSpec
 
 if TYPE_CHECKING:
     from piecework.bundle.bundle import Bundle
     from piecework.engine.async_engine import AsyncEngine
     from piecework.engine.text.tokenizer import Tokenizer
 
-NATIVE: Final = "aoti"
-EAGER: Final = "eager"
 _STOP_S: Final = 10.0
 
 
@@ -109,16 +108,16 @@ class ModelStart:
         found = self._find()
         ready = partial(self._ready, imported, tokenizer)
         if found is not None:
-            self._serve(found, ready(), wanted=self._wanted(NATIVE), hit=True)
+            self._serve(found, ready(), wanted=self._options.spec, hit=True)
             return
         weights.result(), tokenizer.result()  # what is missing is told before a compile that would be in vain
-        native = self._wanted(NATIVE)
+        native = self._options.spec
         why = why_missing(native, store=self._store)
         self._log.event("bundle_missing", reason=why, while_compiling=self._options.while_compiling.value)
         if self._options.while_compiling is WhileCompiling.WAIT:
             self._serve(self._compiled(native, reason=why), ready(), wanted=native, hit=False)
             return
-        eager = self._wanted(EAGER)
+        eager = self._wanted(BackendName.EAGER)
         meanwhile = find(eager, store=self._store, on_note=self._note) or self._compiled(eager, reason=why)
         self._serve(meanwhile, ready(), wanted=eager, hit=False)
         self._replace(native, reason=why)
@@ -133,41 +132,31 @@ class ModelStart:
             import piecework.engine.async_engine  # noqa: PLC0415  in its own phase, beside the others
             import piecework.server.loading  # noqa: PLC0415, F401
 
-    def _wanted(self, backend: str) -> WantedBundle:
-        options = self._options
-        return WantedBundle(
-            options.config,
-            options.dtype,
-            options.max_tokens,
-            options.device,
-            backend,
-            mla=options.mla,
-            providers=options.providers or ProviderOrder(),
-            kv_cache_dtype=options.kv_cache_dtype,
-        )
+    def _wanted(self, backend: BackendName) -> ModelSpec:
+        spec = self._options.spec
+        return replace(spec, options=replace(spec.options, backend=backend))
 
     def _load_tokenizer(self) -> Tokenizer:
         with self._status.phase("tokenizer"):
             from piecework.engine.text.tokenizer import load_tokenizer  # noqa: PLC0415  a part of what is measured
 
-            return load_tokenizer(self._options.config.path)
+            return load_tokenizer(self._options.spec.config.path)
 
     def _find(self) -> FoundBundle | None:
         with self._status.phase("bundle"):
             path = self._options.bundle
             if path is None:
-                return find(self._wanted(NATIVE), store=self._store, on_note=self._note)
-            options, config = self._options, self._options.config
+                return find(self._options.spec, store=self._store, on_note=self._note)
+            spec = self._options.spec
             bundle = open_bundle(path)
-            expected = given_bundle_facts(config, providers=options.providers, kv_cache_dtype=options.kv_cache_dtype)
-            require(bundle.facts, asked=f"serve {config.path} from {path}", expected=expected)
+            require(bundle.facts, asked=f"serve {spec.source} from {path}", expected=spec.asked_facts)
             return FoundBundle(bundle, compiled=False, verify_s=0.0)
 
     def _read_weights_ahead(self) -> None:
         """Have the system read the weights' files, which are mapped into memory later. Raises WeightsError."""
         if self._options.random_weights is not None:
             return
-        directory = self._options.config.path
+        directory = self._options.spec.config.path
         with self._status.phase("read weights ahead"):
             files = sorted(directory.glob("*.safetensors"))
             if not files:
@@ -183,20 +172,21 @@ class ModelStart:
     def _note(self, text: str) -> None:
         self._log.event("note", text=text)
 
-    def _compiled(self, wanted: WantedBundle, *, reason: str) -> FoundBundle:
+    def _compiled(self, wanted: ModelSpec, *, reason: str) -> FoundBundle:
         """Compile a bundle in a process, and say how far it is."""
-        process = compile_process(wanted)
+        process, backend = CompileProcess(wanted), wanted.options.backend.value
+        native = wanted == self._options.spec
         with self._mutex:
             if self._stopped:
                 process.stop()  # so that it refuses to run
             self._process = process
-        name = "compile" if wanted.backend == NATIVE else f"compile ({wanted.backend})"
-        self._status.compile_begins(reason=reason, backend=wanted.backend)
+        name = "compile" if native else f"compile ({backend})"
+        self._status.compile_begins(reason=reason, backend=backend)
         try:
             with self._status.phase(name):
-                return compile_wanted(process, on_line=partial(self._compile_line, wanted.backend))
+                return run_compile(process, on_line=partial(self._compile_line, backend))
         finally:
-            if wanted.backend == NATIVE:
+            if native:
                 self._status.compile_ends()
 
     def _compile_line(self, backend: str, line: str) -> None:
@@ -204,7 +194,7 @@ class ModelStart:
         self._status.compile_goes_on(step.text, done=step.done, total=step.total)
         self._log.event("compiling", backend=backend, stage=step.text, done=step.done, total=step.total)
 
-    def _serve(self, found: FoundBundle, tokenizer: Tokenizer, *, wanted: WantedBundle, hit: bool) -> None:
+    def _serve(self, found: FoundBundle, tokenizer: Tokenizer, *, wanted: ModelSpec, hit: bool) -> None:
         from piecework.engine.async_engine import AsyncEngine  # noqa: PLC0415  imports torch
         from piecework.engine.text_engine import TextEngine  # noqa: PLC0415
         from piecework.server.loading import load_model, make_engine  # noqa: PLC0415
@@ -219,12 +209,12 @@ class ModelStart:
         self._log.event(
             "ready",
             seconds=self._status.uptime_s,
-            backend=wanted.backend,
+            backend=wanted.options.backend.value,
             bundle="hit" if hit else "miss",
             kv_blocks=loaded.num_blocks,
         )
 
-    def _replace(self, native: WantedBundle, *, reason: str) -> None:
+    def _replace(self, native: ModelSpec, *, reason: str) -> None:
         """Compile the native bundle while another serves, and go over to it between two steps."""
         from piecework.server.loading import load_model  # noqa: PLC0415  imports torch
 
@@ -242,7 +232,9 @@ class ModelStart:
         service = self._status.service
         if service is not None:
             self._status.serves(service, bundle=self._use(found.bundle, wanted=native, hit=False))
-            self._log.event("switched", seconds=self._status.uptime_s, backend=native.backend)
+            self._log.event("switched", seconds=self._status.uptime_s, backend=native.options.backend.value)
 
-    def _use(self, bundle: Bundle, *, wanted: WantedBundle, hit: bool) -> BundleUse:
-        return BundleUse(hit=hit, backend=wanted.backend, report=lambda: describe(bundle, verified=True).to_json())
+    def _use(self, bundle: Bundle, *, wanted: ModelSpec, hit: bool) -> BundleUse:
+        return BundleUse(
+            hit=hit, backend=wanted.options.backend.value, report=lambda: describe(bundle, verified=True).to_json()
+        )

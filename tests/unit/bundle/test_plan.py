@@ -29,7 +29,6 @@ from piecework.bundle.sizes import size_expression
 from piecework.capture.capture import capture
 from piecework.capture.request import CaptureRequest
 from piecework.compiler.deduplicate import Forward, deduplicate
-from piecework.compiler.options import CompileOptions
 from piecework.compiler.packing import packing_of
 from piecework.compiler.passes.packing import Packing
 from piecework.compiler.planning import make_plan
@@ -37,6 +36,8 @@ from piecework.compiler.split import Piece, split
 from piecework.errors import CorruptBundle
 from piecework.foundation.target import read_target
 from piecework.models.adapter import build_causal_lm
+from piecework.spec.compile_options import CompileOptions
+from piecework.spec.model_spec import ModelSpec
 
 names = st.lists(
     st.sampled_from(["layers", "0", "1", "2", "11", "w", "a#b", "01", "experts"]), min_size=1, max_size=5
@@ -162,7 +163,7 @@ def plan_of(wanted: CaptureRequest) -> Plan:
 def test_an_opaque_op_takes_the_packed_weight_that_pieces_read(own: bool, tmp_path: Path) -> None:
     """Else a projection of latents were in memory twice: for new tokens, and for those in the cache."""
     model_dir = write_config(tmp_path, "deepseek_v2", qk_nope_head_dim=16, v_head_dim=16)
-    wanted = build_causal_lm(model_dir, max_tokens=64)
+    wanted = build_causal_lm(ModelSpec.of(model_dir, max_tokens=64))
     captured = capture(wanted)
     steps = split(captured)
     packing = Packing(own=frozenset({"float32"} if own else {}))
@@ -182,7 +183,9 @@ def test_an_opaque_op_takes_the_packed_weight_that_pieces_read(own: bool, tmp_pa
 def test_eighty_layers_are_written_as_compactly_as_four(tmp_path: Path) -> None:
     sizes = {}
     for layers in (4, 80):
-        plan = plan_of(build_causal_lm(write_config(tmp_path, "llama", num_hidden_layers=layers), max_tokens=64))
+        plan = plan_of(
+            build_causal_lm(ModelSpec.of(write_config(tmp_path, "llama", num_hidden_layers=layers), max_tokens=64))
+        )
         data = plan.to_json()
         assert Plan.from_json(json.loads(json.dumps(data))) == plan
         sizes[layers] = len(data["recipes"]), len(data["states"]), len(data["pieces"])
@@ -247,7 +250,7 @@ def assert_slots_hold_what_is_read(wanted: CaptureRequest) -> None:
 
 
 def test_slots_of_a_language_model(tmp_path: Path) -> None:
-    assert_slots_hold_what_is_read(build_causal_lm(write_config(tmp_path, "qwen3"), max_tokens=64))
+    assert_slots_hold_what_is_read(build_causal_lm(ModelSpec.of(write_config(tmp_path, "qwen3"), max_tokens=64)))
 
 
 def test_slots_of_values_that_live_across_many_steps() -> None:

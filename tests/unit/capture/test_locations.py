@@ -15,6 +15,7 @@ from piecework.compiler.explain import captured_subject
 from piecework.compiler.split import Piece, split
 from piecework.models import latent_attention, paged_attention
 from piecework.models.adapter import build_causal_lm
+from piecework.spec.model_spec import ModelSpec
 from tests.unit.models.tiny import write_config
 
 HERE = f"tests/unit/capture/{Path(__file__).name}"
@@ -51,7 +52,7 @@ def test_lines_of_one_function_are_a_range() -> None:
 
 @pytest.mark.parametrize("mla", ["exposed", "opaque"])
 def test_our_layers_have_lines(mla: str, tmp_path: Path) -> None:
-    request = build_causal_lm(write_config(tmp_path, "deepseek_v2"), max_tokens=64, mla=mla)
+    request = build_causal_lm(ModelSpec.of(write_config(tmp_path, "deepseek_v2"), max_tokens=64, mla=mla))
     explanation = captured_subject(request, name="deepseek").explanation
     assert explanation is not None
     files = {line.rpartition(":")[0] for listing in explanation.listings for line in listing.locations}
@@ -63,7 +64,7 @@ def test_our_layers_have_lines(mla: str, tmp_path: Path) -> None:
 
 
 def test_functions_that_a_model_is_made_to_call_have_none(tmp_path: Path) -> None:
-    request = build_causal_lm(write_config(tmp_path, "llama"), max_tokens=64)
+    request = build_causal_lm(ModelSpec.of(write_config(tmp_path, "llama"), max_tokens=64))
     asked = is_models(request.module)
     assert not asked(paged_attention.__file__)
     assert not asked(latent_attention.__file__)

@@ -12,6 +12,7 @@ from piecework.capture.capture import capture
 from piecework.compiler.split import OpaqueCall, split
 from piecework.models.adapter import build_causal_lm
 from piecework.ops.ir.layer import LayerName
+from piecework.spec.model_spec import ModelSpec
 from tests.unit.capture.graphs import (
     NAMED,
     Block,
@@ -29,7 +30,7 @@ from tests.unit.models.tiny import write_config
 @pytest.mark.parametrize(("family", "layers"), [("llama", 6), ("mistral", 3), ("qwen2", 4), ("qwen3", 5)])
 def test_a_language_model_stamped_equals_it_traced(tmp_path: Path, family: str, layers: int) -> None:
     model_dir = write_config(tmp_path, family, num_hidden_layers=layers)
-    wanted = build_causal_lm(model_dir, max_tokens=64)
+    wanted = build_causal_lm(ModelSpec.of(model_dir, max_tokens=64))
     assert_stamped_equals_traced(wanted, traced=1, stamped=layers - 1)
 
 
@@ -38,7 +39,7 @@ def test_layer_types_are_templates_of_their_own(tmp_path: Path) -> None:
     model_dir = write_config(
         tmp_path, "qwen2", num_hidden_layers=6, layer_types=kinds, use_sliding_window=True, sliding_window=12
     )
-    made = assert_stamped_equals_traced(build_causal_lm(model_dir, max_tokens=64), traced=2, stamped=4)
+    made = assert_stamped_equals_traced(build_causal_lm(ModelSpec.of(model_dir, max_tokens=64)), traced=2, stamped=4)
     calls = [s.node for s in split(made) if isinstance(s, OpaqueCall)]
     windows = [c.args[10] if len(c.args) > 10 else 0 for c in calls]
     assert windows == [0, 12] * 3
@@ -46,7 +47,9 @@ def test_layer_types_are_templates_of_their_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layers", [4, 16, 80])
 def test_a_llama_has_three_unique_pieces_however_deep(tmp_path: Path, layers: int) -> None:
-    made = programs(build_causal_lm(write_config(tmp_path, "llama", num_hidden_layers=layers), max_tokens=64))
+    made = programs(
+        build_causal_lm(ModelSpec.of(write_config(tmp_path, "llama", num_hidden_layers=layers), max_tokens=64))
+    )
     assert len(made) == layers + 1
     assert len({p.fingerprint() for p in made}) == 3
 

@@ -23,7 +23,7 @@ from piecework.bundle.record import Record
 from piecework.cli.main import main
 from piecework.engine.bundles import FoundBundle
 from piecework.models.checkpoint import RandomCheckpoint, SafetensorsCheckpoint
-from piecework.models.config import ModelConfig
+from piecework.spec.model_spec import ModelSpec
 
 VOCAB = 60
 
@@ -65,8 +65,8 @@ def seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     (tmp_path / "config.json").write_text(json.dumps(config))
     calls: dict[str, Any] = {"model": str(tmp_path)}
 
-    def find_or_compile(wanted: ModelConfig, **options: Any) -> FoundBundle:
-        calls["find"] = (wanted.path, options["dtype"], options["max_tokens"], options["device"])
+    def find_or_compile(wanted: ModelSpec, **_: Any) -> FoundBundle:
+        calls["find"] = (wanted.source, wanted.dtype, wanted.max_tokens, wanted.options.device)
         return FoundBundle(open_bundle(tmp_path / "stored"), compiled=False, verify_s=0.125)
 
     def open_bundle(path: Path, **_: Any) -> Any:

@@ -14,6 +14,7 @@ from piecework.cli.main import main, make_parser
 from piecework.cli.serve import _model_options, _settings, _size
 from piecework.engine.profile_options import ProfileOptions
 from piecework.server.options import WhileCompiling
+from piecework.spec.model_spec import ModelSpec
 from tests.unit.models.tiny import write_config
 
 
@@ -45,7 +46,8 @@ def test_defaults(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = _parse(str(model_dir))
     options, settings = _model_options(args), _settings(args)
     assert (args.host, args.port) == ("127.0.0.1", 8000)
-    assert (options.dtype, options.device, options.max_tokens, options.max_seqs) == ("float32", "cpu", 2048, None)
+    assert options.spec == ModelSpec.of(model_dir)
+    assert options.max_seqs is None
     assert options.while_compiling is WhileCompiling.WAIT
     assert (options.kv_memory, options.memory_fraction, options.prefix_caching) == (None, None, True)
     assert (settings.model_names, settings.api_key, settings.default_temperature) == (("tiny-llama",), None, 1.0)
@@ -61,7 +63,8 @@ def test_options_arrive(model_dir: Path) -> None:
         "0", "--random-weights", "11",
     )  # fmt: skip
     options, settings = _model_options(args), _settings(args)
-    assert (options.dtype, options.max_tokens, options.max_seqs, options.kv_memory) == ("bfloat16", 64, 3, 1 << 20)
+    assert options.spec == ModelSpec.of(model_dir, dtype="bfloat16", max_tokens=64)
+    assert (options.max_seqs, options.kv_memory) == (3, 1 << 20)
     assert (options.prefix_caching, options.while_compiling) == (False, WhileCompiling.EAGER)
     assert options.random_weights == 11
     assert (settings.model_names, settings.api_key, settings.default_temperature) == (("a", "b"), "k", 0.0)

@@ -19,12 +19,12 @@ from piecework.compiler.backends.backend import Backend
 from piecework.compiler.backends.pool import Outcome
 from piecework.compiler.job import Job
 from piecework.compiler.kernel_builds import KernelBuilds, KernelJob, kernel_jobs
-from piecework.compiler.options import BackendName, CompileOptions
 from piecework.compiler.split import OpaqueCall
 from piecework.errors import CompileError, StoreError
 from piecework.foundation.target import make_target
 from piecework.providers.cpu_attention.kernel import CpuAttention
 from piecework.providers.libraries import CPU_ATTENTION
+from piecework.spec.compile_options import BackendName, CompileOptions
 from tests.unit.ops.attention_cases import BATCHES, make_case
 
 TARGET = make_target("x86_64", system="linux", flags=frozenset({"avx2", "fma"}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import threading
 import time
@@ -13,21 +12,24 @@ import pytest
 from piecework.bundle.facts import Fact, environment_facts
 from piecework.bundle.record import Record
 from piecework.bundle.store.interface import BundleContent, MemoryStore
-from piecework.engine.bundles import WantedBundle, compile_process, compile_wanted, find, why_missing
+from piecework.engine.bundles import find, run_compile, why_missing
 from piecework.engine.compile_process import CompileProcess, CompileStep, parse_step
-from piecework.errors import CompileError, UnsupportedModelError
+from piecework.errors import CompileError
 from piecework.foundation.target import read_target
-from piecework.models.bundle_key import bundle_key
-from piecework.models.config import read_config
-from piecework.ops.ir.selection import ProviderOrder
+from piecework.spec.model_spec import ModelSpec
 from tests.unit.models.tiny import write_config
 
 PLAN = {"steps": []}
 
 
 @pytest.fixture
-def wanted(tmp_path: Path) -> WantedBundle:
-    return WantedBundle(read_config(write_config(tmp_path / "model", "llama")), "float32", 64)
+def model_dir(tmp_path: Path) -> Path:
+    return write_config(tmp_path / "model", "llama")
+
+
+@pytest.fixture
+def wanted(model_dir: Path) -> ModelSpec:
+    return ModelSpec.of(model_dir, max_tokens=64)
 
 
 @pytest.fixture
@@ -37,12 +39,12 @@ def store(tmp_path: Path) -> MemoryStore:
     return MemoryStore(root)
 
 
-def _put(store: MemoryStore, wanted: WantedBundle, *changed: Fact, key: str | None = None) -> None:
+def _put(store: MemoryStore, wanted: ModelSpec, *changed: Fact, key: str | None = None) -> None:
     target = read_target()
-    facts = {(fact.kind, fact.name): fact for fact in (*wanted.expected, *environment_facts(target=target))}
+    facts = {(fact.kind, fact.name): fact for fact in (*wanted.facts, *environment_facts(target=target))}
     facts.update({(fact.kind, fact.name): fact for fact in changed})
     content = BundleContent(plan=PLAN, artifacts={}, facts=tuple(facts.values()), record=Record())
-    store.put_bundle(key or bundle_key(wanted.expected, target=target), content=content)
+    store.put_bundle(key or wanted.key(target=target), content=content)
 
 
 def test_a_bundle_with_the_facts_is_found(store, wanted):
@@ -52,42 +54,36 @@ def test_a_bundle_with_the_facts_is_found(store, wanted):
     assert not found.compiled
 
 
-def test_an_eager_bundle_is_another_one(store, wanted):
+@pytest.mark.parametrize(
+    ("option", "value", "difference"),
+    [
+        ("dtype", "bfloat16", "dtype: bundle float32, here bfloat16"),
+        ("max_tokens", 32, "max_tokens: bundle 64, here 32"),
+        ("backend", "eager", "backend: bundle aoti, here eager"),
+        ("device", "cuda", "device: bundle cpu, here cuda"),
+        ("providers", ["rms_norm=aten,native"], "providers: bundle native, here native;rms_norm=aten,native"),
+        ("ranges", "1,2:64", "ranges: bundle nothing, here 1:1,2:64"),
+        ("passes_off", ["merge_linear"], "passes_off: bundle nothing, here merge_linear"),
+        ("pack_linear", "off", "pack_linear: bundle nothing, here off"),
+    ],
+)
+def test_another_option_is_another_bundle_and_the_miss_names_it(store, wanted, model_dir, option, value, difference):
     _put(store, wanted)
-    eager = WantedBundle(wanted.config, "float32", 64, backend="eager")
-    assert find(eager, store=store, on_note=pytest.fail) is None
-    assert "option backend: bundle aoti, here eager" in why_missing(eager, store=store)
-
-
-def test_the_ways_of_latent_attention_are_bundles_of_their_own(store, wanted, tmp_path):
-    config = read_config(write_config(tmp_path / "latent", "deepseek_v3"))
-    exposed, opaque = (WantedBundle(config, "float32", 64, mla=mla) for mla in ("exposed", "opaque"))
-    _put(store, exposed)
-    assert find(exposed, store=store, on_note=pytest.fail) is not None
-    assert find(opaque, store=store, on_note=pytest.fail) is None
-    assert "option mla: bundle exposed, here opaque" in why_missing(opaque, store=store)
-    assert WantedBundle(wanted.config, "float32", 64, mla="opaque").expected == wanted.expected
-
-
-def test_the_kinds_of_latent_caches_are_bundles_of_their_own(store, wanted, tmp_path):
-    config = read_config(write_config(tmp_path / "latent", "deepseek_v3"))
-    auto, fp8 = (WantedBundle(config, "float32", 64, kv_cache_dtype=kind) for kind in ("auto", "fp8"))
-    _put(store, auto)
-    assert find(auto, store=store, on_note=pytest.fail) is not None
-    assert find(fp8, store=store, on_note=pytest.fail) is None
-    assert "option kv_cache_dtype: bundle auto, here fp8" in why_missing(fp8, store=store)
-    with pytest.raises(UnsupportedModelError, match="a model without latent attention"):
-        _ = WantedBundle(wanted.config, "float32", 64, kv_cache_dtype="fp8").expected
-
-
-def test_another_order_of_providers_is_another_bundle(store, wanted):
-    _put(store, wanted)
-    other = dataclasses.replace(wanted, providers=ProviderOrder.parse(["rms_norm=aten,native"]))
+    other = ModelSpec.of(model_dir, **{"max_tokens": 64, option: value})
     assert find(other, store=store, on_note=pytest.fail) is None
-    assert "option providers: bundle native, here native;rms_norm=aten,native" in why_missing(other, store=store)
-    command = compile_process(other)._command
-    assert command[command.index("--provider") + 1] == "native;rms_norm=aten,native"
-    assert "--provider" not in compile_process(wanted)._command
+    assert f"the nearest differs: option {difference}" in why_missing(other, store=store)
+    _put(store, other)
+    assert find(other, store=store, on_note=pytest.fail) is not None
+
+
+@pytest.mark.parametrize(("option", "value"), [("mla", "opaque"), ("kv_cache_dtype", "fp8")])
+def test_options_of_latent_attention_count_where_there_is_some(store, tmp_path, option, value):
+    latent = write_config(tmp_path / "latent", "deepseek_v3")
+    default, other = ModelSpec.of(latent), ModelSpec.of(latent, **{option: value})
+    _put(store, default)
+    assert find(default, store=store, on_note=pytest.fail) is not None
+    assert find(other, store=store, on_note=pytest.fail) is None
+    assert f"option {option}: bundle {getattr(default, option)}, here {value}" in why_missing(other, store=store)
 
 
 def test_an_empty_store_has_nothing_of_the_model(store, wanted):
@@ -129,37 +125,34 @@ def test_a_compile_says_what_it_does_and_where_the_bundle_is(tmp_path, monkeypat
     place = find(wanted, store=store, on_note=pytest.fail).bundle.path
     _command(tmp_path, monkeypatch, f'echo "$*" >&2; echo "[1/2] now" >&2; echo \'{{"bundle": "{place}"}}\'')
     lines: list[str] = []
-    found = compile_wanted(compile_process(wanted), on_line=lines.append)
+    found = run_compile(CompileProcess(wanted), on_line=lines.append)
     assert (found.bundle.path, found.compiled) == (place, True)
-    assert lines[0].startswith("-m piecework compile ")
-    assert lines[0].endswith(
-        "--dtype float32 --max-tokens 64 --device cpu --backend aoti --mla exposed --kv-cache-dtype auto"
-    )
+    assert lines[0] == f"-m piecework compile --spec {wanted.to_json()} --weights none --json"
     assert lines[1:] == ["[1/2] now"]
 
 
 def test_a_compile_that_fails_says_why(tmp_path, monkeypatch, wanted):
     _command(tmp_path, monkeypatch, 'echo \'{"asked": "a", "found": "f", "try": "t"}\'; exit 1')
     with pytest.raises(CompileError, match="found: f"):
-        compile_wanted(compile_process(wanted), on_line=lambda _line: None)
+        run_compile(CompileProcess(wanted), on_line=lambda _line: None)
     _command(tmp_path, monkeypatch, "exit 3")
     with pytest.raises(CompileError, match="the compile's process failed"):
-        compile_wanted(compile_process(wanted), on_line=None)
+        run_compile(CompileProcess(wanted), on_line=None)
 
 
 def test_a_compile_can_be_stopped(tmp_path, monkeypatch, wanted):
     _command(tmp_path, monkeypatch, "echo begun >&2; exec sleep 60")
-    process = compile_process(wanted)
+    process = CompileProcess(wanted)
     begun = time.monotonic()
     with pytest.raises(CompileError, match="it was stopped"):
-        compile_wanted(process, on_line=lambda _line: threading.Thread(target=process.stop).start())
+        run_compile(process, on_line=lambda _line: threading.Thread(target=process.stop).start())
     with pytest.raises(CompileError, match="it was stopped"):
         process.run(None)
     assert time.monotonic() - begun < 30
 
 
-def test_an_error_of_the_one_who_listens_ends_the_process(tmp_path, monkeypatch):
+def test_an_error_of_the_one_who_listens_ends_the_process(tmp_path, monkeypatch, wanted):
     _command(tmp_path, monkeypatch, "echo begun >&2; exec sleep 60")
-    process = CompileProcess(tmp_path, dtype="float32", max_tokens=1, device="cpu", backend="aoti")
+    process = CompileProcess(wanted)
     with pytest.raises(ZeroDivisionError):
         process.run(lambda _line: 1 / 0)

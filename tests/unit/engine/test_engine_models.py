@@ -13,7 +13,7 @@ from piecework.engine.engine import Engine, EngineConfig, engine_for
 from piecework.engine.output import Stats
 from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
-from piecework.models.config import read_config
+from piecework.spec.config import read_config
 from tests.choice import slow_but
 from tests.unit.engine.paged_model import Collected, run_all
 from tests.unit.models.tiny import FAMILIES, LATENT_FAMILIES, EagerModel, eager_pair

@@ -22,8 +22,9 @@ from piecework.engine.kv_memory import (
 )
 from piecework.errors import CapacityError
 from piecework.models.adapter import build_causal_lm
-from piecework.models.config import read_config
 from piecework.ops.mla.plain import CONTEXT_CHUNK
+from piecework.spec.config import read_config
+from piecework.spec.model_spec import ModelSpec
 from tests.unit.models.tiny import write_config
 
 GIB = 2**30
@@ -93,7 +94,7 @@ def test_where_nobody_knows_how_much_is_free_it_is_said_so(tmp_path: Path, monke
 
 def test_latents_are_what_a_token_of_a_latent_model_takes(tmp_path: Path) -> None:
     config = read_config(write_config(tmp_path, "deepseek_v3"))
-    request = build_causal_lm(tmp_path, dtype="bfloat16", max_tokens=256)
+    request = build_causal_lm(ModelSpec.of(tmp_path, dtype="bfloat16", max_tokens=256))
     plan: Any = SimpleNamespace(
         recipes=[],
         states=[State(name, given.shape, given.dtype, "cpu") for name, given in request.states.items()],

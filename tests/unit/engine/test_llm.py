@@ -18,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 import piecework
-from piecework.bundle import environment_facts, write_bundle
+from piecework.bundle import BundleContent, environment_facts, write_bundle
 from piecework.bundle.facts import config_fact
 from piecework.bundle.plan import OpStep, Plan, PlanInput, Recipe, State
 from piecework.bundle.record import Record
@@ -84,7 +84,7 @@ def model_dir(tmp_path: Path) -> Path:
 def make(model_dir: Path) -> Any:
     facts = (*environment_facts(), config_fact(CONFIG))
     bundle = write_bundle(
-        model_dir / "bundle", plan=PLAN.to_json(), artifacts={}, facts=facts, record=Record(), identity={}
+        model_dir / "bundle", BundleContent(plan=PLAN.to_json(), artifacts={}, facts=facts, record=Record())
     )
     made = []
 

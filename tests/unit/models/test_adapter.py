@@ -9,6 +9,7 @@ import torch
 
 from piecework.errors import UnsupportedModelError
 from piecework.models.adapter import build_causal_lm
+from piecework.spec.model_spec import ModelSpec
 from tests.choice import slow_but
 from tests.unit.models.batches import Part, error, expected, run
 from tests.unit.models.tiny import FAMILIES, LATENT_FAMILIES, EagerModel, eager_pair, reference_model, write_config
@@ -37,7 +38,7 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_bfloat16(tmp_path: Path
     model_dir = write_config(tmp_path, family)
     exact = reference_model(model_dir)
     rounded = reference_model(model_dir).to(torch.bfloat16)
-    request = build_causal_lm(model_dir, dtype="bfloat16", max_tokens=64)
+    request = build_causal_lm(ModelSpec.of(model_dir, dtype="bfloat16", max_tokens=64))
     model = EagerModel(request, rounded.state_dict())
     model.make_states({"blocks": 4})
     tokens = torch.arange(3, 43)
@@ -49,7 +50,7 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_bfloat16(tmp_path: Path
 
 
 def test_only_buffers_are_real(tmp_path: Path) -> None:
-    request = build_causal_lm(write_config(tmp_path, "llama"), dtype="bfloat16", max_tokens=64)
+    request = build_causal_lm(ModelSpec.of(write_config(tmp_path, "llama"), dtype="bfloat16", max_tokens=64))
     assert all(p.is_meta and p.dtype == torch.bfloat16 and not p.requires_grad for p in request.module.parameters())
     buffers = {n: b for n, b in request.module.named_buffers() if n not in request.states}
     assert "model.rotary_emb.inv_freq" in buffers
@@ -58,7 +59,7 @@ def test_only_buffers_are_real(tmp_path: Path) -> None:
 
 
 def test_the_request_declares_one_cache_per_layer(tmp_path: Path) -> None:
-    request = build_causal_lm(write_config(tmp_path, "qwen3"), max_tokens=77)
+    request = build_causal_lm(ModelSpec.of(write_config(tmp_path, "qwen3"), max_tokens=77))
     assert list(request.states) == [f"model.layers.{i}.self_attn.kv_cache" for i in range(3)]
     assert request.states["model.layers.0.self_attn.kv_cache"].shape == (2, "blocks", 16, 2, 32)
     assert next(iter(request.sizes)) == "tokens"
@@ -69,7 +70,7 @@ def test_the_request_declares_one_cache_per_layer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("tied", "num_parameters"), [(True, 29), (False, 30)])
 def test_tied_weights_are_one_parameter(tmp_path: Path, tied: bool, num_parameters: int) -> None:
     model_dir = write_config(tmp_path, "llama", tie_word_embeddings=tied)
-    module = build_causal_lm(model_dir, max_tokens=64).module
+    module = build_causal_lm(ModelSpec.of(model_dir, max_tokens=64)).module
     assert (module.lm_head.weight is module.model.embed_tokens.weight) is tied
     assert len(list(module.parameters())) == num_parameters
 
@@ -80,7 +81,7 @@ def test_data_dependent_rope_is_refused(tmp_path: Path, rope: str) -> None:
     scaling |= {"original_max_position_embeddings": 256}
     model_dir = write_config(tmp_path, "llama", rope_scaling=scaling)
     with pytest.raises(UnsupportedModelError, match=rope):
-        build_causal_lm(model_dir, max_tokens=64)
+        build_causal_lm(ModelSpec.of(model_dir, max_tokens=64))
 
 
 @pytest.mark.parametrize(
@@ -107,9 +108,9 @@ def test_static_rope_types_equal_transformers(tmp_path: Path, scaling: dict[str,
 def test_an_architecture_that_is_not_what_transformers_builds_is_refused(tmp_path: Path) -> None:
     model_dir = write_config(tmp_path, "llama", architectures=["OtherForCausalLM"])
     with pytest.raises(UnsupportedModelError, match="OtherForCausalLM"):
-        build_causal_lm(model_dir, max_tokens=64)
+        build_causal_lm(ModelSpec.of(model_dir, max_tokens=64))
 
 
 def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="int3"):
-        build_causal_lm(write_config(tmp_path, "llama"), dtype="int3", max_tokens=64)
+        build_causal_lm(ModelSpec.of(write_config(tmp_path, "llama"), dtype="int3", max_tokens=64))

@@ -16,9 +16,10 @@ from piecework.bundle.run.constants import make_constants
 from piecework.errors import UnsupportedModelError
 from piecework.models.adapter import build_causal_lm, call_causal_lm
 from piecework.models.checkpoint import open_checkpoint
-from piecework.models.config import read_config
-from piecework.models.latent_config import MLA_MODES
 from piecework.ops.mla.core import Regime
+from piecework.spec.config import read_config
+from piecework.spec.latent_config import MLA_MODES
+from piecework.spec.model_spec import ModelSpec
 from tests.choice import one_in, slow_but
 from tests.unit.capture.graphs import assert_stamped_equals_traced
 from tests.unit.models.batches import Part, error, every_regime, expected, inputs_of, run
@@ -87,7 +88,7 @@ def test_the_modes_agree(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize(("family", "mla"), one_in(2, ["deepseek_v2", "deepseek_v3"], MLA_MODES))
 def test_stamped_graphs_equal_traced_ones(tmp_path: Path, family: str, mla: str) -> None:
     model_dir = write_config(tmp_path, family, num_hidden_layers=6, first_k_dense_replace=2)
-    request = build_causal_lm(model_dir, max_tokens=64, mla=mla)
+    request = build_causal_lm(ModelSpec.of(model_dir, max_tokens=64, mla=mla))
     forwards = [request.call, *(variant.call for variant in request.variants)]
     assert len(forwards) == {"exposed": 3, "opaque": 1}[mla]
     for call in forwards:
@@ -98,20 +99,22 @@ def test_a_large_model_takes_no_memory(tmp_path: Path) -> None:
     sizes = {"hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048, "n_routed_experts": 256}
     heads = {"num_attention_heads": 128, "num_key_value_heads": 128, "kv_lora_rank": 512, "v_head_dim": 128}
     changes = {**sizes, **heads, "num_hidden_layers": 61, "vocab_size": 129280}
-    module = build_causal_lm(write_config(tmp_path, "deepseek_v3", **changes), dtype="bfloat16", max_tokens=64).module
+    module = build_causal_lm(
+        ModelSpec.of(write_config(tmp_path, "deepseek_v3", **changes), dtype="bfloat16", max_tokens=64)
+    ).module
     tensors = [*module.parameters(), *module.buffers()]
     assert sum(t.numel() for t in module.parameters()) > 6e11
     assert sum(t.nbytes for t in tensors if not t.is_meta) < 1000
 
 
 def test_the_cache_holds_one_entry_per_token_and_layer(tmp_path: Path) -> None:
-    request = build_causal_lm(write_config(tmp_path, "deepseek_v3"), dtype="bfloat16", max_tokens=64)
+    request = build_causal_lm(ModelSpec.of(write_config(tmp_path, "deepseek_v3"), dtype="bfloat16", max_tokens=64))
     assert list(request.states) == [f"model.layers.{i}.self_attn.latent_cache" for i in range(3)]
     assert {(state.shape, state.dtype) for state in request.states.values()} == {(("blocks", 16, 32 + 8), "bfloat16")}
 
 
 def test_only_frequencies_are_real(tmp_path: Path) -> None:
-    request = build_causal_lm(write_config(tmp_path, "deepseek_v3"), dtype="bfloat16", max_tokens=64)
+    request = build_causal_lm(ModelSpec.of(write_config(tmp_path, "deepseek_v3"), dtype="bfloat16", max_tokens=64))
     real = {n: t for n, t in request.module.named_buffers() if not t.is_meta}
     assert list(real) == ["model.rotary_emb.rotary.inv_freq"]
     parameters = dict(request.module.named_parameters())
@@ -125,7 +128,7 @@ def test_only_frequencies_are_real(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", LATENT_FAMILIES)
 def test_parameters_are_named_as_transformers_names_them(tmp_path: Path, family: str) -> None:
     model_dir = write_config(tmp_path, family)
-    names = build_causal_lm(model_dir, max_tokens=64).module.state_dict().keys()
+    names = build_causal_lm(ModelSpec.of(model_dir, max_tokens=64)).module.state_dict().keys()
     assert names == reference_model(model_dir).state_dict().keys()
 
 
@@ -136,7 +139,7 @@ def test_weights_come_from_checkpoints_of_single_experts(tmp_path: Path, family:
     reference.save_pretrained(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
     assert not any("gate_up_proj" in name for name in checkpoint.names())
-    request = build_causal_lm(model_dir, max_tokens=64)
+    request = build_causal_lm(ModelSpec.of(model_dir, max_tokens=64))
     module = request.module
     module.load_state_dict(reference.state_dict(), strict=True, assign=True)
     loaded = {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -153,7 +156,7 @@ def test_weights_come_from_checkpoints_of_single_experts(tmp_path: Path, family:
 def test_routers_choose_as_transformers_do(tmp_path: Path, family: str) -> None:
     model_dir = write_config(tmp_path, family)
     reference: nn.Module = reference_model(model_dir)
-    module = build_causal_lm(model_dir, max_tokens=64).module
+    module = build_causal_lm(ModelSpec.of(model_dir, max_tokens=64)).module
     module.load_state_dict(reference.state_dict(), assign=True)
     name = "model.layers.1.mlp.gate"
     hidden = torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
@@ -189,7 +192,7 @@ def test_what_is_not_implemented_is_refused(tmp_path: Path, family: str, changes
 
 def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="exposed, opaque"):
-        build_causal_lm(write_config(tmp_path, "deepseek_v3"), max_tokens=64, mla="hidden")
+        build_causal_lm(ModelSpec.of(write_config(tmp_path, "deepseek_v3"), max_tokens=64, mla="hidden"))
 
 
 def test_a_model_of_dense_layers_has_no_experts(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from piecework.bundle.run.constants import as_source, make_constants
 from piecework.models import latent_attention
 from piecework.models.batch import ForwardBatch
 from piecework.models.latent_attention import LatentNorm, LatentOptions, LatentRotary, latent_sources, paired, rotated
-from piecework.models.latent_config import MLA_MODES, LatentSizes
 from piecework.ops.mla.core import Regime
+from piecework.spec.latent_config import MLA_MODES, LatentSizes
 
 HIDDEN, HEADS = 24, 3
 SIZES = LatentSizes(kv_rank=20, rope_dim=6, nope_dim=10, value_dim=7, query_rank=9)

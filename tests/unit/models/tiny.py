@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from piecework.capture.request import CaptureRequest
 from piecework.models.adapter import build_causal_lm
+from piecework.spec.model_spec import ModelSpec
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"]},
@@ -159,5 +160,5 @@ def eager_pair(
     """Return transformers' model and the adapter's, with the same weights."""
     model_dir = write_config(directory, family, **changes)
     reference = reference_model(model_dir)
-    model = EagerModel(build_causal_lm(model_dir, max_tokens=max_tokens, mla=mla), reference.state_dict())
+    model = EagerModel(build_causal_lm(ModelSpec.of(model_dir, max_tokens=max_tokens, mla=mla)), reference.state_dict())
     return reference, model

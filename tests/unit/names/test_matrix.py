@@ -25,9 +25,9 @@ from torch import Tensor, nn
 import piecework
 from piecework.bundle.record import Recorder
 from piecework.capture.request import Dim
-from piecework.compiler.options import BackendName, CompileOptions
 from piecework.ops.ir.forward_context import ForwardContext
 from piecework.ops.ir.layer import IS_OBJECT
+from piecework.spec.compile_options import BackendName, CompileOptions
 from tests.choice import slow_but
 from tests.unit.names.kinds import KINDS
 from tests.unit.names.models import FAMILIES, HIDDEN, Stack, forwards, make_stack, make_states

@@ -14,13 +14,13 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as apply_to_pairs
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from piecework.models.latent_config import ExpertRouting
 from piecework.models.routed_experts import Router
 from piecework.ops.activations import gelu_mul, silu_mul
 from piecework.ops.moe_route import moe_route
 from piecework.ops.norms import add_rms_norm, layer_norm, rms_norm
 from piecework.ops.quantize import FP8, quantize_dynamic_per_token, quantize_group_fp8, quantize_static_fp8
 from piecework.ops.rotary import rotary
+from piecework.spec.latent_config import ExpertRouting
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

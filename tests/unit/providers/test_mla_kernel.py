@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from piecework.compiler.kernel_builds import KernelJob, kernel_jobs
-from piecework.compiler.options import CompileOptions
 from piecework.compiler.split import OpaqueCall
 from piecework.errors import BundleError
 from piecework.foundation.target import make_target
@@ -22,6 +21,7 @@ from piecework.providers.cpu_mla.kernel import CpuMla
 from piecework.providers.cpu_mla.prefill import Rounds
 from piecework.providers.cpu_mla.rounds import share_out
 from piecework.providers.libraries import CPU_MLA, open_kernel
+from piecework.spec.compile_options import CompileOptions
 from tests.unit.ops.mla_cases import BATCHES, make_mla_case
 
 

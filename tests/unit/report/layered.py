@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import piecework
 from piecework.capture.request import Dim
-from piecework.compiler.options import BackendName, CompileOptions
 from piecework.report.explain import ExplainReport
+from piecework.spec.compile_options import BackendName, CompileOptions
 
 EAGER = CompileOptions(backend=BackendName.EAGER)
 ROWS = {"rows": Dim(1, 64)}

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 import piecework
-from piecework.bundle import Bundle, write_bundle
+from piecework.bundle import Bundle, BundleContent, write_bundle
 from piecework.bundle.format import EXPLANATION
 from piecework.compiler.explain import captured_subject
 from piecework.errors import BundleError, CaptureError, CorruptBundle, PieceworkError, UnsupportedModelError
 from piecework.models.adapter import build_causal_lm
 from piecework.report import explain_bundle
 from piecework.report.explain import ExplainReport, explain_subject
+from piecework.spec.model_spec import ModelSpec
 from tests.unit.models.tiny import write_config
 from tests.unit.report.layered import Block, Gated, Model, Sum, Two, compiled, explained, model
 
@@ -214,7 +215,7 @@ def without_explanation(bundle: Bundle, out: Path, **changes: Any) -> Bundle:
         "record": bundle.record(),
         "identity": bundle.identity,
     }
-    return write_bundle(out, **{**content, **changes})
+    return write_bundle(out, BundleContent(**{**content, **changes}))
 
 
 def test_a_bundle_without_explanation(tmp_path: Path) -> None:
@@ -268,7 +269,7 @@ def test_bad_targets(tmp_path: Path) -> None:
 
 
 def test_pieces_that_only_some_batches_need(tmp_path: Path) -> None:
-    request = build_causal_lm(write_config(tmp_path, "deepseek_v2"), max_tokens=64)
+    request = build_causal_lm(ModelSpec.of(write_config(tmp_path, "deepseek_v2"), max_tokens=64))
     subject = captured_subject(request, name="deepseek")
     report = explain_subject(subject)
     assert report.num_pieces == sum(piece.num_uses for piece in report.pieces) == 27

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 import piecework
 from piecework.cli.main import main
-from piecework.compiler.options import BackendName, CompileOptions
 from piecework.errors import CorruptBundle, StaleBundle
 from piecework.ops.activations import silu_mul
 from piecework.ops.ir.selection import ProviderOrder
 from piecework.ops.norms import rms_norm
 from piecework.report.ops import describe_ops
+from piecework.spec.compile_options import BackendName, CompileOptions
 from tests.unit.report.layered import OP
 from tests.unit.report.test_explain import without_explanation
 

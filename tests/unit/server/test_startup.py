@@ -17,18 +17,18 @@ import pytest
 import piecework.server.loading
 import piecework.server.startup
 from piecework.bundle.store.interface import MemoryStore
-from piecework.engine.bundles import FoundBundle, WantedBundle
+from piecework.engine.bundles import FoundBundle
 from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
 from piecework.engine.text.tokenizer import load_tokenizer
 from piecework.errors import CompileError, UnsupportedModelError, WeightsError
-from piecework.models.config import read_config
 from piecework.server.loading import Loaded
 from piecework.server.log import EventLog
 from piecework.server.options import ModelOptions, WhileCompiling
 from piecework.server.settings import ServerSettings
 from piecework.server.startup import ModelStart
 from piecework.server.status import ServerStatus, State
+from piecework.spec.model_spec import ModelSpec
 from tests.unit.engine.letters import write_letters
 from tests.unit.engine.paged_model import EOS, POSITIONS, VOCAB, PagedModel, alone
 from tests.unit.models.tiny import write_config
@@ -66,15 +66,17 @@ class World:
         self.loaded: list[PagedModel] = []
         self.num_blocks = 40
 
-    def find(self, wanted: WantedBundle, *, store: Any, on_note: Any) -> FoundBundle | None:
-        return self._bundle(wanted.backend, compiled=False) if wanted.backend in self.stored else None
+    def find(self, wanted: ModelSpec, *, store: Any, on_note: Any) -> FoundBundle | None:
+        backend = wanted.options.backend.value
+        return self._bundle(backend, compiled=False) if backend in self.stored else None
 
-    def compile_process(self, wanted: WantedBundle) -> ScriptedProcess:
-        process = self.processes[wanted.backend]
-        process.backend = wanted.backend
+    def compile_process(self, wanted: ModelSpec) -> ScriptedProcess:
+        backend = wanted.options.backend.value
+        process = self.processes[backend]
+        process.backend = backend
         return process
 
-    def compile_wanted(self, process: ScriptedProcess, *, on_line: Any) -> FoundBundle:
+    def run_compile(self, process: ScriptedProcess, *, on_line: Any) -> FoundBundle:
         process.begun.set()
         on_line("capturing")
         on_line("[1/3] compiling")
@@ -98,8 +100,9 @@ class World:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     world = World()
-    for name in ("find", "compile_process", "compile_wanted"):
+    for name in ("find", "run_compile"):
         monkeypatch.setattr(piecework.server.startup, name, getattr(world, name))
+    monkeypatch.setattr(piecework.server.startup, "CompileProcess", world.compile_process)
     monkeypatch.setattr(piecework.server.loading, "load_model", world.load_model)
     return world
 
@@ -114,7 +117,7 @@ def make(world: World, tmp_path: Path):
     def make(**options: Any) -> SimpleNamespace:
         status, log, failed = ServerStatus(), io.StringIO(), threading.Event()
         start = ModelStart(
-            ModelOptions(read_config(tmp_path), "float32", **options),
+            ModelOptions(ModelSpec.of(tmp_path), **options),
             store=MemoryStore(tmp_path),
             status=status,
             log=EventLog(log),

@@ -19,7 +19,7 @@ from piecework.bench.serving.figures import Outcome, figures_of
 from piecework.bench.serving.workload import DEFAULT_MEANS, Chat, Lengths, draw_chats
 from piecework.engine.llm import LLM
 from piecework.engine.sampling_params import SamplingParams
-from piecework.models.config import read_config
+from piecework.spec.config import read_config
 
 _WARM_UP_REQUESTS: Final = 8
 _WARM_UP_TOKENS: Final = 8

@@ -14,6 +14,7 @@ from piecework.capture.request import CaptureRequest
 from piecework.foundation.process import seconds_since_start
 from piecework.models.adapter import build_causal_lm
 from piecework.models.checkpoint import open_checkpoint
+from piecework.spec.model_spec import ModelSpec
 
 
 def build_module(model_dir: Path, *, max_tokens: int, blocks: int) -> CaptureRequest:
@@ -21,7 +22,7 @@ def build_module(model_dir: Path, *, max_tokens: int, blocks: int) -> CaptureReq
 
     Weights are copied out of the mapped file, whose tensors are not aligned as torch's own are.
     """
-    request = build_causal_lm(model_dir, max_tokens=max_tokens)
+    request = build_causal_lm(ModelSpec.of(model_dir, max_tokens=max_tokens))
     checkpoint = open_checkpoint(model_dir)
     module = request.module
     module.load_state_dict({name: checkpoint.get(name).clone() for name in checkpoint.names()}, assign=True)

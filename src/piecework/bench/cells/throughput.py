@@ -19,7 +19,7 @@ from piecework.bench.cells.forward import emit
 from piecework.engine.llm import LLM
 from piecework.engine.profile_options import DEFAULT_STEPS, ProfileOptions
 from piecework.engine.sampling_params import SamplingParams
-from piecework.models.config import read_config
+from piecework.spec.config import read_config
 
 KV_CACHE_BYTES: Final = 1 << 30
 LEAST_SEQS: Final = 32

@@ -20,7 +20,7 @@ from piecework.bench.serving.figures import Outcome, figures_of
 from piecework.bench.serving.workload import Chat, draw_chats
 from piecework.bench.systems.throughput import ThroughputSystem, Workload
 from piecework.bench.systems.vllm import NOT_PRELOADED, Peers, engine_variables, preloaded
-from piecework.models.config import read_config
+from piecework.spec.config import read_config
 
 SERVING_METRICS: Final = (
     "request_throughput",

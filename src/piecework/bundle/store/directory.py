@@ -19,16 +19,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, cast, final
 
-from piecework.bundle.bundle import Bundle, open_bundle
+from piecework.bundle.bundle import Bundle, BundleContent, build_directory, open_bundle
 from piecework.bundle.format import artifact_digest
 from piecework.bundle.manifest import corrupt
 from piecework.bundle.store.interface import (
     Artifact,
-    BundleContent,
     Kind,
     Store,
     StoredItem,
-    build_content,
     check_key,
     sort_items,
     tree_size,
@@ -97,7 +95,7 @@ class DirectoryStore(Store):
         place = self._bundle_place(key)
         with files.store_errors(f"store the bundle {key} in {self.root}"), self.scratch() as directory:
             unfinished = directory / "bundle"
-            build_content(unfinished, content=content)
+            build_directory(unfinished, content)
             facts = open_bundle(unfinished, verify=False).facts
             while not files.publish_directory(unfinished, to=place, existing=files.Existing.KEEP):
                 try:

@@ -12,16 +12,14 @@ import shutil
 import tempfile
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Final, final
 
-from piecework.bundle.bundle import Bundle, build_directory, open_bundle
-from piecework.bundle.facts import Fact
+from piecework.bundle.bundle import Bundle, BundleContent, build_directory, open_bundle
 from piecework.bundle.manifest import corrupt
-from piecework.bundle.record import Record
 from piecework.errors import InternalError, StoreError
 from piecework.foundation.digests import digest_file
 
@@ -62,19 +60,6 @@ class StoredItem:
     key: str
     size: int
     aside: str = ""
-
-
-@dataclass(frozen=True)
-class BundleContent:
-    """What a bundle is made of; see `store.bundle.write_bundle`."""
-
-    plan: Mapping[str, object]
-    artifacts: Mapping[str, Path]
-    facts: tuple[Fact, ...]
-    record: Record
-    constants: bytes | None = None
-    identity: Mapping[str, object] | None = None
-    explanation: Mapping[str, object] | None = None
 
 
 class Store(ABC):
@@ -164,7 +149,7 @@ class MemoryStore(Store):
     def put_bundle(self, key: str, *, content: BundleContent) -> Bundle:
         """See `Store.put_bundle`."""
         path = Path(tempfile.mkdtemp(dir=self._root)) / check_key(key)
-        build_content(path, content=content)
+        build_directory(path, content)
         bundle = open_bundle(path)
         present = self._bundles.get(key)
         if present is not None:
@@ -209,20 +194,6 @@ class MemoryStore(Store):
         """See `Store.scratch`."""
         with tempfile.TemporaryDirectory(dir=self._root) as directory:
             yield Path(directory)
-
-
-def build_content(directory: Path, *, content: BundleContent) -> None:
-    """Write the directory form of a bundle, not atomically. Raises OSError."""
-    build_directory(
-        directory,
-        plan=content.plan,
-        artifacts=content.artifacts,
-        facts=content.facts,
-        record=content.record,
-        constants=content.constants,
-        identity=content.identity or {},
-        explanation=content.explanation,
-    )
 
 
 def tree_size(path: Path) -> int:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from piecework.compiler.passes.names import ADD_RMS_NORM
 from piecework.compiler.rewrite.interface import NearMiss, Pass, PassInput, PassResult
 from piecework.compiler.rewrite.metas import form
 from piecework.compiler.rewrite.rewritten import Fused, fuse, results_used
 from piecework.ops.ir.program import Call, references
+from piecework.spec.passes import ADD_RMS_NORM
 
 _NORM: Final = "piecework.rms_norm.default"
 _ADD: Final = "aten.add.Tensor"

@@ -19,11 +19,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from piecework.compiler.passes.names import MERGE_LINEAR
 from piecework.compiler.rewrite.interface import NearMiss, Pass, PassInput, PassResult
 from piecework.compiler.rewrite.rewritten import Rewritten
 from piecework.compiler.rewrite.verify import same_results
 from piecework.ops.ir.program import Call, Program, TensorSpec, references
+from piecework.spec.passes import MERGE_LINEAR
 
 _LINEAR = "piecework.linear.default"
 _SLICE = "aten.slice.Tensor"

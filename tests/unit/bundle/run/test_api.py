@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import piecework
 from piecework.capture.request import Dim
-from piecework.compiler.options import BackendName, CompileOptions
 from piecework.errors import CaptureError, RequestError, ShapeContractError, WeightsError
 from piecework.ops.ir.layer import LayerName
+from piecework.spec.compile_options import BackendName, CompileOptions
 
 EAGER = CompileOptions(backend=BackendName.EAGER)
 ROWS = {"rows": Dim(1, 64)}

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import piecework
 from piecework.capture.request import Dim
-from piecework.compiler.options import BackendName, CompileOptions
 from piecework.ops.ir.layer import LayerName, LayerNameType, resolve
 from piecework.ops.ir.opaque_op import opaque_op
+from piecework.spec.compile_options import BackendName, CompileOptions
 
 KINDS = ["LayerName", "str", "int"]
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import piecework
 from piecework.bundle.plan import OpStep
 from piecework.capture.request import Dim
-from piecework.compiler.options import BackendName, CompileOptions
 from piecework.foundation.environment import child_variables
 from piecework.ops.ir.layer import IS_OBJECT, LayerName
+from piecework.spec.compile_options import BackendName, CompileOptions
 
 EAGER = CompileOptions(backend=BackendName.EAGER)
 ROWS = {"rows": Dim(1, 64)}

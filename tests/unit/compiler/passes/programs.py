@@ -10,9 +10,9 @@ from torch import Tensor
 
 from piecework.bundle.run.eager import EagerRunner
 from piecework.compiler.passes.inline import Body, trace_body
-from piecework.compiler.passes.names import PASS_NAMES
 from piecework.compiler.passes.pipeline import Passed, Pipeline
 from piecework.ops.ir.program import Call, Program, TensorSpec, constant_name
+from piecework.spec.passes import PASS_NAMES
 
 ROWS = "s0"
 SYMBOLS = ((ROWS, 1, 64),)

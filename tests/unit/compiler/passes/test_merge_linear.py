@@ -14,10 +14,10 @@ import piecework
 from piecework.bundle.plan import Plan
 from piecework.bundle.recipes import Concat
 from piecework.bundle.run.eager import EagerRunner
-from piecework.compiler.options import BackendName, CompileOptions
-from piecework.compiler.passes.names import MERGE_LINEAR
 from piecework.compiler.passes.pipeline import Passed, Pipeline
 from piecework.ops.ir.program import Call, Program, TensorSpec, constant_name
+from piecework.spec.compile_options import BackendName, CompileOptions
+from piecework.spec.passes import MERGE_LINEAR
 
 _X = TensorSpec(("s0", 8), (8, 1), "float32", "cpu")
 
@@ -150,7 +150,7 @@ class _Block(nn.Module):
 
 def test_a_bundle_with_merged_weights_is_loaded_from_the_modules_own(tmp_path: Path) -> None:
     module = nn.Sequential(*(_Block() for _ in range(3))).eval()
-    options = CompileOptions(backend=BackendName.EAGER, merge_linear=True)
+    options = CompileOptions(backend=BackendName.EAGER)
     bundle = piecework.compile(
         module, (torch.randn(4, 8),), dynamic={"rows": piecework.Dim(1, 64)}, options=options, out=tmp_path / "b"
     )

@@ -8,14 +8,14 @@ import pytest
 from torch import Tensor
 from torch.nn.functional import silu
 
-from piecework.compiler.options import BackendName, CompileOptions, chosen_passes
-from piecework.compiler.passes.names import MERGE_LINEAR, PASS_NAMES
 from piecework.compiler.passes.pipeline import Pipeline, make_passes
 from piecework.compiler.rewrite.interface import Pass, PassInput, PassResult, named_calls
 from piecework.compiler.rewrite.rewritten import Rewritten, as_captured
 from piecework.compiler.rewrite.verify import check_form
 from piecework.errors import CompileError, InternalError
 from piecework.ops.ir.program import Call, Program
+from piecework.spec.compile_options import BackendName, CompileOptions
+from piecework.spec.passes import PASS_NAMES
 from tests.unit.compiler.passes.programs import ROWS, passed, program_of, spec, targets
 
 X = spec(ROWS, 16)
@@ -42,17 +42,10 @@ def test_each_can_be_turned_off() -> None:
 
 
 def test_options_choose_them() -> None:
-    assert chosen_passes(CompileOptions()) == PASS_NAMES
+    assert CompileOptions().passes == CompileOptions(backend=BackendName.EAGER).passes == PASS_NAMES
     off = CompileOptions(passes_off=frozenset({"rotary", "no_ops"}))
-    assert set(PASS_NAMES) - set(chosen_passes(off)) == {"rotary", "no_ops"}
+    assert set(PASS_NAMES) - set(off.passes) == {"rotary", "no_ops"}
     assert off.facts()["passes_off"] == "no_ops,rotary"
-    for options in (
-        CompileOptions(merge_linear=False),
-        CompileOptions(backend=BackendName.EAGER),
-        CompileOptions(merge_linear=True, passes_off=frozenset({MERGE_LINEAR})),
-    ):
-        assert set(PASS_NAMES) - set(chosen_passes(options)) == {MERGE_LINEAR}
-    assert chosen_passes(CompileOptions(backend=BackendName.EAGER, merge_linear=True)) == PASS_NAMES
 
 
 def test_an_unknown_pass_is_an_error_that_lists_them() -> None:

@@ -107,13 +107,9 @@ def check_kv_cache_dtype(kv_cache_dtype: str, latent: LatentSizes | None, *, ask
         latent: the model's, or None where it has no latent attention.
         asked: what the error says.
     """
-    asked = f"{asked} with a KV cache of {kv_cache_dtype!r}"
-    if kv_cache_dtype not in KV_CACHE_DTYPES:
-        known = ", ".join(KV_CACHE_DTYPES)
-        raise UnsupportedModelError(asked=asked, found="a type that KV caches can't have", try_=f"one of {known}")
     if kv_cache_dtype != DEFAULT_KV_CACHE_DTYPE and latent is None:
         raise UnsupportedModelError(
-            asked=asked,
+            asked=f"{asked} with a KV cache of {kv_cache_dtype!r}",
             found="a model without latent attention, whose keys and values are cached in its own type",
             try_=f'"{DEFAULT_KV_CACHE_DTYPE}", or a model of {" or ".join(LATENT_MODEL_TYPES)}',
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from piecework.errors import UnsupportedModelError
-from piecework.models.latent_config import (
+from piecework.spec.latent_config import (
     LATENT_MODEL_TYPES,
     ExpertRouting,
     LatentSizes,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from piecework.errors import UnsupportedModelError
-from piecework.models.config import SUPPORTED_MODEL_TYPES, read_config
+from piecework.spec.config import SUPPORTED_MODEL_TYPES, read_config
 from tests.unit.models.tiny import FAMILIES, LATENT_FAMILIES, config_dict, write_config
 
 
@@ -77,7 +77,7 @@ def test_a_missing_file_is_refused(tmp_path: Path, directory: str) -> None:
 def test_reading_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_dict("llama")))
     code = (
-        "import sys, pathlib; from piecework.models.config import read_config; "
+        "import sys, pathlib; from piecework.spec.config import read_config; "
         f"read_config(pathlib.Path({str(tmp_path)!r})); "
         "raise SystemExit('torch' in sys.modules or 'transformers' in sys.modules)"
     )

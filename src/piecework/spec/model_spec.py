@@ -1,0 +1,176 @@
+"""`ModelSpec`: which model, compiled how. Its facts, its bundle's key and the compile's request are made of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Final
+
+from piecework.bundle.facts import Fact, config_fact, environment_facts, option_facts
+from piecework.errors import CompileError, UnsupportedModelError
+from piecework.foundation.digests import JsonScalar, digest_json
+from piecework.foundation.target import Target
+from piecework.foundation.version import VERSION
+from piecework.spec.compile_options import CompileOptions, ranges_text
+from piecework.spec.config import DTYPES, ModelConfig, read_config
+from piecework.spec.latent_config import (
+    DEFAULT_KV_CACHE_DTYPE,
+    DEFAULT_MLA,
+    KV_CACHE_DTYPES,
+    MLA_MODES,
+    check_kv_cache_dtype,
+)
+from piecework.spec.option import Declared, at_least_one, declared_options, option, read_options, written, wrong_choice
+
+DEFAULT_MAX_TOKENS: Final = 2048
+CONFIG_DTYPE: Final = "auto"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model, compiled how. `ModelSpec.of` makes one from a directory, and reads its config.json once.
+
+    Attributes:
+        config: what the model directory says.
+        dtype: type of weights and activations; "auto" becomes the config's.
+        max_tokens: most tokens in one forward pass.
+        mla: for models with latent attention: "exposed" has the steps of a layer compiled, "opaque" is one operator;
+            see `models/latent_attention.py`.
+        kv_cache_dtype: "auto" caches in the model's type; "fp8", for models with latent attention, caches latents in a
+            byte per number, with scales.
+        options: how the graph is compiled.
+
+    Raises UnsupportedModelError for what the model can't have, CompileError for ranges that end elsewhere than at
+    `max_tokens`.
+    """
+
+    config: ModelConfig
+    dtype: str = option(CONFIG_DTYPE, "type of weights and activations", choices=DTYPES, default_text="the config's")
+    max_tokens: int = option(DEFAULT_MAX_TOKENS, "most tokens in one forward pass", metavar="N", read=at_least_one)
+    mla: str = option(
+        DEFAULT_MLA,
+        "for models with latent attention: exposed has a layer's steps compiled, opaque hides them in one operator",
+        choices=MLA_MODES,
+        latent_only=True,
+    )
+    kv_cache_dtype: str = option(
+        DEFAULT_KV_CACHE_DTYPE,
+        "type of the KV cache: auto is the model's, or what a given bundle has; fp8, for models with latent attention, "
+        "keeps latents in a byte per number",
+        choices=KV_CACHE_DTYPES,
+        latent_only=True,
+    )
+    options: CompileOptions = CompileOptions()
+
+    def __post_init__(self) -> None:
+        if self.dtype == CONFIG_DTYPE:
+            object.__setattr__(self, "dtype", self.config.dtype)
+        wrong = wrong_choice(self)
+        if wrong is not None:
+            raise UnsupportedModelError(
+                asked=f"{self.source} with {wrong.name}={getattr(self, wrong.name)!r}",
+                found=f"a {wrong.name} that isn't supported",
+                try_=f"one of {', '.join(wrong.option.choices)}",
+            )
+        check_kv_cache_dtype(self.kv_cache_dtype, self.config.latent, asked=f"{self.source}")
+        ranges = self.options.ranges
+        if ranges and ranges[-1][1] != self.max_tokens:
+            raise CompileError(
+                asked=f"artifacts for the ranges {ranges_text(ranges)}",
+                found=f"forward passes of up to {self.max_tokens} tokens",
+                try_=f"ranges that end at {self.max_tokens}, or another --max-tokens",
+            )
+
+    @staticmethod
+    def of(source: str | Path | ModelConfig, **options: Any) -> ModelSpec:
+        """Return the spec of a model directory.
+
+        Args:
+            source: the directory in Hugging Face layout, or what was read of it.
+            options: by name, any option of ModelSpec and of CompileOptions, as the command line or Python has it;
+                None for the default.
+
+        Raises UnsupportedModelError, CompileError, OpError.
+
+        Example: `ModelSpec.of("models/llama", dtype="bfloat16", ranges="1,2:2048", passes_off=["merge_linear"])`.
+        """
+        check_names(options, known=spec_options())
+        try:
+            how = CompileOptions(**read_options(CompileOptions, options))
+            which = read_options(ModelSpec, options)
+        except ValueError as error:
+            name = str(error).partition("=")[0]
+            raise CompileError(
+                asked=f"a model with {str(error).partition(': ')[0]}",
+                found=str(error).partition(": ")[2],
+                try_=next(d.help for d in spec_options() if d.name == name),
+            ) from error
+        config = source if isinstance(source, ModelConfig) else read_config(Path(source))
+        return ModelSpec(config, **which, options=how)
+
+    @property
+    def source(self) -> Path:
+        """The model directory."""
+        return self.config.path
+
+    @property
+    def own_facts(self) -> dict[str, JsonScalar]:
+        """What is chosen for the model itself, beside how its graph is compiled."""
+        return {
+            d.name: value
+            for d, value in zip(declared_options(ModelSpec), written(self).values(), strict=True)
+            if self.config.latent is not None or not d.option.latent_only
+        }
+
+    @property
+    def facts(self) -> tuple[Fact, ...]:
+        """The facts that its bundle must have, beside those of the machine and its packages."""
+        return (config_fact(self.config.raw), *option_facts({**self.own_facts, **self.options.facts()}))
+
+    @property
+    def asked_facts(self) -> tuple[Fact, ...]:
+        """The facts that a bundle must have which the caller named: its model, and options that aren't the default."""
+        default = {fact.name: fact for fact in ModelSpec(self.config).facts}
+        return tuple(fact for fact in self.facts if fact.kind == "model" or fact != default[fact.name])
+
+    def key(self, *, target: Target) -> str:
+        """Return the key under which a store keeps its bundle for a machine."""
+        facts = sorted((*self.facts, *environment_facts(target=target)))
+        return digest_json([VERSION, [fact.to_json() for fact in facts]])
+
+    def to_json(self) -> str:
+        """Return the spec as one line, for another process."""
+        return json.dumps({"source": str(self.source), **written(self), **self.options.facts()})
+
+    @staticmethod
+    def from_json(text: str) -> ModelSpec:
+        """Read what `to_json` wrote, and the model's config.json. Raises as `of`, CompileError for other texts."""
+        try:
+            values = json.loads(text)
+            source = values.pop("source")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CompileError(
+                asked="a compile of --spec", found=f"no spec: {error}", try_="what ModelSpec.to_json returns"
+            ) from error
+        return ModelSpec.of(source, **values)
+
+
+def spec_options() -> tuple[Declared, ...]:
+    """Return all options of a spec, in the order in which `--help` shows them."""
+    return (*declared_options(ModelSpec), *declared_options(CompileOptions))
+
+
+def check_names(given: Mapping[str, Any], *, known: tuple[Declared, ...]) -> None:
+    """Raise CompileError where one of `given` is no option."""
+    names = [d.name for d in known]
+    for name in given:
+        if name not in names:
+            near = get_close_matches(name, names, n=1)
+            raise CompileError(
+                asked=f"a model with {name}={given[name]!r}",
+                found="no such option",
+                try_=f"did you mean {near[0]}?" if near else f"one of {', '.join(names)}",
+            )
