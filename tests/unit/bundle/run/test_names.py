@@ -149,7 +149,7 @@ x = torch.randn(4, 8)
 with torch.no_grad():
     assert torch.equal(model(x), module(x))
 """
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[4]
     variables = child_variables({"PIECEWORK_LAYERNAME": "0", "PYTHONPATH": f"{root / 'src'}:{root}"})
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "bundle")],
