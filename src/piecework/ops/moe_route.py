@@ -9,7 +9,7 @@ Shape suffixes: T tokens, E experts, G groups of them, k experts per token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,18 @@ def _inputs(draw: Draw) -> Sequence[Any]:
         top_groups,
         draw.choose((1.0, 2.5)),
     )
+
+
+class Routing(NamedTuple):
+    """What `moe_route` takes besides logits: what implementations of it are given, `flattened`."""
+
+    top_k: int
+    scoring: str = "softmax"
+    renormalize: bool = True
+    bias: Tensor | None = None
+    num_groups: int = 1
+    top_groups: int = 1
+    scale: float = 1.0
 
 
 @op("piecework::moe_route", inputs=_inputs, tolerance={torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5})

@@ -8,7 +8,7 @@ Shape suffix: H hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,15 @@ def _layer_norm_inputs(draw: Draw) -> Sequence[Any]:
         ((draw.tensor(width), draw.tensor(width)), (draw.tensor(width), None), (None, draw.tensor(width)), (None, None))
     )
     return draw.tensor(draw.rows, 3, width) + 1, weight, bias, 1e-5
+
+
+class Norming(NamedTuple):
+    """What `rms_norm` takes besides rows: what implementations of it and of `add_rms_norm` are given, `flattened`."""
+
+    weight: Tensor | None = None
+    eps: float = 1e-6
+    offset: float = 0.0
+    round_first: bool = True
 
 
 @op("piecework::rms_norm", inputs=_norm_inputs, tolerance=TOLERANCE)

@@ -11,7 +11,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from piecework.ops.norms import add_rms_norm, layer_norm, rms_norm
+from piecework.ops.ir.values import flattened
+from piecework.ops.norms import Norming, add_rms_norm, layer_norm, rms_norm
 
 NAME: Final = "aten"
 
@@ -23,29 +24,23 @@ def register() -> None:
     layer_norm.implement(NAME, supports=_layer_supports, inlined=True)(_layer_norm)
 
 
-def _rms_supports(
-    x: Tensor,
-    weight: Tensor | None = None,
-    eps: float = 1e-6,
-    offset: float = 0.0,
-    round_first: bool = True,  # noqa: FBT001, FBT002  the op's
-) -> bool | str:
-    if offset and weight is not None:
-        return f"torch.rms_norm adds nothing to the weight, the call {offset}"
-    if round_first and weight is not None and x.dtype != torch.float32:
+@flattened
+def _rms_supports(x: Tensor, norming: Norming) -> bool | str:
+    return _why_not(x, norming)
+
+
+@flattened
+def _add_rms_supports(x: Tensor, residual: Tensor, norming: Norming) -> bool | str:
+    return _why_not(x, norming)
+
+
+def _why_not(x: Tensor, norming: Norming) -> bool | str:
+    weight = norming.weight
+    if norming.offset and weight is not None:
+        return f"torch.rms_norm adds nothing to the weight, the call {norming.offset}"
+    if norming.round_first and weight is not None and x.dtype != torch.float32:
         return f"torch.rms_norm rounds after the weight, the call to {_name(x)} before it"
     return _same_dtypes(x, weight)
-
-
-def _add_rms_supports(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None = None,
-    eps: float = 1e-6,
-    offset: float = 0.0,
-    round_first: bool = True,  # noqa: FBT001, FBT002  the op's
-) -> bool | str:
-    return _rms_supports(x, weight, eps, offset, round_first)
 
 
 def _layer_supports(
@@ -59,26 +54,15 @@ def _same_dtypes(x: Tensor, *others: Tensor | None) -> bool | str:
     return f"a weight is {_name(different[0])}, the rows are {_name(x)}" if different else True
 
 
-def _rms_norm(
-    x: Tensor,
-    weight: Tensor | None = None,
-    eps: float = 1e-6,
-    offset: float = 0.0,
-    round_first: bool = True,  # noqa: FBT001, FBT002  the op's
-) -> Tensor:
-    return torch.rms_norm(x, x.shape[-1:], weight, eps)
+@flattened
+def _rms_norm(x: Tensor, norming: Norming) -> Tensor:
+    return torch.rms_norm(x, x.shape[-1:], norming.weight, norming.eps)
 
 
-def _add_rms_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None = None,
-    eps: float = 1e-6,
-    offset: float = 0.0,
-    round_first: bool = True,  # noqa: FBT001, FBT002  the op's
-) -> tuple[Tensor, Tensor]:
+@flattened
+def _add_rms_norm(x: Tensor, residual: Tensor, norming: Norming) -> tuple[Tensor, Tensor]:
     total = x + residual
-    return torch.rms_norm(total, total.shape[-1:], weight, eps), total
+    return torch.rms_norm(total, total.shape[-1:], norming.weight, norming.eps), total
 
 
 def _layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:

@@ -9,7 +9,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from piecework.ops.norms import add_rms_norm, rms_norm
+from piecework.ops.ir.values import flattened
+from piecework.ops.norms import Norming, add_rms_norm, rms_norm
 from piecework.providers.families.conditions import first_of, name_of
 
 _PROBED_COLUMNS = 1024
@@ -22,10 +23,10 @@ class Rounding(Enum):
     LAST = "after the weight"
     OTHER = "neither before nor after the weight"
 
-    def conflict(self, x: Tensor, weight: Tensor | None, *, round_first: bool) -> str:
+    def conflict(self, x: Tensor, norming: Norming) -> str:
         """Return why a call asks for something else, or ""."""
-        asked = Rounding.FIRST if round_first else Rounding.LAST
-        if weight is None or x.dtype == torch.float32 or self is asked:
+        asked = Rounding.FIRST if norming.round_first else Rounding.LAST
+        if norming.weight is None or x.dtype == torch.float32 or self is asked:
             return ""
         return f"the kernel rounds to {name_of(x.dtype)} {self.value}, the call {asked.value}"
 
@@ -35,71 +36,47 @@ class NormKernels:
     """A package's kernels.
 
     Args:
-        norm: takes rows [T, H], weight or None, eps, offset and round_first; returns new rows.
-        add: takes rows, a residual [T, H], and what `norm` takes: writes their sum over the residual, and its norm over
-            the rows. None where there is none.
-        why_not: takes rows, weight, offset and round_first of a call, and a residual or None; "" or why not.
+        norm: takes rows [T, H] and what they are normed with; returns new rows.
+        add: takes rows, a residual [T, H], and what they are normed with: writes their sum over the residual, and its
+            norm over the rows. None where there is none.
+        why_not: takes a call's rows, what they are normed with, and a residual or None; "" or why not.
         batch_invariant: whether a row's result is the same in any batch.
     """
 
-    norm: Callable[[Tensor, Tensor | None, float, float, bool], Tensor]
-    add: Callable[[Tensor, Tensor, Tensor | None, float, float, bool], object] | None
-    why_not: Callable[[Tensor, Tensor | None, float, bool, Tensor | None], str]
+    norm: Callable[[Tensor, Norming], Tensor]
+    add: Callable[[Tensor, Tensor, Norming], object] | None
+    why_not: Callable[[Tensor, Norming, Tensor | None], str]
     batch_invariant: bool = False
 
 
 def implement_norms(provider: str, kernels: NormKernels) -> None:
     """Register the implementations of `rms_norm` and `add_rms_norm`."""
 
-    def supports(
-        x: Tensor,
-        weight: Tensor | None = None,
-        eps: float = 1e-6,
-        offset: float = 0.0,
-        round_first: bool = True,  # noqa: FBT001, FBT002  the op's
-    ) -> bool | str:
-        return first_of(kernels.why_not(x, weight, offset, round_first, None))
+    @flattened
+    def supports(x: Tensor, norming: Norming) -> bool | str:
+        return first_of(kernels.why_not(x, norming, None))
 
     @rms_norm.implement(provider, supports=supports, batch_invariant=kernels.batch_invariant)
-    def norm(
-        x: Tensor,
-        weight: Tensor | None = None,
-        eps: float = 1e-6,
-        offset: float = 0.0,
-        round_first: bool = True,  # noqa: FBT001, FBT002  the op's
-    ) -> Tensor:
-        return (
-            kernels.norm(rows(x), weight, eps, offset, round_first).view(x.shape) if x.numel() else torch.empty_like(x)
-        )
+    @flattened
+    def norm(x: Tensor, norming: Norming) -> Tensor:
+        return kernels.norm(rows(x), norming).view(x.shape) if x.numel() else torch.empty_like(x)
 
     if kernels.add is not None:
         _implement_add(provider, kernels, kernels.add)
 
 
 def _implement_add(provider: str, kernels: NormKernels, add: Callable[..., object]) -> None:
-    def supports(
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor | None = None,
-        eps: float = 1e-6,
-        offset: float = 0.0,
-        round_first: bool = True,  # noqa: FBT001, FBT002  the op's
-    ) -> bool | str:
-        return first_of(kernels.why_not(x, weight, offset, round_first, residual))
+    @flattened
+    def supports(x: Tensor, residual: Tensor, norming: Norming) -> bool | str:
+        return first_of(kernels.why_not(x, norming, residual))
 
     @add_rms_norm.implement(
         provider, supports=supports, reuses=("x", "residual"), batch_invariant=kernels.batch_invariant
     )
-    def add_norm(
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor | None = None,
-        eps: float = 1e-6,
-        offset: float = 0.0,
-        round_first: bool = True,  # noqa: FBT001, FBT002  the op's
-    ) -> tuple[Tensor, Tensor]:
+    @flattened
+    def add_norm(x: Tensor, residual: Tensor, norming: Norming) -> tuple[Tensor, Tensor]:
         if x.numel():
-            add(rows(x), rows(residual), weight, eps, offset, round_first)
+            add(rows(x), rows(residual), norming)
         return x, residual
 
 

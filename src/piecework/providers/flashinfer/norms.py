@@ -12,37 +12,40 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from piecework.ops.norms import layer_norm
+from piecework.ops.norms import Norming, layer_norm
 from piecework.providers.families.conditions import contiguous, first_of, of_one_type, of_types, on_device
 from piecework.providers.families.norms import NormKernels, Rounding, implement_norms, rows
 
 NAME = "flashinfer"
 
 
-def why_not_norm(x: Tensor, weight: Tensor | None, offset: float, round_first: bool, residual: Tensor | None) -> str:  # noqa: FBT001
+def why_not_norm(x: Tensor, norming: Norming, residual: Tensor | None) -> str:
     """Return why FlashInfer's RMS norms can't do a call, or ""; those of sgl-kernel are the same."""
+    weight = norming.weight
     if weight is None:
         return "the kernel needs a weight"
-    if offset not in {0.0, 1.0}:
-        return f"the kernels add nothing or 1 to the weight, the call {offset}"
+    if norming.offset not in {0.0, 1.0}:
+        return f"the kernels add nothing or 1 to the weight, the call {norming.offset}"
     return (
         on_device(("cuda",), x)
         or of_types((torch.bfloat16, torch.float16), x)
         or of_one_type(x, weight)
         or contiguous(x, residual, weight)
-        or Rounding.LAST.conflict(x, weight, round_first=round_first)
+        or Rounding.LAST.conflict(x, norming)
     )
 
 
 def norm_kernels(package: ModuleType) -> NormKernels:
     """Return the RMS norms of a package that has functions of FlashInfer's names and parameters."""
 
-    def norm(x: Tensor, weight: Tensor | None, eps: float, offset: float, round_first: bool) -> Tensor:  # noqa: FBT001
-        made: Tensor = (package.gemma_rmsnorm if offset else package.rmsnorm)(x, weight, eps)
+    def norm(x: Tensor, norming: Norming) -> Tensor:
+        kernel = package.gemma_rmsnorm if norming.offset else package.rmsnorm
+        made: Tensor = kernel(x, norming.weight, norming.eps)
         return made
 
-    def add(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, round_first: bool) -> None:  # noqa: FBT001
-        (package.gemma_fused_add_rmsnorm if offset else package.fused_add_rmsnorm)(x, residual, weight, eps)
+    def add(x: Tensor, residual: Tensor, norming: Norming) -> None:
+        kernel = package.gemma_fused_add_rmsnorm if norming.offset else package.fused_add_rmsnorm
+        kernel(x, residual, norming.weight, norming.eps)
 
     return NormKernels(norm, add, why_not_norm)
 

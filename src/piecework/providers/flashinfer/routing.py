@@ -7,7 +7,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from piecework.ops.moe_route import moe_route
+from piecework.ops.ir.values import flattened
+from piecework.ops.moe_route import Routing, moe_route
 from piecework.providers.families.conditions import first_of, of_types, on_device
 from piecework.providers.flashinfer.norms import NAME
 
@@ -23,40 +24,25 @@ def register(package: ModuleType) -> None:
     if fused_topk is None:
         return
 
-    def supports(
-        logits: Tensor,
-        top_k: int,
-        scoring: str = "softmax",
-        renormalize: bool = True,  # noqa: FBT001, FBT002  the op's
-        bias: Tensor | None = None,
-        num_groups: int = 1,
-        top_groups: int = 1,
-        scale: float = 1.0,
-    ) -> bool | str:
-        if scoring != "sigmoid" or bias is None or not renormalize:
+    @flattened
+    def supports(logits: Tensor, routing: Routing) -> bool | str:
+        if routing.scoring != "sigmoid" or routing.bias is None or not routing.renormalize:
             return "the kernel scores by sigmoid with a bias and renormalizes, the call does not"
         return first_of(
             on_device(("cuda",), logits),
             of_types((torch.float32, torch.bfloat16, torch.float16), logits),
-            _why_not_sizes(logits.shape[-1], top_k, num_groups, top_groups),
+            _why_not_sizes(logits.shape[-1], routing.top_k, routing.num_groups, routing.top_groups),
         )
 
     @moe_route.implement(NAME, supports=supports)
-    def route(
-        logits: Tensor,
-        top_k: int,
-        scoring: str = "softmax",
-        renormalize: bool = True,  # noqa: FBT001, FBT002  the op's
-        bias: Tensor | None = None,
-        num_groups: int = 1,
-        top_groups: int = 1,
-        scale: float = 1.0,
-    ) -> tuple[Tensor, Tensor]:
-        weights = torch.empty((logits.shape[0], top_k), dtype=torch.float32, device=logits.device)
-        experts = torch.empty((logits.shape[0], top_k), dtype=torch.int32, device=logits.device)
+    @flattened
+    def route(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        weights = torch.empty((logits.shape[0], routing.top_k), dtype=torch.float32, device=logits.device)
+        experts = torch.empty((logits.shape[0], routing.top_k), dtype=torch.int32, device=logits.device)
         if logits.shape[0]:
             # scores, bias and weights have one type in the kernel
             scores = logits.float().contiguous()
+            top_k, _, _, bias, num_groups, top_groups, scale = routing
             fused_topk(scores, bias, num_groups, top_groups, top_k, scale, weights, experts)
         return weights, experts.long()
 

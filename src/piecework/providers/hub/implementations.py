@@ -11,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from piecework.ops.norms import Norming
 from piecework.ops.rotary import rotary
 from piecework.providers.families.conditions import contiguous, first_of, of_one_type, of_types, on_device
 from piecework.providers.families.gated import GatedKernel, GatedKernels, implement_gated
@@ -85,12 +86,13 @@ def _register_gated(kernel: HubKernel) -> None:
 def _register_norm(kernel: HubKernel) -> None:
     """Register Liger's norm: its casting modes "llama" and "gemma" round before and after the weight."""
 
-    def why_not(x: Tensor, weight: Tensor | None, offset: float, round_first: bool, residual: Tensor | None) -> str:  # noqa: FBT001
+    def why_not(x: Tensor, norming: Norming, residual: Tensor | None) -> str:
         long = f"rows of {x.shape[-1]} elements, more than {_LONGEST}" if x.shape[-1] > _LONGEST else ""
-        wrong = on_device(("cuda",), x) or of_types(_DTYPES, x, weight) or contiguous(x, weight) or long
+        wrong = on_device(("cuda",), x) or of_types(_DTYPES, x, norming.weight) or contiguous(x, norming.weight) or long
         return wrong or kernel.why_absent
 
-    def norm(x: Tensor, weight: Tensor | None, eps: float, offset: float, round_first: bool) -> Tensor:  # noqa: FBT001
+    def norm(x: Tensor, norming: Norming) -> Tensor:
+        weight, eps, offset, round_first = norming
         mode = "llama" if round_first else "gemma"
         made: Tensor = kernel.module.rms_norm.rms_norm_forward(x, weight, eps, offset, mode, None)[0]
         return made

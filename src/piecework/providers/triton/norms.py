@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from piecework.ops.norms import add_rms_norm, layer_norm, rms_norm
+from piecework.ops.ir.values import flattened
+from piecework.ops.norms import Norming, add_rms_norm, layer_norm, rms_norm
 from piecework.providers.triton.support import NAME, block_of, num_rows, rows_supported
 
 
@@ -62,25 +63,14 @@ def _layer_kernel(
     tl.store(out + start + at, normed.to(row.dtype), mask=inside)
 
 
-def _rms_supports(
-    x: Tensor,
-    weight: Tensor | None = None,
-    eps: float = 1e-6,
-    offset: float = 0.0,
-    round_first: bool = True,  # noqa: FBT001, FBT002  the op's
-) -> bool | str:
-    return rows_supported(x, weight)
+@flattened
+def _rms_supports(x: Tensor, norming: Norming) -> bool | str:
+    return rows_supported(x, norming.weight)
 
 
-def _add_supports(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None = None,
-    eps: float = 1e-6,
-    offset: float = 0.0,
-    round_first: bool = True,  # noqa: FBT001, FBT002  the op's
-) -> bool | str:
-    return rows_supported(x, residual, weight)
+@flattened
+def _add_supports(x: Tensor, residual: Tensor, norming: Norming) -> bool | str:
+    return rows_supported(x, residual, norming.weight)
 
 
 def _layer_supports(
@@ -89,48 +79,27 @@ def _layer_supports(
     return rows_supported(x, weight, bias)
 
 
-def _rms_norm(
-    x: Tensor,
-    weight: Tensor | None = None,
-    eps: float = 1e-6,
-    offset: float = 0.0,
-    round_first: bool = True,  # noqa: FBT001, FBT002  the op's
-) -> Tensor:
+@flattened
+def _rms_norm(x: Tensor, norming: Norming) -> Tensor:
     out = torch.empty_like(x)
-    _launch(x, x, weight, out, out, eps, offset, adds=False, round_first=round_first)
+    _launch(x, None, norming, out, out)
     return out
 
 
-def _add_rms_norm(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None = None,
-    eps: float = 1e-6,
-    offset: float = 0.0,
-    round_first: bool = True,  # noqa: FBT001, FBT002  the op's
-) -> tuple[Tensor, Tensor]:
+@flattened
+def _add_rms_norm(x: Tensor, residual: Tensor, norming: Norming) -> tuple[Tensor, Tensor]:
     out, total = torch.empty_like(x), torch.empty_like(x)
-    _launch(x, residual, weight, out, total, eps, offset, adds=True, round_first=round_first)
+    _launch(x, residual, norming, out, total)
     return out, total
 
 
-def _launch(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    out: Tensor,
-    total: Tensor,
-    eps: float,
-    offset: float,
-    *,
-    adds: bool,
-    round_first: bool,
-) -> None:
+def _launch(x: Tensor, residual: Tensor | None, norming: Norming, out: Tensor, total: Tensor) -> None:
+    weight, eps, offset, round_first = norming
     rows, width = num_rows(x), x.shape[-1]
     if rows:
         _rms_kernel[(rows,)](
-            x, residual, x if weight is None else weight, out, total, width, eps, offset,
-            adds=adds, weighted=weight is not None, round_first=round_first, block=block_of(width),
+            x, x if residual is None else residual, x if weight is None else weight, out, total, width, eps, offset,
+            adds=residual is not None, weighted=weight is not None, round_first=round_first, block=block_of(width),
         )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from piecework.ops.norms import Norming
 from piecework.providers.families.conditions import contiguous, multiple, of_one_type, of_types, on_device
 from piecework.providers.families.norms import NormKernels, Rounding, implement_norms, probe
 from piecework.providers.vllm.library import NAME, Operators
@@ -24,26 +25,27 @@ def register(operators: Operators) -> None:
     if rms_norm is None or fused_add_rms_norm is None:
         return
 
-    def norm(x: Tensor, weight: Tensor | None, eps: float, offset: float, round_first: bool) -> Tensor:  # noqa: FBT001
+    def norm(x: Tensor, norming: Norming) -> Tensor:
         out = torch.empty_like(x)
-        rms_norm(out, x, weight, eps)
+        rms_norm(out, x, norming.weight, norming.eps)
         return out
 
-    def add(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, round_first: bool) -> None:  # noqa: FBT001
-        fused_add_rms_norm(x, residual, weight, eps)
+    def add(x: Tensor, residual: Tensor, norming: Norming) -> None:
+        fused_add_rms_norm(x, residual, norming.weight, norming.eps)
 
     def norm_of_sum(x: Tensor, weight: Tensor) -> Tensor:
         fused_add_rms_norm(x, torch.zeros_like(x), weight, 1e-6)
         return x
 
     usable = device == "cpu" or torch.cuda.is_available()
-    rounding = probe(lambda x, w: norm(x, w, 1e-6, 0.0, True), device=device) if usable else Rounding.OTHER
+    rounding = probe(lambda x, w: norm(x, Norming(w)), device=device) if usable else Rounding.OTHER
     rounding_of_sum = probe(norm_of_sum, device=device) if usable else Rounding.OTHER
     weight_optional = operators.parameters("_C::rms_norm")["weight"].text.startswith("Tensor?")
 
-    def why_not(x: Tensor, weight: Tensor | None, offset: float, round_first: bool, residual: Tensor | None) -> str:  # noqa: FBT001
-        if offset and weight is not None:
-            return f"the kernel adds nothing to the weight, the call {offset}"
+    def why_not(x: Tensor, norming: Norming, residual: Tensor | None) -> str:
+        weight = norming.weight
+        if norming.offset and weight is not None:
+            return f"the kernel adds nothing to the weight, the call {norming.offset}"
         if weight is None and not weight_optional:
             return "this version's kernel needs a weight"
         when = rounding if residual is None else rounding_of_sum
@@ -53,7 +55,7 @@ def register(operators: Operators) -> None:
             or of_one_type(x, weight)
             or contiguous(x, residual, weight)
             or (multiple(x.shape[-1], 8) if device == "cpu" else "")
-            or when.conflict(x, weight, round_first=round_first)
+            or when.conflict(x, norming)
         )
 
     implement_norms(NAME, NormKernels(norm, add, why_not, batch_invariant=device == "cpu"))
