@@ -18,7 +18,7 @@ from piecework.errors import BundleError, CaptureError, UnsupportedModelError
 from piecework.foundation.environment import Environment, read_environment
 from piecework.foundation.target import read_target
 from piecework.report.explain import ExplainReport, bundle_subject, explain_bundle, explain_subject
-from piecework.report.subject import Subject
+from piecework.report.subject import ExplainedPlan
 from piecework.spec.model_spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def explain_model(spec: ModelSpec, *, store: Store, layers: tuple[int, int] | No
 
 def captured_subject(
     request: CaptureRequest, *, name: str, arguments: Any = None, notes: Sequence[str] = ()
-) -> Subject:
+) -> ExplainedPlan:
     """Capture, split and dedupe; return what is to be explained. Raises CaptureError, ShapeContractError."""
     # a bundle is explained without a compiler
     from piecework.compiler.deduplicate import Forward, deduplicate  # noqa: PLC0415
@@ -161,7 +161,7 @@ def captured_subject(
     paths = [Forward(captured, split(captured), variant) for captured, variant in capture_variants(request)]
     pieces = deduplicate(paths)
     known = dict.fromkeys(note for path in paths for note in path.captured.stacks.notes)
-    return Subject(
+    return ExplainedPlan(
         name=name,
         origin=CAPTURED,
         plan=make_plan(paths, pieces, artifacts=[()] * len(pieces.unique), arguments=arguments),

@@ -15,7 +15,7 @@ from piecework.report.layers import find_stacks
 from piecework.report.lifting import NameCounts, OpLifting, count_names, lift_report
 from piecework.report.pairs import PairReport, compare_layers
 from piecework.report.sharing import PieceSharing, StackSharing, share_layers, share_pieces
-from piecework.report.subject import Explanation, Subject
+from piecework.report.subject import ExplainedPlan, Explanation
 
 RECOMPILE = "compile it again to have the first difference named, with its source line"
 
@@ -86,7 +86,7 @@ class ExplainReport:
         return "\n".join(lines)
 
 
-def explain_subject(subject: Subject, *, layers: tuple[int, int] | None = None) -> ExplainReport:
+def explain_subject(subject: ExplainedPlan, *, layers: tuple[int, int] | None = None) -> ExplainReport:
     """Return why the pieces of a plan are shared or not.
 
     Args:
@@ -117,11 +117,11 @@ def explain_bundle(bundle: Bundle, *, layers: tuple[int, int] | None = None) -> 
     return explain_subject(bundle_subject(bundle), layers=layers)
 
 
-def bundle_subject(bundle: Bundle) -> Subject:
+def bundle_subject(bundle: Bundle) -> ExplainedPlan:
     """Return what to explain of a bundle; one without explanation gets a note. Raises CorruptBundle."""
     plan = Plan.from_json(bundle.plan())
     explanation = _read_explanation(bundle, plan)
-    return Subject(
+    return ExplainedPlan(
         name=str(bundle.path),
         origin="the bundle",
         plan=plan,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from piecework.report.layers import spell_numbers
 from piecework.report.lifting import OpLifting
 from piecework.report.listing import short_operator
 from piecework.report.pairs import PairedOp, PairedPiece, PairReport
 from piecework.report.sharing import LayerGroup, PieceDifference, PieceSharing, StackSharing
+from piecework.report.spelling import spell_count, spell_numbers
 
 _FEW_GROUPS: Final = 8
 _FEW_NAMES: Final = 3
@@ -32,7 +32,7 @@ def pieces_section(pieces: Sequence[PieceSharing], stacks: Sequence[StackSharing
         users += [f"with {_few(piece.others)}"] if piece.others else []
         users += [f"for {' and '.join(piece.forwards)} only"] if piece.forwards else []
         head = f"  {piece.letter:<{width}} {piece.num_uses:>4} × {piece.fingerprint[:12]}"
-        size = f"{_count(piece.num_ops, 'op')}, {_count(piece.num_constants, 'constant')}"
+        size = f"{spell_count(piece.num_ops, 'op')}, {spell_count(piece.num_constants, 'constant')}"
         lines.append(f"{head}  {size:<24} {', '.join(users)}".rstrip())
     if len(shown) < len(pieces):
         lines.append(f"  … and {len(pieces) - len(shown)} more (--all)")
@@ -65,7 +65,7 @@ def ops_section(ops: Sequence[OpLifting]) -> str:
         lines.append(f"{op.num_calls:>6} × {short_operator(op.op)}{at}")
         for argument in op.lifted:
             examples = ", ".join(argument.examples) + (", …" if argument.num_values > len(argument.examples) else "")
-            kind = _count(argument.num_values, f"different {argument.kind}")
+            kind = spell_count(argument.num_values, f"different {argument.kind}")
             lines.append(f"         {argument.label}: {kind} at no cost: {examples}")
     return "\n".join(lines) if ops else ""
 
@@ -83,13 +83,13 @@ def pair_section(pair: PairReport) -> str:
 
 def _group_lines(group: LayerGroup, *, everything: bool, alone: bool) -> Iterator[str]:
     layers = _layers(group.layers)
-    pieces = f"{_count(len(group.pieces), 'piece')}: {' '.join(group.pieces)}"
+    pieces = f"{spell_count(len(group.pieces), 'piece')}: {' '.join(group.pieces)}"
     if group.reference is None:
         yield f"  {layers} {'has' if alone or len(group.layers) == 1 else 'share'} {pieces}"
         return
     own, other = len(group.pieces), len(group.reference_pieces)
     differs = "differs" if len(group.layers) == 1 else f"share {pieces}; they differ"
-    counts = f" in having {_count(own, 'piece')}, not {other}" if own != other else ""
+    counts = f" in having {spell_count(own, 'piece')}, not {other}" if own != other else ""
     if not group.differences:
         yield f"  {layers} {differs} from layer {group.reference}{counts}"
         return
@@ -98,7 +98,7 @@ def _group_lines(group: LayerGroup, *, everything: bool, alone: bool) -> Iterato
     yield f"  {layers} {differs} from layer {group.reference}{counts}{joined} {_place(first, own=max(own, other))}"
     yield from _difference_lines(first)
     if more and not everything:
-        yield f"      and in {_count(len(more), 'more piece')} (--all)"
+        yield f"      and in {spell_count(len(more), 'more piece')} (--all)"
     for difference in more if everything else ():
         yield f"    and in {_place(difference, own=own)}"
         yield from _difference_lines(difference)
@@ -148,10 +148,6 @@ def _layers(numbers: Sequence[int]) -> str:
 
 def _of(stack: str, *, among: Sequence[StackSharing]) -> str:
     return f" of {stack or 'the module'}" if len(among) > 1 else ""
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _few(names: Sequence[str]) -> str:

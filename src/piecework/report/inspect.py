@@ -18,13 +18,12 @@ from piecework.report.kernel_counts import (
     PieceKernels,
     moved_table,
     piece_kernels,
-    spell_bytes,
-    spell_count,
     table_lines,
     typical_sizes,
 )
 from piecework.report.natives import NativeReport, native_lines, native_reports
 from piecework.report.passes import PassUse, pass_lines, pass_uses
+from piecework.report.spelling import spell_bytes, spell_count
 
 
 @dataclass(frozen=True)

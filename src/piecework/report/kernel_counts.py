@@ -23,7 +23,8 @@ from piecework.bundle.sizes import size_expression
 from piecework.errors import PieceworkError
 from piecework.foundation.notes import KERNELS, read_note
 from piecework.foundation.traffic import Kernel, Term, kernels_from_json, kernels_to_json
-from piecework.report.layers import Layer, find_stacks, spell_numbers
+from piecework.report.layers import Layer, find_stacks
+from piecework.report.spelling import spell_bytes, spell_numbers
 
 MOVED: Final = "kernels: bytes of weights + of all else"
 STAGES: Final = ("captured", "after passes", "lowered", "compiled")
@@ -192,19 +193,6 @@ def _cell(moved: Moved) -> str:
         return "unknown"
     amounts = [spell_bytes(n) if n is not None else "unknown" for n in (moved.weight_bytes, moved.other_bytes)]
     return f"{moved.kernels}: {' + '.join(amounts)}"
-
-
-def spell_bytes(size: int) -> str:
-    """Write a number of bytes for people: "3.5 MB"."""
-    for unit, scale in (("GB", 1_000_000_000), ("MB", 1_000_000), ("kB", 1_000)):
-        if size >= scale:
-            return f"{size / scale:.1f} {unit}"
-    return f"{size} bytes"
-
-
-def spell_count(number: int, noun: str) -> str:
-    """Write a number of things for people: "1 kernel", "2 kernels"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _forward_rows(plan: Plan, pieces: Sequence[PieceKernels], name: str, sizes: Sizes) -> list[MovedRow]:

@@ -7,7 +7,7 @@ that names no layer may begin one or end one: it counts as a layer's only where 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ class Layer:
     Args:
         number: in its stack.
         steps: numbers of the plan's steps that it has part in, in order.
-        own: numbers of the steps that run a piece and count as this layer's; see `Stack`.
+        own: numbers of the steps that run a piece and count as this layer's; see `LayerStack`.
     """
 
     number: int
@@ -30,7 +30,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Stack:
+class LayerStack:
     """Layers that are numbered side by side.
 
     Where opaque ops stand inside layers, a piece reaches from the end of one layer into the next. It has both layers in
@@ -51,7 +51,7 @@ class Stack:
     entry: int | None
 
 
-def find_stacks(plan: Plan) -> tuple[Stack, ...]:
+def find_stacks(plan: Plan) -> tuple[LayerStack, ...]:
     """Return the stacks of a plan's model in execution order; a list with one numbered element is none."""
     names = [step_names(plan, step) for step in range(len(plan.steps))]
     numbers: dict[str, set[int]] = {}
@@ -89,17 +89,6 @@ def layer_of_name(name: str, stack: str) -> int | None:
     rest = name.removeprefix(f"{stack}." if stack else "")
     number = rest.split(".")[0]
     return int(number) if (not stack or rest != name) and number.isdecimal() else None
-
-
-def spell_numbers(numbers: Iterable[int]) -> str:
-    """Write numbers with their runs shortened: "0-2, 4, 6-9"."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
 
 def _bound_names(plan: Plan, value: Any) -> Iterator[str]:
@@ -145,7 +134,7 @@ def _filled(plan: Plan, holders: Sequence[tuple[int, ...]]) -> tuple[tuple[int, 
     return tuple(filled)
 
 
-def _stack(plan: Plan, name: str, holders: tuple[tuple[int, ...], ...]) -> Stack:
+def _stack(plan: Plan, name: str, holders: tuple[tuple[int, ...], ...]) -> LayerStack:
     steps: dict[int, list[int]] = {}
     for step, found in enumerate(holders):
         for number in found:
@@ -160,4 +149,4 @@ def _stack(plan: Plan, name: str, holders: tuple[tuple[int, ...], ...]) -> Stack
         if step != entry:
             own[holders[step][0]].append(step)
     layers = tuple(Layer(number, tuple(steps[number]), tuple(own[number])) for number in sorted(steps))
-    return Stack(name, layers, holders, spans=spans, entry=entry)
+    return LayerStack(name, layers, holders, spans=spans, entry=entry)

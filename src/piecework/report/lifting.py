@@ -14,7 +14,7 @@ from piecework.bundle.plan import OpStep, PieceStep, Plan
 from piecework.foundation.digests import canonical_json
 from piecework.report.layers import op_arguments
 from piecework.report.listing import argument_label
-from piecework.report.subject import Subject
+from piecework.report.subject import ExplainedPlan
 
 _KINDS: Final[Mapping[str, str]] = {"layer": "layer name", "state": "state", "recipe": "weight"}
 _COMPUTED: Final = frozenset({"slot", "size", "list"})
@@ -56,7 +56,7 @@ class NameCounts:
     baked: int
 
 
-def lift_report(subject: Subject) -> tuple[OpLifting, ...]:
+def lift_report(subject: ExplainedPlan) -> tuple[OpLifting, ...]:
     """Return the plan's opaque ops in the order of their first calls."""
     steps: dict[str, list[OpStep]] = {}
     for step in subject.plan.steps:
@@ -74,7 +74,7 @@ def lift_report(subject: Subject) -> tuple[OpLifting, ...]:
     )
 
 
-def count_names(subject: Subject) -> NameCounts:
+def count_names(subject: ExplainedPlan) -> NameCounts:
     """Count the calls that take a name which differs between the calls of their operator."""
     lifted: dict[str, list[list[Any]]] = {}
     for step in subject.plan.steps:
@@ -89,7 +89,7 @@ def count_names(subject: Subject) -> NameCounts:
     return NameCounts(sum(map(_count_differing, lifted.values())), sum(map(_count_differing, baked.values())))
 
 
-def op_argument_names(subject: Subject, op: str) -> Sequence[str]:
+def op_argument_names(subject: ExplainedPlan, op: str) -> Sequence[str]:
     """Return the names of an opaque op's arguments, or () where they aren't known."""
     return subject.explanation.op_arguments.get(op, ()) if subject.explanation else ()
 
@@ -141,7 +141,7 @@ def _count_differing(calls: Sequence[Sequence[Any]]) -> int:
     return len(calls) if len({canonical_json(names) for names in calls}) > 1 else handles
 
 
-def _runs(subject: Subject) -> Iterator[int]:
+def _runs(subject: ExplainedPlan) -> Iterator[int]:
     for step, found in enumerate(subject.plan.steps):
         if isinstance(found, PieceStep):
             yield subject.piece(step)

@@ -12,7 +12,7 @@ from piecework.bundle.format import EXPLANATION
 from piecework.bundle.manifest import corrupt
 from piecework.bundle.plan import NativeCall, Plan
 from piecework.foundation.notes import KERNELS, read_note
-from piecework.report.kernel_counts import spell_bytes, spell_count
+from piecework.report.spelling import spell_bytes, spell_count
 
 
 @dataclass(frozen=True)

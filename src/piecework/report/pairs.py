@@ -8,9 +8,10 @@ from itertools import zip_longest
 
 from piecework.bundle.plan import OpStep, PieceStep
 from piecework.errors import PieceworkError
-from piecework.report.layers import Layer, Stack, find_stacks, op_arguments, spell_numbers
+from piecework.report.layers import Layer, LayerStack, find_stacks, op_arguments
 from piecework.report.lifting import is_bound, label_of, op_argument_names, show_argument
-from piecework.report.subject import Subject, piece_letter
+from piecework.report.spelling import spell_numbers
+from piecework.report.subject import ExplainedPlan, piece_letter
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class PairReport:
     ops: tuple[PairedOp, ...]
 
 
-def compare_layers(subject: Subject, layers: tuple[int, int]) -> tuple[PairReport, ...]:
+def compare_layers(subject: ExplainedPlan, layers: tuple[int, int]) -> tuple[PairReport, ...]:
     """Compare two layers in every stack that has both. Raises PieceworkError where none has."""
     stacks = find_stacks(subject.plan)
     made: list[PairReport] = []
@@ -67,11 +68,11 @@ def compare_layers(subject: Subject, layers: tuple[int, int]) -> tuple[PairRepor
     return tuple(made)
 
 
-def _numbers(stack: Stack) -> str:
+def _numbers(stack: LayerStack) -> str:
     return spell_numbers(layer.number for layer in stack.layers)
 
 
-def _pair(subject: Subject, stack: Stack, layers: tuple[Layer, Layer]) -> PairReport:
+def _pair(subject: ExplainedPlan, stack: LayerStack, layers: tuple[Layer, Layer]) -> PairReport:
     steps = subject.plan.steps
     pieces = [[s for s in layer.steps if isinstance(steps[s], PieceStep)] for layer in layers]
     ops = [[step for s in layer.steps if isinstance(step := steps[s], OpStep)] for layer in layers]
@@ -83,7 +84,7 @@ def _pair(subject: Subject, stack: Stack, layers: tuple[Layer, Layer]) -> PairRe
     )
 
 
-def _piece(subject: Subject, stack: Stack, place: int, a: int | None, b: int | None) -> PairedPiece:
+def _piece(subject: ExplainedPlan, stack: LayerStack, place: int, a: int | None, b: int | None) -> PairedPiece:
     difference = subject.difference(a, b) if a is not None and b is not None else None
     letters = ["" if step is None else piece_letter(subject.piece(step)) for step in (a, b)]
     holders = [() if step is None else stack.holders[step] for step in (a, b)]
@@ -92,14 +93,14 @@ def _piece(subject: Subject, stack: Stack, place: int, a: int | None, b: int | N
     )
 
 
-def _op(subject: Subject, place: int, a: OpStep | None, b: OpStep | None) -> PairedOp:
+def _op(subject: ExplainedPlan, place: int, a: OpStep | None, b: OpStep | None) -> PairedOp:
     names = ("" if a is None else a.op, "" if b is None else b.op)
     if a is None or b is None or a.op != b.op:
         return PairedOp(place, names, ())
     return PairedOp(place, names, tuple(_differing(subject, a, b, names=op_argument_names(subject, a.op))))
 
 
-def _differing(subject: Subject, a: OpStep, b: OpStep, *, names: Sequence[str]) -> list[tuple[str, str, str]]:
+def _differing(subject: ExplainedPlan, a: OpStep, b: OpStep, *, names: Sequence[str]) -> list[tuple[str, str, str]]:
     mine, theirs = op_arguments(a), op_arguments(b)
     return [
         (label_of(key, names=names), show_argument(subject.plan, mine[key]), show_argument(subject.plan, theirs[key]))

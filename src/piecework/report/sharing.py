@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from piecework.bundle.plan import PieceStep, Step
-from piecework.report.layers import Layer, Stack, find_stacks, layer_of_name, step_names
+from piecework.report.layers import Layer, LayerStack, find_stacks, layer_of_name, step_names
 from piecework.report.parts import layer_of_call
-from piecework.report.subject import Subject, piece_letter
+from piecework.report.subject import ExplainedPlan, piece_letter
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class StackSharing:
     spans: bool
 
 
-def share_pieces(subject: Subject, stacks: Sequence[Stack]) -> tuple[PieceSharing, ...]:
+def share_pieces(subject: ExplainedPlan, stacks: Sequence[LayerStack]) -> tuple[PieceSharing, ...]:
     """Return the unique pieces of a plan with their users."""
     steps: dict[int, list[int]] = {index: [] for index in range(len(subject.plan.pieces))}
     for step, found in enumerate(subject.plan.steps):
@@ -130,21 +130,21 @@ def share_pieces(subject: Subject, stacks: Sequence[Stack]) -> tuple[PieceSharin
     return tuple(made)
 
 
-def _forwards(subject: Subject, piece: int) -> tuple[str, ...]:
+def _forwards(subject: ExplainedPlan, piece: int) -> tuple[str, ...]:
     def runs(step: Step) -> bool:
         return isinstance(step, PieceStep) and subject.plan.instances[step.instance].piece == piece
 
     return tuple(variant.name for variant in subject.plan.variants if any(runs(step) for step in variant.steps))
 
 
-def share_layers(subject: Subject) -> tuple[StackSharing, ...]:
+def share_layers(subject: ExplainedPlan) -> tuple[StackSharing, ...]:
     """Return how the layers of each stack share their pieces."""
     stacks = find_stacks(subject.plan)
     return tuple(_stack(subject, stack, stacks) for stack in stacks)
 
 
 def _compare(
-    subject: Subject, stack: Stack, mine: Layer, theirs: Layer, *, stacks: Sequence[Stack]
+    subject: ExplainedPlan, stack: LayerStack, mine: Layer, theirs: Layer, *, stacks: Sequence[LayerStack]
 ) -> tuple[PieceDifference, ...]:
     """Compare two layers' own pieces, place by place; one difference per place where they differ."""
     found = []
@@ -168,7 +168,7 @@ def _compare(
     return tuple(found)
 
 
-def _stack(subject: Subject, stack: Stack, stacks: Sequence[Stack]) -> StackSharing:
+def _stack(subject: ExplainedPlan, stack: LayerStack, stacks: Sequence[LayerStack]) -> StackSharing:
     without = {step for layer in stack.layers if not layer.own for step in layer.steps}
     uncut = {s: stack.holders[s] for s in sorted(without) if isinstance(subject.plan.steps[s], PieceStep)}
     by_pieces: dict[tuple[int, ...], list[Layer]] = {}
@@ -188,7 +188,7 @@ def _stack(subject: Subject, stack: Stack, stacks: Sequence[Stack]) -> StackShar
 
 
 def _group(
-    subject: Subject, stack: Stack, group: list[Layer], largest: list[Layer], *, stacks: Sequence[Stack]
+    subject: ExplainedPlan, stack: LayerStack, group: list[Layer], largest: list[Layer], *, stacks: Sequence[LayerStack]
 ) -> LayerGroup:
     first = group[0]
     numbers, letters = tuple(layer.number for layer in group), _letters(subject, first)
@@ -206,7 +206,7 @@ def _group(
     )
 
 
-def _next_layer(subject: Subject, stack: Stack, layer: Layer, *, step: int, call: int | None) -> int | None:
+def _next_layer(subject: ExplainedPlan, stack: LayerStack, layer: Layer, *, step: int, call: int | None) -> int | None:
     """Return the layer in which a call of a piece lies where it isn't `layer`, whose own the piece is."""
     if subject.explanation is None or call is None or len(stack.holders[step]) < 2:
         return None
@@ -218,10 +218,10 @@ def _next_layer(subject: Subject, stack: Stack, layer: Layer, *, step: int, call
     return found if found != layer.number else None
 
 
-def _letters(subject: Subject, layer: Layer) -> tuple[str, ...]:
+def _letters(subject: ExplainedPlan, layer: Layer) -> tuple[str, ...]:
     return tuple(piece_letter(subject.piece(step)) for step in layer.own)
 
 
-def _others(subject: Subject, step: int, stacks: Sequence[Stack]) -> tuple[str, ...]:
+def _others(subject: ExplainedPlan, step: int, stacks: Sequence[LayerStack]) -> tuple[str, ...]:
     names = step_names(subject.plan, step)
     return tuple(name for name in names if all(layer_of_name(name, stack.name) is None for stack in stacks))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from piecework.bundle.plan import OpStep, Plan
-from piecework.report.layers import Stack, find_stacks, spell_numbers, step_names
+from piecework.report.layers import LayerStack, find_stacks, step_names
+from piecework.report.spelling import spell_numbers
 
 _FINGERPRINT_DIGITS = 8
 
@@ -32,7 +33,7 @@ def _what(plan: Plan, step: int) -> str:
     return f"piece {number} [{plan.pieces[number].fingerprint[:_FINGERPRINT_DIGITS]}]"
 
 
-def _where(plan: Plan, step: int, stacks: tuple[Stack, ...]) -> list[str]:
+def _where(plan: Plan, step: int, stacks: tuple[LayerStack, ...]) -> list[str]:
     found = plan.steps[step]
     if isinstance(found, OpStep):
         layers = [a["layer"] for a in (*found.args, *found.kwargs.values()) if "layer" in a]

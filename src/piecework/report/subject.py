@@ -93,7 +93,7 @@ class Explanation:
 
 
 @dataclass(frozen=True)
-class Subject:
+class ExplainedPlan:
     """What is explained.
 
     Args:

@@ -9,10 +9,11 @@ import pytest
 from piecework.bundle.plan import Instance, OpStep, PieceStep, Plan, Recipe, State, UniquePiece
 from piecework.ops.ir.program import Call, Program, TensorSpec
 from piecework.report.explain import explain_subject
-from piecework.report.layers import find_stacks, layer_of_name, spell_numbers
+from piecework.report.layers import find_stacks, layer_of_name
 from piecework.report.lifting import NameCounts, count_names, lift_report
 from piecework.report.listing import Listing
-from piecework.report.subject import Explanation, Subject, piece_letter
+from piecework.report.spelling import spell_numbers
+from piecework.report.subject import ExplainedPlan, Explanation, piece_letter
 
 ROW = TensorSpec((8,), (1,), "float32", "cpu")
 
@@ -46,10 +47,10 @@ def op(*args: Any, name: str = "mylib::mix.default") -> OpStep:
     return OpStep(name, ({"slot": 0}, *args), {}, (0,))
 
 
-def subject(made: Plan, *, calls: list[Call] | None = None) -> Subject:
+def subject(made: Plan, *, calls: list[Call] | None = None) -> ExplainedPlan:
     listings = tuple(Listing(program(call)) for call in calls or ())
     known = Explanation(listings, op_arguments={"mylib::mix.default": ("x", "layer")}) if calls is not None else None
-    return Subject("sample", "by hand", made, known)
+    return ExplainedPlan("sample", "by hand", made, known)
 
 
 NAMES = [f"layers.{i}.w" for i in range(3)]

@@ -8,6 +8,7 @@ from typing import Any
 
 from piecework.compiler.rewrite.metas import MetaRun
 from piecework.compiler.rewrite.rewritten import Rewritten
+from piecework.report.spelling import spell_numbers
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,4 @@ class PassReport:
 
 def named_calls(numbers: Sequence[int]) -> str:
     """Return "call 3", "calls 3-9" or "calls 3-9, 12" of ascending numbers."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return f"call {text}" if len(numbers) == 1 else f"calls {text}"
+    return f"call{'' if len(numbers) == 1 else 's'} {spell_numbers(numbers)}"
