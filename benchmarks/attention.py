@@ -1,7 +1,5 @@
 """Attention over a paged KV cache on the CPU: our kernel, plain torch, and what torch offers otherwise.
 
-  python benchmarks/attention.py --out benchmarks/attention.json
-
 `kernel` is what bundles hold (providers/cpu_attention), `plain` the operator's definition in plain torch (ops/
 attention_plain.py), `compiled` that definition under torch.compile, and `flex` FlexAttention, compiled, over keys and
 values gathered from their blocks, which it can't read where they lie; the gathering counts. They take turns. Every case
@@ -11,28 +9,24 @@ cycles through several layers' caches, so that the cache is read from memory, as
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from piecework.bench.machine import commit, machine, versions
+from benchmarks.common.kernels import build_kernel, num_layers
+from benchmarks.common.main import Benchmark
+from benchmarks.common.run import Run
+from benchmarks.common.steps import time_rounds
 from piecework.bundle.run.states import zeros
-from piecework.compiler.backends.toolchain import find_toolchain
 from piecework.ops.attention_plain import Scores, decode, prefill
 from piecework.providers.cpu_attention.kernel import SOURCES, CpuAttention
 
-BLOCK_SIZE = 16
-_CACHE_BYTES = 1 << 28  # of all layers of a case together, several times what the CPU's caches hold
+BLOCK_SIZE: Final = 16
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,7 @@ class Case:
     dtype: str
 
 
-CASES = (
+CASES: Final = (
     Case("decode", 1, 1, 190, 12, 12, 64, "bfloat16"),
     Case("decode", 32, 1, 160, 12, 12, 64, "bfloat16"),
     Case("decode", 32, 1, 160, 12, 12, 64, "float32"),
@@ -90,9 +84,7 @@ def make_batch(case: Case) -> Batch:
     num_blocks = case.seqs * width
     shape = (2, num_blocks, BLOCK_SIZE, case.kv_heads, case.dim)
     one = 2 * num_blocks * BLOCK_SIZE * case.kv_heads * case.dim * dtype.itemsize
-    caches = tuple(
-        zeros(shape, dtype=dtype, device="cpu").normal_() for _ in range(max(2, min(16, _CACHE_BYTES // one)))
-    )
+    caches = tuple(zeros(shape, dtype=dtype, device="cpu").normal_() for _ in range(num_layers(one)))
     tables = torch.randperm(num_blocks).view(case.seqs, width)
     positions = torch.arange(case.length - case.new, case.length)
     slots = (tables[:, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE).flatten()
@@ -131,7 +123,7 @@ def with_kernel(kernel: CpuAttention, batch: Batch, cache: Tensor) -> Tensor:
     return kernel.attend(batch.query, cache, *rows, batch.num_decode, batch.case.dim**-0.5)
 
 
-def flex(compiled: Any, batch: Batch, mask: Any, cache: Tensor) -> Tensor:
+def flex(compiled: Any, mask: Any, batch: Batch, cache: Tensor) -> Tensor:
     """Gather the blocks, then attend with FlexAttention."""
     case = batch.case
     taken = cache[:, batch.tables].flatten(2, 3)[:, :, : case.length].transpose(2, 3)
@@ -150,70 +142,46 @@ def causal_mask(case: Case) -> Any:
     return create_block_mask(seen, None, None, case.new, case.length, device="cpu")
 
 
-def build_kernel(directory: Path) -> CpuAttention:
-    """Compile the kernel as a bundle would."""
-    library = directory / "kernel.so"
-    macros = ("PIECEWORK_FLOAT32", "PIECEWORK_BFLOAT16")
-    find_toolchain(directory, compiler=None).compile_kernel(SOURCES / "attention.cpp", macros=macros, target=library)
-    return CpuAttention(library)
+@torch.inference_mode()
+def measure(args: argparse.Namespace, run: Run) -> dict[str, Any]:
+    """Measure all cases."""
+    kernel = CpuAttention(build_kernel(SOURCES / "attention.cpp", run.root))
+    for case in CASES:
+        run.progress(str(case))
+        torch.compiler.reset()
+        ways: dict[str, Attend] = {
+            "kernel": partial(with_kernel, kernel),
+            "plain": plain,
+            "compiled": torch.compile(plain),
+            "flex": partial(flex, torch.compile(flex_attention), causal_mask(case)),
+        }
+        measure_case(run, make_batch(case), ways, rounds=args.repeats)
+    return {}
 
 
-def measure(batch: Batch, ways: Mapping[str, Attend], *, rounds: int) -> list[dict[str, Any]]:
-    """Return a row for each way: the median over rounds of the time of one layer, and how far results are apart."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
+def measure_case(run: Run, batch: Batch, ways: dict[str, Attend], *, rounds: int) -> None:
+    """Add the time of one layer in each way. A way whose results are not the plain ones raises."""
     reference = plain(batch, batch.caches[0]).float()
-    rows = []
-    for name, way in list(ways.items()):
+    works, notes = {}, {}
+    for name, way in ways.items():
         try:
-            error = (way(batch, batch.caches[0]).float() - reference).abs().max().item()
+            found = way(batch, batch.caches[0])
         except Exception as failure:  # what torch can't compile here is a finding, not an end
-            rows.append({**asdict(batch.case), "system": name, "note": f"{type(failure).__name__}: {failure}"[:200]})
-            ways = {n: w for n, w in ways.items() if n != name}
+            run.notes.append(f"{name}, {batch.case}: {type(failure).__name__}: {failure}"[:200])
             continue
-        rows.append({**asdict(batch.case), "system": name, "largest_difference": error})
-    for _ in range(rounds):
-        for name, way in ways.items():
-            begun = time.perf_counter()
-            for cache in batch.caches:
-                way(batch, cache)
-            times[name].append(1e6 * (time.perf_counter() - begun) / len(batch.caches))
-    for row in rows:
-        found = times[row["system"]][1:]
-        if found:
-            value = {"value": statistics.median(found), "min": min(found), "max": max(found), "n": len(found)}
-            row.update({"metric": "layer_us", "unit": "us", **{k: round(v, 1) for k, v in value.items()}})
-    return rows
+        notes[name] = f"largest difference from plain: {(found.float() - reference).abs().max().item():.2g}"
+        works[name] = partial(_all_layers, way, batch)
+    for name, seconds in time_rounds(works, rounds=rounds).items():
+        times = [1e6 * each / len(batch.caches) for each in seconds]
+        run.add(*times, system=name, metric="layer_us", note=notes[name], **asdict(batch.case))
 
 
-def main() -> None:
-    """Measure, print, and write the figures where that is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="default: 9")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures to FILE as JSON")
-    args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as directory, torch.inference_mode():
-        kernel = build_kernel(Path(directory))
-        for case in CASES:
-            torch.compiler.reset()
-            batch = make_batch(case)
-            ways: dict[str, Attend] = {
-                "kernel": partial(with_kernel, kernel),
-                "plain": plain,
-                "compiled": torch.compile(plain),
-                "flex": partial(_flex_way, torch.compile(flex_attention), causal_mask(case)),
-            }
-            found = measure(batch, ways, rounds=args.rounds)
-            rows += found
-            print(case, {row["system"]: row.get("value", row.get("note")) for row in found})
-    report = {"machine": machine(), "versions": versions(), "commit": commit(), "rounds": args.rounds, "rows": rows}
-    if args.out is not None:
-        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+def _all_layers(way: Attend, batch: Batch) -> None:
+    for cache in batch.caches:
+        way(batch, cache)
 
 
-def _flex_way(compiled: Any, mask: Any, batch: Batch, cache: Tensor) -> Tensor:
-    return flex(compiled, batch, mask, cache)
-
+BENCHMARK: Final = Benchmark(__doc__, measure, repeats=9)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main()

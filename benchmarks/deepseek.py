@@ -1,7 +1,5 @@
 """Cold and warm starts of models shaped like DeepSeek-V3: with depth, and at the true shapes of published ones.
 
-  python benchmarks/deepseek.py --configs DIR --out benchmarks/deepseek.json
-
 Models of 4 and 60 layers (hidden 256, 4 heads, kv_lora_rank 128, 8 experts; the first one, or three, dense) of random
 weights are compiled cold, loaded, and started warm to the first token. Every config.json under --configs whose model
 type is deepseek_v2 or deepseek_v3 is compiled cold at its own shape, without weights. Each is a process of its own.
@@ -12,23 +10,23 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import statistics
 import sys
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from piecework.bench.launch import Launcher
-from piecework.bench.machine import commit, machine, versions
-from piecework.bench.synthetic import BOS, EOS, write_tokenizer, write_weights
-from piecework.bench.systems.piecework import PROMPT
+from benchmarks.common.main import Benchmark, add_option, numbers
+from benchmarks.common.models import BOS, EOS, write_config, write_weights
+from benchmarks.common.run import Run
+from benchmarks.startup import IMPORT_TORCH, PROMPT
 from piecework.bundle.bundle import open_bundle
 from piecework.bundle.plan import Plan
 
-MAX_TOKENS = 256
-VOCAB = 1024
-FAMILIES = ("deepseek_v2", "deepseek_v3")
-LIMITS = {"load_ms": 80.0, "cold_ratio": 1.15, "true_shape_s": 90.0, "true_shape_rss_mb": 6 * 1024.0}
+MAX_TOKENS: Final = 256
+VOCAB: Final = 1024
+FAMILIES: Final = ("deepseek_v2", "deepseek_v3")
+SMALL: Final = "deepseek_v3-"
+_COLD_RATIO, _LOAD_MS, _TRUE_SHAPE_S, _TRUE_SHAPE_RSS_MB = 1.15, 80.0, 90.0, 6 * 1024.0
 
 # prints the most memory that any process of a command held, its own and its children's
 _MEASURED = (
@@ -78,62 +76,50 @@ def config(layers: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Measure, print, and write the figures where that is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, nargs="+", default=[4, 60], metavar="N", help="default: 4 60")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="default: 3")
+def options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add_option(parser, "--layers", (4, 60), "numbers of layers", type_=numbers, metavar="N,…")
     parser.add_argument("--configs", type=Path, metavar="DIR", help="directories with a config.json each")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures to FILE as JSON")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="piecework-bench-") as directory:
-        report = measure(Path(directory), layers=args.layers, repeats=args.repeats, configs=args.configs)
-    if args.out is not None:
-        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def measure(root: Path, *, layers: list[int], repeats: int, configs: Path | None) -> dict[str, Any]:
-    """Return the report; everything that is written lies under `root`."""
-    launcher = Launcher(root)
-    models = {n: root / f"deepseek-{n}" for n in layers}
+def measure(args: argparse.Namespace, run: Run) -> dict[str, Any]:
+    """Measure everything."""
+    models = {n: run.root / f"deepseek-{n}" for n in args.layers}
     for n, model in models.items():
-        model.mkdir()
-        (model / "config.json").write_text(json.dumps(config(n)))
-        write_tokenizer(model, vocab=VOCAB)
-    samples: dict[tuple[str, str], list[float]] = {}
-
-    def note(model: str, metric: str, value: float) -> None:
-        samples.setdefault((model, metric), []).append(value)
-        print(f"{model:<24} {metric:<18} {value:.2f}", flush=True)
-
-    warm_up = launcher.caches("warm-up", fresh=True).variables()
-    launcher.run(_compile(models[layers[0]], root / "warm-up"), variables=warm_up)
-    for repeat in range(repeats):
+        write_config(model, config(n))
+    run.progress("warming up")
+    warm_up = run.launcher.caches("warm-up", fresh=True).variables()
+    run.launcher.run(_compile(models[args.layers[0]], run.root / "warm-up"), variables=warm_up)
+    for repeat in range(args.repeats):
         for n, model in models.items():
-            _cold(launcher, model, root / f"deepseek_v3-{n}", note, max_tokens=MAX_TOKENS)
+            run.progress(f"cold: {n} layers")
+            _cold(run, model, f"{SMALL}{n}", max_tokens=MAX_TOKENS)
             if repeat == 0:
-                _write_weights(model, root / f"deepseek_v3-{n}")
+                _write_weights(model, run.root / f"{SMALL}{n}")
         for n, model in models.items():
-            _warm(launcher, model, f"deepseek_v3-{n}", note)
-    for found in sorted(configs.glob("*/config.json")) if configs is not None else ():
+            run.progress(f"warm: {n} layers")
+            _warm(run, model, f"{SMALL}{n}")
+    for found in sorted(args.configs.glob("*/config.json")) if args.configs is not None else ():
         if json.loads(found.read_text())["model_type"] in FAMILIES:
-            _cold(launcher, found.parent, root / found.parent.name, note, max_tokens=2048)
-    rows = [
-        {
-            "system": "piecework",
-            "model": model,
-            "metric": metric,
-            "value": round(statistics.median(values), 3),
-            "n": len(values),
-            "min": round(min(values), 3),
-            "max": round(max(values), 3),
-        }
-        for (model, metric), values in samples.items()
-    ]
-    goals = _goals(rows, layers=layers)
-    print(*goals, sep="\n")
-    about = {"machine": machine(), "versions": versions(), "commit": commit()}
-    return {**about, "settings": {"config": config(layers[-1]), "max_tokens": MAX_TOKENS}, "rows": rows, "goals": goals}
+            run.progress(f"cold: {found.parent.name}")
+            _cold(run, found.parent.absolute(), found.parent.name, max_tokens=2048)
+    check_goals(run, args.layers)
+    return {"config": config(args.layers[-1]), "max_tokens": MAX_TOKENS}
+
+
+def check_goals(run: Run, layers: Sequence[int]) -> None:
+    """Hold small models' growth with depth, and true shapes' seconds and memory, against the goals."""
+    deep = f"{SMALL}{layers[-1]}"
+    for key in run.find():
+        value, small = run.value(key) or 0.0, key["model"].startswith(SMALL)
+        if key["metric"] == "cold_s" and key["model"] == deep:
+            run.compare(key, _COLD_RATIO, model=f"{SMALL}{layers[0]}")
+        elif key["metric"] == "load_ms" and key["model"] == deep:
+            run.hold(key, "load_ms", value, _LOAD_MS)
+        elif key["metric"] == "cold_s" and not small:
+            run.hold(key, "cold_s", value, _TRUE_SHAPE_S)
+        elif key["metric"] == "compile_rss_mb" and not small:
+            run.hold(key, "compile_rss_mb", value, _TRUE_SHAPE_RSS_MB)
 
 
 def _compile(model: Path, out: Path, *, max_tokens: int = MAX_TOKENS) -> list[str]:
@@ -142,51 +128,37 @@ def _compile(model: Path, out: Path, *, max_tokens: int = MAX_TOKENS) -> list[st
     return [sys.executable, "-c", _MEASURED, *command, *options]
 
 
-def _cold(launcher: Launcher, model: Path, out: Path, note: Any, *, max_tokens: int) -> None:
-    name = out.name
+def _cold(run: Run, model: Path, name: str, *, max_tokens: int) -> None:
+    out = run.root / name
     shutil.rmtree(out, ignore_errors=True)
-    caches = launcher.caches(name, fresh=True)
-    ran = launcher.run(_compile(model, out, max_tokens=max_tokens), variables=caches.variables())
-    note(name, "cold_s", ran.wall_s)
-    for metric in ("pieces", "unique_pieces", "capture_s"):
-        note(name, metric, ran.figures[metric])
-    note(name, "bundle_mb", ran.figures["bundle_bytes"] / 2**20)
-    note(name, "compile_rss_mb", ran.figures["peak_mb"])
+    variables = run.launcher.caches(name, fresh=True).variables()
+    ran = run.launcher.run(_compile(model, out, max_tokens=max_tokens), variables=variables)
+    figures: dict[str, Any] = {"cold_s": ran.wall_s}
+    figures |= {metric: ran.figures[metric] for metric in ("pieces", "unique_pieces", "capture_s")}
+    figures |= {"bundle_mb": ran.figures["bundle_bytes"] / 2**20, "compile_rss_mb": ran.figures["peak_mb"]}
+    for metric, value in figures.items():
+        run.add(value, system="piecework", model=name, metric=metric)
 
 
 def _write_weights(model: Path, bundle: Path) -> None:
     plan = Plan.from_json(open_bundle(bundle).plan())
-    shapes = {take.name: take.shape for recipe in plan.recipes if not recipe.literal for take in recipe.takes}
-    write_weights(model, shapes=shapes, dtype="bfloat16")
+    sizes = {take.name: take.shape for recipe in plan.recipes if not recipe.literal for take in recipe.takes}
+    write_weights(model, sizes=sizes, dtype="bfloat16")
 
 
-def _warm(launcher: Launcher, model: Path, name: str, note: Any) -> None:
-    variables = launcher.caches(name, fresh=False).variables()
-    bundle = str(model.parent / name)
-    importing = launcher.run([sys.executable, "-c", "import torch; print('{}', flush=True)"], variables=variables)
-    note(name, "import_torch_s", importing.first_output_s)
-    command = ["-m", "piecework", "generate", str(model), "--bundle", bundle, "--prompt", PROMPT]
-    options = ["--max-new-tokens", "1", "--max-tokens", str(MAX_TOKENS), "--json"]
-    ran = launcher.run([sys.executable, *command, *options], variables=variables)
-    note(name, "first_token_s", ran.first_output_s)
-    loaded = launcher.run([sys.executable, "-c", _LOAD, bundle, str(model / "model.safetensors")], variables=variables)
-    note(name, "load_ms", loaded.figures["load_ms"])
+def _warm(run: Run, model: Path, name: str) -> None:
+    caches, bundle = run.launcher.caches(name, fresh=False), str(run.root / name)
+    importing = run.launcher.run([sys.executable, "-c", IMPORT_TORCH], variables=caches.variables())
+    words = ["generate", str(model), "--bundle", bundle, "--prompt", PROMPT, "--max-new-tokens", "1"]
+    generated = run.launcher.piecework(*words, "--max-tokens", str(MAX_TOKENS), caches=caches)
+    loading = [sys.executable, "-c", _LOAD, bundle, str(model / "model.safetensors")]
+    loaded = run.launcher.run(loading, variables=caches.variables())
+    figures = {"import_torch_s": importing.first_output_s, "first_token_s": generated.first_output_s}
+    for metric, value in {**figures, "load_ms": loaded.figures["load_ms"]}.items():
+        run.add(value, system="piecework", model=name, metric=metric)
 
 
-def _goals(rows: list[dict[str, Any]], *, layers: list[int]) -> list[dict[str, Any]]:
-    value = {(row["model"], row["metric"]): row["value"] for row in rows}
-    first, last = f"deepseek_v3-{layers[0]}", f"deepseek_v3-{layers[-1]}"
-    ratio = value[last, "cold_s"] / value[first, "cold_s"]
-    found = [
-        (f"cold_s, {layers[-1]} layers to {layers[0]}", ratio, LIMITS["cold_ratio"]),
-        (f"load_ms, {layers[-1]} layers", value[last, "load_ms"], LIMITS["load_ms"]),
-    ]
-    for model, metric in value:
-        if not model.startswith("deepseek_v3-") and metric == "cold_s":
-            found.append((f"cold_s, {model}", value[model, metric], LIMITS["true_shape_s"]))
-            found.append((f"compile_rss_mb, {model}", value[model, "compile_rss_mb"], LIMITS["true_shape_rss_mb"]))
-    return [{"what": what, "value": round(v, 3), "limit": limit, "met": v <= limit} for what, v, limit in found]
-
+BENCHMARK: Final = Benchmark(__doc__, measure, repeats=3, options=options)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main()

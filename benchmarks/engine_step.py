@@ -1,7 +1,5 @@
 """How long a step of the engine takes besides the model: schedule, build inputs, sample, keep the books.
 
-  python benchmarks/engine_step.py --out benchmarks/engine_step.json
-
 The model is a stand-in that returns logits which were made before. All sequences decode; the clock stops while the
 stand-in runs. A second pass times the parts, with clocks around each, which themselves take a few microseconds.
 """
@@ -10,18 +8,17 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from piecework.bench.machine import commit, machine, versions
+from benchmarks.common.main import Benchmark, add_option
+from benchmarks.common.run import Run
 from piecework.engine.block_pool import DEFAULT_BLOCK_SIZE, num_blocks_for
 from piecework.engine.engine import Engine, EngineConfig
 from piecework.engine.request import GenerationRequest
@@ -143,45 +140,30 @@ def part_times(case: Case, *, steps: int) -> dict[str, float]:
     return {part: statistics.median(times) for part, times in found.items()}
 
 
-def measure(case: Case, *, steps: int, repeats: int) -> list[dict[str, Any]]:
-    """Return rows: the whole step with its spread over repeats, each a median of steps, and its parts."""
-    medians, worst = [], []
-    for _ in range(repeats):
-        times = sorted(step_times(case, steps=steps))
-        medians.append(statistics.median(times))
-        worst.append(times[int(0.99 * len(times))])
-    key = {"system": "piecework", **asdict(case)}
-    spread = {"n": repeats, "min": round(min(medians), 4), "max": round(max(medians), 4)}
-    rows = [{**key, "metric": "engine_step_ms", "value": round(statistics.median(medians), 4), "unit": "ms", **spread}]
-    rows[0]["note"] = ROW_NOTE
-    rows.append({**key, "metric": "engine_step_p99_ms", "value": round(statistics.median(worst), 4), "unit": "ms"})
-    for part, value in part_times(case, steps=steps).items():
-        rows.append({**key, "metric": part, "value": round(value, 4), "unit": "ms"})
-    return rows
+def options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add_option(parser, "--steps", 200, "steps of a repeat")
 
 
-def main() -> None:
-    """Measure, print the figures, and write them where that is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, metavar="N", help="steps of a repeat (default: 200)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="default: 5")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures to FILE as JSON")
-    args = parser.parse_args()
-    about = {"machine": machine(), "versions": versions(), "commit": commit()}
-    rows: list[dict[str, Any]] = []
+@torch.inference_mode()
+def measure(args: argparse.Namespace, run: Run) -> dict[str, Any]:
+    """Measure the whole step, each repeat a median of steps, and its parts."""
     gc.freeze()
-    with torch.inference_mode():
-        for case in CASES:
-            rows += measure(case, steps=args.steps, repeats=args.repeats)
-            told = {row["metric"]: row["value"] for row in rows if row["sampling"] == case.sampling}
-            print(case, told)
-    first = rows[0]["value"]
-    goal = {"what": "engine_step_ms, 64 sequences, greedy", "value": first, "limit": LIMIT_MS, "met": first <= LIMIT_MS}
-    print(goal)
-    report = {**about, "settings": {"steps": args.steps, "repeats": args.repeats}, "rows": rows, "goals": [goal]}
-    if args.out is not None:
-        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for case in CASES:
+        run.progress(str(case))
+        key = {"system": "piecework", **asdict(case)}
+        for _ in range(args.repeats):
+            times = sorted(step_times(case, steps=args.steps))
+            run.add(statistics.median(times), metric="engine_step_ms", note=ROW_NOTE, **key)
+            run.add(times[int(0.99 * len(times))], metric="engine_step_p99_ms", **key)
+        for part, value in part_times(case, steps=args.steps).items():
+            run.add(value, metric=part, **key)
+    first = {"system": "piecework", **asdict(CASES[0]), "metric": "engine_step_ms"}
+    run.hold(first, "engine_step_ms", run.value(first) or 0.0, LIMIT_MS)
+    return {"steps": args.steps}
 
+
+BENCHMARK: Final = Benchmark(__doc__, measure, repeats=5, options=options)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main()

@@ -1,7 +1,5 @@
 """IR ops inside an opaque op: bodies compiled with the bundle, beside eager torch and a torch.compile wrapper.
 
-  python benchmarks/ir.py --out benchmarks/ir.json
-
 A module with an opaque op is compiled and loaded; the clock runs inside that op, while the model runs. The systems take
 turns in each repeat. All is measured twice: freed memory is returned to the system first, and then it is kept. A first
 run compiles, which takes a minute; the store and Inductor's cache have it then.
@@ -10,24 +8,21 @@ run compiles, which takes a minute; the store and Inductor's cache have it then.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 import piecework
-from piecework.bench.machine import commit, machine, versions
+from benchmarks.common.main import Benchmark, add_option
+from benchmarks.common.run import Bound, Run
 from piecework.foundation.process import keep_freed_memory
 from piecework.ops.activations import silu_mul
 from piecework.ops.ir.declared_calls import DynamicSizes
 from piecework.ops.ir.inputs import Draw
-from piecework.ops.ir.op import IrOp
 from piecework.ops.norms import rms_norm
 from piecework.ops.quantize import quantize_dynamic_per_token, quantize_static_fp8
 
@@ -105,7 +100,7 @@ class Case:
     """What is called: the op, the same in plain torch, its width, and its arguments for some tokens."""
 
     name: str
-    op: IrOp
+    op: Callable[..., Any]
     plain: Callable[..., Any]
     width: int
     arguments: Callable[[int], tuple[Tensor, ...]]
@@ -141,16 +136,45 @@ CASES = (
 OVERHEAD = Case("silu_mul", silu_mul, silu_mul.native, NARROW, lambda n: halves(n, NARROW))
 
 
-def load() -> piecework.LoadedModel:
-    """Return the compiled module, from the store where it is there."""
+def options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add_option(parser, "--seconds", 0.05, "of a repeat at least", type_=float, metavar="S")
+
+
+def measure(args: argparse.Namespace, run: Run) -> dict[str, Any]:
+    """Measure all cases inside the model's opaque op, twice."""
     x = torch.randn(1, 8).bfloat16()
-    return piecework.load(piecework.compile(Around(), (x,)), weights={})
+    model = piecework.load(piecework.compile(Around(), (x,)), weights={})
+    for freed in FREED:
+        if freed == "kept":
+            keep_freed_memory()
+
+        def work(freed: str = freed) -> None:
+            for case, counts in (*((c, TOKENS) for c in CASES), (OVERHEAD, (1,))):
+                wrapped = torch.compile(case.plain, dynamic=True)
+                for tokens in counts:
+                    run.progress(f"{case.name}, {tokens} tokens, freed memory {freed}")
+                    key: dict[str, Any] = {"op": case.name, "tokens": tokens, "width": case.width, "dtype": "bfloat16"}
+                    found = call_times(case, tokens, wrapped, repeats=args.repeats, seconds=args.seconds)
+                    for system, times in found.items():
+                        run.add(*times, system=system, metric="call_us", **key, freed_memory=freed)
+
+        INSIDE.work = work
+        with torch.inference_mode():
+            model(x)
+    if model.native_fallbacks:
+        raise SystemExit(f"calls without a body: {model.native_fallbacks}")
+    check_goals(run)
+    return {"seconds": args.seconds}
 
 
-def times(
-    functions: dict[str, Callable[..., Any]], args: tuple[Tensor, ...], *, repeats: int, seconds: float
-) -> dict[str, list[float]]:
-    """Return microseconds per call, a value per repeat; the functions take turns."""
+def call_times(
+    case: Case, tokens: int, wrapped: Callable[..., Any], *, repeats: int, seconds: float
+) -> Mapping[str, list[float]]:
+    """Return microseconds per call and system, a value per repeat; runs inside the opaque op."""
+    args = case.arguments(tokens)
+    check(case.op(*args), case.plain(*args), case=case.name)
+    functions = dict(zip(SYSTEMS, (case.op, case.plain, wrapped), strict=True))
     counts = {}
     for name, function in functions.items():
         for _ in range(3):
@@ -175,105 +199,24 @@ def check(found: Any, expected: Any, *, case: str) -> None:
         torch.testing.assert_close(a.float(), b.float(), atol=0.1, rtol=0.13, msg=lambda text: f"{case}: {text}")
 
 
-def measure(
-    case: Case, tokens: int, wrapped: Callable[..., Any], *, repeats: int, seconds: float
-) -> dict[str, list[float]]:
-    """Return microseconds per call and system; runs inside the opaque op."""
-    args = case.arguments(tokens)
-    check(case.op(*args), case.plain(*args), case=case.name)
-    functions = dict(zip(SYSTEMS, (case.op, case.plain, wrapped), strict=True))
-    return times(functions, args, repeats=repeats, seconds=seconds)
+def check_goals(run: Run) -> None:
+    """Hold the least speed-up over eager mode, and what a call costs, against the goals."""
+    for freed in FREED:
+        for case in CASES:
+            speedups = {}
+            for key in run.find(system="piecework", op=case.name, freed_memory=freed):
+                ours, eager = run.value(key), run.value({**key, "system": "eager"})
+                assert ours
+                assert eager
+                speedups[eager / ours] = key
+            worst = min(speedups)
+            run.hold(speedups[worst], "times faster than eager, the least", worst, LEAST_SPEEDUP, Bound.AT_LEAST)
+        (key,) = run.find(system="piecework", op=OVERHEAD.name, freed_memory=freed)
+        run.hold(key, f"us of a call of {NARROW} values", run.value(key) or 0.0, MOST_OVERHEAD_US)
+        run.compare(key, 1.0, system="torch.compile")
 
 
-def rows_of(case: Case, tokens: int, found: dict[str, list[float]], *, freed: str) -> list[dict[str, Any]]:
-    """Return a row per system: the median of the repeats, and their spread."""
-    key = {"op": case.name, "tokens": tokens, "width": case.width, "dtype": "bfloat16", "freed_memory": freed}
-    return [
-        {
-            "system": system,
-            **key,
-            "metric": "call_us",
-            "value": round(statistics.median(values), 2),
-            "unit": "us",
-            "n": len(values),
-            "min": round(min(values), 2),
-            "max": round(max(values), 2),
-        }
-        for system, values in found.items()
-    ]
-
-
-def run(model: piecework.LoadedModel, *, freed: str, repeats: int, seconds: float) -> list[dict[str, Any]]:
-    """Measure all cases inside the model's opaque op."""
-    rows: list[dict[str, Any]] = []
-
-    def work() -> None:
-        for case, counts in (*((c, TOKENS) for c in CASES), (OVERHEAD, (1,))):
-            wrapped = torch.compile(case.plain, dynamic=True)
-            for tokens in counts:
-                found = measure(case, tokens, wrapped, repeats=repeats, seconds=seconds)
-                rows.extend(rows_of(case, tokens, found, freed=freed))
-                print(case.name, tokens, {row["system"]: row["value"] for row in rows[-len(SYSTEMS) :]}, flush=True)
-
-    INSIDE.work = work
-    with torch.inference_mode():
-        model(torch.randn(1, 8).bfloat16())
-    return rows
-
-
-def goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return what is asked for, and whether it is reached."""
-    return [goal for freed in FREED for goal in _goals([row for row in rows if row["freed_memory"] == freed], freed)]
-
-
-def _goals(rows: Sequence[dict[str, Any]], freed: str) -> list[dict[str, Any]]:
-    value = {(row["op"], row["tokens"], row["system"]): row["value"] for row in rows}
-    made = []
-    for case in CASES:
-        speedups = {n: round(value[case.name, n, "eager"] / value[case.name, n, "piecework"], 2) for n in TOKENS}
-        worst = min(speedups.values())
-        made.append(
-            {
-                "what": f"{case.name}: times faster than eager, the least of {TOKENS[0]} to {TOKENS[-1]} tokens",
-                "freed_memory": freed,
-                "value": worst,
-                "limit": LEAST_SPEEDUP,
-                "met": worst >= LEAST_SPEEDUP,
-                "by_tokens": speedups,
-            }
-        )
-    ours, wrapper = value[OVERHEAD.name, 1, "piecework"], value[OVERHEAD.name, 1, "torch.compile"]
-    what = f"microseconds of a call of one token of {NARROW} values"
-    made.append(
-        {"what": what, "value": ours, "freed_memory": freed, "limit": MOST_OVERHEAD_US, "met": ours <= MOST_OVERHEAD_US}
-    )
-    what = f"{what}, beside a torch.compile wrapper's"
-    made.append({"what": what, "value": ours, "freed_memory": freed, "limit": wrapper, "met": ours <= wrapper})
-    return made
-
-
-def main() -> None:
-    """Measure, print the figures, and write them where that is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="default: 7")
-    parser.add_argument("--seconds", type=float, default=0.05, metavar="S", help="of a repeat at least (default: 0.05)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures to FILE as JSON")
-    args = parser.parse_args()
-    about = {"machine": machine(), "versions": versions(), "commit": commit()}
-    model = load()
-    rows = run(model, freed=FREED[0], repeats=args.repeats, seconds=args.seconds)
-    keep_freed_memory()
-    rows += run(model, freed=FREED[1], repeats=args.repeats, seconds=args.seconds)
-    if model.native_fallbacks:
-        raise SystemExit(f"calls without a body: {model.native_fallbacks}")
-    reached = goals(rows)
-    for goal in reached:
-        print(goal)
-    settings = {"repeats": args.repeats, "seconds": args.seconds}
-    if args.out is not None:
-        report = {**about, "settings": settings, "rows": rows, "goals": reached}
-        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
+BENCHMARK: Final = Benchmark(__doc__, measure, repeats=7, options=options)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main()

@@ -1,7 +1,5 @@
 """Linear layers in a piece on the CPU: with code of ours, and with oneDNN's, both on packed weights.
 
-  python benchmarks/linear.py --out benchmarks/linear.json
-
 A piece has several layers that read the same input; together their weights are larger than the CPU's caches, so that
 they are read from memory, as in a model. Both pieces take turns. Needs a C++ compiler.
 """
@@ -9,11 +7,7 @@ they are read from memory, as in a model. Both pieces take turns. Needs a C++ co
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import tempfile
-import time
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import piecework
-from piecework.bench.machine import commit, machine, versions
+from benchmarks.common.main import Benchmark, add_option, names, numbers
+from benchmarks.common.run import Run
+from benchmarks.common.steps import time_rounds
+from piecework.compiler.passes.names import MERGE_LINEAR
 
 SHAPES: Final = ((2048, 3648), (2816, 2048))
 DTYPES: Final = ("bfloat16", "float32")
@@ -43,54 +40,41 @@ class Layers(nn.Module):
         return [layer(x) for layer in self.layers]
 
 
-def measure(features: int, width: int, dtype: str, *, rounds: int, root: Path) -> list[dict[str, Any]]:
-    """Return a row for each number of tokens and each system: the median over rounds of the time of one layer."""
-    torch.manual_seed(0)
-    module = Layers(features, width, dtype=getattr(torch, dtype)).requires_grad_(requires_grad=False)
-    dynamic = {"tokens": piecework.Dim(1, 1024)}
-    models = {}
-    for name in SYSTEMS:
-        options = piecework.CompileOptions(pack_linear=name, passes_off=frozenset({"merge_linear"}))
-        out = root / f"{name}-{features}-{width}-{dtype}"
-        example = torch.randn(8, features, dtype=getattr(torch, dtype))
-        piecework.compile(module, (example,), dynamic=dynamic, out=out, options=options)
-        models[name] = piecework.load(out, weights=module)
-    rows = []
-    for tokens in TOKENS:
-        x = torch.randn(tokens, features, dtype=getattr(torch, dtype))
-        times: dict[str, list[float]] = {name: [] for name in SYSTEMS}
-        for _ in range(rounds + 1):
-            for name, model in models.items():
-                begun = time.perf_counter()
-                model(x)
-                times[name].append(1e6 * (time.perf_counter() - begun) / len(module.layers))
-        case = {"in": features, "out": width, "dtype": dtype, "tokens": tokens}
-        measured = {"metric": "layer_us", "unit": "us"}
-        rows += [{"system": name, **case, **measured, **_spread(found[1:])} for name, found in times.items()]
-        print(case, {row["system"]: row["value"] for row in rows[-2:]}, flush=True)
-    return rows
+def options(parser: argparse.ArgumentParser) -> None:
+    """Add the options."""
+    add_option(parser, "--dtypes", DTYPES, "of weights", type_=names(DTYPES), metavar="D,…")
+    add_option(parser, "--tokens", TOKENS, "in a call", type_=numbers, metavar="N,…")
 
 
-def _spread(found: Sequence[float]) -> dict[str, float]:
-    middle, least, most = (round(f(found), 1) for f in (statistics.median, min, max))
-    return {"value": middle, "min": least, "max": most, "n": len(found)}
+@torch.inference_mode()
+def measure(args: argparse.Namespace, run: Run) -> dict[str, Any]:
+    """Measure all shapes."""
+    for dtype in args.dtypes:
+        for features, width in SHAPES:
+            run.progress(f"{features} to {width}, {dtype}")
+            torch.manual_seed(0)
+            module = Layers(features, width, dtype=getattr(torch, dtype)).requires_grad_(requires_grad=False)
+            models = {name: _compiled(module, name, run.root / f"{name}-{features}-{dtype}") for name in SYSTEMS}
+            for tokens in args.tokens:
+                x = torch.randn(tokens, features, dtype=getattr(torch, dtype))
+                found = time_rounds({name: partial(model, x) for name, model in models.items()}, rounds=args.repeats)
+                for name, seconds in found.items():
+                    times = [1e6 * each / len(module.layers) for each in seconds]
+                    key = {"in": features, "out": width, "dtype": dtype, "tokens": tokens}
+                    run.add(*times, system=name, metric="layer_us", **key)
+    return {}
 
 
-def main() -> None:
-    """Measure, print, and write the figures where that is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="default: 15")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures to FILE as JSON")
-    args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as root, torch.inference_mode():
-        for dtype in DTYPES:
-            for features, width in SHAPES:
-                rows += measure(features, width, dtype, rounds=args.rounds, root=Path(root))
-    report = {"machine": machine(), "versions": versions(), "commit": commit(), "rounds": args.rounds, "rows": rows}
-    if args.out is not None:
-        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+def _compiled(module: Layers, packing: Any, out: Path) -> piecework.LoadedModel:
+    options = piecework.CompileOptions(pack_linear=packing, passes_off=frozenset({MERGE_LINEAR}))
+    weight = module.layers[0].weight
+    assert isinstance(weight, Tensor)
+    example = torch.randn(8, weight.shape[1], dtype=weight.dtype)
+    piecework.compile(module, (example,), dynamic={"tokens": piecework.Dim(1, 1024)}, out=out, options=options)
+    return piecework.load(out, weights=module)
 
+
+BENCHMARK: Final = Benchmark(__doc__, measure, repeats=15, options=options)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main()

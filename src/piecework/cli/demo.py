@@ -7,10 +7,7 @@ and then `piecework generate`, each in its own process, on a store that was empt
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from piecework.cli import console
-from piecework.errors import CompileError, StoreError
-from piecework.foundation.environment import child_variables
+from piecework.cli.child import run_command
+from piecework.errors import StoreError
 
 PROMPT = 'The "for" statement is used to'
-# Time for an interrupted child to end its workers and clean its store before it is killed.
-INTERRUPT_GRACE_S = 15.0
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -113,37 +108,6 @@ def _demo_store(*, keep: Path | None, store: Path | None) -> Iterator[Path]:
         raise
 
 
-def _figures(command: Sequence[str], *, store: Path) -> dict[str, Any]:
-    """Run a piecework command with --json on `store`, its progress going to our stderr, and return what it printed."""
-    # The child shares our stderr, so that its own progress display is what the user sees. It has its own process group,
-    # so that an interrupt comes to it once, from us, however it came to us.
-    child = subprocess.Popen(
-        [sys.executable, "-m", "piecework", *command, "--json"],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=child_variables({"PIECEWORK_HOME": str(store)}),
-        process_group=0,
-    )
-    try:
-        printed, _ = child.communicate()
-    except BaseException:
-        _end(child)
-        raise
-    if child.returncode:
-        raise CompileError(
-            asked=f"piecework {command[0]} of the demo model",
-            found=f"the command ended with code {child.returncode}; its message is above",
-            try_="piecework doctor, which says what this machine lacks",
-        )
-    figures: dict[str, Any] = json.loads(printed)
-    return figures
-
-
-def _end(child: subprocess.Popen[str]) -> None:
-    """Let the child end its workers and clean up, then make sure that it is gone."""
-    child.terminate()
-    try:
-        child.wait(timeout=INTERRUPT_GRACE_S)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
+def _figures(command: Sequence[str], *, store: Path) -> Any:
+    """Run a piecework command on `store`, and return what it printed."""
+    return run_command(command, what="the demo model", variables={"PIECEWORK_HOME": str(store)})

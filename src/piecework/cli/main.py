@@ -34,7 +34,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "serve": "serve a model over HTTP, as OpenAI does",
     "inspect": "show what a bundle contains and check its digests",
     "explain": "say which layers share their pieces, and why others don't",
-    "bench": "measure start-up, generation and servers, beside other systems",
+    "bench": "measure a model here: its start, and tokens per second",
     "doctor": "say what of this machine is missing or slow, with the fix",
     "demo": "compile the model that ships with piecework, and start it again warm",
 }

@@ -195,7 +195,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         help="most sequences in one forward pass (default: what the bundle takes)",
     )
     memory = group.add_mutually_exclusive_group()
-    memory.add_argument("--kv-memory", type=_size, metavar="SIZE", help="the KV cache's size, such as 4GiB")
+    memory.add_argument("--kv-memory", type=parse_size, metavar="SIZE", help="the KV cache's size, such as 4GiB")
     memory.add_argument(
         "--memory-fraction",
         type=_fraction,
@@ -230,7 +230,9 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="requests at the same time; more get a 429 (default: %(default)s)",
     )
-    group.add_argument("--max-body", type=_size, default=8 << 20, metavar="SIZE", help="of a request (default: 8MiB)")
+    group.add_argument(
+        "--max-body", type=parse_size, default=8 << 20, metavar="SIZE", help="of a request (default: 8MiB)"
+    )
     group.add_argument(
         "--max-prompt-tokens", type=_positive, metavar="N", help="of one prompt (default: what the model takes)"
     )
@@ -284,7 +286,7 @@ def _fraction(text: str) -> float:
     return value
 
 
-def _size(text: str) -> int:
+def parse_size(text: str) -> int:
     """Return the bytes of "500MB" (powers of 1000), "4GiB", "4G" (powers of 1024), or a plain number."""
     found = _SIZE.fullmatch(text.strip())
     if found is None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from piecework.cli.main import main, make_parser
-from piecework.cli.serve import _model_options, _settings, _size
+from piecework.cli.serve import _model_options, _settings, parse_size
 from piecework.engine.profile_options import ProfileOptions
 from piecework.server.options import WhileCompiling
 from piecework.spec.model_spec import ModelSpec
@@ -32,13 +32,13 @@ def _parse(*arguments: str) -> argparse.Namespace:
     [("1", 1), ("500MB", 500_000_000), ("4GiB", 4 << 30), ("4G", 4 << 30), ("1.5 kB", 1500), ("2k", 2048)],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert _size(text) == size
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "4GG", "much", "4 XB"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
-        _size(text)
+        parse_size(text)
 
 
 def test_defaults(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""One measured process per module: `python -m benchmarks.cells.NAME …` ends with one line of JSON."""

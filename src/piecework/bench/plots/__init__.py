@@ -1,1 +1,0 @@
-"""Figures of a benchmark as a picture: an HTML page that needs nothing else, or a PNG by matplotlib."""

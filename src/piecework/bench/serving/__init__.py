@@ -1,1 +1,0 @@
-"""Load on any OpenAI-compatible server, and what its answers tell."""
