@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,25 +22,22 @@ BATCHES = [Batch(decode=3, decode_context=37), Batch(decode=2, decode_context=16
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
-    """Return a random model's directory and its bundle."""
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """Return a random model's directory and its bundle, by the model's name."""
     root = tmp_path_factory.mktemp("bench")
-    made: dict[tuple[str, ...], tuple[Path, Path]] = {}
 
-    def compile_(name: str, *options: str) -> tuple[Path, Path]:
-        if (name, *options) not in made:
-            place = root / "-".join((name, *options))
-            model = RANDOM_MODELS[name].write(place, dtype="float32")
-            words = ["compile", str(model), "--out", str(place / "bundle"), "--backend", "eager", "--max-tokens", "256"]
-            assert main([*words, *options]) == 0
-            made[name, *options] = model, place / "bundle"
-        return made[name, *options]
+    @functools.cache
+    def compile_(name: str) -> tuple[Path, Path]:
+        model = RANDOM_MODELS[name].write(root / name, dtype="float32")
+        words = ["compile", str(model), "--out", str(model / "bundle"), "--backend", "eager", "--max-tokens", "256"]
+        assert main(words) == 0
+        return model, model / "bundle"
 
     return compile_
 
 
-def test_forwards_of_both_forms_are_timed(compiled: Callable[..., tuple[Path, Path]]) -> None:
-    models = [mla_layers.open_model(*compiled("mla-tiny", "--mla", form)) for form in ("exposed", "opaque")]
+def test_forwards_of_several_bundles_are_timed(compiled: Callable[[str], tuple[Path, Path]]) -> None:
+    models = [mla_layers.open_model(*compiled("mla-tiny")) for _ in range(2)]
     found = mla_layers.measure(models, BATCHES, steps=2, seconds=0.0)
     assert [len(rates) for rates in found] == [2, 2]
     assert all(rate > 0 for rates in found for rate in rates)
@@ -49,7 +47,7 @@ def test_forwards_of_both_forms_are_timed(compiled: Callable[..., tuple[Path, Pa
         assert all(state.std() > 0.5 for state in model.states.values())  # what is in the cache is something
 
 
-def test_chats_are_sent_at_once_and_every_token_has_its_time(compiled: Callable[..., tuple[Path, Path]]) -> None:
+def test_chats_are_sent_at_once_and_every_token_has_its_time(compiled: Callable[[str], tuple[Path, Path]]) -> None:
     model, bundle = compiled("llama-tiny")
     chats = ChatLoad(4, 20, 8, 64).draw(vocab=1024)
     with LLM(model, bundle=bundle, kv_cache_memory=1 << 24, prefix_caching=False) as llm:
@@ -64,7 +62,7 @@ def test_chats_are_sent_at_once_and_every_token_has_its_time(compiled: Callable[
 
 
 def test_bench_measures_a_model_and_its_start(
-    compiled: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str]
+    compiled: Callable[[str], tuple[Path, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, bundle = compiled("llama-tiny")
     words = ["bench", str(model), "--bundle", str(bundle), "--requests", "3", "--input", "9", "--output", "5"]
@@ -82,7 +80,7 @@ def test_bench_measures_a_model_and_its_start(
 
 
 def test_bench_without_a_tokenizer_or_starts(
-    compiled: Callable[..., tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    compiled: Callable[[str], tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, bundle = compiled("llama-tiny")
     for name in ("config.json", "model.safetensors"):
@@ -96,7 +94,9 @@ def test_bench_without_a_tokenizer_or_starts(
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("given", [["--requests", "0"], ["--starts", "-1"], ["--kv-memory", "much"], ["--dtype", "int8"]])
+@pytest.mark.parametrize(
+    "given", [["--requests", "0"], ["--starts", "-1"], ["--kv-memory", "much"], ["--dtype", "int8"]]
+)
 def test_bench_refuses_wrong_usage(given: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["bench", "model", *given])

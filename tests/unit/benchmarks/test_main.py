@@ -99,5 +99,8 @@ def test_a_plot_has_a_panel_per_metric_and_a_bar_per_row(tmp_path: Path) -> None
     assert MADE.run(["--plot", str(path)]) == 0
     assert path.read_text().count("<!-- cold_s, float32 -->") == 1
     rows = [{"system": "a", "metric": "m", "batch": 1}, {"system": "b", "metric": "m", "batch": 32}]
-    assert plot.panels([*rows, {"system": "a", "metric": "other"}]) == {"m": rows, "other": [{"system": "a", "metric": "other"}]}
+    assert plot.panels([*rows, {"system": "a", "metric": "other"}]) == {
+        "m": rows,
+        "other": [{"system": "a", "metric": "other"}],
+    }
     assert [plot.label(row, rows) for row in rows] == ["a, batch 1", "b, batch 32"]

@@ -59,7 +59,9 @@ def test_forms_take_turns(stub: Stub, tmp_path: Path) -> None:
     }  # fmt: skip
     forwards = [row for row in rows if row["metric"] == "tok_s"]
     assert [row["system"] for row in forwards] == ["exposed"] * 6 + ["opaque"] * 6
-    assert [(r["min"], r["max"]) for r in forwards] == [(100 + i, 200 + i) for i in range(6)] * 2  # each loaded first once
+    assert [(r["min"], r["max"]) for r in forwards] == [
+        (100 + i, 200 + i) for i in range(6)
+    ] * 2  # each loaded first once
     assert {row["regime"] for row in forwards} == {"decode", "prefill", "mixed"}
     assert {row["system"] for row in rows if row["metric"] == "output_tok_s"} == {"exposed", "opaque", "vllm"}
     assert {row["metric"] for row in rows if "ttft" in row["metric"]} == {
@@ -87,7 +89,11 @@ def test_all_do_the_same_work(stub: Stub, tmp_path: Path) -> None:
     assert value_of(theirs, "--model") == chats[2]
     assert value_of(theirs, "--max-length") == "80"
     offline, script = (next(w for name, w in called if name == wanted) for wanted in ("bench", THROUGHPUT_SCRIPT))
-    for mine, other, value in (("--requests", "--requests", "4"), ("--input", "--inp", "16"), ("--output", "--out", "8")):
+    for mine, other, value in (
+        ("--requests", "--requests", "4"),
+        ("--input", "--inp", "16"),
+        ("--output", "--out", "8"),
+    ):
         assert (value_of(offline, mine), value_of(script, other)) == (value, value)
 
 

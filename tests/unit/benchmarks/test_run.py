@@ -19,7 +19,8 @@ def test_a_row_per_key_with_median_and_spread(run: Run) -> None:
     run.add(1.0, 0.123456789, system="piecework", metric="cold_s", layers=4)
     run.add(9.0, system="eager", metric="step_ms", batch=32, note="last")
     assert run.rows() == [
-        {"system": "piecework", "layers": 4, "metric": "cold_s", "value": 1, "unit": "s", "n": 3, "min": 0.12346, "max": 3},
+        {"system": "piecework", "layers": 4, "metric": "cold_s", "value": 1, "unit": "s", "n": 3, "min": 0.12346,
+         "max": 3},
         {"system": "eager", "batch": 32, "metric": "step_ms", "value": 8.123, "unit": "ms", "n": 3, "min": 7, "max": 9,
          "note": "last"},
     ]  # fmt: skip

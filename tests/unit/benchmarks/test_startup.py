@@ -48,7 +48,7 @@ def measured(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
 
 def test_all_systems(stub: Stub, measured: Callable[..., dict[str, Any]]) -> None:
-    report = measured("--repeats", "2")
+    report = measured("--repeats", "1", "--layers", "1")
     assert {"machine", "versions", "commit", "rows", "goals", "notes", "settings"} <= report.keys()
     assert report["versions"]["vllm"] == "0.0.1"
     assert report["notes"] == ["vllm runs without tcmalloc and iomp, which --peers doesn't have"]
@@ -80,7 +80,7 @@ def test_systems_take_turns_and_phases_follow_each_other(stub: Stub, measured: C
 
 
 def test_the_number_of_samples_is_stated(stub: Stub, measured: Callable[..., dict[str, Any]]) -> None:
-    options = ["--systems", "piecework,torch_compile", "--repeats", "3", "--peer-repeats", "2", *ONE]
+    options = ["--systems", "piecework,torch_compile", "--repeats", "3", "--peer-repeats", "2", "--layers", "1", *ONE]
     n = {(row["system"], row["metric"]): row["n"] for row in measured(*options)["rows"]}
     assert n["piecework", "cold_s"] == n["piecework", "step_ms"] == n["torch_compile", "step_ms"] == 3
     assert n["torch_compile", "cold_s"] == 2

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from tests.unit.capture.name_ops import by_layer, by_text
 from torch import Tensor
 
 from piecework.foundation.torch_private import (
@@ -21,6 +20,7 @@ from piecework.foundation.torch_private import (
     trace,
 )
 from piecework.ops.ir.layer import IS_OBJECT, LayerName
+from tests.unit.capture.name_ops import by_layer, by_text
 
 
 def test_torchs_own_operators_are_in_torchs_namespaces() -> None:
