@@ -79,7 +79,7 @@ class Decodes:
         """Store and attend, in every layer."""
         slots, *rest = self._rest
         for cache in self.caches:
-            mla.write_decode(*self._queries, False, *self._written, cache, slots, *rest)  # type: ignore[call-arg]
+            mla.write_decode(*self._queries, False, *self._written, cache, slots, *rest)
 
 
 @torch.inference_mode()

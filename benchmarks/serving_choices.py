@@ -107,7 +107,9 @@ def _compile(run: Run, model: Path, dtype: str, options: CompileOptions, *, name
 def _let_go(engine: LLM) -> None:
     """End the OpenMP threads of an engine that is about to idle, so that they don't take the next one's cores."""
     done = threading.Event()
-    engine._engine._commands.put(lambda: (release_idle_threads(), done.set()))  # type: ignore[arg-type, func-returns-value]
+    commands: Any = engine._texts._engine._commands
+    commands.put(release_idle_threads)
+    commands.put(done.set)
     done.wait()
 
 

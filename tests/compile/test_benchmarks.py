@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from benchmarks.common.chats import ChatLoad, figures_of
 from benchmarks.common.models import RANDOM_MODELS
 from piecework import LLM
 from piecework.cli.main import main
+from tests.unit.benchmarks.stubs import value_of, write_stub
 
 BATCHES = [Batch(decode=3, decode_context=37), Batch(decode=2, decode_context=16, prompts=1, prompt_tokens=9)]
 
@@ -61,25 +63,45 @@ def test_chats_are_sent_at_once_and_every_token_has_its_time(compiled: Callable[
     assert figures["output_throughput"] / figures["request_throughput"] == pytest.approx(sum(n for _, n in chats) / 4)
 
 
-def test_bench_measures_a_model_and_its_start(
+def test_bench_measures_a_model(
     compiled: Callable[[str], tuple[Path, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, bundle = compiled("llama-tiny")
     words = ["bench", str(model), "--bundle", str(bundle), "--requests", "3", "--input", "9", "--output", "5"]
-    words += ["--runs", "2", "--starts", "1", "--kv-memory", "16MiB"]
+    words += ["--runs", "2", "--starts", "0", "--kv-memory", "16MiB"]
     assert main([*words, "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     figures = made["figures"]
-    assert set(figures) == {"first_token_s", "load_ms", "output_tok_s", "total_tok_s", "one_request_tok_s"}
+    assert set(figures) == {"output_tok_s", "total_tok_s", "one_request_tok_s"}
     assert all(figure["max"] >= figure["value"] >= figure["min"] > 0 for figure in figures.values())
-    assert (figures["first_token_s"]["n"], figures["output_tok_s"]["n"]) == (1, 2)
+    assert {figure["n"] for figure in figures.values()} == {2}
     # three requests of 5 tokens after 9
     assert figures["total_tok_s"]["value"] == pytest.approx(figures["output_tok_s"]["value"] * 14 / 5, rel=1e-3)
     assert made["bundle"] == str(bundle)
     assert made["isa"]
 
 
-def test_bench_without_a_tokenizer_or_starts(
+def test_bench_starts_the_model_in_new_processes_with_the_same_options(
+    compiled: Callable[[str], tuple[Path, Path]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, bundle = compiled("llama-tiny")
+    stub = write_stub(tmp_path / "stub", {"generate": {"first_token_s": 1.5, "load_ms": 7.0}})
+    monkeypatch.setattr(sys, "executable", str(stub.python))
+    words = ["bench", str(model), "--bundle", str(bundle), "--requests", "1", "--input", "4", "--output", "2"]
+    words += ["--runs", "1", "--starts", "2", "--kv-memory", "16MiB", "--dtype", "float32", "--provider", "native"]
+    assert main([*words, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)["figures"]
+    assert figures["first_token_s"] == {"value": 1.5, "n": 2, "min": 1.5, "max": 1.5}
+    assert figures["load_ms"]["value"] == 7.0
+    assert stub.names() == ["generate"] * 3  # the first one may have to compile, and isn't counted
+    for option, value in (("--bundle", str(bundle)), ("--dtype", "float32"), ("--provider", "native")):
+        assert value_of(stub.calls()[0], option) == value
+
+
+def test_bench_without_a_tokenizer_has_no_starts(
     compiled: Callable[[str], tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, bundle = compiled("llama-tiny")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from tests.unit.models.tiny import write_config
 
 pytestmark = pytest.mark.gpu

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.unit.engine.test_engine_models import NUM_TOKENS, assert_greedy, mixed_prompts
+from tests.unit.models.tiny import reference_model, write_config
 
 from piecework.engine.llm import LLM
 from piecework.engine.sampling_params import SamplingParams
-from tests.unit.engine.test_engine_models import NUM_TOKENS, assert_greedy, mixed_prompts
-from tests.unit.models.tiny import reference_model, write_config
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")

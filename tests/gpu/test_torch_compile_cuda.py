@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.unit.compiler import named_ops
 from torch import Tensor, nn
 
 from piecework.bundle.record import Recorder
 from piecework.compiler.dynamo_backend import backend
 from piecework.ops.ir.layer import LayerName
-from tests.unit.compiler import named_ops
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():

@@ -46,12 +46,6 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     )
 
 
-def peers_root(variables: Mapping[str, str] | None = None) -> Path:
-    """Return where systems to measure beside ours are installed (`PEERS_ROOT`, else `~/.cache/piecework-peers`)."""
-    given = os.environ if variables is None else variables
-    return Path(os.path.expanduser(given.get("PEERS_ROOT") or "~/.cache/piecework-peers")).absolute()
-
-
 def child_variables(changes: Mapping[str, str | None]) -> dict[str, str]:
     """Return the environment for a child process: this one's, with `changes` applied (None removes)."""
     variables = dict(os.environ)

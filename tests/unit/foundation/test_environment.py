@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from piecework.foundation.environment import Environment, child_variables, peers_root, read_environment
+from piecework.foundation.environment import Environment, child_variables, read_environment
 
 
 @pytest.mark.parametrize(
@@ -30,14 +30,6 @@ def test_without_home_the_user_database_says() -> None:
 def test_compiler() -> None:
     assert read_environment({"HOME": "/h", "CXX": "clang++ -v"}).compiler == "clang++ -v"
     assert read_environment({"HOME": "/h", "CXX": ""}).compiler is None
-
-
-def test_peers_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert peers_root({"PEERS_ROOT": "/peers"}) == Path("/peers")
-    monkeypatch.setenv("HOME", "/h")
-    assert peers_root({"PEERS_ROOT": ""}) == Path("/h/.cache/piecework-peers")
-    monkeypatch.setenv("PEERS_ROOT", "/there")
-    assert peers_root() == Path("/there")
 
 
 def test_reads_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

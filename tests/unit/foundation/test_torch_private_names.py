@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from tests.unit.capture.name_ops import by_layer, by_text
 from torch import Tensor
 
 from piecework.foundation.torch_private import (
@@ -20,7 +21,6 @@ from piecework.foundation.torch_private import (
     trace,
 )
 from piecework.ops.ir.layer import IS_OBJECT, LayerName
-from tests.unit.capture.name_ops import by_layer, by_text
 
 
 def test_torchs_own_operators_are_in_torchs_namespaces() -> None:
