@@ -18,7 +18,6 @@ import piecework
 from benchmarks.common.main import Benchmark, add_option, names, numbers
 from benchmarks.common.run import Run
 from benchmarks.common.steps import time_rounds
-from piecework.compiler.passes.names import MERGE_LINEAR
 
 SHAPES: Final = ((2048, 3648), (2816, 2048))
 DTYPES: Final = ("bfloat16", "float32")
@@ -66,7 +65,7 @@ def measure(args: argparse.Namespace, run: Run) -> dict[str, Any]:
 
 
 def _compiled(module: Layers, packing: Any, out: Path) -> piecework.LoadedModel:
-    options = piecework.CompileOptions(pack_linear=packing, passes_off=frozenset({MERGE_LINEAR}))
+    options = piecework.CompileOptions(pack_linear=packing, passes_off=frozenset({"merge_linear"}))
     weight = module.layers[0].weight
     assert isinstance(weight, Tensor)
     example = torch.randn(8, weight.shape[1], dtype=weight.dtype)

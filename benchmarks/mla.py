@@ -30,7 +30,7 @@ from benchmarks.throughput import (
     take_turns,
     workload_of,
 )
-from piecework.models.config import read_config
+from piecework.spec.config import read_config
 
 FORMS: Final = ("exposed", "opaque")
 SYSTEMS: Final = (*FORMS, "vllm")

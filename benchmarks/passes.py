@@ -25,8 +25,8 @@ from benchmarks.common.main import Benchmark, add_option, names
 from benchmarks.common.models import RANDOM_MODELS
 from benchmarks.common.run import Bound, Run
 from piecework.bundle.run import LoadedModel, load
-from piecework.compiler.passes.names import MERGE_LINEAR, PASS_NAMES
 from piecework.foundation.process import keep_freed_memory
+from piecework.spec.passes import MERGE_LINEAR, PASS_NAMES
 
 CACHED: Final = 160
 SEQS: Final = (1, 32)

@@ -17,22 +17,16 @@ from typing import Any, Final
 from benchmarks.common.main import Benchmark
 from benchmarks.common.models import RANDOM_MODELS
 from benchmarks.common.run import Run
-from piecework import LLM, CompileOptions, SamplingParams
-from piecework.bundle.record import Recorder
-from piecework.bundle.store.directory import DirectoryStore
-from piecework.compiler.model import compile_model
-from piecework.compiler.passes.names import MERGE_LINEAR
-from piecework.foundation.environment import read_environment
+from piecework import LLM, SamplingParams
 from piecework.foundation.process import release_idle_threads
-from piecework.models.config import read_config
+from piecework.spec.config import read_config
 
 MAX_TOKENS: Final = 2048
-DEFAULT: Final = "default"
 CHOICES: Final = {
-    DEFAULT: CompileOptions(),
-    "three ranges": CompileOptions(ranges=((1, 1), (2, 64), (65, MAX_TOKENS))),
-    "linear layers apart": CompileOptions(passes_off=frozenset({MERGE_LINEAR})),
-    "weights not packed": CompileOptions(pack_linear=False),
+    "default": (),
+    "three ranges": ("--ranges", f"1,2:64,65:{MAX_TOKENS}"),
+    "linear layers apart": ("--without-pass", "merge_linear"),
+    "weights not packed": ("--pack-linear", "off"),
 }
 
 
@@ -60,11 +54,15 @@ def options(parser: argparse.ArgumentParser) -> None:
 def measure(args: argparse.Namespace, run: Run) -> dict[str, Any]:
     """Measure all choices."""
     named = RANDOM_MODELS.get(args.model)
-    model = Path(args.model) if named is None else named.write(run.root / "model", dtype=args.dtype, weights=False)
-    config: Any = {"dtype": args.dtype, "random_weights": 0, "kv_cache_memory": 1 << 29, "prefix_caching": False}
+    model = (
+        Path(args.model).absolute()
+        if named is None
+        else named.write(run.root / "model", dtype=args.dtype, weights=False)
+    )
+    config: Any = {"random_weights": 0, "kv_cache_memory": 1 << 29, "prefix_caching": False}
     engines = {
-        name: LLM(model, bundle=_compile(run, model, args.dtype, options, name=name), **config)
-        for name, options in CHOICES.items()
+        name: LLM(model, bundle=_compile(run, model, words, dtype=args.dtype, name=name), **config)
+        for name, words in CHOICES.items()
     }
     vocab = read_config(model).vocab_size
     chosen = random.Random(0)
@@ -85,23 +83,11 @@ def measure(args: argparse.Namespace, run: Run) -> dict[str, Any]:
     return {"model": args.model if named else model.name}
 
 
-def _compile(run: Run, model: Path, dtype: str, options: CompileOptions, *, name: str) -> Path:
-    out, root = run.root / name.replace(" ", "-"), read_environment().store_root
+def _compile(run: Run, model: Path, words: tuple[str, ...], *, dtype: str, name: str) -> str:
     run.progress(f"compiling: {name}")
-    compile_model(
-        read_config(model),
-        dtype=dtype,
-        max_tokens=MAX_TOKENS,
-        options=options,
-        check_weights=False,
-        store=DirectoryStore(root),
-        toolchain_root=root / "toolchain",
-        compiler=None,
-        out=out,
-        recorder=Recorder(),
-        on_progress=lambda _text, _done, _total: None,
-    )
-    return out
+    options = ["--dtype", dtype, "--max-tokens", str(MAX_TOKENS), "--weights", "none", *words]
+    caches = run.launcher.caches("piecework", fresh=False)
+    return str(run.launcher.piecework("compile", str(model), *options, caches=caches).figures["bundle"])
 
 
 def _let_go(engine: LLM) -> None:

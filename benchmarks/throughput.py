@@ -20,7 +20,7 @@ from benchmarks.common.models import RANDOM_MODELS
 from benchmarks.common.run import Bound, Run
 from benchmarks.common.vllm_peer import STARTUP_SCRIPT, THROUGHPUT_SCRIPT, Vllm, add_peers_options, find_vllm
 from benchmarks.startup import COLD_NOTE, FIRST_TOKEN_NOTE, PROMPT, VLLM_FIRST_TOKEN_NOTE
-from piecework.models.config import read_config
+from piecework.spec.config import read_config
 
 SYSTEMS: Final = ("piecework", "vllm")
 MAX_TOKENS: Final = 2048  # in one forward pass, as vLLM's script has it
@@ -94,20 +94,17 @@ class Ours(System):
     def __init__(self, run: Run, work: Workload, *, backend: str, form: str | None = None) -> None:
         self.name = form or "piecework"
         self.bundle = ""
-        self._run, self._work, self._backend = run, work, backend
-        self._form = [] if form is None else ["--mla", form]
+        self._run, self._work = run, work
+        self._options = ["--dtype", work.dtype, "--max-tokens", str(MAX_TOKENS), "--backend", backend]
+        self._options += [] if form is None else ["--mla", form]
         self._random = [] if any(work.model.glob("*.safetensors")) else ["--random-weights", "0"]
 
     def prepare(self) -> None:
-        words = ["compile", str(self._work.model), *self._options(), "--backend", self._backend]
-        words += ["--weights", "none" if self._random else "real"]
+        words = ["compile", str(self._work.model), *self._options, "--weights", "none" if self._random else "real"]
         ran = self._run.launcher.piecework(*words, caches=self._caches())
         self.bundle = ran.figures["bundle"]
         if self.starts:
             self._work.add(self._run, self.name, "cold_s", ran.wall_s, note=f"{COLD_NOTE}; before the first round")
-
-    def _options(self) -> list[str]:
-        return ["--dtype", self._work.dtype, "--max-tokens", str(MAX_TOKENS), *self._form]
 
     def _caches(self) -> Caches:
         return self._run.launcher.caches("piecework", fresh=False)
@@ -125,7 +122,7 @@ class Offline(Ours):
 
     def measure(self) -> None:
         work = self._work
-        words = ["bench", str(work.model), "--bundle", self.bundle, "--requests", str(work.requests)]
+        words = ["bench", str(work.model), *self._options, "--requests", str(work.requests)]
         words += ["--input", str(work.input), "--output", str(work.output), "--runs", str(work.runs)]
         words += ["--starts", "0", "--kv-memory", "1GiB", *self._random]
         figures = self._run.launcher.piecework(*words, caches=self._caches()).figures["figures"]
@@ -133,10 +130,7 @@ class Offline(Ours):
 
     def start(self) -> None:
         words = ["generate", str(self._work.model), "--prompt", PROMPT, "--max-new-tokens", "1"]
-        words += [*self._options(), *self._random]
-        if self._backend != "aoti":  # which is all that `generate` would find in the store
-            words += ["--bundle", self.bundle]
-        ran = self._run.launcher.piecework(*words, caches=self._caches())
+        ran = self._run.launcher.piecework(*words, *self._options, *self._random, caches=self._caches())
         self._work.add(self._run, self.name, "first_token_s", ran.first_output_s, note=FIRST_TOKEN_NOTE)
 
 

@@ -17,7 +17,7 @@ from typing import Final
 from benchmarks.common.chats import Chat, ChatLoad, Outcome, figures_of
 from benchmarks.common.steps import emit
 from piecework import LLM, SamplingParams
-from piecework.models.config import read_config
+from piecework.spec.config import read_config
 
 _KV_CACHE_BYTES: Final = 1 << 30
 _WARM_UP_REQUESTS: Final = 8

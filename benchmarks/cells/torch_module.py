@@ -77,8 +77,9 @@ def build_module(model_dir: Path, *, max_tokens: int, blocks: int) -> CaptureReq
 
     from piecework.models.adapter import build_causal_lm
     from piecework.models.checkpoint import open_checkpoint
+    from piecework.spec.model_spec import ModelSpec
 
-    request = build_causal_lm(model_dir, max_tokens=max_tokens)
+    request = build_causal_lm(ModelSpec.of(model_dir, max_tokens=max_tokens))
     checkpoint = open_checkpoint(model_dir)
     module = request.module
     module.load_state_dict({name: checkpoint.get(name).clone() for name in checkpoint.names()}, assign=True)

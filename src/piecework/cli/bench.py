@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from piecework.cli import console
 from piecework.cli.child import run_command
-from piecework.cli.compile import add_latent_options, add_provider_option, chosen_providers
 from piecework.cli.serve import parse_size
-from piecework.models.bundle_key import DEFAULT_MAX_TOKENS
-from piecework.models.config import read_config
+from piecework.spec.command_line import add_spec_options, spec_of
 
 if TYPE_CHECKING:
     from piecework.engine.llm import LLM
@@ -36,8 +34,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "bench",
         help="measure a model here: its start, and tokens per second",
-        description="Start a model several times, each in a new process, then continue random prompts by a fixed "
-        "number of tokens, greedily and without a prefix cache: a batch of requests, then one alone. The bundle is "
+        description="Continue random prompts by a fixed number of tokens, greedily and without a prefix cache: a batch "
+        "of requests, then one alone. Then start the model several times, each in a new process. The bundle is "
         "compiled first where it isn't there. Needs the machine to itself.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -48,16 +46,10 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         ("--input", 128, "tokens of a prompt"),
         ("--output", 64, "tokens generated of each"),
         ("--runs", 3, "timed runs, after one to warm up"),
-        ("--max-tokens", DEFAULT_MAX_TOKENS, "most tokens in one forward pass"),
     ):
         parser.add_argument(name, type=_from(1), default=default, metavar="N", help=f"{text} (default: {default})")
     parser.add_argument("--starts", type=_from(0), default=3, metavar="N", help="timed starts; 0: none (default: 3)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="type of weights and activations (default: the config's)"
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
-    add_latent_options(parser)
-    add_provider_option(parser)
+    add_spec_options(parser)
     parser.add_argument("--kv-memory", type=parse_size, metavar="SIZE", help="the KV cache's size, such as 4GiB "
                         "(default: half of the memory that is free)")  # fmt: skip
     parser.add_argument("--bundle", type=Path, metavar="BUNDLE", help="use this bundle instead of the store's")
@@ -65,7 +57,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--random-weights", type=int, metavar="SEED", help="use random weights; the directory needs no safetensors"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(parser=parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,30 +66,25 @@ def run(args: argparse.Namespace) -> int:
     """
     notes: list[str] = []
     shown = {name: getattr(args, name) for name in ("requests", "input", "output", "runs")}
-    starts = _starts(args, notes)
     # `piecework --help` must not pay for it
     from piecework.engine.llm import LLM  # noqa: PLC0415
 
+    spec = spec_of(args, source=args.model)
     with console.progress() as progress:
         progress.update("loading the model")
         with LLM(
-            args.model,
-            dtype=args.dtype,
-            device=args.device,
-            max_tokens=args.max_tokens,
+            spec,
             kv_cache_memory=args.kv_memory,
             prefix_caching=False,
             bundle=args.bundle,
             random_weights=args.random_weights,
-            mla=args.mla,
-            kv_cache_dtype=args.kv_cache_dtype,
-            providers=chosen_providers(args),
             on_note=notes.append,
         ) as llm:
             progress.update("generating")
-            figures = measure(llm, vocab=read_config(args.model).vocab_size, **shown)
+            figures = measure(llm, vocab=spec.config.vocab_size, **shown)
             bundle = llm.bundle.path
-    found = {name: _spread(values) for name, values in {**starts, **figures}.items()}
+    starts = _starts(args, bundle, notes)
+    found = {name: _spread(values) for name, values in (starts | figures).items()}
     made = {"model": str(args.model), "bundle": str(bundle), **_machine(), **shown, "figures": found, "notes": notes}
     if args.json:
         console.out_json(made)
@@ -107,19 +93,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _starts(args: argparse.Namespace, notes: list[str]) -> dict[str, list[float]]:
-    """Return the figures of each timed start; the one before, which may have to compile, isn't counted."""
+def _starts(args: argparse.Namespace, bundle: Path, notes: list[str]) -> dict[str, list[float]]:
+    """Return the figures of each timed start from a bundle; a first one isn't counted."""
     if not args.starts:
         return {}
     if not (args.model / "tokenizer.json").exists():
         notes.append("no starts: piecework generate needs a tokenizer.json")
         return {}
-    words = ["generate", str(args.model), "--prompt", _PROMPT, "--max-new-tokens", "1"]
-    for name in ("dtype", "device", "max_tokens", "mla", "kv_cache_dtype", "bundle", "random_weights"):
-        if getattr(args, name) is not None:
-            words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    for rule in args.provider or ():
-        words += ["--provider", rule]
+    words = ["generate", str(args.model), "--bundle", str(bundle), "--prompt", _PROMPT, "--max-new-tokens", "1"]
+    if args.random_weights is not None:
+        words += ["--random-weights", str(args.random_weights)]
     found: dict[str, list[float]] = {"first_token_s": [], "load_ms": []}
     with console.progress() as progress:
         for number in range(args.starts + 1):

@@ -13,7 +13,8 @@ from piecework.engine.text.tokenizer import load_tokenizer
 from piecework.errors import RequestError
 from piecework.models.adapter import build_causal_lm
 from piecework.models.checkpoint import open_checkpoint
-from piecework.models.config import read_config
+from piecework.spec.config import read_config
+from piecework.spec.model_spec import ModelSpec
 
 
 @pytest.fixture(scope="module", params=["llama-tiny", "mla-tiny"])
@@ -39,7 +40,7 @@ def test_the_config_is_read_as_it_was_meant(model: Path, random: RandomModel) ->
 
 
 def test_the_checkpoint_has_what_the_module_needs(model: Path, random: RandomModel) -> None:
-    module = build_causal_lm(model, max_tokens=16).module
+    module = build_causal_lm(ModelSpec.of(model, max_tokens=16)).module
     expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     assert random.shape.weights(layers=random.layers) == expected
     checkpoint = open_checkpoint(model)
