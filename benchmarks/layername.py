@@ -1,7 +1,7 @@
-"""What layers' names cost: the same stack with names lifted, baked in, as vLLM's value type, by LayerName, and without.
+"""What layers' names cost: the same stack with plain names, as vLLM's value type, by LayerName, and without.
 
 Every measurement is a new process that also checks its result against eager mode; in every round each system in turn.
-Baked-in names take minutes and are measured once; so are blocks that are compiled one by one.
+Blocks that are compiled one by one are measured once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Final
 from benchmarks.common.main import Benchmark, add_option, names, numbers
 from benchmarks.common.run import Run
 
-SYSTEMS: Final = ("no_names", "lifted", "layer_name", "value_type", "baked")
+SYSTEMS: Final = ("no_names", "lifted", "layer_name", "value_type")
 NOTES: Final = {
     "cold_s": "from the call of the compiled model to its first result, all caches empty",
     "process_s": "wall time of that process",
@@ -35,13 +35,13 @@ class Cell:
 
 def schedule(systems: Sequence[str], layers: Sequence[int], *, repeats: int) -> Iterator[Cell]:
     """Yield the cells in order."""
-    for number in range(repeats):
-        for count in layers:
-            yield from (Cell(s, "whole", count) for s in systems if s != "baked" or number == 0)
-    for count in layers:
-        yield from (Cell(s, "regional", count) for s in systems if s != "baked")
     for _ in range(repeats):
-        yield from (Cell(s, "resolve", layers[-1]) for s in systems if s not in ("baked", "no_names"))
+        for count in layers:
+            yield from (Cell(s, "whole", count) for s in systems)
+    for count in layers:
+        yield from (Cell(s, "regional", count) for s in systems)
+    for _ in range(repeats):
+        yield from (Cell(s, "resolve", layers[-1]) for s in systems if s != "no_names")
 
 
 def run_cell(run: Run, cell: Cell, *, measured: bool = True) -> None:
@@ -79,7 +79,7 @@ def measure(args: argparse.Namespace, run: Run) -> dict[str, Any]:
 def check_goals(run: Run, layers: Sequence[int]) -> None:
     """Hold what lifted names cost, and that there are as many artifacts at all depths, against the goals."""
     for key in run.find(layers=layers[-1]):
-        if key["system"] in ("baked", "value_type"):
+        if key["system"] == "value_type":
             continue
         if key["metric"] == "cold_s" and key["system"] == "lifted":
             run.compare(key, 1.02, system="no_names")

@@ -67,12 +67,12 @@ def taking(op: OpaqueOp, annotation: Any) -> OpaqueOp:
     short = f"{source.__name__}_{annotation.__name__}"
     function = types.FunctionType(source.__code__, source.__globals__, short, source.__defaults__)
     function.__annotations__ = {**source.__annotations__, "layer": annotation}
-    made = opaque_op(f"pwbench::{short}", cuts=op.cuts)(function)
+    made = opaque_op(f"pwbench::{short}")(function)
     made.fake(fake)
     return made
 
 
-@opaque_op("pwbench::update", cuts=False)
+@opaque_op("pwbench::update")
 def update_unnamed(key: Tensor, value: Tensor) -> Tensor:
     """Do what `kv_write` does, in the one cache that all layers share."""
     return kv_write.function(key, value, ONLY)
@@ -95,7 +95,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, scale: float, after: Tensor) ->
 
 
 def make_system(name: str) -> System:
-    """Return one of lifted, baked, value_type, layer_name, no_names."""
+    """Return one of lifted, value_type, layer_name, no_names."""
     if name == "no_names":
         return System(lambda index: None, update_unnamed, attend_unnamed, {})
     if name == "layer_name":
@@ -104,7 +104,7 @@ def make_system(name: str) -> System:
         ops = taking(kv_write, ValueName), taking(layer_attention, ValueName)
         return System(lambda index: ValueName(layer(index)), *ops, {})
     ops = taking(kv_write, str), taking(layer_attention, str)
-    return System(layer, *ops, {"lift_names": name == "lifted"})
+    return System(layer, *ops, {})
 
 
 def layer(index: int) -> str:
@@ -220,7 +220,7 @@ def time_resolving(system: System, *, num_layers: int, steps: int = 3000) -> dic
 def main() -> None:
     """Run the cell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("system", choices=("lifted", "baked", "value_type", "layer_name", "no_names"))
+    parser.add_argument("system", choices=("lifted", "value_type", "layer_name", "no_names"))
     parser.add_argument("way", choices=("whole", "regional", "resolve"))
     parser.add_argument("layers", type=int)
     args = parser.parse_args()

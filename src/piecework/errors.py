@@ -40,7 +40,16 @@ class CaptureError(PieceworkError):
 
 
 class ShapeContractError(CaptureError):
-    """A declared dynamic size was narrowed while tracing, or a call left its range."""
+    """A declared dynamic size was narrowed while tracing, or a call left its range.
+
+    `conditions` are what the trace relies on, as text over the sizes' names.
+    """
+
+    def __init__(
+        self, *, asked: str, found: str, try_: str = "", location: str = "", conditions: Sequence[str] = ()
+    ) -> None:
+        self.conditions = tuple(conditions)
+        super().__init__(asked=asked, found=found, try_=try_, location=location)
 
 
 class UnsupportedModelError(PieceworkError):

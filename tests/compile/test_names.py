@@ -1,4 +1,4 @@
-"""Names stay out of native pieces: the KV update inside them, attention between them.
+"""Names stay out of native pieces: the KV update and attention are steps between them.
 
 A stack of L blocks is L + 1 pieces, of which 3 are different: before the first attention, between two, after the last.
 tests/unit/names/test_matrix.py has all operators and depths, without native code.
@@ -7,8 +7,6 @@ tests/unit/names/test_matrix.py has all operators and depths, without native cod
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,15 +40,6 @@ def variables(home: Path) -> dict[str, str]:
     return {"PIECEWORK_HOME": str(home / "store"), "TORCHINDUCTOR_CACHE_DIR": str(home / "inductor")}
 
 
-def answering_compiler(directory: Path) -> str:
-    """Write a C++ compiler that tells its version, which torch asks for, and can do nothing else; returns a PATH."""
-    directory.mkdir()
-    script = directory / "g++"
-    script.write_text(f'#!/bin/sh\n[ "$*" = --version ] && exec {shutil.which("g++")} --version\nexit 1\n')
-    script.chmod(0o755)
-    return os.pathsep.join([str(directory), os.environ["PATH"]])
-
-
 @pytest.fixture(scope="module")
 def four_layers(own_home: Path, kind: str) -> dict[str, float]:
     with pytest.MonkeyPatch.context() as patch:
@@ -71,8 +60,6 @@ class TestTorchCompile:
         assert four_layers["graphs"] == 1
         assert four_layers["pieces"] == 5
         assert (four_layers["compiled"], four_layers["store_hits"]) == (ARTIFACTS, 0)
-        # one name for each piece with an update, before each of the 4 attentions; a LayerName is an input already
-        assert four_layers["names_lifted"] == (4 if kind == "str" else 0)
         assert four_layers["worst"] < CLOSE
 
     def test_eight_layers_run_on_the_same_three(self, four_layers: dict[str, float], kind: str) -> None:
@@ -82,8 +69,9 @@ class TestTorchCompile:
         assert found["worst"] < CLOSE
 
     def test_another_process_needs_no_compiler(self, four_layers: dict[str, float], own_home: Path, kind: str) -> None:
-        path = answering_compiler(own_home / "bin")
-        changes = {**variables(own_home), "TORCHINDUCTOR_CACHE_DIR": str(own_home / "empty"), "PATH": path}
+        empty = own_home / "no compiler"
+        empty.mkdir()
+        changes = {**variables(own_home), "TORCHINDUCTOR_CACHE_DIR": str(own_home / "empty"), "PATH": str(empty)}
         done = subprocess.run(
             [sys.executable, "-m", "tests.compile.stacks", kind, "4", kind, "8"],
             env=child_variables(changes),
@@ -95,7 +83,7 @@ class TestTorchCompile:
         assert done.returncode == 0, done.stderr[-2000:]
         four, eight = json.loads(done.stdout.splitlines()[-1])
         assert (four["compiled"], four["store_hits"]) == (0, ARTIFACTS)
-        assert (eight["compiled"], eight["in_use"]) == (0, ARTIFACTS)
+        assert (eight["compiled"], eight["store_hits"]) == (0, ARTIFACTS)
         assert max(four["worst"], eight["worst"]) < CLOSE
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.unit.compiler import named_ops
+from tests.unit.integrations import named_ops
 from torch import Tensor, nn
 
 from piecework.bundle.record import Recorder
-from piecework.compiler.dynamo_backend import backend
+from piecework.integrations.torch_compile import backend
 from piecework.ops.ir.layer import LayerName
 
 pytestmark = pytest.mark.gpu

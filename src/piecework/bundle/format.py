@@ -15,8 +15,7 @@ EXPLANATION: Final = "explain.json"
 ARTIFACTS: Final = "artifacts"
 ARCHIVE_SUFFIX: Final = ".pwb"
 
-_ARTIFACT = re.compile(r"(?P<digest>[0-9a-f]{64})\.(so|dylib|json|cubin|ptx|hsaco|zip)")
-_ONLY_IN_STORES: Final = ".zip"  # the jit backend's, which only run where they were made
+_ARTIFACT = re.compile(r"(?P<digest>[0-9a-f]{64})\.(so|dylib|json|cubin|ptx|hsaco)")
 
 
 def artifact_digest(name: str) -> str | None:
@@ -30,4 +29,4 @@ def is_member(name: str) -> bool:
     if name in (PLAN, RECORD, CONSTANTS, EXPLANATION):
         return True
     directory, _, file = name.partition("/")
-    return directory == ARTIFACTS and artifact_digest(file) is not None and not file.endswith(_ONLY_IN_STORES)
+    return directory == ARTIFACTS and artifact_digest(file) is not None

@@ -19,7 +19,8 @@ Dim = int | str
 class PlanInput:
     """An argument of the forward: a tensor whose shape may name sizes, or (shape None) the size `size` as an integer.
 
-    `stride` (in elements) is None where the tensor is contiguous.
+    With neither it is an object that opaque ops take. `stride` (in elements) is None where the tensor is contiguous;
+    a `written` tensor is changed by the forward, so that no copy may take its place.
     """
 
     name: str
@@ -28,6 +29,7 @@ class PlanInput:
     device: str = ""
     size: str = ""
     stride: tuple[int, ...] | None = None
+    written: bool = False
 
 
 @dataclass(frozen=True)

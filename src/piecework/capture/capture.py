@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -16,9 +16,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from piecework.capture.cuts import is_opaque
 from piecework.capture.locations import KeepLines, is_models, note_lines
+from piecework.capture.memory import (
+    bases_of,
+    changed_inputs,
+    forget_results_of_writes,
+    is_step,
+    kept_memory,
+    views_of,
+    written_by,
+)
 from piecework.capture.recording import TraceAgain
 from piecework.capture.request import CaptureRequest, SizeInput, TensorInput
 from piecework.capture.sources import Unwatched, class_files, is_users, ran_files
@@ -62,6 +72,7 @@ class CapturedGraph:
         sources: files whose code ran while tracing.
         stacks: how many blocks were traced and stamped.
         request: what was captured.
+        views: views of memory to which the graph writes; each piece and each step makes those that it reads.
     """
 
     graph: torch.fx.Graph
@@ -72,6 +83,7 @@ class CapturedGraph:
     sources: frozenset[Path]
     stacks: StackCounts
     request: CaptureRequest
+    views: frozenset[torch.fx.Node] = frozenset()
 
 
 def capture(request: CaptureRequest, *, templates: bool = True) -> CapturedGraph:
@@ -127,7 +139,7 @@ def _capture(request: CaptureRequest, *, templates: bool, looked_at: LookedAt, n
             tracer = torch_private.current_tracer()
             assert tracer is not None
             tensors.begin(tracer)
-            tracer.keep(LayerName)
+            tracer.keep(LayerName, *map(type, request.objects.values()))
             note_lines(tracer, is_wanted=is_models(request.module))
             tensors.swap(m for m in request.module.modules() if m not in blocks)
             named = {i.name: v for i, v in zip(request.inputs, values, strict=True)}
@@ -142,20 +154,15 @@ def _capture(request: CaptureRequest, *, templates: bool, looked_at: LookedAt, n
     graph = traced.graph
     _adopt_constants(traced, tensors=tensors)
     names = [n for n in tensors.by_name if n in tensors.nodes]
-    if _mutates(graph, opaque=request.opaque):
-        with _our_errors(), torch.no_grad(), torch_private.size_oblivious(), session.fake_mode:
-            graph, order = _functionalized(graph, arguments=arguments, names=names, tensors=tensors)
-    else:
-        placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-        made = set(tensors.nodes.values())
-        order = [*(n for n in placeholders if n not in made), *(tensors.nodes[n] for n in names)]
+    graph, order = _without_writes(
+        graph, arguments=arguments, names=names, tensors=tensors, session=session, request=request
+    )
     _check_contract(session, what=type(request.module).__name__)
     kinds = [InputKind.ARGUMENT] * len(request.inputs)
     kinds += [InputKind.STATE if n in request.states else InputKind.WEIGHT for n in names]
     inputs = tuple(
         GraphInput(k, n, p) for k, n, p in zip(kinds, [*(i.name for i in request.inputs), *names], order, strict=True)
     )
-    _refuse_changes(i.name for i in inputs if _is_written(i.node))
     _canonicalize(graph, opaque=request.opaque)
     used = tuple(i for i in inputs if i.kind is InputKind.ARGUMENT or i.node.users)
     for unused in set(inputs) - set(used):
@@ -174,6 +181,7 @@ def _capture(request: CaptureRequest, *, templates: bool, looked_at: LookedAt, n
         sources=frozenset(sources),
         stacks=counts,
         request=request,
+        views=views_of(graph, opaque=request.opaque),
     )
 
 
@@ -199,25 +207,94 @@ def _fake_tensor(given: TensorInput, *, sizes: Mapping[str, Any], session: Any, 
         return torch.empty_strided(shape, given.stride, dtype=dtype, device=device)
 
 
-def _functionalized(
-    graph: torch.fx.Graph, *, arguments: Sequence[Any], names: Sequence[str], tensors: NamedTensors
+def _without_writes(
+    graph: torch.fx.Graph,
+    *,
+    arguments: Sequence[Any],
+    names: Sequence[str],
+    tensors: NamedTensors,
+    session: torch_private.SymbolicSession,
+    request: CaptureRequest,
 ) -> tuple[torch.fx.Graph, list[torch.fx.Node]]:
-    """Trace `graph` again with in-place operators replaced; returns the new graph and its placeholders in order."""
+    """Return the graph, functional but for writes to memory that is kept, and its inputs in order: arguments, names."""
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    made = set(tensors.nodes.values())
+    order = [*(n for n in placeholders if n not in made), *(tensors.nodes[n] for n in names)]
+    kept = kept_memory(graph, opaque=request.opaque)
+    if not request.may_write:
+        labels = dict(zip(order, [*(i.name for i in request.inputs), *names], strict=True))
+        _refuse_changes(labels[n] for n in changed_inputs(graph, opaque=request.opaque))
+    if _mutates(graph, opaque=request.opaque, kept=kept):
+        fakes = [*arguments, *(tensors.fresh_fake(n) for n in names)]
+        with _our_errors(), torch.no_grad(), torch_private.size_oblivious(), session.fake_mode:
+            graph, order = _functionalized(graph, order=order, fakes=fakes, kept=kept, request=request)
+    forget_results_of_writes(graph)
+    return graph, order
+
+
+def _functionalized(
+    graph: torch.fx.Graph,
+    *,
+    order: Sequence[torch.fx.Node],
+    fakes: Sequence[Any],
+    kept: frozenset[torch.fx.Node],
+    request: CaptureRequest,
+) -> tuple[torch.fx.Graph, list[torch.fx.Node]]:
+    """Trace `graph` again with writes replaced, but for those to memory in `kept`.
+
+    Args:
+        graph: the graph.
+        order: its inputs.
+        fakes: a value for each of them.
+        kept: see `memory.kept_memory`.
+        request: what is captured.
+
+    Returns the new graph, and its inputs in the same order.
+    """
     module = torch.fx.GraphModule(torch.nn.Module(), graph)
-    order = [n for n in graph.nodes if n.op == "placeholder"]
-    named = {tensors.nodes[n]: n for n in names}
-    own = [n for n in order if n not in named]
+    places = {node: number for number, node in enumerate(order)}
+    inputs = [places[n] for n in graph.nodes if n.op == "placeholder"]
+    bases = bases_of(graph)
+    apart = {n for n in graph.nodes if bases[n] in kept or any(bases[w] in kept for w in written_by(n))}
 
     def run(*values: Any) -> Any:
-        env = dict(zip([*own, *(tensors.nodes[n] for n in names)], values, strict=True))
         tracer = torch_private.current_tracer()
         assert tracer is not None
-        tracer.keep(LayerName)
-        return KeepLines(module, tracer=tracer).run(*(env[n] for n in order))
+        tracer.keep(LayerName, *map(type, request.objects.values()))
+        replay = _Replay(module, tracer=tracer, apart=apart)
+        others = [values[i] for i in inputs if order[i] not in kept]
 
-    flat = [*arguments, *(tensors.fresh_fake(n) for n in names)]
-    made = torch_private.trace(torch_private.functionalized(run), flat).graph
+        def run_others(*functional: Any) -> Any:
+            given = iter(functional)
+            return replay.run(*(values[i] if order[i] in kept else next(given) for i in inputs))
+
+        return torch_private.functionalized(run_others)(*others)
+
+    made = torch_private.trace(run, fakes).graph
     return made, [n for n in made.nodes if n.op == "placeholder"]
+
+
+class _Replay(KeepLines):
+    """Runs a graph inside `functionalized`, and the nodes that are `apart` outside of it, on the real tensors."""
+
+    def __init__(
+        self, module: torch.fx.GraphModule, *, tracer: torch_private.Tracer, apart: Container[torch.fx.Node]
+    ) -> None:
+        super().__init__(module, tracer=tracer)
+        self._apart = apart
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """See `torch.fx.Interpreter.call_function`."""
+        if self.node not in self._apart:
+            return tree_map(torch_private.functional, super().call_function(target, args, kwargs))
+        args, kwargs = tree_map(torch_private.real, (args, kwargs))
+        with torch_private.not_functionalized():
+            return super().call_function(target, args, kwargs)
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        """See `torch.fx.Interpreter.run_node`."""
+        self.node = n
+        return super().run_node(n)
 
 
 @contextlib.contextmanager
@@ -259,12 +336,14 @@ def _check_contract(session: torch_private.SymbolicSession, *, what: str) -> Non
             found="the trace holds only where " + " and ".join(sorted({g.expr for g in guards})[:4]),
             try_="declare a range in which that holds, or change the line so that it does not depend on the size",
             location=next((g.location for g in guards if g.location), ""),
+            conditions=[g.expr for g in guards],
         )
 
 
-def _mutates(graph: torch.fx.Graph, *, opaque: frozenset[str]) -> bool:
-    calls = [n for n in graph.nodes if n.op == "call_function" and not is_opaque(n, opaque)]
-    return any(o is not None and o.mutates for o in (torch_private.operator_of(n.target) for n in calls))
+def _mutates(graph: torch.fx.Graph, *, opaque: frozenset[str], kept: frozenset[torch.fx.Node]) -> bool:
+    """Whether the graph writes to memory that it has made, by torch's own operators."""
+    bases = bases_of(graph)
+    return any(bases[w] not in kept for n in graph.nodes if not is_opaque(n, opaque) for w in written_by(n))
 
 
 def _adopt_constants(traced: torch.fx.GraphModule, *, tensors: NamedTensors) -> None:
@@ -278,10 +357,6 @@ def _adopt_constants(traced: torch.fx.GraphModule, *, tensors: NamedTensors) -> 
             tensors.adopt(name, value, node=placeholders[id(value)])
         node.replace_all_uses_with(placeholders[id(value)])
         traced.graph.erase_node(node)
-
-
-def _is_written(node: torch.fx.Node) -> bool:
-    return any(torch_private.operator_name(u.target) == "aten::copy_" and u.args[0] is node for u in node.users)
 
 
 def _refuse_changes(names: Iterable[str]) -> None:
@@ -306,5 +381,5 @@ def _canonicalize(graph: torch.fx.Graph, *, opaque: frozenset[str]) -> None:
             node.replace_all_uses_with(known)
             graph.erase_node(node)
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users and not is_opaque(node, opaque):
+        if node.op == "call_function" and not node.users and not is_step(node, opaque):
             graph.erase_node(node)

@@ -84,6 +84,8 @@ class CaptureRequest:
         variants: forwards for some kinds of batches, first come first; `call` is for all the others.
         sources: how parameters are made from checkpoint tensors; one that is not here is taken under its own name.
         notes: what was decided while the module was built, for people; they go into the bundle's record.
+        objects: what opaque ops are called with and every call brings anew, by name: what stands for it in the trace.
+        may_write: whether the forward may write to its inputs; every such write is a step of the plan.
     """
 
     module: nn.Module
@@ -96,3 +98,5 @@ class CaptureRequest:
     variants: tuple[Variant, ...] = ()
     sources: Sources = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    objects: Mapping[str, object] = field(default_factory=dict)
+    may_write: bool = False

@@ -95,7 +95,7 @@ def deduplicate(
     strict: list[set[int]] = []
     index_of: dict[tuple[int, int], int] = {}
     for path_number, path in enumerate(paths):
-        opaque = {step.node for step in path.steps if isinstance(step, OpaqueCall)}  # they take any strides
+        opaque = {step.node for step in path.steps if isinstance(step, OpaqueCall) and step.takes_any_strides}
         for number, step in enumerate(path.steps):
             if not isinstance(step, Piece):
                 continue

@@ -13,7 +13,7 @@ from piecework.bundle.facts import Fact, environment_facts, option_facts, packag
 from piecework.bundle.packings import OWN
 from piecework.bundle.plan import Plan, ShapeRange
 from piecework.bundle.record import Recorder
-from piecework.bundle.store.interface import Store
+from piecework.bundle.store.interface import Artifact, Store
 from piecework.capture.capture import CapturedGraph, capture
 from piecework.capture.request import CaptureRequest, Variant
 from piecework.compiler.artifacts import OnProgress, compile_artifacts
@@ -71,28 +71,93 @@ def compile_request(
     Raises CaptureError, ShapeContractError, CompileError, StoreError.
     """
     on_progress("capturing", 0, 0)
+    with garbage_collection_off(), recorder.phase("capture"):
+        captures = capture_variants(request)
+    built = build(
+        captures,
+        options=options,
+        backend=backend,
+        store=store,
+        target=target,
+        recorder=recorder,
+        on_progress=on_progress,
+        arguments=arguments,
+    )
+    with recorder.phase("plan"):
+        all_facts = (
+            *environment_facts(target=target),
+            *option_facts(options.facts()),
+            *facts,
+            *_facts(built),
+        )
+        explanation = explain_pieces(built.paths, built.pieces).to_json()
+    content = BundleContent(
+        plan=built.plan.to_json(),
+        artifacts={artifact.name: artifact.path for artifact in built.artifacts},
+        facts=tuple(all_facts),
+        record=recorder.finish(),
+        constants=_literals(built.paths),
+        identity=identity or {},
+        explanation={**explanation, **({"natives": [n.to_json() for n in built.natives]} if built.natives else {})},
+    )
+    return Sealed(content, built.plan)
+
+
+@dataclass(frozen=True)
+class Built:
+    """What captured graphs became: a plan, and the artifacts that it names.
+
+    Attributes:
+        plan: of all forwards.
+        artifacts: of pieces, of bodies inside opaque ops, and kernels.
+        paths: the forwards in steps.
+        pieces: their unique pieces.
+        natives: bodies of IR ops that opaque ops call.
+        kernels: the builds of opaque ops' own kernels.
+        providers: what was loaded.
+        called: files whose code said which IR ops opaque ops call.
+    """
+
+    plan: Plan
+    artifacts: tuple[Artifact, ...]
+    paths: tuple[Forward, ...]
+    pieces: Deduplicated
+    natives: tuple[Native, ...]
+    kernels: KernelBuilds
+    providers: Providers
+    called: frozenset[Path]
+
+
+def build(
+    captures: Sequence[tuple[CapturedGraph, Variant | None]],
+    *,
+    options: CompileOptions,
+    backend: Backend,
+    store: Store,
+    target: Target,
+    recorder: Recorder,
+    on_progress: OnProgress,
+    arguments: Any = None,
+) -> Built:
+    """Split, dedupe, compile what the store hasn't, and plan; see `compile_request` for the arguments.
+
+    `captures` are a model's forwards, wherever they come from; the last one is no variant's.
+    """
     providers = load_providers(options.providers.names)
     lowering = Lowering(options.providers, providers.absent)
-    with garbage_collection_off():
-        with recorder.phase("capture"):
-            captures = capture_variants(request)
-        with recorder.phase("split"):
-            paths = [Forward(captured, split(captured), variant) for captured, variant in captures]
-            pieces = deduplicate(
-                paths,
-                passes=options.passes,
-                packing=packing_of(options, target=target, device=request.device),
-                lowering=lowering,
-            )
-            called = set[Path]()
-            natives = collect_natives(paths, lowering=lowering, sources=called)
-            bodies = [native.piece for native in natives if native.piece is not None]
+    request = captures[-1][0].request
+    called = set[Path]()
+    with garbage_collection_off(), recorder.phase("split"):
+        paths = tuple(Forward(captured, split(captured), variant) for captured, variant in captures)
+        packing = packing_of(options, target=target, device=request.device)
+        pieces = deduplicate(paths, passes=options.passes, packing=packing, lowering=lowering)
+        natives = collect_natives(paths, lowering=lowering, sources=called)
+        bodies = [native.piece for native in natives if native.piece is not None]
     _note_capture(recorder, paths, pieces)
     recorder.count("natives", by=len(natives))
     steps = [step for path in paths for step in path.steps]
-    kernels = KernelBuilds(
-        kernel_jobs(steps, options=options, target=target, device=request.device), backend, store, target, recorder
-    )
+    jobs = kernel_jobs(steps, options=options, target=target, device=request.device)
+    kernels = KernelBuilds(jobs, backend, store, target, recorder)
     with recorder.phase("compile"):
         kernels.start()
         artifacts = compile_artifacts(
@@ -117,32 +182,8 @@ def compile_request(
             kernels={name: artifact.name for name, artifact in built.items()},
             natives=tuple(n.planned(() if n.piece is None else next(of_bodies)) for n in natives),
         )
-        explanation = explain_pieces(paths, pieces)
-        all_facts = (
-            *environment_facts(target=target),
-            *option_facts(options.facts()),
-            *facts,
-            *_provider_facts(pieces, natives, providers),
-            *sorted(
-                {
-                    *source_facts(called.union(*(path.captured.sources for path in paths))),
-                    *kernels.facts(),
-                    *_inlined_facts(pieces),
-                }
-            ),
-        )
-    files = {artifact.name: artifact.path for forms in artifacts for artifact in forms.values()}
-    files |= {artifact.name: artifact.path for artifact in built.values()}
-    content = BundleContent(
-        plan=plan.to_json(),
-        artifacts=files,
-        facts=tuple(all_facts),
-        record=recorder.finish(),
-        constants=_literals(paths),
-        identity=identity or {},
-        explanation={**explanation.to_json(), **({"natives": [n.to_json() for n in natives]} if natives else {})},
-    )
-    return Sealed(content, plan)
+    files = [*(artifact for forms in artifacts for artifact in forms.values()), *built.values()]
+    return Built(plan, tuple(files), paths, pieces, natives, kernels, providers, frozenset(called))
 
 
 def capture_variants(request: CaptureRequest) -> list[tuple[CapturedGraph, Variant | None]]:
@@ -152,11 +193,18 @@ def capture_variants(request: CaptureRequest) -> list[tuple[CapturedGraph, Varia
     return [*variants, (capture(rest), None)]
 
 
-def _provider_facts(pieces: Deduplicated, natives: Sequence[Native], providers: Providers) -> list[Fact]:
+def _facts(built: Built) -> list[Fact]:
+    """Return what artifacts and providers depend on, beside the environment and the options."""
+    sources = source_facts(built.called.union(*(path.captured.sources for path in built.paths)))
+    files = sorted({*sources, *built.kernels.facts(), *_inlined_facts(built.pieces)})
+    return [*_provider_facts(built), *files]
+
+
+def _provider_facts(built: Built) -> list[Fact]:
     """Return the versions of the packages whose implementations pieces and bodies have."""
-    several = [*(unique.sites for unique in pieces.unique), *(native.sites for native in natives)]
+    several = [*(unique.sites for unique in built.pieces.unique), *(native.sites for native in built.natives)]
     chosen = {site.provider for sites in several for site in sites}
-    packages = sorted({package for name, package in providers.packages.items() if name in chosen})
+    packages = sorted({package for name, package in built.providers.packages.items() if name in chosen})
     return [Fact("provider", package, package_version(package)) for package in packages]
 
 

@@ -17,10 +17,8 @@ from piecework.bundle.run.instances import open_instance, read_calls
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.bundle.store.interface import Store
 from piecework.compiler.artifacts import compile_artifacts
-from piecework.compiler.backends.backend import AotiBackend, Backend, OnEvent
-from piecework.compiler.backends.pool import Outcome
+from piecework.compiler.backends.late import LateBackend
 from piecework.compiler.eager_forms import call_forms
-from piecework.compiler.job import Job
 from piecework.compiler.natives import Native, native
 from piecework.compiler.passes.lower import Lowering
 from piecework.errors import OpError
@@ -144,7 +142,7 @@ class _Maker:
         self._told: set[str] = set()
         self._lowerings: dict[ProviderOrder, Lowering] = {}
         self._target: Target | None = None
-        self._backend: _LateBackend | None = None
+        self._backend: LateBackend | None = None
         self._mutex = threading.Lock()
 
     def make(self, op: SelectableOp, values: Sequence[Any], choice: Choice, order: ProviderOrder) -> NativeBody | None:
@@ -201,7 +199,10 @@ class _Maker:
         device = made.program.inputs[0].device
         with self._mutex:
             if self._backend is None or self._backend.device != device:
-                previous, self._backend = self._backend, _LateBackend(store, self._target, device)
+                previous, self._backend = (
+                    self._backend,
+                    LateBackend(store, root=environment.toolchain_root, target=self._target, device=device),
+                )
                 if previous is not None:
                     previous.close()
             backend = self._backend
@@ -220,40 +221,6 @@ class _Maker:
             runner = open_instance(artifact.path, device=device, calls=read_calls(artifact.path))
             return NativeBody(made.form, provider=made.provider, run=runner.run)
         return None
-
-
-@final
-class _LateBackend(Backend):
-    """AOTInductor, whose processes start when there is something to compile."""
-
-    def __init__(self, store: Store, target: Target, device: str) -> None:
-        self.device = device
-        self._store = store
-        self._target = target
-        self._stack = contextlib.ExitStack()
-        self._backend: Backend | None = None
-
-    def compile(self, jobs: Mapping[str, Job], *, on_event: OnEvent) -> Outcome:
-        """See `Backend.compile`."""
-        if not jobs:
-            return Outcome({}, {})
-        if self._backend is None:
-            environment = read_environment()
-            self._backend = AotiBackend(
-                root=environment.toolchain_root,
-                scratch=self._stack.enter_context(self._store.scratch()),
-                compiler=environment.compiler,
-                target=self._target,
-                device=self.device,
-            )
-        return self._backend.compile(jobs, on_event=on_event)
-
-    def close(self) -> None:
-        """See `Backend.close`."""
-        if self._backend is not None:
-            self._backend.close()
-            self._backend = None
-        self._stack.close()
 
 
 @contextlib.contextmanager

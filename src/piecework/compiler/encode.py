@@ -97,6 +97,9 @@ class ProgramBuilder:
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt):
             return self._size(str(value.node.expr), node)
+        if node in self._captured.views:
+            self.call(node)
+            return self._refs[node]
         if node in self._weights:
             self.constants.append(node)
             self._refs[node] = {"c": len(self.constants) - 1}

@@ -25,7 +25,8 @@ from piecework.bundle.plan import (
 from piecework.bundle.recipes import Concat, Source, Take, label
 from piecework.bundle.sizes import size_expression
 from piecework.capture.capture import CapturedGraph, InputKind
-from piecework.capture.request import CaptureRequest, TensorInput
+from piecework.capture.memory import kept_memory
+from piecework.capture.request import CaptureRequest, SizeInput, TensorInput
 from piecework.compiler.deduplicate import Deduplicated, Forward, Unique
 from piecework.compiler.encode import encode_torch_type
 from piecework.compiler.packing import packable_argument
@@ -63,7 +64,7 @@ def make_plan(
     return Plan(
         sizes={n: (d.min, d.max) for n, d in request.sizes.items()},
         primary=next(iter(request.sizes), ""),
-        inputs=tuple(_plan_input(captured, i.name) for i in captured.inputs if i.kind is InputKind.ARGUMENT),
+        inputs=_plan_inputs(captured),
         states=tuple(_state(request, name) for name in constants.states),
         recipes=tuple(constants.recipes),
         pieces=tuple(_unique_piece(piece, ranges) for piece, ranges in zip(pieces.unique, artifacts, strict=True)),
@@ -185,13 +186,30 @@ def _unique_piece(unique: Unique, ranges: Sequence[ShapeRange]) -> UniquePiece:
     )
 
 
-def _plan_input(captured: CapturedGraph, name: str) -> PlanInput:
-    given = next(i for i in captured.request.inputs if i.name == name)
-    if isinstance(given, TensorInput):
-        fake = next(i.node.meta["val"] for i in captured.inputs if i.name == name)
-        stride = given.stride if given.stride is not None and not fake.is_contiguous() else None
-        return PlanInput(name=name, shape=given.shape, dtype=given.dtype, device=given.device, stride=stride)
-    return PlanInput(name=name, size=given.size)
+def _plan_inputs(captured: CapturedGraph) -> tuple[PlanInput, ...]:
+    """Return the inputs in the order of their slots: arguments, then objects."""
+    given = {i.name: i for i in captured.request.inputs}
+    kept = kept_memory(captured.graph, opaque=captured.request.opaque)
+    made = [
+        _plan_input(given[i.name], i.node, written=i.node in kept)
+        for i in captured.inputs
+        if i.kind is InputKind.ARGUMENT
+    ]
+    return (*made, *(PlanInput(name=name) for name in captured.request.objects))
+
+
+def _plan_input(given: TensorInput | SizeInput, node: torch.fx.Node, *, written: bool) -> PlanInput:
+    if isinstance(given, SizeInput):
+        return PlanInput(name=given.name, size=given.size)
+    stride = given.stride if given.stride is not None and not node.meta["val"].is_contiguous() else None
+    return PlanInput(
+        name=given.name,
+        shape=given.shape,
+        dtype=given.dtype,
+        device=given.device,
+        stride=stride,
+        written=written,
+    )
 
 
 def _state(request: CaptureRequest, name: str) -> State:
@@ -217,8 +235,10 @@ class _Planner:
         self._weights = {i.node: i.name for i in inputs if i.kind is InputKind.WEIGHT}
         self._states = {i.node: i.name for i in inputs if i.kind is InputKind.STATE}
         self._slots: dict[torch.fx.Node, int] = {i.node: n for n, i in enumerate(self._arguments)}
+        objects = path.captured.request.objects.values()
+        self._objects = {id(value): n for n, value in enumerate(objects, len(self._arguments))}
         self._free: list[int] = []
-        self._num_slots = len(self._arguments)
+        self._num_slots = self._num_inputs = len(self._arguments) + len(self._objects)
         self._ending = self._last_uses()
 
     def steps(self) -> PlanVariant:
@@ -281,6 +301,8 @@ class _Planner:
             return {"slot": self._slot(value)}
         if isinstance(value, (list, tuple)):
             return {"list": [self._op_argument(v, packable=None) for v in value]}
+        if id(value) in self._objects:
+            return {"slot": self._objects[id(value)]}
         if isinstance(value, LayerName):
             return {"layer": value.value}
         if value is None or isinstance(value, (bool, int, str)):
@@ -330,7 +352,7 @@ class _Planner:
     def _release(self, number: int) -> None:
         """Give back the slots of values whose last use is step `number`; its outputs may take them at once."""
         for node in self._ending.get(number, ()):
-            if node in self._slots and self._slots[node] >= len(self._arguments):
+            if node in self._slots and self._slots[node] >= self._num_inputs:
                 self._free.append(self._slots[node])
 
     def _last_uses(self) -> dict[int, list[torch.fx.Node]]:

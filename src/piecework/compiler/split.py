@@ -1,20 +1,23 @@
 """Cut a captured graph at its opaque ops into pieces, and write each piece down as a program.
 
 A piece is a maximal run of nodes between two opaque ops. Sizes are recomputed inside each piece from one of its own
-tensors, because compiled pieces take tensors only.
+tensors, because compiled pieces take tensors only. A write to memory that is kept (capture/memory.py) is a step like an
+opaque op. Views of such memory belong to no piece: each piece that reads one makes it itself, and for a step that takes
+one it is a step before it.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from piecework.capture.capture import CapturedGraph, InputKind
-from piecework.capture.cuts import is_opaque
+from piecework.capture.memory import is_step
 from piecework.compiler.encode import ProgramBuilder
+from piecework.foundation.torch_private import TORCHS_NAMESPACES, operator_name
 from piecework.ops.ir.program import Program
 
 
@@ -32,10 +35,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class OpaqueCall:
-    """One call of an opaque op; its arguments still refer to nodes."""
+    """One call of an opaque op, or of one of torch's operators as a step; its arguments still refer to nodes."""
 
     node: torch.fx.Node
     results: tuple[torch.fx.Node, ...]
+
+    @property
+    def takes_any_strides(self) -> bool:
+        """Whether it takes tensors in any layout: a view, or a write to one, is made for the one that was traced."""
+        return str(operator_name(self.node.target)).partition("::")[0] not in TORCHS_NAMESPACES
 
 
 Step = Piece | OpaqueCall
@@ -44,20 +52,22 @@ Step = Piece | OpaqueCall
 def split(captured: CapturedGraph) -> list[Step]:
     """Return the pieces and opaque calls of one forward, in execution order."""
     opaque = captured.request.opaque
-    groups: list[list[torch.fx.Node]] = [[]]
-    order: list[list[torch.fx.Node] | torch.fx.Node] = [groups[0]]
+    order: list[list[torch.fx.Node] | torch.fx.Node] = [[]]
     results: dict[torch.fx.Node, list[torch.fx.Node]] = {}
     for node in captured.graph.nodes:
-        if node.op != "call_function" or isinstance(node.meta.get("val"), torch.SymInt):
-            continue
-        if is_opaque(node, opaque):
-            results[node] = []
-            groups.append([])
-            order += [node, groups[-1]]
-        elif node.target is operator.getitem and node.args[0] in results:
+        if node.target is operator.getitem and node.args[0] in results:
             results[node.args[0]].append(node)
-        else:
-            groups[-1].append(node)
+        elif node.op == "output" or (node.op == "call_function" and is_step(node, opaque)):
+            for view in _views_for(node, captured.views, made=results):
+                results[view] = [u for u in view.users if u.target is operator.getitem]
+                order.append(view)
+            if node.op == "call_function":
+                results[node] = []
+                order.append(node)
+        elif node.op == "call_function" and node not in captured.views and not _is_size(node):
+            if isinstance(order[-1], torch.fx.Node):
+                order.append([])
+            order[-1].append(node)
     carriers = _size_carriers(captured)
     steps: list[Step] = []
     for part in order:
@@ -68,6 +78,28 @@ def split(captured: CapturedGraph) -> list[Step]:
             if piece is not None:
                 steps.append(piece)
     return steps
+
+
+def _views_for(
+    node: torch.fx.Node, views: Container[torch.fx.Node], *, made: Container[torch.fx.Node]
+) -> list[torch.fx.Node]:
+    """Return the views among a step's arguments that are not made yet, and what those are views of, in order."""
+    found: dict[torch.fx.Node, None] = {}
+
+    def take(source: torch.fx.Node) -> None:
+        if source in views and source not in made:
+            for argument in source.all_input_nodes:
+                take(argument)
+            if source.target is not operator.getitem:
+                found[source] = None
+
+    for argument in node.all_input_nodes:
+        take(argument)
+    return list(found)
+
+
+def _is_size(node: torch.fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.SymInt)
 
 
 def _piece(
@@ -93,7 +125,7 @@ def _piece(
 
 
 def _used_outside(user: torch.fx.Node, own: set[torch.fx.Node]) -> bool:
-    if isinstance(user.meta.get("val"), torch.SymInt) and user.op == "call_function":
+    if _is_size(user) and user.op == "call_function":
         return False
     return user not in own
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,20 +54,6 @@ def child_variables(changes: Mapping[str, str | None]) -> dict[str, str]:
         else:
             variables[name] = value
     return variables
-
-
-@contextlib.contextmanager
-def with_variable(name: str, value: str) -> Iterator[None]:
-    """Set an environment variable of this process, which other code reads, for the length of a block."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = before
 
 
 def _store_root(given: Mapping[str, str]) -> Path:

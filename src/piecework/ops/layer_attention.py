@@ -3,8 +3,8 @@
 The cache is the layer's state in the running forward context, and the batch's block tables are that context's too, so
 that nothing but query, key and value passes through the graph. See `ops/attention.py` for the meaning and the shapes.
 
-Written apart, by `kv_write`, keys and values may be stored inside a piece, next to what computes them; its result, an
-empty token, is then given to `layer_attention` as `after`, which orders the two and keeps the write in the graph.
+Written apart, by `kv_write`, keys and values are stored by an operator of its own; its result, an empty token, is then
+given to `layer_attention` as `after`, which orders the two and keeps the write in the graph.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _layer_attention_fake(query: Tensor, *_args: object, **_kwargs: object) -> T
     return query.new_empty(query.shape)
 
 
-@opaque_op("piecework::kv_write", cuts=False)
+@opaque_op("piecework::kv_write")
 def kv_write(key: Tensor, value: Tensor, layer: LayerNameType) -> Tensor:
     """Store key and value, both [T, K, D], in the layer's cache; returns an empty token [0] for `after`.
 

@@ -40,7 +40,7 @@ def _variant(op: OpaqueOp, kind: str, annotation: type) -> OpaqueOp:
     name = f"{op.__name__}_{kind}"
     function.__signature__ = signature.replace(parameters=others)  # type: ignore[attr-defined]
     function.__module__, function.__qualname__, function.__name__ = __name__, name, name
-    made = opaque_op(f"pwnames::{name}", cuts=op.cuts)(function)
+    made = opaque_op(f"pwnames::{name}")(function)
     made.fake(op._fake)
     return made
 

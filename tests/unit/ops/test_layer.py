@@ -19,7 +19,7 @@ import piecework.ops.ir.layer as layer_module
 from piecework.errors import OpError
 from piecework.foundation.environment import child_variables
 from piecework.ops.ir.layer import IS_OBJECT, LayerName, LayerNameType, encode, resolve
-from tests.unit.compiler import named_ops
+from tests.unit.integrations import named_ops
 
 
 @pytest.fixture(autouse=True)
@@ -159,11 +159,11 @@ class AskingBlock(Block):
 
 @as_objects
 def test_resolve_says_what_to_do_in_a_trace() -> None:
-    from piecework.foundation.torch_private import stand_in
+    from torch._library.fake_class_registry import maybe_to_fake_obj
 
     fake_mode = torch._subclasses.FakeTensorMode()
     with pytest.raises(OpError, match="`str` argument"):
-        resolve(stand_in(fake_mode, LayerName("a")))
+        resolve(maybe_to_fake_obj(fake_mode, LayerName("a")))
 
 
 _DEGRADED = """

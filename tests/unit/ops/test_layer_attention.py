@@ -97,6 +97,5 @@ def test_compiled(form) -> None:
     assert torch.equal(case.args[3], twin.args[3])
 
 
-def test_kv_write_may_stay_inside_a_piece() -> None:
-    assert (kv_write.cuts, layer_attention.cuts) == (False, True)
+def test_both_are_told_their_layer() -> None:
     assert kv_write.layer_parameters == layer_attention.layer_parameters == ("layer",)

@@ -31,7 +31,7 @@ def _(x, cache, layer, eps=1e-6):
     return torch.empty_like(x)
 
 
-@opaque_op("ops_test::scale_by_name", cuts=False, cuda_graph_safe=True)
+@opaque_op("ops_test::scale_by_name", cuda_graph_safe=True)
 def scale_by_name(x: Tensor, layer: str, index: int = 3) -> tuple[Tensor, Tensor]:
     return x * len(layer), x.sum(0) + index
 
@@ -52,8 +52,8 @@ def test_what_a_declaration_tells() -> None:
     assert update.overload is torch.ops.ops_test.update.default
     assert update.mutates == ("cache",)
     assert update.layer_parameters == ("layer",)
-    assert (update.cuts, update.cuda_graph_safe) == (True, False)
-    assert (scale_by_name.cuts, scale_by_name.cuda_graph_safe) == (False, True)
+    assert not update.cuda_graph_safe
+    assert scale_by_name.cuda_graph_safe
     assert scale_by_name.layer_parameters == ("layer",)
     assert repr(update) == "<opaque op ops_test::update>"
 

@@ -25,7 +25,7 @@ def _(x, cache, layer, eps=1e-6):
     return torch.empty_like(x)
 
 
-@opaque_op("ops_traced_test::scale_by_name", cuts=False, cuda_graph_safe=True)
+@opaque_op("ops_traced_test::scale_by_name", cuda_graph_safe=True)
 def scale_by_name(x: Tensor, layer: str, index: int = 3) -> tuple[Tensor, Tensor]:
     return x * len(layer), x.sum(0) + index
 

@@ -69,18 +69,44 @@ def load(
     begun = time.perf_counter()
     pack_constants(plan.recipes, constants)
     phases["pack"] = _lap(begun)
+    order = ProviderOrder.from_json(next((str(f.value) for f in opened.facts if (f.kind, f.name) == _ORDER), "native"))
+    return open_plan(plan, path_of=opened.artifact_path, constants=constants, order=order, phases=phases, owned=opened)
+
+
+def open_plan(
+    plan: Plan,
+    *,
+    path_of: Callable[[str], Path],
+    constants: Sequence[torch.Tensor],
+    order: ProviderOrder,
+    phases: Mapping[str, float] | None = None,
+    owned: object = None,
+) -> LoadedModel:
+    """Open a plan's artifacts and bind constants to them.
+
+    Args:
+        plan: the plan.
+        path_of: returns the file of an artifact.
+        constants: what the plan's recipes make, packed.
+        order: of providers, for what opaque ops call.
+        phases: seconds of what came before.
+        owned: what the model keeps alive.
+    """
     begun = time.perf_counter()
-    runners = _open_instances(opened, plan)
-    phases["open"] = _lap(begun)
+    runners = _open_instances(plan, path_of)
+    seconds = {**(phases or {}), "open": _lap(begun)}
     begun = time.perf_counter()
     forms = [_bind(plan, low, high, made, constants) for (low, high), made in runners.items()]
-    phases["bind"] = _lap(begun)
-    kernels, notes = _open_kernels(opened, plan)
-    natives, missing = open_natives(opened, plan)
-    record = Record(phases=phases, notes=(*notes, *missing))
+    seconds["bind"] = _lap(begun)
+    kernels, notes = _open_kernels(plan, path_of)
+    natives, missing = open_natives(plan, path_of, order=order)
+    record = Record(phases=seconds, notes=(*notes, *missing))
     return LoadedModel(
-        plan, forms=forms, constants=constants, record=record, kernels=kernels, natives=natives, owned=opened
+        plan, forms=forms, constants=constants, record=record, kernels=kernels, natives=natives, owned=owned
     )
+
+
+_ORDER = ("option", "providers")
 
 
 def _open(path: Path) -> Bundle:
@@ -100,7 +126,7 @@ def _literals(bundle: Bundle) -> Mapping[str, torch.Tensor]:
     return made
 
 
-def _open_instances(bundle: Bundle, plan: Plan) -> dict[tuple[int, int], list[Any]]:
+def _open_instances(plan: Plan, path_of: Callable[[str], Path]) -> dict[tuple[int, int], list[Any]]:
     """Open one runner per instance, for every range of the primary size."""
     bounds = sorted({(r.min, r.max) for p in plan.pieces for r in p.ranges})
     split = [b for b in bounds if not any(b != o and b[0] <= o[0] and o[1] <= b[1] for o in bounds)]
@@ -112,7 +138,7 @@ def _open_instances(bundle: Bundle, plan: Plan) -> dict[tuple[int, int], list[An
         for number, instance in enumerate(plan.instances):
             name = _artifact(plan.pieces[instance.piece], low, high)
             if (number, name) not in shared:
-                path = bundle.artifact_path(name)
+                path = path_of(name)
                 if name not in called:
                     called[name] = read_calls(path)
                 device = plan.pieces[instance.piece].device
@@ -134,13 +160,13 @@ def _artifact(piece: UniquePiece, low: int, high: int) -> str:
     )
 
 
-def _open_kernels(bundle: Bundle, plan: Plan) -> tuple[dict[str, Callable[..., Any]], tuple[str, ...]]:
+def _open_kernels(plan: Plan, path_of: Callable[[str], Path]) -> tuple[dict[str, Callable[..., Any]], tuple[str, ...]]:
     """Return native implementations of opaque ops, and why there are none where a kernel can't be opened."""
     kernels: dict[str, Callable[..., Any]] = {}
     notes: list[str] = []
     for name, artifact in plan.kernels.items():
         try:
-            kernels.update(open_kernel(name, bundle.artifact_path(artifact)))
+            kernels.update(open_kernel(name, path_of(artifact)))
         except CorruptBundle:
             raise
         except BundleError as error:

@@ -264,10 +264,14 @@ class LoadedModel:
                 )
             if value.dim() != rank:
                 raise _wrong_shape(given, value)
+            wanted = value.is_contiguous() if given.stride is None else value.stride() == given.stride
+            if wanted:
+                continue
+            if given.written:
+                raise _wrong_layout(given, value)
             if given.stride is None:
-                if not value.is_contiguous():
-                    values[position] = value.contiguous()
-            elif value.stride() != given.stride:
+                values[position] = value.contiguous()
+            else:
                 values[position] = torch.empty_strided(
                     value.shape, given.stride, dtype=dtype, device=value.device
                 ).copy_(value)
@@ -309,7 +313,7 @@ def _size_checks(plan: Plan) -> list[tuple[int, int, int | str, PlanInput]]:
     checks: list[tuple[int, int, int | str, PlanInput]] = []
     for position, given in enumerate(plan.inputs):
         if given.shape is None:
-            checks.append((position, -1, given.size, given))
+            checks += [(position, -1, given.size, given)] if given.size else []
         else:
             checks += [(position, axis, dim, given) for axis, dim in enumerate(given.shape)]
     return checks
@@ -322,6 +326,15 @@ def _tensor_checks(plan: Plan) -> list[tuple[int, torch.dtype, int, PlanInput]]:
         for position, given in enumerate(plan.inputs)
         if given.shape is not None
     ]
+
+
+def _wrong_layout(given: PlanInput, value: torch.Tensor) -> RequestError:
+    return RequestError(
+        asked=f"run with {given.name} of strides {list(value.stride())}, which the forward writes to",
+        found="the bundle was compiled for "
+        + (f"the strides {list(given.stride)}" if given.stride is not None else "a contiguous one"),
+        try_="pass a tensor in that layout: what is written to a copy would be lost",
+    )
 
 
 def _wrong_shape(given: PlanInput, value: Any) -> ShapeContractError:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
-from piecework.bundle.bundle import Bundle
 from piecework.bundle.plan import NativeCall, Plan
 from piecework.bundle.run.instances import open_instance, read_calls
 from piecework.errors import OpError
@@ -15,32 +15,35 @@ from piecework.ops.ir.selection import ProviderOrder, Selection
 from piecework.providers.discovery import load_providers
 
 
-def open_natives(bundle: Bundle, plan: Plan) -> tuple[Mapping[str, Selection], tuple[str, ...]]:
-    """Open a bundle's bodies.
+def open_natives(
+    plan: Plan, path_of: Callable[[str], Path], *, order: ProviderOrder
+) -> tuple[Mapping[str, Selection], tuple[str, ...]]:
+    """Open a plan's bodies.
+
+    Args:
+        plan: the plan.
+        path_of: returns the file of an artifact.
+        order: of providers.
 
     Returns for each opaque op that has any ("namespace::name") what is selected while it runs; and notes about bodies
     that can't be had here, whose calls run natively instead.
     """
     if not plan.natives:
         return {}, ()
-    order = ProviderOrder.from_json(next((str(f.value) for f in bundle.facts if (f.kind, f.name) == _ORDER), "native"))
     bodies: list[NativeBody] = []
     notes: list[str] = []
     for native in plan.natives:
         try:
-            bodies.append(_open(bundle, native))
+            bodies.append(_open(native, path_of))
         except OpError as error:
             notes.append(f"no body for {native.form.text()}, it runs uncompiled: {error.found}")
     selection = Selection(order, bodies=NativeBodies(order, bodies))
     return {op: selection for native in plan.natives for op in native.ops}, tuple(notes)
 
 
-_ORDER = ("option", "providers")
-
-
-def _open(bundle: Bundle, native: NativeCall) -> NativeBody:
+def _open(native: NativeCall, path_of: Callable[[str], Path]) -> NativeBody:
     if native.artifact:
-        path = bundle.artifact_path(native.artifact)
+        path = path_of(native.artifact)
         assert native.piece is not None
         runner = open_instance(path, device=native.piece.device, calls=read_calls(path))
         return NativeBody(native.form, provider=native.provider, run=runner.run)

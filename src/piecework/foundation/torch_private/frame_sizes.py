@@ -30,6 +30,17 @@ def _number(bound: Any) -> int:
     return -sys.maxsize if bound < 0 else sys.maxsize
 
 
+def is_static_input(node: torch.fx.Node, given: object) -> bool:
+    """Whether a placeholder of Dynamo's graph is a parameter or a buffer of a module; `given` is what Dynamo gives.
+
+    torch 2.11-2.15: torch/_dynamo/decorators.py (`mark_static_address`), which marks them when it traces them.
+    """
+    value = node.meta.get("example_value")
+    return isinstance(value, torch.nn.Parameter) or any(
+        getattr(v, "_dynamo_static_input_type", None) is not None for v in (value, given)
+    )
+
+
 def holds(condition: str, sizes: Mapping[str, torch.SymInt]) -> bool:
     """Whether a condition such as "Ne(s0, 8)" holds for sizes of the frame, which is guarded by it from then on.
 

@@ -78,15 +78,3 @@ def is_python_object(value: object) -> bool:
         return True
     known = getattr(_table, "is_opaque_type", None) or getattr(_table, "is_custom_class", None)
     return not isinstance(value, (torch.Tensor, Enum)) and known is not None and bool(known(type(value)))
-
-
-def reference_type_name(cls: type) -> str:
-    """Return the name under which schemas of operators know a class that `register_reference_type` returned."""
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def stand_in(fake_mode: Any, value: object) -> Any:
-    """Return what stands for a reference object in a trace on the fake tensors of `fake_mode`."""
-    from torch._library.fake_class_registry import maybe_to_fake_obj
-
-    return maybe_to_fake_obj(fake_mode, value)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import FunctionType
 from typing import Any, Final
 
 import torch
@@ -52,22 +50,6 @@ def single_overload(target: object) -> Any:
     return None
 
 
-def function_name(target: Any) -> str | None:
-    """Return the qualified name of what a Dynamo graph calls, where that is torch's or Python's own, else None."""
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target)
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        return target._qualified_op_name
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return f"higher_order.{target.name()}"
-    name, module = getattr(target, "__qualname__", ""), function_module(target)
-    if not name or "<" in name or module.split(".")[0] not in {"torch", "operator", "_operator", "math", "builtins"}:
-        return None
-    if isinstance(target, FunctionType) and getattr(sys.modules.get(module), name, None) is not target:
-        return None  # it only says that it is called so
-    return f"{module}.{name}"
-
-
 def function_module(target: Any) -> str:
     """Return the name of the module that a function says it is of; "" where it says none."""
     name = getattr(target, "__qualname__", "")
@@ -81,11 +63,6 @@ def function_module(target: Any) -> str:
         }
         module = next((text for text, place in places.items() if getattr(place, name, None) is target), "")
     return str(module)
-
-
-def decomposes(overload: Any) -> bool:
-    """Whether an operator is made of others, so that a trace has those and not itself."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(overload.name(), "CompositeImplicitAutograd"))
 
 
 def storage_key(tensor: torch.Tensor) -> int:
@@ -120,11 +97,6 @@ def parse_operator(name: str) -> Any:
     """Return the overload that is written "namespace.name.overload". Raises AttributeError where there is none."""
     namespace, op, overload = name.split(".")
     return getattr(getattr(getattr(torch.ops, namespace), op), overload)
-
-
-def operator_returns(overload: Any) -> str:
-    """Return what an operator returns, as its schema writes it: "Tensor", "(Tensor, Tensor)"."""
-    return str(overload._schema).rpartition(" -> ")[2]
 
 
 def _declarations(schema: str) -> list[str]:

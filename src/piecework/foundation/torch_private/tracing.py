@@ -45,10 +45,10 @@ class Tracer:
         else:
             proxy_tensor.set_proxy_slot(tensor, self.tracer, proxy_tensor._ProxyTensor(proxy, None))
 
-    def keep(self, cls: type) -> None:
-        """Let objects of a class be arguments of nodes as they are; torch would make them attributes of its root."""
+    def keep(self, *classes: type) -> None:
+        """Let objects of some classes be arguments of nodes as they are, and not attributes of the graph's root."""
         create_arg = self.tracer.create_arg
-        self.tracer.create_arg = lambda value: value if isinstance(value, cls) else create_arg(value)
+        self.tracer.create_arg = lambda value: value if isinstance(value, classes) else create_arg(value)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -142,6 +142,36 @@ def _lean() -> Iterator[None]:
 def functionalized(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function` with in-place operators replaced by functional ones (`torch.func.functionalize`)."""
     made: Callable[..., Any] = torch.func.functionalize(function, remove="mutations")
+    return made
+
+
+def functional(value: Any) -> Any:
+    """Return a tensor as `functionalized` has them, so that writes to it are replaced; anything else as it is."""
+    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+    functions: Any = torch._C._functorch
+    if not isinstance(value, torch.Tensor) or functions.is_functionaltensor(value):
+        return value
+    return functions._wrap_functional_tensor(value, retrieve_current_functorch_interpreter().level())
+
+
+def real(value: Any) -> Any:
+    """Return, inside `functionalized`, a tensor whose writes stay what they are; anything else as it is."""
+    functions: Any = torch._C._functorch
+    if not isinstance(value, torch.Tensor) or not functions.is_functionaltensor(value):
+        return value
+    torch._sync(value)  # type: ignore[attr-defined,no-untyped-call]
+    return functions._unwrap_functional_tensor(value, True)
+
+
+def not_functionalized() -> contextlib.AbstractContextManager[Any]:
+    """Inside, operators that are called on `real` tensors within `functionalized` run as they are.
+
+    torch 2.11-2.15: torch/_functorch/pyfunctorch.py.
+    """
+    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+    made: contextlib.AbstractContextManager[Any] = retrieve_current_functorch_interpreter().lower()
     return made
 
 

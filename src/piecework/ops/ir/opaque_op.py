@@ -47,7 +47,6 @@ class OpaqueOp:
         name: "namespace::name".
         function: the plain Python function; where nothing is traced, calling it does the same at less cost.
         overload: torch's own object for the operator.
-        cuts: whether pieces end at it where the backend has a choice.
         cuda_graph_safe: whether its call may be recorded in a CUDA graph.
         mutates: parameters that it writes to.
         layer_parameters: parameters that may name a layer: annotated LayerNameType or str.
@@ -60,12 +59,10 @@ class OpaqueOp:
         *,
         schema: OpSchema,
         mutates: Sequence[str],
-        cuts: bool,
         cuda_graph_safe: bool,
     ) -> None:
         self.name = f"{schema.namespace}::{schema.short}"
         self.function = function
-        self.cuts = cuts
         self.cuda_graph_safe = cuda_graph_safe
         self.mutates = tuple(mutates)
         self.layer_parameters = schema.layer_parameters
@@ -142,10 +139,9 @@ class OpaqueOp:
             try_=f"@{self.function.__name__}.fake on a function of the same parameters",
         )
 
-    def _declare_again(self, function: Callable[..., Any], *, cuts: bool) -> OpaqueOp:
+    def _declare_again(self, function: Callable[..., Any]) -> OpaqueOp:
         """Take the function of a module that was imported again."""
         self.function = function
-        self.cuts = cuts
         self._fake = None
         self.declaration = None
         return self
@@ -161,7 +157,6 @@ def opaque_op(
     /,
     *,
     mutates: Sequence[str] = (),
-    cuts: bool = True,
     cuda_graph_safe: bool = False,
 ) -> Callable[[Callable[..., Any]], OpaqueOp]: ...
 
@@ -171,7 +166,6 @@ def opaque_op(
     /,
     *,
     mutates: Sequence[str] = (),
-    cuts: bool = True,
     cuda_graph_safe: bool = False,
 ) -> Any:
     """Declare a function with type hints as an operator that compilers don't look into.
@@ -179,7 +173,6 @@ def opaque_op(
     Args:
         name: "namespace::name"; default: "<top package>::<function name>".
         mutates: the tensor parameters that the function writes to. State that it finds by a layer's name isn't listed.
-        cuts: False lets a backend that can keep the operator inside a piece do so.
         cuda_graph_safe: whether a call may be recorded in a CUDA graph: no synchronisation, no allocation outside of
             torch, no state on the host that changes from call to call.
 
@@ -202,9 +195,9 @@ def opaque_op(
                     try_="another name",
                 )
             if (known._schema.text, known.cuda_graph_safe) == (schema.text, cuda_graph_safe):
-                return known._declare_again(function, cuts=cuts)
+                return known._declare_again(function)
             withdraw(known._library)
-        return OpaqueOp(function, schema=schema, mutates=mutates, cuts=cuts, cuda_graph_safe=cuda_graph_safe)
+        return OpaqueOp(function, schema=schema, mutates=mutates, cuda_graph_safe=cuda_graph_safe)
 
     return declare(name) if callable(name) else declare
 

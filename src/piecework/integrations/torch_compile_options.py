@@ -5,44 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from enum import Enum
 from typing import Any
 
 from piecework.bundle.record import Recorder
 from piecework.errors import CompileError
-
-
-class JitBackendName(Enum):
-    """What pieces become."""
-
-    INDUCTOR = "inductor"
-    EAGER = "eager"
+from piecework.spec.compile_options import BackendName
 
 
 @dataclass(frozen=True)
-class JitOptions:
+class TorchCompileOptions:
     """Options of the torch.compile backend.
 
     Attributes:
-        backend: "inductor" compiles the pieces, "eager" runs them operator by operator, for debugging.
-        cut: further operators at which graphs are cut, "namespace::name".
-        lift_names: whether strings and whole numbers that custom operators take become inputs of the pieces, so that
-            layers that differ in nothing else share one artifact.
+        backend: "aoti" compiles the pieces, "eager" runs them operator by operator, for debugging.
+        cut: operators of torch's own at which graphs are cut as well, "namespace::name".
         store: whether artifacts are looked up in the store and put there.
-        recorder: is told counts ("graphs", "pieces", "unique_pieces", "compiled", "store_hits", "names_lifted"),
+        recorder: is told counts ("graphs", "pieces", "unique_pieces", "compiled", "store_hits", "traced_again"),
             seconds and notes.
     """
 
-    backend: JitBackendName = JitBackendName.INDUCTOR
+    backend: BackendName = BackendName.AOTI
     cut: tuple[str, ...] = ()
-    lift_names: bool = True
     store: bool = True
     recorder: Recorder | None = None
 
 
-def parse_options(given: Mapping[str, Any] | None, *, mode: str | None) -> JitOptions:
+def parse_options(given: Mapping[str, Any] | None, *, mode: str | None) -> TorchCompileOptions:
     """Return checked options. Raises CompileError for an unknown name, a wrong value, or a mode."""
-    known = {f.name for f in fields(JitOptions)}
+    known = {f.name for f in fields(TorchCompileOptions)}
     if mode is not None:
         raise _refused(f"mode={mode!r}", "the backend has no modes", "leave it out")
     values: dict[str, Any] = {}
@@ -52,15 +42,15 @@ def parse_options(given: Mapping[str, Any] | None, *, mode: str | None) -> JitOp
             hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(sorted(known))}"
             raise _refused(f"the option {name!r}", "no such option", hint)
         values[name] = _checked(name, value)
-    return JitOptions(**values)
+    return TorchCompileOptions(**values)
 
 
 def _checked(name: str, value: Any) -> Any:
     if name == "backend":
-        names = [b.value for b in JitBackendName]
-        if value not in names and not isinstance(value, JitBackendName):
+        names = [b.value for b in BackendName]
+        if value not in names and not isinstance(value, BackendName):
             raise _refused(f"backend={value!r}", "no such backend", f"one of {', '.join(names)}")
-        return JitBackendName(value)
+        return BackendName(value)
     if name == "cut":
         if isinstance(value, str) or not all(isinstance(v, str) and "::" in v for v in value):
             raise _refused(f"cut={value!r}", "no list of operators", 'for example ["mylib::attention"]')

@@ -26,17 +26,17 @@ def _attend_int(x: Tensor, layer: int) -> Tensor:
     return x * (1 + layer)
 
 
-@opaque_op("pwtest::update_LayerName", cuts=False)
+@opaque_op("pwtest::update_LayerName")
 def _update_name(x: Tensor, layer: LayerNameType) -> Tensor:
     return x + len(resolve(layer))
 
 
-@opaque_op("pwtest::update_str", cuts=False)
+@opaque_op("pwtest::update_str")
 def _update_str(x: Tensor, layer: str) -> Tensor:
     return x + len(layer)
 
 
-@opaque_op("pwtest::update_int", cuts=False)
+@opaque_op("pwtest::update_int")
 def _update_int(x: Tensor, layer: int) -> Tensor:
     return x + layer
 
@@ -47,7 +47,7 @@ for _op in (*attend.values(), *update.values()):
     _op.fake(lambda x, layer: torch.empty_like(x))
 
 
-@opaque_op("pwtest::repeat", cuts=False)
+@opaque_op("pwtest::repeat")
 def repeat(x: Tensor, times: int) -> Tensor:
     return x.repeat(times)
 
@@ -94,7 +94,7 @@ def _(parts: list[Tensor]) -> Tensor:
     return torch.empty_like(parts[0])
 
 
-@opaque_op("pwtest::keyword", cuts=False)
+@opaque_op("pwtest::keyword")
 def keyword(x: Tensor, *, layer: str) -> Tensor:
     return x * len(layer)
 
@@ -114,7 +114,7 @@ def _(x: Tensor, by: float) -> Tensor:
     return torch.empty_like(x, dtype=torch.float32)
 
 
-@opaque_op("pwtest::count_up", mutates=("state",), cuts=False)
+@opaque_op("pwtest::count_up", mutates=("state",))
 def count_up(state: Tensor) -> int:
     state.add_(1)
     return 7

@@ -1,8 +1,7 @@
-"""Which Dynamo graphs are not cut: where what a node means depends on more than its arguments.
+"""Which of Dynamo's graphs are not captured: where what a node means depends on more than its arguments.
 
-Cutting is right where nodes run in order on plain tensors. It is not where a mode is entered and left, where gradients
-are taken inside, where sizes come from the values of tensors, or where a tensor carries more than its shape says. Such
-graphs are left to torch's own compiler, whole.
+That is so where a mode is entered and left, where gradients are taken inside, where sizes come from the values of
+tensors, or where a tensor carries more than its shape says. Such graphs are left to torch's own compiler, whole.
 """
 
 from __future__ import annotations
@@ -11,30 +10,21 @@ from typing import Any
 
 import torch
 
-from piecework.capture.dynamo_split import example
+from piecework.capture.dynamo import example
 from piecework.foundation.torch_private import function_module, single_overload
 
 _MODES = frozenset({"_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode"})
 _TRANSFORMS = ("torch._functorch", "torch._C._functorch", "torch.func", "torch.autograd")
-_RESHAPING = frozenset(
-    {
-        "squeeze_",
-        "unsqueeze_",
-        "t_",
-        "transpose_",
-        "swapaxes_",
-        "swapdims_",
-        "resize_",
-        "resize_as_",
-        "as_strided_",
-        "set_",
-    }
-)
 _GRADIENTS = frozenset({"backward", "requires_grad_", "retain_grad", "register_hook"})
 
 
 def why_whole(graph: torch.fx.Graph) -> str | None:
-    """Say why a graph must not be cut, or return None where it may be."""
+    """Say why a graph of Dynamo's can't be captured, or return None where it may be; Dynamo is compiling it."""
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            return "autocast is on"
+    if torch.are_deterministic_algorithms_enabled():
+        return "deterministic algorithms are asked for"
     for node in graph.nodes:
         found = _why(node)
         if found is not None:
@@ -52,8 +42,6 @@ def _why(node: torch.fx.Node) -> str | None:
         overload = single_overload(node.target)
         if overload is not None and any(str(r.type) not in _TENSORS for r in overload._schema.returns):
             return f"{overload} returns more than tensors"
-    if name in _RESHAPING and node.op in {"call_method", "call_function"}:
-        return f"{name} changes the shape of a tensor in place"
     if node.op == "call_method" and name in _GRADIENTS:
         return f"{name} is about gradients"
     return _value(example(node))
@@ -80,6 +68,6 @@ def _is_unknown(sizes: list[Any]) -> bool:
     """Whether a size has a symbol that no input has."""
     return any(
         isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool))
-        and any(str(symbol)[0] in "uz" for symbol in size.node.expr.free_symbols)
+        and any(str(symbol).startswith(("u", "zu")) for symbol in size.node.expr.free_symbols)
         for size in sizes
     )
