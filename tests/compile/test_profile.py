@@ -10,15 +10,16 @@ import pytest
 
 from piecework.bundle.plan import Plan
 from piecework.compiler.model import CompiledModel
+from piecework.engine.events import notes_to
 from piecework.engine.llm import LLM
+from piecework.engine.opening import open_engine
+from piecework.engine.options import EngineOptions
 from piecework.engine.profile_options import ProfileOptions
 from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
 from piecework.errors import StoreError
+from piecework.foundation.environment import read_environment
 from piecework.report.step_labels import step_labels
-from piecework.server.loading import load_model, make_engine
-from piecework.server.options import ModelOptions
-from piecework.server.status import ServerStatus
 from piecework.spec.model_spec import ModelSpec
 from tests.compile.test_llm import BLOCK_BYTES, eager, weights_dir
 
@@ -93,10 +94,11 @@ def test_a_trace_that_cant_be_written_stops_nothing(eager: CompiledModel, weight
 
 def test_a_server_profiles_its_first_forwards(eager: CompiledModel, weights_dir: Path, tmp_path: Path) -> None:
     profile = ProfileOptions(tmp_path / "profile", steps=2)
-    options = ModelOptions(ModelSpec.of(weights_dir), kv_memory=20 * BLOCK_BYTES, profile=profile)
-    status, notes = ServerStatus(), list[str]()
-    loaded = load_model(eager.bundle, options, status=status)
-    engine = make_engine(loaded, options, tokenizer=None, status=status, on_note=notes.append)
+    options = EngineOptions(kv_cache_memory=20 * BLOCK_BYTES, profile=profile, bundle=eager.bundle.path)
+    notes = list[str]()
+    engine = open_engine(
+        ModelSpec.of(weights_dir), options, environment=read_environment(), on_event=notes_to(notes.append)
+    ).engine
     engine.add(GenerationRequest("r", tuple(PROMPTS[0]), PARAMS))
     while engine.has_work:
         engine.step()

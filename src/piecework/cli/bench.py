@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from piecework.cli import console
 from piecework.cli.child import run_command
-from piecework.cli.serve import parse_size
-from piecework.spec.command_line import add_spec_options, spec_of
+from piecework.engine.options import engine_options
+from piecework.spec.command_line import add_options, add_spec_options, spec_of
 
 if TYPE_CHECKING:
     from piecework.engine.llm import LLM
@@ -50,12 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         parser.add_argument(name, type=_from(1), default=default, metavar="N", help=f"{text} (default: {default})")
     parser.add_argument("--starts", type=_from(0), default=3, metavar="N", help="timed starts; 0: none (default: 3)")
     add_spec_options(parser)
-    parser.add_argument("--kv-memory", type=parse_size, metavar="SIZE", help="the KV cache's size, such as 4GiB "
-                        "(default: half of the memory that is free)")  # fmt: skip
-    parser.add_argument("--bundle", type=Path, metavar="BUNDLE", help="use this bundle instead of the store's")
-    parser.add_argument(
-        "--random-weights", type=int, metavar="SEED", help="use random weights; the directory needs no safetensors"
-    )
+    add_options(parser, engine_options("kv_cache_memory", "bundle", "random_weights"))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -74,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         progress.update("loading the model")
         with LLM(
             spec,
-            kv_cache_memory=args.kv_memory,
+            kv_cache_memory=args.kv_cache_memory,
             prefix_caching=False,
             bundle=args.bundle,
             random_weights=args.random_weights,

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import argparse
 import gc
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from piecework.cli import console
-from piecework.engine.block_pool import DEFAULT_BLOCK_SIZE
+from piecework.engine.events import notes_to
+from piecework.engine.options import engine_options, read_engine_options
+from piecework.foundation.environment import read_environment
 from piecework.foundation.process import keep_freed_memory, peak_rss_bytes, seconds_since_start
-from piecework.spec.command_line import add_spec_options, spec_of
-from piecework.spec.config import ModelConfig
+from piecework.spec.command_line import add_options, add_spec_options, spec_of
 
 if TYPE_CHECKING:
-    from piecework.bundle.bundle import Bundle
-    from piecework.bundle.run import LoadedModel
+    from piecework.engine.engine import Engine
+    from piecework.engine.opening import OpenEngine
     from piecework.engine.request import GenerationRequest
     from piecework.engine.sampling_params import SamplingParams
     from piecework.engine.text.tokenizer import Tokenizer
-    from piecework.models.checkpoint import Checkpoint
-    from piecework.spec.model_spec import ModelSpec
+
+_ENGINE_OPTIONS: Final = engine_options("bundle", "random_weights")
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("--seed", type=int, metavar="N", help="of the sampling (default: a fresh one)")
     parser.add_argument("--ignore-eos", action="store_true", help="generate on after the model's end token")
-    parser.add_argument(
-        "--random-weights", type=int, metavar="SEED", help="use random weights; the directory needs no safetensors"
-    )
     add_spec_options(parser)
-    parser.add_argument("--bundle", type=Path, metavar="BUNDLE", help="use this bundle instead of the store's")
+    add_options(parser, _ENGINE_OPTIONS)
     parser.add_argument("--json", action="store_true", help="print text, tokens and timings as one JSON object")
 
 
@@ -73,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     gc.disable()  # start-up makes long-lived objects only
     keep_freed_memory()
     # `piecework --help` must not pay for these
+    from piecework.engine.opening import open_engine  # noqa: PLC0415
     from piecework.engine.request import GenerationRequest  # noqa: PLC0415
     from piecework.engine.text.tokenizer import load_tokenizer  # noqa: PLC0415
 
@@ -82,13 +80,18 @@ def run(args: argparse.Namespace) -> int:
     prompt = _prompt_tokens(args, tokenizer)
     # refuses an empty prompt before anything is compiled for it
     request = GenerationRequest("generate", tuple(prompt), params)
-    bundle, verify_s = _bundle(args, spec)
-    model = _load(args, bundle)
+    opened = open_engine(
+        spec,
+        read_engine_options(vars(args), kv_cache_tokens=len(prompt) + params.max_tokens),
+        environment=read_environment(),
+        tokenizer=lambda: tokenizer,
+        on_event=notes_to(console.status),
+    )
     gc.freeze()
     gc.enable()
-    pieces = _generate(model, spec.config, tokenizer, request)
+    pieces = _generate(opened.engine, tokenizer, request)
     if args.json:
-        console.out_json(_figures(list(pieces), prompt=prompt, model=model, bundle=bundle, verify_s=verify_s))
+        console.out_json(_figures(list(pieces), prompt=prompt, opened=opened))
     else:
         for piece in pieces:
             console.out(piece.text, end="")
@@ -115,57 +118,9 @@ def _prompt_tokens(args: argparse.Namespace, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.encode(args.prompt)
 
 
-def _bundle(args: argparse.Namespace, spec: ModelSpec) -> tuple[Bundle, float]:
-    """Return the bundle that was given, or the store's, compiling it where need be; and the seconds to verify it.
-
-    Its files and facts are checked here, once.
-    """
-    from piecework.bundle.bundle import open_bundle  # noqa: PLC0415
-    from piecework.bundle.facts import require  # noqa: PLC0415
-    from piecework.bundle.store.directory import DirectoryStore  # noqa: PLC0415
-    from piecework.engine.bundles import find_or_compile  # noqa: PLC0415
-    from piecework.foundation.environment import read_environment  # noqa: PLC0415
-
-    root = read_environment().store_root
-    begun = time.perf_counter()
-    if args.bundle is not None:
-        bundle = open_bundle(args.bundle, extract_root=root)
-        require(bundle.facts, asked=f"run {args.model} from {args.bundle}", expected=spec.asked_facts)
-        return bundle, time.perf_counter() - begun
-    found = find_or_compile(spec, store=DirectoryStore(root), on_note=console.status)
-    return found.bundle, found.verify_s
-
-
-def _load(args: argparse.Namespace, bundle: Bundle) -> LoadedModel:
-    from piecework.bundle.run import load  # noqa: PLC0415  imports torch
-
-    return load(bundle, weights=_weights(args, bundle), check_facts=False)
-
-
-def _weights(args: argparse.Namespace, bundle: Bundle) -> Checkpoint:
-    from piecework.bundle.plan import Plan  # noqa: PLC0415
-    from piecework.engine.loading import open_weights  # noqa: PLC0415
-    from piecework.models.checkpoint import open_checkpoint  # noqa: PLC0415
-
-    if args.random_weights is None:
-        return open_checkpoint(args.model)  # which needs no plan
-    return open_weights(args.model, Plan.from_json(bundle.plan()), random_seed=args.random_weights)
-
-
-def _generate(
-    model: LoadedModel, config: ModelConfig, tokenizer: Tokenizer, request: GenerationRequest
-) -> Iterator[_Piece]:
-    from piecework.engine.block_pool import num_blocks_for  # noqa: PLC0415
-    from piecework.engine.engine import EngineConfig, engine_for  # noqa: PLC0415
+def _generate(engine: Engine, tokenizer: Tokenizer, request: GenerationRequest) -> Iterator[_Piece]:
     from piecework.engine.text.deltas import OutputStream  # noqa: PLC0415
 
-    longest = min(len(request.prompt) + request.params.max_tokens, config.max_positions)
-    sizes = EngineConfig(
-        num_blocks=num_blocks_for(longest, block_size=DEFAULT_BLOCK_SIZE),
-        max_tokens=model.plan.sizes["tokens"][1],
-        max_seqs=model.plan.sizes["seqs"][1],
-    )
-    engine = engine_for(model, sizes, model_config=config, tokenizer=tokenizer)
     engine.add(request)
     stream = OutputStream(tokenizer, request.params, request.prompt)
     while engine.has_work:
@@ -175,11 +130,9 @@ def _generate(
             yield _Piece(output.sampled.token, delta.text, seconds_since_start(), reason)
 
 
-def _figures(
-    pieces: list[_Piece], *, prompt: list[int], model: LoadedModel, bundle: Bundle, verify_s: float
-) -> dict[str, Any]:
+def _figures(pieces: list[_Piece], *, prompt: list[int], opened: OpenEngine) -> dict[str, Any]:
     """Return what `--json` prints. `load_ms` is verify + plan + open + bind, without reading and packing weights."""
-    phases = {**model.record.phases, "verify": verify_s}
+    phases = {**opened.model.record.phases, "verify": opened.found.verify_s}
     load_s = sum(phases[name] for name in ("verify", "plan", "open", "bind"))
     decode_s = pieces[-1].seconds - pieces[0].seconds
     return {
@@ -187,7 +140,7 @@ def _figures(
         "tokens": [piece.token for piece in pieces],
         "finish_reason": pieces[-1].finish_reason,
         "prompt_tokens": len(prompt),
-        "bundle": str(bundle.path),
+        "bundle": str(opened.found.bundle.path),
         "load_ms": round(1e3 * load_s, 3),
         "weights_ms": round(1e3 * phases["weights"], 3),
         "pack_ms": round(1e3 * phases["pack"], 3),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import re
 import socket
 import sys
 import threading
@@ -12,22 +11,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from piecework.engine.options import engine_options, parse_size, read_engine_options
 from piecework.engine.profile_options import DEFAULT_STEPS, ProfileOptions
 from piecework.errors import PieceworkError
 from piecework.foundation.environment import read_environment
 from piecework.foundation.process import keep_freed_memory, seconds_since_start
-from piecework.spec.command_line import add_spec_options, spec_of
+from piecework.spec.command_line import add_options, add_spec_options, spec_of
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from piecework.engine.options import EngineOptions
+    from piecework.foundation.environment import Environment
     from piecework.server.log import EventLog
-    from piecework.server.options import ModelOptions
     from piecework.server.run import HttpServer
     from piecework.server.settings import ServerSettings
     from piecework.server.status import ServerStatus
 
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?)[bB]?")
 _EPILOG: Final = """\
 The API key may also be given as $PIECEWORK_API_KEY, which other users of the machine don't see.
 SIGTERM and Ctrl-C let running requests finish, up to --drain seconds; the exit code is then 0.
@@ -73,19 +73,18 @@ def run(args: argparse.Namespace) -> int:
     gc.disable()  # start-up makes long-lived objects only
     keep_freed_memory()
     # `piecework --help` must not pay for these
-    from piecework.bundle.store.directory import DirectoryStore  # noqa: PLC0415
     from piecework.server.listening import listen  # noqa: PLC0415
     from piecework.server.log import EventLog  # noqa: PLC0415
     from piecework.server.startup import ModelStart  # noqa: PLC0415
     from piecework.server.status import ServerStatus  # noqa: PLC0415
 
-    options, settings = _model_options(args), _settings(args)
+    environment = read_environment()
+    spec, options, settings = spec_of(args, source=args.model), _engine_options(args), _settings(args, environment)
     log = EventLog(sys.stderr, as_json=args.json)
     status = ServerStatus(clock=seconds_since_start)
     failed = threading.Event()
     with listen(args.host, port=args.port) as listening:
-        store = DirectoryStore(read_environment().store_root)
-        start = ModelStart(options, store=store, status=status, log=log, failed=failed)
+        start = ModelStart(spec, options, environment=environment, status=status, log=log, failed=failed)
         start.begin()
         try:
             _answer(args, listening, settings=settings, status=status, log=log, failed=failed)
@@ -135,23 +134,12 @@ def _import_server() -> tuple[Callable[..., FastAPI], type[HttpServer]]:
     return make_app, HttpServer
 
 
-def _model_options(args: argparse.Namespace) -> ModelOptions:
-    from piecework.server.options import ModelOptions, WhileCompiling  # noqa: PLC0415
-
-    return ModelOptions(
-        spec_of(args, source=args.model),
-        max_seqs=args.max_seqs,
-        kv_memory=args.kv_memory,
-        memory_fraction=args.memory_fraction,
-        prefix_caching=not args.no_prefix_caching,
-        while_compiling=WhileCompiling(args.while_compiling),
-        bundle=args.bundle,
-        random_weights=args.random_weights,
-        profile=None if args.profile is None else ProfileOptions(args.profile, steps=args.profile_steps),
-    )
+def _engine_options(args: argparse.Namespace) -> EngineOptions:
+    profile = None if args.profile is None else ProfileOptions(args.profile, steps=args.profile_steps)
+    return read_engine_options(vars(args), profile=profile)
 
 
-def _settings(args: argparse.Namespace) -> ServerSettings:
+def _settings(args: argparse.Namespace, environment: Environment) -> ServerSettings:
     from piecework.server.settings import Limits, ServerSettings  # noqa: PLC0415
 
     limits = Limits(
@@ -166,7 +154,7 @@ def _settings(args: argparse.Namespace) -> ServerSettings:
     )
     return ServerSettings(
         model_names=tuple(args.served_model_name or [args.model.resolve().name]),
-        api_key=args.api_key if args.api_key is not None else read_environment().api_key,
+        api_key=args.api_key if args.api_key is not None else environment.api_key,
         limits=limits,
         default_temperature=args.default_temperature,
     )
@@ -188,31 +176,9 @@ def _add_http(group: argparse._ArgumentGroup) -> None:
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
     add_spec_options(group)
-    group.add_argument(
-        "--max-seqs",
-        type=_positive,
-        metavar="N",
-        help="most sequences in one forward pass (default: what the bundle takes)",
-    )
-    memory = group.add_mutually_exclusive_group()
-    memory.add_argument("--kv-memory", type=parse_size, metavar="SIZE", help="the KV cache's size, such as 4GiB")
-    memory.add_argument(
-        "--memory-fraction",
-        type=_fraction,
-        metavar="F",
-        help="the KV cache's part of the memory that weights leave free (default: 0.5; cuda: 0.9)",
-    )
-    group.add_argument("--no-prefix-caching", action="store_true", help="compute every prompt from its beginning")
-    group.add_argument(
-        "--while-compiling",
-        choices=("eager", "wait"),
-        default="wait",
-        help="without a bundle: serve more slowly meanwhile, or let clients wait (default: wait)",
-    )
-    group.add_argument("--bundle", type=Path, metavar="BUNDLE", help="use this bundle instead of the store's")
-    group.add_argument(
-        "--random-weights", type=int, metavar="SEED", help="use random weights; the directory needs no safetensors"
-    )
+    add_options(group, engine_options("max_seqs"))
+    add_options(group.add_mutually_exclusive_group(), engine_options("kv_cache_memory", "memory_fraction"))
+    add_options(group, engine_options("prefix_caching", "while_compiling", "bundle", "random_weights"))
     group.add_argument(
         "--default-temperature",
         type=float,
@@ -230,9 +196,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="requests at the same time; more get a 429 (default: %(default)s)",
     )
-    group.add_argument(
-        "--max-body", type=parse_size, default=8 << 20, metavar="SIZE", help="of a request (default: 8MiB)"
-    )
+    group.add_argument("--max-body", type=_bytes, default=8 << 20, metavar="SIZE", help="of a request (default: 8MiB)")
     group.add_argument(
         "--max-prompt-tokens", type=_positive, metavar="N", help="of one prompt (default: what the model takes)"
     )
@@ -279,21 +243,8 @@ def _port(text: str) -> int:
     return value
 
 
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0 and at most 1")
-    return value
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of "500MB" (powers of 1000), "4GiB", "4G" (powers of 1024), or a plain number."""
-    found = _SIZE.fullmatch(text.strip())
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 500MB or 4GiB")
-    number, unit, binary = found.groups()
-    decimal = unit and not binary and text.strip()[-1] in "bB"
-    size = int(float(number) * (1000 if decimal else 1024) ** " kmgt".index(unit.lower() or " "))
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no byte at all")
-    return size
+def _bytes(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

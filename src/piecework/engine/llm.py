@@ -3,36 +3,34 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast, final
+from typing import Any, Final, cast, final
 
-from piecework.bundle.bundle import Bundle, open_bundle
-from piecework.bundle.facts import require
-from piecework.bundle.plan import Plan
-from piecework.bundle.run import LoadedModel, load
-from piecework.bundle.store.directory import DirectoryStore
+from piecework.bundle.bundle import Bundle
 from piecework.engine.async_engine import AsyncEngine
-from piecework.engine.bundles import find_or_compile
-from piecework.engine.engine import EngineConfig, Runner, engine_for
-from piecework.engine.kv_memory import read_memory
-from piecework.engine.loading import CacheSize, num_blocks_for_cache, open_weights
+from piecework.engine.events import notes_to
+from piecework.engine.opening import open_engine
+from piecework.engine.options import engine_options, read_engine_options
 from piecework.engine.output import Stats
 from piecework.engine.profile_options import ProfileOptions
 from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
 from piecework.engine.text.completion import Completion
 from piecework.engine.text.deltas import TextDelta
-from piecework.engine.text.tokenizer import Tokenizer, load_tokenizer
+from piecework.engine.text.tokenizer import Tokenizer
 from piecework.engine.text_engine import TextEngine
-from piecework.errors import RequestError
+from piecework.errors import CompileError, RequestError
 from piecework.foundation.environment import read_environment
 from piecework.foundation.process import keep_freed_memory
-from piecework.spec.model_spec import ModelSpec
+from piecework.spec.model_spec import ModelSpec, check_names, spec_options
 
 Prompt = str | Sequence[int]
+_OPTIONS: Final = engine_options(
+    "max_seqs", "kv_cache_memory", "memory_fraction", "prefix_caching", "bundle", "random_weights"
+)
 
 
 @final
@@ -43,70 +41,39 @@ class LLM:
     thread until `close`. Tells glibc to keep freed memory (`keep_freed_memory`), which steps need to be fast.
 
     Args:
-        model_dir: directory in Hugging Face layout. Without tokenizer.json, prompts are tokens and texts are empty.
-        dtype: type of weights and activations, "float32" or "bfloat16"; None for the config's.
-        device: where to run, "cpu" or "cuda".
-        max_tokens: most tokens in one forward pass.
-        max_seqs: most sequences in one forward pass; None for the most that the bundle takes.
-        kv_cache_memory: bytes of the KV cache; None for `memory_fraction`.
-        memory_fraction: the KV cache's share of the memory that is free once the model is loaded; None for 0.5 of the
-            host's or 0.9 of a GPU's.
-        prefix_caching: whether a prompt's beginning is taken from the KV cache where it is there.
-        bundle: use this one instead of the store's.
-        random_weights: a seed for random weights; the directory then needs no safetensors.
-        mla: for models with latent attention: "exposed" has the steps of a layer compiled, "opaque" is one operator.
-        kv_cache_dtype: "auto" caches in the model's type, or in what `bundle` was compiled for; "fp8", for models with
-            latent attention, caches latents in a byte per number, with scales.
-        providers: which implementations IR ops have, as ProviderOrder or as what its `parse` reads; None for the
-            default, or for what `bundle` has.
+        model: a directory in Hugging Face layout, or a ModelSpec. Without tokenizer.json, prompts are tokens and texts
+            are empty.
         profile: write a torch profiler trace of some forwards, with pieces and layers by name.
         on_note: is told what happens to bundles, such as that one is being compiled, and where a trace was written.
+        options: how the model is compiled, by the names of the options of `ModelSpec` and `CompileOptions` (dtype,
+            device, max_tokens, ranges, providers, ...), unless `model` is a spec; and how it is run, by those of
+            `EngineOptions` (max_seqs, kv_cache_memory, memory_fraction, prefix_caching, bundle, random_weights). None
+            is the default.
 
-    Raises UnsupportedModelError, BundleError, WeightsError, CompileError, CapacityError, OpError.
+    Raises UnsupportedModelError, BundleError, WeightsError, CompileError, CapacityError, OpError, RequestError.
     """
 
     def __init__(
         self,
         model: str | Path | ModelSpec,
         *,
-        max_seqs: int | None = None,
-        kv_cache_memory: int | None = None,
-        memory_fraction: float | None = None,
-        prefix_caching: bool = True,
-        bundle: str | Path | None = None,
-        random_weights: int | None = None,
         profile: ProfileOptions | None = None,
         on_note: Callable[[str], None] = lambda _: None,
         **options: Any,
     ) -> None:
         keep_freed_memory()
-        spec = model if isinstance(model, ModelSpec) else ModelSpec.of(model, **options)
-        device = spec.options.device
-        memory = read_memory(device)
-        self._config = config = spec.config
-        has_tokenizer = (config.path / "tokenizer.json").exists()
-        self._tokenizer = load_tokenizer(config.path) if has_tokenizer else None
-        root = read_environment().store_root
-        if bundle is not None:
-            opened = open_bundle(Path(bundle), extract_root=root)
-            require(opened.facts, asked=f"run {config.path} from {bundle}", expected=spec.asked_facts)
-        else:
-            opened = find_or_compile(spec, store=DirectoryStore(root), on_note=on_note).bundle
-        size = CacheSize(num_bytes=kv_cache_memory, fraction=memory_fraction)
-        plan = Plan.from_json(opened.plan())
-        num_blocks = num_blocks_for_cache(plan, config, size, device=device, memory=memory)
-        most = plan.sizes["seqs"][1]
-        engine_config = EngineConfig(
-            num_blocks=num_blocks,
-            max_tokens=plan.sizes["tokens"][1],
-            max_seqs=most if max_seqs is None else min(max_seqs, most),
-            prefix_caching=prefix_caching,
+        check_names(options, known=(*spec_options(), *_OPTIONS))
+        how = {name: options[name] for name in options if name in {d.name for d in spec_options()}}
+        spec = _as_spec(model, how)
+        opened = open_engine(
+            spec,
+            read_engine_options(options, profile=profile),
+            environment=read_environment(),
+            on_event=notes_to(on_note),
         )
-        loaded = load(opened, weights=open_weights(config.path, plan, random_seed=random_weights), check_facts=False)
-        runner = loaded if profile is None else _profiled(loaded, profile, on_note=on_note)
-        engine = engine_for(runner, engine_config, model_config=config, tokenizer=self._tokenizer)
-        self._bundle = opened
-        self._texts = TextEngine(AsyncEngine(engine), self._tokenizer)
+        self._bundle = opened.found.bundle
+        self._tokenizer = opened.tokenizer
+        self._texts = TextEngine(AsyncEngine(opened.engine), opened.tokenizer)
         self._numbers = itertools.count()
 
     @property
@@ -173,10 +140,16 @@ class LLM:
         return GenerationRequest(f"llm-{next(self._numbers)}", tuple(tokens), params)
 
 
-def _profiled(model: LoadedModel, options: ProfileOptions, *, on_note: Callable[[str], None]) -> Runner:
-    from piecework.engine.profiling import profiled  # noqa: PLC0415  only who profiles pays for it
-
-    return profiled(model, options, on_note=on_note)
+def _as_spec(model: str | Path | ModelSpec, options: Mapping[str, Any]) -> ModelSpec:
+    if not isinstance(model, ModelSpec):
+        return ModelSpec.of(model, **options)
+    if options:
+        raise CompileError(
+            asked=f"a model with {', '.join(options)}",
+            found="a ModelSpec, which says how it is compiled already",
+            try_="the option in the spec",
+        )
+    return model
 
 
 def _pair(

@@ -1,4 +1,4 @@
-"""From a bundle to a model that an engine can run: its weights, and how many blocks its KV cache shall have."""
+"""From a bundle to an engine: its weights, how many blocks its KV cache has, and the seconds that each phase took."""
 
 from __future__ import annotations
 
@@ -7,40 +7,79 @@ from pathlib import Path
 
 import torch
 
+from piecework.bundle.bundle import Bundle
 from piecework.bundle.plan import Plan
-from piecework.engine.kv_memory import DEFAULT_FRACTION, Memory, memory_needs, num_blocks_in, num_blocks_of_bytes
+from piecework.bundle.run import LoadedModel, load
+from piecework.engine.block_pool import DEFAULT_BLOCK_SIZE, num_blocks_for
+from piecework.engine.engine import Engine, EngineConfig, Runner, engine_for
+from piecework.engine.events import Note, OnEvent, Phase, phase
+from piecework.engine.kv_memory import DEFAULT_FRACTION, memory_needs, num_blocks_in, num_blocks_of_bytes, read_memory
+from piecework.engine.options import EngineOptions
+from piecework.engine.text.tokenizer import Tokenizer
+from piecework.foundation.process import seconds_since_start
 from piecework.models.checkpoint import Checkpoint, TensorMeta, open_checkpoint, random_checkpoint
-from piecework.spec.config import ModelConfig
+from piecework.spec.model_spec import ModelSpec
 
 
 @dataclass(frozen=True)
-class CacheSize:
-    """How large the KV cache shall be.
+class Loaded:
+    """A model with its weights, and how many blocks its KV cache shall have."""
 
-    Args:
-        num_bytes: so many bytes; None for a fraction of what is free.
-        fraction: of the memory that is free once the model is loaded; None for the device's default.
+    model: LoadedModel
+    num_blocks: int
+
+
+def load_model(bundle: Bundle, spec: ModelSpec, options: EngineOptions, *, on_event: OnEvent) -> Loaded:
+    """Load a bundle whose facts were checked, and report the phases.
+
+    Free memory is read before anything is loaded, so that the KV cache is the same however the bundle came to be.
+
+    Raises CorruptBundle, WeightsError, CapacityError.
     """
+    plan = Plan.from_json(bundle.plan())
+    num_blocks = num_blocks_for_cache(plan, spec, options)
+    at = seconds_since_start()
+    weights = open_weights(spec.source, plan, random_seed=options.random_weights)
+    model = load(bundle, weights=weights, check_facts=False)
+    for name, seconds in model.record.phases.items():  # they came one after the other
+        if name != "verify":
+            on_event(Phase(name, at, at + seconds))
+            at += seconds
+    return Loaded(model, num_blocks)
 
-    num_bytes: int | None = None
-    fraction: float | None = None
+
+def make_engine(
+    loaded: Loaded, spec: ModelSpec, options: EngineOptions, *, tokenizer: Tokenizer | None, on_event: OnEvent
+) -> Engine:
+    """Return an engine for a loaded model; its KV cache is allocated here. Raises CapacityError."""
+    sizes = loaded.model.plan.sizes
+    most_seqs = sizes["seqs"][1]
+    config = EngineConfig(
+        num_blocks=loaded.num_blocks,
+        max_tokens=sizes["tokens"][1],
+        max_seqs=most_seqs if options.max_seqs is None else min(options.max_seqs, most_seqs),
+        prefix_caching=options.prefix_caching,
+    )
+    runner: Runner = loaded.model
+    if options.profile is not None:
+        from piecework.engine.profiling import profiled  # noqa: PLC0415  a start without a profile doesn't pay for it
+
+        runner = profiled(loaded.model, options.profile, on_note=lambda text: on_event(Note(text)))
+    with phase("KV cache", on_event=on_event):
+        return engine_for(runner, config, model_config=spec.config, tokenizer=tokenizer)
 
 
-def num_blocks_for_cache(plan: Plan, config: ModelConfig, size: CacheSize, *, device: str, memory: Memory) -> int:
-    """Return the blocks of a KV cache of the size asked for; raises CapacityError where there is no room for any.
-
-    Args:
-        plan: of the bundle.
-        config: of the model directory.
-        size: what was asked for.
-        device: device type that the model runs on.
-        memory: as it was before the model was loaded.
-    """
-    needs = memory_needs(plan, config)
-    if size.num_bytes is not None:
-        return num_blocks_of_bytes(size.num_bytes, needs)
-    fraction = DEFAULT_FRACTION[device] if size.fraction is None else size.fraction
-    return num_blocks_in(memory, needs, fraction=fraction)
+def num_blocks_for_cache(plan: Plan, spec: ModelSpec, options: EngineOptions) -> int:
+    """Return the blocks of a KV cache of the size asked for; raises CapacityError where there is no room for any."""
+    if options.kv_cache_tokens is not None:
+        longest = min(options.kv_cache_tokens, spec.config.max_positions)
+        return num_blocks_for(longest, block_size=DEFAULT_BLOCK_SIZE)
+    needs = memory_needs(plan, spec.config)
+    if options.kv_cache_memory is not None:
+        return num_blocks_of_bytes(options.kv_cache_memory, needs)
+    device = spec.options.device
+    fraction = DEFAULT_FRACTION[device] if options.memory_fraction is None else options.memory_fraction
+    return num_blocks_in(read_memory(device), needs, fraction=fraction)
 
 
 def open_weights(model_dir: Path, plan: Plan, *, random_seed: int | None = None) -> Checkpoint:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, final
 
+from piecework.engine.events import Phase
 from piecework.server.service import Service
 
 
@@ -24,15 +25,6 @@ class State(Enum):
     READY = "ready"
     DRAINING = "draining"
     FAILED = "failed"
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A part of the start: from when to when, in seconds since the process began; `end_s` None while it goes on."""
-
-    name: str
-    begin_s: float
-    end_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from piecework.cli.main import main, make_parser
-from piecework.cli.serve import _model_options, _settings, parse_size
+from piecework.cli.serve import _engine_options, _settings
+from piecework.engine.options import WhileCompiling, parse_size
 from piecework.engine.profile_options import ProfileOptions
-from piecework.server.options import WhileCompiling
+from piecework.foundation.environment import read_environment
+from piecework.spec.command_line import spec_of
 from piecework.spec.model_spec import ModelSpec
 from tests.unit.models.tiny import write_config
 
@@ -37,19 +39,19 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "4GG", "much", "4 XB"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError):
+    with pytest.raises(ValueError, match=r"no size|no byte"):
         parse_size(text)
 
 
 def test_defaults(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIECEWORK_API_KEY", raising=False)
     args = _parse(str(model_dir))
-    options, settings = _model_options(args), _settings(args)
+    options, settings = _engine_options(args), _settings(args, read_environment())
     assert (args.host, args.port) == ("127.0.0.1", 8000)
-    assert options.spec == ModelSpec.of(model_dir)
+    assert spec_of(args, source=args.model) == ModelSpec.of(model_dir)
     assert options.max_seqs is None
     assert options.while_compiling is WhileCompiling.WAIT
-    assert (options.kv_memory, options.memory_fraction, options.prefix_caching) == (None, None, True)
+    assert (options.kv_cache_memory, options.memory_fraction, options.prefix_caching) == (None, None, True)
     assert (settings.model_names, settings.api_key, settings.default_temperature) == (("tiny-llama",), None, 1.0)
     assert settings.limits.concurrent_requests == 512
 
@@ -62,9 +64,9 @@ def test_options_arrive(model_dir: Path) -> None:
         "--max-prompts", "4", "--max-logprobs", "6", "--retry-after", "9", "--drain", "0.5", "--default-temperature",
         "0", "--random-weights", "11",
     )  # fmt: skip
-    options, settings = _model_options(args), _settings(args)
-    assert options.spec == ModelSpec.of(model_dir, dtype="bfloat16", max_tokens=64)
-    assert (options.max_seqs, options.kv_memory) == (3, 1 << 20)
+    options, settings = _engine_options(args), _settings(args, read_environment())
+    assert spec_of(args, source=args.model) == ModelSpec.of(model_dir, dtype="bfloat16", max_tokens=64)
+    assert (options.max_seqs, options.kv_cache_memory) == (3, 1 << 20)
     assert (options.prefix_caching, options.while_compiling) == (False, WhileCompiling.EAGER)
     assert options.random_weights == 11
     assert (settings.model_names, settings.api_key, settings.default_temperature) == (("a", "b"), "k", 0.0)
@@ -74,8 +76,8 @@ def test_options_arrive(model_dir: Path) -> None:
 
 
 def test_profiling(model_dir: Path) -> None:
-    assert _model_options(_parse(str(model_dir))).profile is None
-    options = _model_options(_parse(str(model_dir), "--profile", "there", "--profile-steps", "5"))
+    assert _engine_options(_parse(str(model_dir))).profile is None
+    options = _engine_options(_parse(str(model_dir), "--profile", "there", "--profile-steps", "5"))
     assert options.profile == ProfileOptions(Path("there"), steps=5)
     with pytest.raises(SystemExit):
         _parse(str(model_dir), "--profile", "there", "--profile-steps", "0")
@@ -83,8 +85,8 @@ def test_profiling(model_dir: Path) -> None:
 
 def test_the_key_may_come_from_the_environment(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIECEWORK_API_KEY", "from-there")
-    assert _settings(_parse(str(model_dir))).api_key == "from-there"
-    assert _settings(_parse(str(model_dir), "--api-key", "from-here")).api_key == "from-here"
+    assert _settings(_parse(str(model_dir)), read_environment()).api_key == "from-there"
+    assert _settings(_parse(str(model_dir), "--api-key", "from-here"), read_environment()).api_key == "from-here"
 
 
 @pytest.mark.parametrize(

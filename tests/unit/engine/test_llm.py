@@ -12,57 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer as HuggingFaceTokenizer
-from tokenizers import decoders, models, pre_tokenizers
-from torch import Tensor
 
 import piecework
-from piecework.bundle import BundleContent, environment_facts, write_bundle
-from piecework.bundle.facts import config_fact
-from piecework.bundle.plan import OpStep, Plan, PlanInput, Recipe, State
-from piecework.bundle.record import Record
+from piecework.bundle.store.directory import DirectoryStore
 from piecework.engine.llm import LLM
 from piecework.engine.request import FinishReason
 from piecework.engine.sampling_params import SamplingParams
-from piecework.errors import CapacityError, EngineError, RequestError, StaleBundle, WeightsError
-
-VOCAB = 60
-END = 26
-BLOCK_BYTES = 2 * 16 * 1 * 4 * 4
-CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 8,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 1,
-    "vocab_size": VOCAB,
-    "eos_token_id": END,
-    "max_position_embeddings": 64,
-}
-
-
-@torch.library.custom_op("pwllm::next_letter", mutates_args=())
-def next_letter(tokens: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
-    assert weight.shape == (2, 3)
-    return torch.nn.functional.one_hot((tokens[wanted] + 1) % VOCAB, VOCAB).float()
-
-
-PLAN = Plan(
-    sizes={"tokens": (1, 8), "seqs": (1, 4), "blocks": (1, 1 << 30)},
-    primary="tokens",
-    inputs=(
-        PlanInput("input_ids", shape=("tokens",), dtype="int64", device="cpu"),
-        PlanInput("logits_indices", shape=("seqs",), dtype="int64", device="cpu"),
-    ),
-    states=(State("kv", (2, "blocks", 16, 1, 4), dtype="float32", device="cpu"),),
-    recipes=(Recipe("a.weight", (2, 3), "float32"),),
-    pieces=(),
-    instances=(),
-    steps=(OpStep("pwllm::next_letter", ({"slot": 0}, {"slot": 1}, {"recipe": 0}), {}, (2,)),),
-    num_slots=3,
-    output_slots=(2,),
-    structure={"slot": 0},
+from piecework.errors import CapacityError, CompileError, EngineError, RequestError, StaleBundle, WeightsError
+from piecework.foundation.target import read_target
+from piecework.spec.model_spec import ModelSpec
+from tests.unit.engine.next_letter import (
+    BLOCK_BYTES,
+    CONFIG,
+    END,
+    VOCAB,
+    letter_content,
+    write_letter_bundle,
+    write_model_dir,
 )
 
 Make = Callable[..., LLM]
@@ -70,27 +36,17 @@ Make = Callable[..., LLM]
 
 @pytest.fixture
 def model_dir(tmp_path: Path) -> Path:
-    alphabet = {chr(ord("a") + i): i for i in range(26)} | {"</s>": END}
-    tokenizer = HuggingFaceTokenizer(models.WordLevel(alphabet, unk_token="</s>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens(["</s>"])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    return tmp_path
+    return write_model_dir(tmp_path)
 
 
 @pytest.fixture
 def make(model_dir: Path) -> Any:
-    facts = (*environment_facts(), config_fact(CONFIG))
-    bundle = write_bundle(
-        model_dir / "bundle", BundleContent(plan=PLAN.to_json(), artifacts={}, facts=facts, record=Record())
-    )
+    bundle = write_letter_bundle(model_dir)
     made = []
 
-    def make(*, blocks: int = 40, **options: Any) -> LLM:
+    def make(*, blocks: int = 40, model: Any = model_dir, **options: Any) -> LLM:
         given = {"kv_cache_memory": blocks * BLOCK_BYTES, "random_weights": 0, "bundle": bundle.path, **options}
-        made.append(LLM(model_dir, **given))
+        made.append(LLM(model, **given))
         return made[-1]
 
     yield make
@@ -205,6 +161,35 @@ def test_a_bundle_of_another_model_is_refused(make: Make, model_dir: Path) -> No
     (model_dir / "config.json").write_text(json.dumps({**CONFIG, "hidden_size": 16}))
     with pytest.raises(StaleBundle):
         make()
+
+
+def test_the_stores_bundle_is_that_of_the_options(
+    make: Make, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIECEWORK_HOME", str(tmp_path / "home"))
+    store = DirectoryStore(tmp_path / "home")
+    options = {"dtype": "bfloat16", "ranges": "1,2:8", "max_tokens": 8, "passes_off": ["merge_linear"]}
+    spec = ModelSpec.of(model_dir, **options)
+    stored = store.put_bundle(spec.key(target=read_target()), content=letter_content(spec))
+    notes: list[str] = []
+    for llm in (make(bundle=None, on_note=notes.append, **options), make(bundle=None, model=spec)):
+        assert llm.bundle.path == stored.path
+        assert llm.generate("a", SamplingParams(max_tokens=2))[0].text == "bc"
+    assert not notes
+
+
+def test_a_given_bundle_has_the_options_that_are_asked_for(make: Make) -> None:
+    with pytest.raises(StaleBundle, match="option max_tokens: bundle 2048, here 8"):
+        make(max_tokens=8)
+
+
+def test_options_that_it_has_not(make: Make, model_dir: Path) -> None:
+    with pytest.raises(CompileError, match="did you mean max_tokens"):
+        make(max_token=8)
+    with pytest.raises(CompileError, match="a ModelSpec, which says how it is compiled already"):
+        make(model=ModelSpec.of(model_dir), dtype="bfloat16")
+    with pytest.raises(RequestError, match="memory_fraction=2"):
+        make(memory_fraction=2)
 
 
 def test_its_names_are_public_and_need_no_compiler() -> None:

@@ -14,17 +14,17 @@ from typing import Any
 import httpx
 import pytest
 
-import piecework.server.loading
-import piecework.server.startup
-from piecework.bundle.store.interface import MemoryStore
+import piecework.engine.loading
+import piecework.engine.opening
 from piecework.engine.bundles import FoundBundle
+from piecework.engine.loading import Loaded
+from piecework.engine.options import EngineOptions, WhileCompiling
 from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
 from piecework.engine.text.tokenizer import load_tokenizer
 from piecework.errors import CompileError, UnsupportedModelError, WeightsError
-from piecework.server.loading import Loaded
+from piecework.foundation.environment import Environment
 from piecework.server.log import EventLog
-from piecework.server.options import ModelOptions, WhileCompiling
 from piecework.server.settings import ServerSettings
 from piecework.server.startup import ModelStart
 from piecework.server.status import ServerStatus, State
@@ -87,7 +87,7 @@ class World:
             raise process.error
         return self._bundle(process.backend, compiled=True)
 
-    def load_model(self, bundle: Any, options: ModelOptions, *, status: ServerStatus) -> Loaded:
+    def load_model(self, bundle: Any, spec: ModelSpec, options: EngineOptions, *, on_event: Any) -> Loaded:
         model = SlowModel(block_size=16)
         model.plan = SimpleNamespace(sizes={"tokens": (1, 1000), "seqs": (1, 1000)})
         self.loaded.append(model)
@@ -101,9 +101,9 @@ class World:
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     world = World()
     for name in ("find", "run_compile"):
-        monkeypatch.setattr(piecework.server.startup, name, getattr(world, name))
-    monkeypatch.setattr(piecework.server.startup, "CompileProcess", world.compile_process)
-    monkeypatch.setattr(piecework.server.loading, "load_model", world.load_model)
+        monkeypatch.setattr(piecework.engine.opening, name, getattr(world, name))
+    monkeypatch.setattr(piecework.engine.opening, "CompileProcess", world.compile_process)
+    monkeypatch.setattr(piecework.engine.loading, "load_model", world.load_model)
     return world
 
 
@@ -117,8 +117,9 @@ def make(world: World, tmp_path: Path):
     def make(**options: Any) -> SimpleNamespace:
         status, log, failed = ServerStatus(), io.StringIO(), threading.Event()
         start = ModelStart(
-            ModelOptions(ModelSpec.of(tmp_path), **options),
-            store=MemoryStore(tmp_path),
+            ModelSpec.of(tmp_path),
+            EngineOptions(**options),
+            environment=Environment(store_root=tmp_path / "home"),
             status=status,
             log=EventLog(log),
             failed=failed,

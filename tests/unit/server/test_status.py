@@ -11,10 +11,11 @@ import sys
 
 import pytest
 
+from piecework.engine.events import Phase
 from piecework.errors import RequestError
 from piecework.server.log import EventLog, LoggingBridge
 from piecework.server.settings import Limits, ServerSettings
-from piecework.server.status import BundleUse, Phase, ServerStatus, State
+from piecework.server.status import BundleUse, ServerStatus, State
 from tests.unit.server.fake import FakeService
 
 EAGER = BundleUse(hit=False, backend="eager", report=dict)

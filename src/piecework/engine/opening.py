@@ -1,0 +1,254 @@
+"""`open_engine`: from a spec to an engine. `LLM`, `piecework generate` and `piecework serve` all come up this way.
+
+Warm: the tokenizer is loaded, the bundle is looked up and checked, and the weights' files are read ahead while torch is
+being imported; then weights are bound. Nothing imports transformers or a compiler. Cold: a process compiles, and says
+how far it is; meanwhile, where that is wanted, a bundle of the eager backend runs, which is compiled in seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from piecework.bundle.bundle import open_bundle
+from piecework.bundle.facts import require
+from piecework.bundle.store.directory import DirectoryStore
+from piecework.bundle.store.interface import Store
+from piecework.engine.bundles import FoundBundle, find, run_compile, why_missing
+from piecework.engine.compile_process import CompileProcess, parse_step
+from piecework.engine.events import (
+    BundleMissing,
+    CompileBegins,
+    CompileEnds,
+    CompileGoesOn,
+    Note,
+    OnEvent,
+    phase,
+)
+from piecework.engine.options import EngineOptions, WhileCompiling
+from piecework.errors import WeightsError
+from piecework.foundation.environment import Environment
+from piecework.spec.compile_options import BackendName
+from piecework.spec.model_spec import ModelSpec
+from piecework.spec.passes import MERGE_LINEAR
+
+if TYPE_CHECKING:
+    from piecework.bundle.run import LoadedModel
+    from piecework.engine.engine import Engine
+    from piecework.engine.loading import Loaded
+    from piecework.engine.text.tokenizer import Tokenizer
+
+_DEFAULT: Final = EngineOptions()
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What is to be opened, and who hears of it; see `open_engine`."""
+
+    spec: ModelSpec
+    options: EngineOptions
+    store: Store
+    extract_root: Path
+    on_event: OnEvent
+    hears_compile: bool
+
+
+@dataclass(frozen=True)
+class OpenEngine:
+    """An engine that takes requests.
+
+    Attributes:
+        engine: the engine.
+        model: what it runs.
+        found: the model's bundle.
+        spec: what that was compiled as: the spec asked for, or its eager form while the other one isn't there.
+        tokenizer: the model's, if it has one.
+        num_blocks: of the KV cache.
+        reason: why there was no bundle, or "".
+    """
+
+    engine: Engine
+    model: LoadedModel
+    found: FoundBundle
+    spec: ModelSpec
+    tokenizer: Tokenizer | None
+    num_blocks: int
+    reason: str
+    _start: _Start
+
+    @property
+    def is_meanwhile(self) -> bool:
+        """Whether it runs the eager form, until `open_compiled` gives what was asked for."""
+        return self.spec != self._start.spec
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The bundle that is loaded, as what it was compiled, and why the store had none (or "")."""
+
+    found: FoundBundle
+    spec: ModelSpec
+    reason: str = ""
+
+
+def open_engine(
+    spec: ModelSpec,
+    options: EngineOptions = _DEFAULT,
+    *,
+    environment: Environment,
+    tokenizer: Callable[[], Tokenizer | None] | None = None,
+    on_event: OnEvent = lambda _: None,
+    hears_compile: bool = False,
+) -> OpenEngine:
+    """Find the spec's bundle, else compile it in a process; verify and load it, and allocate the KV cache.
+
+    Args:
+        spec: which model, compiled how.
+        options: the engine's.
+        environment: where the store is.
+        tokenizer: loads the tokenizer, in a thread; None loads the directory's, if it has one.
+        on_event: hears how it goes, from several threads.
+        hears_compile: whether a compile's progress comes as events; else its process writes it to stderr.
+
+    With `WhileCompiling.EAGER` and without a bundle, the engine runs one of the eager backend; `open_compiled` then
+    compiles and loads the other, to be swapped in.
+
+    Raises BundleError, WeightsError, CompileError, CapacityError, UnsupportedModelError, StoreError.
+    """
+    root = environment.store_root
+    start = _Start(spec, options, DirectoryStore(root), root, on_event, hears_compile)
+    pool = ThreadPoolExecutor(3, thread_name_prefix="piecework-start")
+    try:
+        # importing torch is the longest part; the rest waits for the disk, or computes without Python's lock
+        imported = pool.submit(_import_torch, start)
+        loading = pool.submit(_load_tokenizer, start, tokenizer)
+        weights = pool.submit(_read_weights_ahead, start)
+        found = _find(start)
+        if found is not None:
+            chosen = _Chosen(found, spec)
+        else:
+            weights.result(), loading.result()  # what is missing is told before a compile that would be in vain
+            chosen = _compile(start)
+        imported.result()
+        made = loading.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    loaded = _load(start, chosen)
+    from piecework.engine.loading import make_engine  # noqa: PLC0415  imports torch
+
+    engine = make_engine(loaded, spec, options, tokenizer=made, on_event=on_event)
+    return OpenEngine(
+        engine,
+        model=loaded.model,
+        found=chosen.found,
+        spec=chosen.spec,
+        tokenizer=made,
+        num_blocks=loaded.num_blocks,
+        reason=chosen.reason,
+        _start=start,
+    )
+
+
+def open_compiled(opened: OpenEngine) -> OpenEngine:
+    """Compile and load what was asked for while its eager form runs; raises as `open_engine`.
+
+    The engine is the same: its runner is to be swapped for the model that is returned.
+    """
+    start = opened._start
+    found = _run_compile(start, start.spec, reason=opened.reason)
+    loaded = _load(start, _Chosen(found, start.spec))
+    return replace(opened, model=loaded.model, found=found, spec=start.spec)
+
+
+def _load(start: _Start, chosen: _Chosen) -> Loaded:
+    from piecework.engine.loading import load_model  # noqa: PLC0415  imports torch
+
+    return load_model(chosen.found.bundle, start.spec, start.options, on_event=start.on_event)
+
+
+def _import_torch(start: _Start) -> None:
+    with phase("import torch", on_event=start.on_event):
+        import piecework.engine.loading  # noqa: PLC0415, F401  in its own phase, beside the others
+
+
+def _load_tokenizer(start: _Start, load: Callable[[], Tokenizer | None] | None) -> Tokenizer | None:
+    with phase("tokenizer", on_event=start.on_event):
+        if load is not None:
+            return load()
+        from piecework.engine.text.tokenizer import load_tokenizer  # noqa: PLC0415  a part of what is measured
+
+        return load_tokenizer(start.spec.source) if (start.spec.source / "tokenizer.json").exists() else None
+
+
+def _read_weights_ahead(start: _Start) -> None:
+    """Have the system read the weights' files, which are mapped into memory later. Raises WeightsError."""
+    if start.options.random_weights is not None:
+        return
+    directory = start.spec.source
+    with phase("read weights ahead", on_event=start.on_event):
+        files = sorted(directory.glob("*.safetensors"))
+        if not files:
+            raise WeightsError(
+                asked=f"the weights in {directory}",
+                found="no safetensors",
+                try_="give a directory that holds them, or --random-weights SEED to try without",
+            )
+        for path in files:
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+
+def _find(start: _Start) -> FoundBundle | None:
+    """Return the bundle that was given, or the store's, with its files and facts checked."""
+    with phase("bundle", on_event=start.on_event):
+        path, spec = start.options.bundle, start.spec
+        if path is None:
+            return _find_stored(start, spec)
+        begun = time.perf_counter()
+        bundle = open_bundle(path, extract_root=start.extract_root)
+        require(bundle.facts, asked=f"run {spec.source} from {path}", expected=spec.asked_facts)
+        return FoundBundle(bundle, compiled=False, verify_s=time.perf_counter() - begun)
+
+
+def _find_stored(start: _Start, spec: ModelSpec) -> FoundBundle | None:
+    return find(spec, store=start.store, on_note=lambda text: start.on_event(Note(text)))
+
+
+def _compile(start: _Start) -> _Chosen:
+    """Compile the spec's bundle, or find or compile the eager one that runs meanwhile."""
+    spec = start.spec
+    reason = why_missing(spec, store=start.store)
+    start.on_event(BundleMissing(reason))
+    if start.options.while_compiling is WhileCompiling.WAIT or spec.options.backend is BackendName.EAGER:
+        return _Chosen(_run_compile(start, spec, reason=reason), spec, reason)
+    meanwhile = eager_form(spec)
+    found = _find_stored(start, meanwhile) or _run_compile(start, meanwhile, reason=reason)
+    return _Chosen(found, meanwhile, reason)
+
+
+def eager_form(spec: ModelSpec) -> ModelSpec:
+    """Return a spec that is compiled in seconds and loaded quickly: merged weights would be copied."""
+    off = spec.options.passes_off | {MERGE_LINEAR}
+    return replace(spec, options=replace(spec.options, backend=BackendName.EAGER, passes_off=off))
+
+
+def _run_compile(start: _Start, spec: ModelSpec, *, reason: str) -> FoundBundle:
+    """Compile a bundle in a process, and report how far it is."""
+    process, backend = CompileProcess(spec), spec.options.backend.value
+    is_last = spec == start.spec
+
+    def hear(line: str) -> None:
+        start.on_event(CompileGoesOn(backend, parse_step(line)))
+
+    start.on_event(CompileBegins(process, backend, reason))
+    try:
+        with phase("compile" if is_last else f"compile ({backend})", on_event=start.on_event):
+            return run_compile(process, on_line=hear if start.hears_compile else None)
+    finally:
+        start.on_event(CompileEnds(backend, last=is_last))
