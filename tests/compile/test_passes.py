@@ -188,13 +188,13 @@ def test_native_code_gives_the_same_logits(family: str, compile_tiny: Compile, t
 
 def test_a_bundle_says_what_each_pass_did(compile_tiny: Compile, tmp_path: Path) -> None:
     write_config(tmp_path, "llama")
-    bundle = compile_tiny(tmp_path, passes_off=frozenset({"rotary"}))
+    bundle = compile_tiny(tmp_path, passes_off=frozenset({"rotary", "merge_linear"}))
     explained = json.loads((bundle.path / "explain.json").read_text())
     for reports in explained["passes"]:
         names = [found["name"] for found in reports]
-        assert names == [name for name in PASS_NAMES if name != "rotary"]
+        assert names == [name for name in PASS_NAMES if name not in {"rotary", "merge_linear"}]
     assert sum(len(found["matches"]) for found in explained["passes"][1]) == 5
-    assert ("option", "passes_off", "rotary") in {(f.kind, f.name, f.value) for f in bundle.facts}
+    assert ("option", "passes_off", "rotary,merge_linear") in {(f.kind, f.name, f.value) for f in bundle.facts}
     sites = explained["ir_ops"][1]
     assert [site["op"] for site in sites] == ["add_rms_norm", "silu_mul", "add_rms_norm"]
     assert sites[1]["origins"] == [12, 14]
