@@ -110,6 +110,7 @@ def test_blocks_nest_and_repeat_without_compiling_again(home: Path) -> None:
     assert (again.record.counts["compiled"], again.record.counts["store_hits"]) == (0, 1)
 
 
+@pytest.mark.slow
 def test_a_nested_order_has_bodies_of_its_own(home: Path) -> None:
     ops = piecework.eager_ops(store=home)
     x, weight = torch.randn(3, 24), torch.randn(24)

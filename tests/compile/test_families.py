@@ -1,7 +1,8 @@
-"""Every family as native code: logits and 64 greedy tokens against transformers, float32, 3 layers."""
+"""Every family, operator by operator and as native code: logits and 64 greedy tokens are transformers'."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -14,16 +15,23 @@ from piecework.engine.engine import EngineConfig, engine_for
 from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
 from piecework.foundation.environment import Environment
+from piecework.spec.compile_options import BackendName
 from piecework.spec.model_spec import ModelSpec
 from tests.choice import slow_but
 from tests.unit.models.tiny import FAMILIES, reference_model, write_config
 
 
-@pytest.mark.parametrize("family", slow_but(sorted(set(FAMILIES) - {"llama"}), "qwen3"))
-def test_a_family_equals_transformers(family: str, home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    slow_but(
+        itertools.product(sorted(set(FAMILIES) - {"llama"}), [BackendName.EAGER, BackendName.AOTI]),
+        ("qwen3", BackendName.EAGER),
+    ),
+)
+def test_a_family_equals_transformers(family: str, backend: BackendName, home: Path, tmp_path: Path) -> None:
     model_dir = write_config(tmp_path, family, eos_token_id=None)
     reference = reference_model(model_dir)
-    spec = ModelSpec.of(model_dir, dtype="float32", max_tokens=64)
+    spec = ModelSpec.of(model_dir, dtype="float32", max_tokens=64, backend=backend)
     compiled = compile_model(
         spec, store=DirectoryStore(home), environment=Environment(store_root=home), check_weights=False
     )

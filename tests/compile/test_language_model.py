@@ -89,6 +89,7 @@ def test_ranges_give_the_same(ranged: CompiledModel, reference: nn.Module) -> No
     assert worst(model, reference) <= 1e-4
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_close_to_float32_as_eager_bfloat16(
     bfloat16: CompiledModel, reference: nn.Module, bfloat16_reference: nn.Module
 ) -> None:

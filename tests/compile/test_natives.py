@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,23 @@ from piecework.foundation.torch_private import read_calls
 from piecework.ops.activations import silu_mul
 from piecework.ops.moe_experts import moe_experts
 from piecework.ops.norms import rms_norm
+from tests.choice import slow_but
 from tests.unit.compiler.native_modules import WIDTH, gated_int8, layers
 
 ROWS = 64
 
 
 @pytest.fixture(scope="session")
-def bundles(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[torch.dtype, Bundle]:
-    """The same module in two dtypes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PIECEWORK_HOME", str(home))
-        return {
-            dtype: _compiled(layers(dtype), dtype, out=tmp_path_factory.mktemp("natives") / "bundle")
-            for dtype in (torch.float32, torch.bfloat16)
-        }
+def bundle_of(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[torch.dtype], Bundle]:
+    """The same module in the dtype that is asked for."""
+
+    @functools.cache
+    def make(dtype: torch.dtype) -> Bundle:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PIECEWORK_HOME", str(home))
+            return _compiled(layers(dtype), dtype, out=tmp_path_factory.mktemp("natives") / "bundle")
+
+    return make
 
 
 def _compiled(module: nn.Module, dtype: torch.dtype, **kwargs: Any) -> Bundle:
@@ -52,12 +56,12 @@ def nothing_compiles() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("nothing_compiles")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", slow_but([torch.float32, torch.bfloat16], torch.float32))
 def test_results_are_the_native_ones(
-    bundles: dict[torch.dtype, Bundle], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    bundle_of: Callable[[torch.dtype], Bundle], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = layers(dtype)
-    model = piecework.load(bundles[dtype], weights=module)
+    model = piecework.load(bundle_of(dtype), weights=module)
     given = [torch.randn(rows, WIDTH, dtype=dtype) for rows in (0, 1, 2, 33, ROWS)]
     expected = [module(x) for x in given]
     for op in (silu_mul, rms_norm, gated_int8):
@@ -73,8 +77,8 @@ def _never(*args: Any, **kwargs: Any) -> Any:
     raise AssertionError("a call that has a body ran natively")
 
 
-def test_a_second_compile_makes_nothing(bundles: dict[torch.dtype, Bundle]) -> None:
-    first = bundles[torch.float32].record().counts
+def test_a_second_compile_makes_nothing(bundle_of: Callable[[torch.dtype], Bundle]) -> None:
+    first = bundle_of(torch.float32).record().counts
     again = _compiled(layers(num_layers=3), torch.float32)
     counts = again.record().counts
     assert counts["natives"] == first["natives"] == 3
@@ -83,12 +87,13 @@ def test_a_second_compile_makes_nothing(bundles: dict[torch.dtype, Bundle]) -> N
     assert read_calls(again.artifact_path(composed)) == "", "the operators that it is composed of are inlined"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("nothing_compiles")
-def test_two_models_of_different_dtypes_and_options(bundles: dict[torch.dtype, Bundle]) -> None:
+def test_two_models_of_different_dtypes_and_options(bundle_of: Callable[[torch.dtype], Bundle]) -> None:
     wide, narrow = layers(), layers(torch.bfloat16)
     models = [
-        piecework.load(bundles[torch.float32], weights=wide),
-        piecework.load(bundles[torch.bfloat16], weights=narrow),
+        piecework.load(bundle_of(torch.float32), weights=wide),
+        piecework.load(bundle_of(torch.bfloat16), weights=narrow),
         piecework.load(
             _compiled(wide, torch.float32, options=piecework.CompileOptions(passes_off=frozenset({"merge_linear"}))),
             weights=wide,
@@ -107,10 +112,11 @@ def test_two_models_of_different_dtypes_and_options(bundles: dict[torch.dtype, B
     assert all(model.native_fallbacks == {} for model in models)
 
 
-def test_unloading_frees(bundles: dict[torch.dtype, Bundle]) -> None:
+@pytest.mark.slow
+def test_unloading_frees(bundle_of: Callable[[torch.dtype], Bundle]) -> None:
     module = layers()
     for close in (True, False):
-        model = piecework.load(bundles[torch.float32], weights=module)
+        model = piecework.load(bundle_of(torch.float32), weights=module)
         model(torch.randn(2, WIDTH))
         (owned, *_) = [s.bodies for s in model._natives.values()]
         assert owned is not None

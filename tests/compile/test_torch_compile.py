@@ -74,6 +74,7 @@ def test_writes_and_views_across_cuts_are_what_eager_mode_gives() -> None:
     assert recorder.finish().counts["graphs"] == 1
 
 
+@pytest.mark.slow
 def test_sizes_are_inputs_and_results() -> None:
     def forward(x: Tensor) -> tuple[Tensor, int]:
         n = x.shape[0]

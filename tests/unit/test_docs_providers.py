@@ -52,6 +52,7 @@ def test_the_blocks_run_in_order(site: Path) -> None:
     _run("from torch import Tensor\nfrom piecework.spec.compile_options import BackendName\n" + "\n".join(eager), site)
 
 
+@pytest.mark.slow
 def test_the_package_is_found_by_its_entry_point(site: Path) -> None:
     code = """
 import sys, torch, piecework

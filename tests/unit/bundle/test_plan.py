@@ -180,6 +180,7 @@ def test_an_opaque_op_takes_the_packed_weight_that_pieces_read(own: bool, tmp_pa
     assert len(expanding) == len(prompts)
 
 
+@pytest.mark.slow
 def test_eighty_layers_are_written_as_compactly_as_four(tmp_path: Path) -> None:
     sizes = {}
     for layers in (4, 80):

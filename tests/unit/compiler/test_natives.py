@@ -86,6 +86,7 @@ def _never(*args: Any, **kwargs: Any) -> Any:
     raise AssertionError("a call that has a body ran natively")
 
 
+@pytest.mark.slow
 def test_two_models_have_their_own_bodies() -> None:
     seen: list[Any] = []
 

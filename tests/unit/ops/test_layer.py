@@ -186,6 +186,7 @@ print(eager.sum().item())
 """
 
 
+@pytest.mark.slow
 def test_as_strings_the_results_are_the_same() -> None:
     done = subprocess.run(
         [sys.executable, "-c", _DEGRADED],

@@ -19,7 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from piecework.ops.catalogue import CHOSEN
 from piecework.ops.ir.op import IrOp
+from piecework.ops.norms import rms_norm
 from piecework.providers.discovery import load_providers
+from tests.choice import slow_but
 from tests.unit.ops.ir_cases import SEEDS, assert_close
 
 COMMON = {"rms_norm", "silu_mul", "gelu_mul", "rotary"}
@@ -77,7 +79,6 @@ def cases(op: IrOp, dtype: torch.dtype) -> list[tuple[Any, ...]]:
 
 def explain(provider: str) -> None:
     """Print why calls are refused: one line each, "op: reason"."""
-    load_providers([provider])
     for op in CHOSEN:
         made = op.implementations.get(provider)
         if made is None:
@@ -85,6 +86,18 @@ def explain(provider: str) -> None:
         found = {made.supports(*on_gpu(args)) for d in (torch.float32, torch.bfloat16) for args in cases(op, d)}
         found |= {made.supports(*op.make_inputs(0, dtype=torch.bfloat16))}
         print("\n".join(f"{op.short_name}: {why}" for why in sorted(map(str, found))))
+
+
+def everything(provider: str) -> None:
+    """What a process of its own does with a provider's stand-in."""
+    load_providers([provider])
+    if provider == "flashinfer":
+        look_at_calls(provider)
+    if provider == "kernels":
+        look_at_the_hub(provider)
+    compare(provider)
+    print("---")
+    explain(provider)
 
 
 def _run(provider: str, folder: Path, function: str) -> str:
@@ -102,11 +115,6 @@ def _run(provider: str, folder: Path, function: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-@pytest.mark.parametrize("provider", OPS)
-def test_arguments_are_handed_over(provider: str, tmp_path: Path) -> None:
-    assert len(_run(provider, tmp_path, "compare").splitlines()) == len(OPS[provider])
 
 
 REASONS = {
@@ -138,9 +146,11 @@ REASONS = {
 }
 
 
-@pytest.mark.parametrize("provider", REASONS)
-def test_refusals_have_reasons(provider: str, tmp_path: Path) -> None:
-    found = {line.strip() for line in _run(provider, tmp_path, "explain").splitlines()}
+@pytest.mark.parametrize("provider", slow_but(OPS, "flashinfer"))
+def test_arguments_are_handed_over_and_refusals_have_reasons(provider: str, tmp_path: Path) -> None:
+    compared, refused = _run(provider, tmp_path, "everything").split("---\n")
+    assert len(compared.splitlines()) == len(OPS[provider])
+    found = {line.strip() for line in refused.splitlines()}
     expected = {line.strip() for line in REASONS[provider].strip().splitlines()}
     assert expected <= found, sorted(found)
 
@@ -149,7 +159,6 @@ def look_at_calls(provider: str) -> None:
     """Check what FlashInfer's functions were given, call by call."""
     import flashinfer
 
-    load_providers([provider])
     implementations = {op.short_name: op.implementations[provider] for op in CHOSEN if provider in op.implementations}
     run = {name: made.function for name, made in implementations.items()}
     x, residual, weight = torch.randn(2, 3, 64).bfloat16(), torch.randn(2, 3, 64).bfloat16(), torch.ones(64).bfloat16()
@@ -175,27 +184,28 @@ def look_at_calls(provider: str) -> None:
     ]
 
 
-def test_what_a_package_is_given(tmp_path: Path) -> None:
-    _run("flashinfer", tmp_path, "look_at_calls")
-
-
-def fetch(provider: str) -> None:
-    """Check that the Hub's kernels are fetched for calls on a GPU only, once, and what happens where they can't be."""
+def look_at_the_hub(provider: str) -> None:
+    """Check that the Hub's kernels are fetched for calls on a GPU only."""
     import kernels
 
-    from piecework.ops.norms import rms_norm
-
-    load_providers([provider])
     supports = rms_norm.implementations[provider].supports
     supports(torch.ones(2, 8), torch.ones(8))
     assert kernels.CALLS == []
+
+
+def fetch_in_vain(provider: str) -> None:
+    """Check what happens where the Hub's kernels can't be had."""
+    import kernels
+
+    load_providers([provider])
     kernels.get_kernel = None
-    why = supports(*on_gpu((torch.ones(2, 8), torch.ones(8))))
+    why = rms_norm.implementations[provider].supports(*on_gpu((torch.ones(2, 8), torch.ones(8))))
     assert why == "kernels-community/liger-kernels can't be had: TypeError: 'NoneType' object is not callable", why
 
 
-def test_the_hub_is_asked_for_calls_on_a_gpu_only(tmp_path: Path) -> None:
-    _run("kernels", tmp_path, "fetch")
+@pytest.mark.slow
+def test_kernels_that_can_not_be_fetched_are_refused_with_the_reason(tmp_path: Path) -> None:
+    _run("kernels", tmp_path, "fetch_in_vain")
 
 
 @pytest.mark.gpu

@@ -214,6 +214,7 @@ assert looked_for == ["flashinfer"]
     )
 
 
+@pytest.mark.slow
 def test_native_code_imports_no_provider() -> None:
     _run(
         """

@@ -53,22 +53,22 @@ class Forward(nn.Module):
         return self.function(self, x, y, gain, flag)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 17, 63, 64])
-def test_an_mlp_over_its_whole_range(rows: int) -> None:
+def test_an_mlp_over_its_whole_range() -> None:
     module = Mlp()
     model = loaded(module, torch.randn(3, 8))
-    x = torch.randn(rows, 8)
-    with torch.no_grad():
-        assert torch.equal(model(x), module(x))
+    for rows in (1, 2, 17, 63, 64):
+        x = torch.randn(rows, 8)
+        with torch.no_grad():
+            assert torch.equal(model(x), module(x))
 
 
-@pytest.mark.parametrize("rows", [1, 5, 64])
-def test_an_encoder_over_its_whole_range(rows: int) -> None:
+def test_an_encoder_over_its_whole_range() -> None:
     module = Encoder()
     model = loaded(module, torch.zeros(4, dtype=torch.int64))
-    ids = torch.randint(0, 32, (rows,))
-    with torch.no_grad():
-        assert torch.allclose(model(ids), module(ids), atol=1e-6)
+    for rows in (1, 5, 64):
+        ids = torch.randint(0, 32, (rows,))
+        with torch.no_grad():
+            assert torch.allclose(model(ids), module(ids), atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 9])

@@ -128,6 +128,7 @@ def test_operators_that_take_types_sizes_and_infinities() -> None:
     assert_equal_eager(model, module)
 
 
+@pytest.mark.slow
 def test_layer_names_that_are_strings(tmp_path: Path) -> None:
     """`PIECEWORK_LAYERNAME=0`, as in a torch that takes no objects: the same, with constants for names."""
     program = """
