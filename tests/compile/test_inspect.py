@@ -40,6 +40,7 @@ def test_a_layer_before_and_after(float32: CompiledModel) -> None:
 
 def test_every_linear_layer_is_a_call_and_nothing_else_is(float32: CompiledModel) -> None:
     report = describe(float32.bundle, verified=False)
+    assert len(report.kernels) == 3
     for piece in report.kernels:
         lowered = Counter(kernel.name == "piecework.linear" for kernel in piece.lowered or ())
         (form,) = piece.compiled

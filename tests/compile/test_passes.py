@@ -98,6 +98,7 @@ def test_latent_families_have_ops_too(family: str, mla: str, dtype: str, tmp_pat
 
 def test_origins_are_the_spellings_calls(tmp_path: Path) -> None:
     pieces = _pieces(write_config(tmp_path, "llama"), dtype="bfloat16")
+    assert len(pieces.unique) == 3
     for unique in pieces.unique:
         made = unique.lowered
         assert len(made.origins) == len(made.program.calls)

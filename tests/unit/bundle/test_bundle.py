@@ -71,9 +71,11 @@ def test_writing_again_replaces(name: str, tmp_path: Path, write_sample: Write) 
 
 def test_every_changed_byte_of_every_file_is_seen(tmp_path: Path, write_sample: Write) -> None:
     root = write_sample(tmp_path / "b").root
+    assert len(tree(root)) >= 5
     for name in tree(root):
         path = root / name
         data = path.read_bytes()
+        assert data
         for index in range(len(data)):
             path.write_bytes(data[:index] + bytes([data[index] ^ 0x04]) + data[index + 1 :])
             with pytest.raises(BundleError) as caught:
