@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import piecework
 from piecework.bundle.record import Recorder
+from piecework.foundation.environment import child_variables
 from piecework.integrations.torch_compile import backend
 from piecework.ops.ir.opaque_op import opaque_op
 
@@ -123,10 +128,86 @@ def test_what_the_store_has_is_not_compiled_again_and_a_damaged_piece_is_set_asi
     assert sum("set aside" in note for note in found[2].notes) == 2
 
 
-def test_weights_are_the_module_s_own_and_may_change() -> None:
-    linear = nn.Linear(4, 4)
-    run = compiled(lambda x: linear(x) * 2, Recorder())
-    x = torch.randn(2, 4)
-    torch.testing.assert_close(run(x), linear(x) * 2)
-    linear.weight.mul_(3)
-    torch.testing.assert_close(run(x), linear(x) * 2)
+class Gated(nn.Module):
+    """Two linear layers of the same input, which become one, packed; and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.gate, self.up, self.down = nn.LayerNorm(32), *(nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
+
+
+def example(*, rows: int) -> Tensor:
+    x = torch.randn(rows, 32)
+    torch._dynamo.mark_dynamic(x, 0, min=2, max=64)
+    return x
+
+
+def test_both_ways_have_one_artifact_and_weights_may_change_in_place() -> None:
+    model = nn.Sequential(Gated(), Gated())
+    piecework.compile(model, (example(rows=3),), dynamic={"rows": piecework.Dim(2, 64)})
+    recorder = Recorder()
+    run = torch.compile(model, backend=backend, options={"recorder": recorder})
+
+    def check() -> None:
+        for rows in (2, 7):
+            x = example(rows=rows)
+            torch.testing.assert_close(run(x), model(x))
+
+    check()
+    assert (recorder.finish().counts["compiled"], recorder.finish().counts["store_hits"]) == (0, 1)
+    model.load_state_dict({k: torch.randn_like(v) * 0.2 for k, v in model.state_dict().items()})
+    check()
+    model[0].gate.weight.data += 0.1 * torch.randn(32, 32)  # as adapters are merged: torch counts no write
+    check()
+    model[1].down.weight[3, 3] += 5
+    check()
+    model[1].up.weight = nn.Parameter(torch.randn(32, 32))
+    check()
+    assert recorder.finish().counts["graphs"] == 1
+
+
+def test_siblings_that_are_compiled_by_themselves_have_their_own_weights() -> None:
+    model, recorder = nn.Sequential(*(Gated() for _ in range(3))), Recorder()
+    x = torch.randn(4, 32)
+    wanted = model(x)
+    for block in model:
+        block.compile(backend=backend, options={"recorder": recorder}, dynamic=False)
+    for _ in range(2):
+        torch.testing.assert_close(model(x), wanted)
+    assert (recorder.finish().counts["graphs"], recorder.finish().counts["compiled"]) == (1, 1)
+    model[1].gate.weight.mul_(2)
+    changed = model(x)
+    assert not torch.allclose(changed, wanted)
+    torch._dynamo.reset()
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(changed, model(x))
+
+
+_WARM = """
+import json, sys
+import torch
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU())
+import piecework
+recorder = piecework.Recorder()
+with torch.no_grad():
+    torch.compile(model, backend="piecework", options={"recorder": recorder}, dynamic=False)(torch.randn(2, 8))
+parts = ("compile_fx", "graph", "scheduler", "lowering", "decomposition")
+found = [p for p in parts if f"torch._inductor.{p}" in sys.modules]
+print(json.dumps([recorder.finish().counts["compiled"], found]))
+"""
+
+
+def test_a_warm_process_imports_no_compiler(tmp_path: Path) -> None:
+    """`torch.compile` itself imports torch._inductor's package, config, utils and codecache, whatever the backend."""
+    changes = {"PIECEWORK_HOME": str(tmp_path / "home")}
+    for compiles in (1, 0):
+        done = subprocess.run(
+            [sys.executable, "-c", _WARM], env=child_variables(changes), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert json.loads(done.stdout.splitlines()[-1]) == [compiles, []]

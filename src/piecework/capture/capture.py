@@ -151,13 +151,30 @@ def _capture(request: CaptureRequest, *, templates: bool, looked_at: LookedAt, n
         stack.enter_context(KeepLinear())
         traced = torch_private.trace(forward, arguments)
         _refuse_changes(tensors.replaced())
-    graph = traced.graph
     _adopt_constants(traced, tensors=tensors)
+    trace = _Trace(request, session, tensors, arguments, result["structure"], counts, frozenset(sources))
+    return _captured(traced.graph, trace)
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """A trace that has ended: what was traced, on which sizes, tensors and arguments, and what came of it."""
+
+    request: CaptureRequest
+    session: torch_private.SymbolicSession
+    tensors: NamedTensors
+    arguments: Sequence[Any]
+    structure: Structure
+    counts: StackCounts
+    sources: frozenset[Path]
+
+
+def _captured(graph: torch.fx.Graph, trace: _Trace) -> CapturedGraph:
+    """Make a trace's graph functional, check it, and name its inputs."""
+    request, tensors = trace.request, trace.tensors
     names = [n for n in tensors.by_name if n in tensors.nodes]
-    graph, order = _without_writes(
-        graph, arguments=arguments, names=names, tensors=tensors, session=session, request=request
-    )
-    _check_contract(session, what=type(request.module).__name__)
+    graph, order = _without_writes(graph, trace, names=names)
+    _check_contract(trace.session, what=type(request.module).__name__)
     kinds = [InputKind.ARGUMENT] * len(request.inputs)
     kinds += [InputKind.STATE if n in request.states else InputKind.WEIGHT for n in names]
     inputs = tuple(
@@ -171,15 +188,15 @@ def _capture(request: CaptureRequest, *, templates: bool, looked_at: LookedAt, n
     return CapturedGraph(
         graph=graph,
         inputs=used,
-        structure=result["structure"],
-        size_names=session.symbol_names(),
+        structure=trace.structure,
+        size_names=trace.session.symbol_names(),
         literals={
             i.name: tensors.by_name[i.name].detach()
             for i in used
             if i.kind is InputKind.WEIGHT and i.name not in persistent and not tensors.by_name[i.name].is_meta
         },
-        sources=frozenset(sources),
-        stacks=counts,
+        sources=trace.sources,
+        stacks=trace.counts,
         request=request,
         views=views_of(graph, opaque=request.opaque),
     )
@@ -208,15 +225,10 @@ def _fake_tensor(given: TensorInput, *, sizes: Mapping[str, Any], session: Any, 
 
 
 def _without_writes(
-    graph: torch.fx.Graph,
-    *,
-    arguments: Sequence[Any],
-    names: Sequence[str],
-    tensors: NamedTensors,
-    session: torch_private.SymbolicSession,
-    request: CaptureRequest,
+    graph: torch.fx.Graph, trace: _Trace, *, names: Sequence[str]
 ) -> tuple[torch.fx.Graph, list[torch.fx.Node]]:
     """Return the graph, functional but for writes to memory that is kept, and its inputs in order: arguments, names."""
+    request, tensors = trace.request, trace.tensors
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     made = set(tensors.nodes.values())
     order = [*(n for n in placeholders if n not in made), *(tensors.nodes[n] for n in names)]
@@ -225,8 +237,8 @@ def _without_writes(
         labels = dict(zip(order, [*(i.name for i in request.inputs), *names], strict=True))
         _refuse_changes(labels[n] for n in changed_inputs(graph, opaque=request.opaque))
     if _mutates(graph, opaque=request.opaque, kept=kept):
-        fakes = [*arguments, *(tensors.fresh_fake(n) for n in names)]
-        with _our_errors(), torch.no_grad(), torch_private.size_oblivious(), session.fake_mode:
+        fakes = [*trace.arguments, *(tensors.fresh_fake(n) for n in names)]
+        with _our_errors(), torch.no_grad(), torch_private.size_oblivious(), trace.session.fake_mode:
             graph, order = _functionalized(graph, order=order, fakes=fakes, kept=kept, request=request)
     forget_results_of_writes(graph)
     return graph, order

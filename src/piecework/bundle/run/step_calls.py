@@ -59,26 +59,35 @@ def op_call(step: OpStep, function: Callable[..., Any], *, fixed: Fixed) -> Step
 
 
 def _op_call_with_lists(step: OpStep, function: Callable[..., Any], *, fixed: Fixed) -> StepCall:
-    """Like `op_call`, for the rare ops that take lists of tensors or sizes."""
-
-    def resolve(argument: Mapping[str, Any], slots: list[Any], sizes: Mapping[str, int]) -> Any:
-        if "slot" in argument:
-            return slots[argument["slot"]]
-        if "size" in argument:
-            return size_expression(argument["size"])(sizes)
-        if "list" in argument:
-            return [resolve(a, slots, sizes) for a in argument["list"]]
-        return fixed(argument)
+    """Like `op_call`, for ops that take lists of tensors or sizes."""
+    args = [_reader(a, fixed) for a in step.args]
+    kwargs = {name: _reader(a, fixed) for name, a in step.kwargs.items()}
 
     def call(slots: list[Any], sizes: Mapping[str, int]) -> None:
-        args = [resolve(a, slots, sizes) for a in step.args]
-        result = function(*args, **{k: resolve(v, slots, sizes) for k, v in step.kwargs.items()})
+        result = function(
+            *(read(slots, sizes) for read in args), **{n: read(slots, sizes) for n, read in kwargs.items()}
+        )
         results = result if isinstance(result, (tuple, list)) else [result]
         for slot, value in zip(step.outputs, results, strict=False):
             if slot >= 0:
                 slots[slot] = value
 
     return call
+
+
+def _reader(argument: Mapping[str, Any], fixed: Fixed) -> Callable[[list[Any], Mapping[str, int]], Any]:
+    """Return what reads an argument in a call."""
+    if "slot" in argument:
+        slot = argument["slot"]
+        return lambda slots, sizes: slots[slot]
+    if "size" in argument:
+        size = size_expression(argument["size"])
+        return lambda slots, sizes: size(sizes)
+    if "list" in argument:
+        parts = [_reader(a, fixed) for a in argument["list"]]
+        return lambda slots, sizes: [read(slots, sizes) for read in parts]
+    value = fixed(argument)
+    return lambda slots, sizes: value
 
 
 def piece_call(step: PieceStep, run: Run) -> StepCall:
