@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from piecework.ops.ir.layer import LayerName, LayerNameType, encode, resolve
     from piecework.ops.ir.op import op
     from piecework.ops.ir.opaque_op import check_ops, opaque_op
-    from piecework.ops.ir.selection import ProviderOrder
+    from piecework.ops.ir.provider_order import ProviderOrder
     from piecework.ops.mla.core import Regime
     from piecework.providers.discovery import selected_providers as providers
     from piecework.spec.compile_options import BackendName, CompileOptions
@@ -70,7 +70,7 @@ _LAZY = {
     "opaque_op": "piecework.ops.ir.opaque_op",
     "check_ops": "piecework.ops.ir.opaque_op",
     "op": "piecework.ops.ir.op",
-    "ProviderOrder": "piecework.ops.ir.selection",
+    "ProviderOrder": "piecework.ops.ir.provider_order",
     "load": "piecework.bundle.run.loading",
     "LoadedModel": "piecework.bundle.run.model",
     "Bundle": "piecework.bundle.bundle",

@@ -22,7 +22,7 @@ from piecework.compiler.model import compile_model
 from piecework.compiler.split import split
 from piecework.foundation.environment import Environment
 from piecework.models.adapter import build_causal_lm
-from piecework.ops.ir.selection import IR_OPS
+from piecework.ops.ir.provider_order import IR_OPS
 from piecework.spec.compile_options import BackendName, CompileOptions
 from piecework.spec.latent_config import MLA_MODES
 from piecework.spec.model_spec import ModelSpec

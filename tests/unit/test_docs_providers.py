@@ -61,8 +61,8 @@ x, weight = torch.randn(4, 64), torch.randn(64)
 assert "my_kernels" not in sys.modules
 with piecework.providers("my_kernels,native") as order:
     torch.testing.assert_close(rms_norm(x, weight), rms_norm.native(x, weight))
-    assert order.resolve(rms_norm, (x, weight)).provider == "my_kernels"
-    why = order.resolve(rms_norm, (x[:, :20],)).rejected[0].why
+    assert choose_implementation(order, rms_norm, (x, weight)).provider == "my_kernels"
+    why = choose_implementation(order, rms_norm, (x[:, :20],)).rejected[0].why
     assert why == "supports() said: hidden size 20 not a multiple of 16", why
     rms_norm.check(x, weight, provider="my_kernels")
     add_rms_norm.check(x, x.clone(), weight, provider="my_kernels")

@@ -20,7 +20,7 @@ from piecework.capture.structure import flatten
 from piecework.compiler.driver import compile_request
 from piecework.compiler.model import started_backend
 from piecework.errors import CaptureError
-from piecework.foundation.environment import read_environment
+from piecework.foundation.environment import Environment, read_environment
 from piecework.foundation.target import read_target
 from piecework.foundation.torch_private import operator_name
 from piecework.spec.compile_options import CompileOptions
@@ -67,31 +67,48 @@ def compile(
         >>> torch.allclose(model(x), mlp(x), atol=1e-6)
         True
     """
-    chosen = options or CompileOptions()
-    environment = read_environment()
-    store = DirectoryStore(environment.store_root)
-    target = read_target()
     request, arguments = module_request(
         module, example_args, example_kwargs or {}, dynamic=dynamic or {}, opaque=opaque, states=states or {}
     )
+    place = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="piecework-")) / "bundle"
+    return _write(
+        place,
+        request,
+        arguments=arguments,
+        options=options or CompileOptions(),
+        environment=read_environment(),
+        on_progress=on_progress,
+    )
+
+
+def _write(
+    place: Path,
+    request: CaptureRequest,
+    *,
+    arguments: Mapping[str, Any],
+    options: CompileOptions,
+    environment: Environment,
+    on_progress: Callable[[str, int, int], None],
+) -> Bundle:
+    """Compile a request and write its bundle; `arguments` say how a caller's map to the graph's inputs."""
+    store, target = DirectoryStore(environment.store_root), read_target()
     with (
         store.scratch() as scratch,
         started_backend(
-            chosen, scratch=scratch, environment=environment, target=target, device=request.device
+            options, scratch=scratch, environment=environment, target=target, device=request.device
         ) as backend,
     ):
         content = compile_request(
             request,
-            options=chosen,
+            options=options,
             backend=backend,
             store=store,
             target=target,
             recorder=Recorder(),
             on_progress=on_progress,
-            identity={"module": type(module).__qualname__},
+            identity={"module": type(request.module).__qualname__},
             arguments=arguments,
         ).content
-        place = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="piecework-")) / "bundle"
         return write_bundle(place, content, extract_root=environment.store_root)
 
 

@@ -27,7 +27,8 @@ from piecework.foundation.target import Target, read_target
 from piecework.ops.ir.call_form import CallForm
 from piecework.ops.ir.native_bodies import NativeBodies, NativeBody
 from piecework.ops.ir.operator import SelectableOp
-from piecework.ops.ir.selection import Choice, ProviderOrder, Selection, as_order, entering, leaving
+from piecework.ops.ir.provider_order import ProviderOrder, as_order
+from piecework.ops.ir.selection import Choice, Selection, entering, leaving
 from piecework.providers.discovery import load_providers
 from piecework.spec.compile_options import CompileOptions
 

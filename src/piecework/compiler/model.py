@@ -87,11 +87,7 @@ def compile_model(
             recorder=recorder,
             on_progress=on_progress,
             facts=spec.facts,
-            identity={
-                "architecture": spec.config.architecture,
-                "layers": spec.config.num_layers,
-                **spec.own_facts,
-            },
+            identity=spec.identity,
         ).content
         with recorder.phase("seal"):
             bundle = store.put_bundle(key, content=content) if out is None else write_bundle(out, content)

@@ -26,8 +26,8 @@ from piecework.foundation.torch_private import expression_text, operator_of, sto
 from piecework.foundation.traffic import Kernel, Term
 from piecework.ops.ir.decode import decode
 from piecework.ops.ir.program import Call, Program
+from piecework.ops.ir.provider_order import ProviderOrder
 from piecework.ops.ir.resolve import resolve_target
-from piecework.ops.ir.selection import ProviderOrder
 from piecework.providers.discovery import load_operators
 
 _LOOK_UPS: Final = frozenset(

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from piecework.ops.ir.selection import ProviderOrder
+    from piecework.ops.ir.provider_order import ProviderOrder
 
 
 class _Providers(ModuleType):

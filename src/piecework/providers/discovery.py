@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from piecework.errors import OpError
 from piecework.foundation.torch_private import find_overload
 from piecework.ops.ir.operator import provider_of
-from piecework.ops.ir.selection import NATIVE, ProviderOrder, as_order, selecting
+from piecework.ops.ir.provider_order import NATIVE, ProviderOrder, as_order
+from piecework.ops.ir.selection import selecting
 from piecework.providers.known import GROUP, KnownProvider, entry_points_of_others, known_provider
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from piecework.errors import CompileError
 from piecework.foundation.digests import JsonScalar
-from piecework.ops.ir.selection import ProviderOrder, as_order
+from piecework.ops.ir.provider_order import ProviderOrder, as_order
 from piecework.spec.option import option, written, wrong_choice
 from piecework.spec.passes import PASS_NAMES
 

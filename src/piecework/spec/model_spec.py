@@ -126,6 +126,11 @@ class ModelSpec:
         }
 
     @property
+    def identity(self) -> dict[str, JsonScalar]:
+        """What its bundle says that it is of."""
+        return {"architecture": self.config.architecture, "layers": self.config.num_layers, **self.own_facts}
+
+    @property
     def facts(self) -> tuple[Fact, ...]:
         """The facts that its bundle must have, beside those of the machine and its packages."""
         return (config_fact(self.config.raw), *option_facts({**self.own_facts, **self.options.facts()}))

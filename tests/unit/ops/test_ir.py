@@ -16,7 +16,8 @@ from piecework.ops.ir.inputs import Draw
 from piecework.ops.ir.op import IrOp, ir_op
 from piecework.ops.ir.opaque_op import declared_op
 from piecework.ops.ir.operator import operator_name
-from piecework.ops.ir.selection import CallFacts, ProviderOrder
+from piecework.ops.ir.provider_order import ProviderOrder
+from piecework.ops.ir.selection import CallFacts, choose_implementation
 
 _NUMBERS = itertools.count()
 
@@ -186,10 +187,10 @@ def test_eager_code_never_gets_an_implementation_in_place(added: IrOp) -> None:
     with piecework.providers(order):
         added(x, y)
     assert torch.equal(x, torch.ones(2, 8))
-    choice = order.resolve(added, (x, y))
+    choice = choose_implementation(order, added, (x, y))
     assert choice.provider == "native"
     assert "which eager code may still read" in choice.rejected[0].why
-    assert order.resolve(added, (x, y), facts=CallFacts(dead=frozenset({"x"}))).provider == "in_place"
+    assert choose_implementation(order, added, (x, y), facts=CallFacts(dead=frozenset({"x"}))).provider == "in_place"
 
 
 def test_a_wrong_result_is_found(added: IrOp) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from piecework.ops.catalogue import CHOSEN, VIEWS, kv_write, running
 from piecework.ops.ir.op import IrOp
-from piecework.ops.ir.selection import IR_OPS
+from piecework.ops.ir.provider_order import IR_OPS
 from piecework.providers.discovery import load_providers
 from tests.unit.ops.ir_cases import SEEDS, assert_close
 

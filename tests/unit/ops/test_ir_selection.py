@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import piecework
 from piecework.errors import OpError
-from piecework.ops.ir.selection import CallFacts, ProviderOrder, RangeRule, as_order, current_selection
+from piecework.ops.ir.provider_order import ProviderOrder, RangeRule, as_order
+from piecework.ops.ir.selection import CallFacts, choose_implementation, current_selection
 from piecework.ops.norms import rms_norm
 from piecework.providers.discovery import load_providers
 
@@ -22,23 +23,25 @@ X = torch.randn(3, 8)
 
 
 def test_the_default_is_native() -> None:
-    assert ProviderOrder().resolve(rms_norm, (X,)).provider == "native"
+    assert choose_implementation(ProviderOrder(), rms_norm, (X,)).provider == "native"
     assert current_selection() is None
 
 
 def test_the_most_specific_list_applies() -> None:
     order = ProviderOrder.parse(["aten,native", "rms_norm=native", "rms_norm[2:4]=aten", "@cuda=triton,native"])
-    assert order.resolve(rms_norm, (X,)).provider == "aten"
-    assert order.resolve(rms_norm, (torch.randn(5, 8),)).provider == "native"
-    assert order.resolve(rms_norm, (torch.randn(2, 2, 8),)).provider == "aten", "rows are those of all leading axes"
-    assert ProviderOrder.parse("@cpu=aten;native").resolve(rms_norm, (X,)).provider == "aten"
-    assert ProviderOrder.parse("@cuda=aten;native").resolve(rms_norm, (X,)).provider == "native"
+    assert choose_implementation(order, rms_norm, (X,)).provider == "aten"
+    assert choose_implementation(order, rms_norm, (torch.randn(5, 8),)).provider == "native"
+    assert choose_implementation(order, rms_norm, (torch.randn(2, 2, 8),)).provider == "aten", (
+        "rows are those of all leading axes"
+    )
+    assert choose_implementation(ProviderOrder.parse("@cpu=aten;native"), rms_norm, (X,)).provider == "aten"
+    assert choose_implementation(ProviderOrder.parse("@cuda=aten;native"), rms_norm, (X,)).provider == "native"
 
 
 def test_a_range_that_covers_a_part_of_a_symbolic_size_is_told() -> None:
     order = ProviderOrder.parse(["rms_norm[1:64]=aten,native"])
     facts = CallFacts(rows=(1, 2048), inside=True)
-    choice = order.resolve(rms_norm, (X,), facts=facts)
+    choice = choose_implementation(order, rms_norm, (X,), facts=facts)
     assert choice.provider == "native"
     assert choice.rejected[0].why == "asked for 1 to 64 rows, the call may have 1 to 2048"
 
@@ -46,28 +49,28 @@ def test_a_range_that_covers_a_part_of_a_symbolic_size_is_told() -> None:
 def test_each_provider_that_is_not_taken_has_a_reason() -> None:
     order = ProviderOrder(default=("missing", "aten", "native"))
     absent = {"missing": "not installed"}
-    choice = order.resolve(
-        rms_norm, (X.bfloat16(), torch.ones(8, dtype=torch.bfloat16)), facts=CallFacts(absent=absent)
+    choice = choose_implementation(
+        order, rms_norm, (X.bfloat16(), torch.ones(8, dtype=torch.bfloat16)), facts=CallFacts(absent=absent)
     )
     assert choice.provider == "native"
     assert [(r.provider, r.why) for r in choice.rejected] == [
         ("missing", "not installed"),
         ("aten", "supports() said: torch.rms_norm rounds after the weight, the call to bfloat16 before it"),
     ]
-    taken = order.resolve(rms_norm, (X,))
+    taken = choose_implementation(order, rms_norm, (X,))
     assert taken.provider == "aten"
     assert [(r.provider, r.why) for r in taken.rejected] == [
         ("missing", "it has no implementation of rms_norm"),
         ("native", "aten comes before it"),
     ]
     assert ("aten", "not in the order of providers") in [
-        (r.provider, r.why) for r in ProviderOrder().resolve(rms_norm, (X,)).rejected
+        (r.provider, r.why) for r in choose_implementation(ProviderOrder(), rms_norm, (X,)).rejected
     ]
 
 
 def test_an_order_without_native_may_leave_nothing() -> None:
     with pytest.raises(OpError, match=r"rms_norm=aten,native"):
-        ProviderOrder(default=("aten",)).resolve(rms_norm, (X, torch.ones(8), 1e-6, 1.0))
+        choose_implementation(ProviderOrder(default=("aten",)), rms_norm, (X, torch.ones(8), 1e-6, 1.0))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from piecework.foundation.torch_private import computes_plainly
 from piecework.ops.activations import gelu_mul, silu_mul
 from piecework.ops.ir.call_form import CallForm, TensorForm
 from piecework.ops.ir.native_bodies import NOT_COMPILED, NativeBodies, NativeBody
-from piecework.ops.ir.selection import ProviderOrder, Selection, current_selection, entering, leaving, selecting
+from piecework.ops.ir.provider_order import ProviderOrder
+from piecework.ops.ir.selection import Selection, current_selection, entering, leaving, selecting
 from piecework.ops.norms import rms_norm
 from piecework.ops.quantize import quantize_dynamic_per_token
 from piecework.providers.discovery import load_providers

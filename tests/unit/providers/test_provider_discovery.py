@@ -14,6 +14,7 @@ import torch
 
 import piecework
 from piecework.errors import OpError
+from piecework.ops.ir.selection import choose_implementation
 from piecework.ops.norms import rms_norm
 from piecework.providers.discovery import load_operators, load_providers
 from piecework.providers.known import GROUP, OURS, entry_points_of_others, import_package, known_provider
@@ -59,7 +60,7 @@ def use_made_kernels() -> None:
     with piecework.providers(["rms_norm=made_up,native"]) as order:
         rms_norm(torch.ones(3, 32))
         rms_norm(torch.ones(3, 20))
-        choice = order.resolve(rms_norm, (torch.ones(3, 20),))
+        choice = choose_implementation(order, rms_norm, (torch.ones(3, 20),))
     assert sys.modules["made_kernels"].CALLS == [(3, 32)]
     assert choice.provider == "native"
     assert choice.rejected[0].why == "supports() said: hidden size 20 not a multiple of 16"
@@ -96,7 +97,7 @@ def test_ours_say_which_package_they_lack(known) -> None:
     assert load_providers([known.name]).absent == {known.name: why}
     with piecework.providers([f"rms_norm={known.name},native"]) as order:
         rms_norm(torch.ones(1, 4))
-        assert order.resolve(rms_norm, (torch.ones(1, 4),)).provider == "native"
+        assert choose_implementation(order, rms_norm, (torch.ones(1, 4),)).provider == "native"
     with piecework.providers([f"rms_norm={known.name}"]), pytest.raises(OpError, match=why):
         rms_norm(torch.ones(1, 4))
 

@@ -13,6 +13,7 @@ import torch
 import piecework
 from piecework.foundation.target import make_target
 from piecework.ops.catalogue import CHOSEN
+from piecework.ops.ir.selection import choose_implementation
 from piecework.ops.norms import add_rms_norm, rms_norm
 from piecework.ops.quantize import quantize_dynamic_per_token
 from piecework.providers.discovery import load_providers
@@ -69,7 +70,7 @@ def test_eager_calls_and_reasons() -> None:
     x, weight = torch.randn(3, 64), torch.randn(64)
     with piecework.providers(["rms_norm=vllm,native"]) as order:
         torch.testing.assert_close(rms_norm(x, weight), rms_norm.native(x, weight))
-        choice = order.resolve(rms_norm, (x, weight))
+        choice = choose_implementation(order, rms_norm, (x, weight))
         assert choice.provider == "vllm"
         refused = {
             "the kernel adds nothing to the weight, the call 1.0": (x, weight, 1e-6, 1.0),
@@ -77,7 +78,7 @@ def test_eager_calls_and_reasons() -> None:
             "a tensor is not contiguous": (x.t(), weight[:3]),
         }
         for why, args in refused.items():
-            choice = order.resolve(rms_norm, args)
+            choice = choose_implementation(order, rms_norm, args)
             assert choice.provider == "native"
             assert choice.rejected[0].why == f"supports() said: {why}"
 
@@ -85,7 +86,7 @@ def test_eager_calls_and_reasons() -> None:
 @needs_vllm
 def test_what_it_writes_to_must_be_dead() -> None:
     with piecework.providers(["add_rms_norm=vllm,native"]) as order:
-        choice = order.resolve(add_rms_norm, (torch.randn(3, 64), torch.randn(3, 64), torch.randn(64)))
+        choice = choose_implementation(order, add_rms_norm, (torch.randn(3, 64), torch.randn(3, 64), torch.randn(64)))
     assert choice.provider == "native"
     assert choice.rejected[0].why == "it writes to residual, x, which eager code may still read"
 
@@ -105,7 +106,7 @@ def test_neither_vllm_nor_a_compiler_is_imported() -> None:
 import sys, torch, piecework
 from piecework.ops.norms import rms_norm
 with piecework.providers(["rms_norm=vllm,native"]) as order:
-    assert order.resolve(rms_norm, (torch.ones(2, 64), torch.ones(64))).provider == "vllm"
+    assert choose_implementation(order, rms_norm, (torch.ones(2, 64), torch.ones(64))).provider == "vllm"
     rms_norm(torch.ones(2, 64), torch.ones(64))
 assert not {"vllm", "torch._dynamo", "torch._inductor"} & set(sys.modules)
 """

@@ -12,7 +12,7 @@ import piecework
 from piecework.cli.main import main
 from piecework.errors import CorruptBundle, StaleBundle
 from piecework.ops.activations import silu_mul
-from piecework.ops.ir.selection import ProviderOrder
+from piecework.ops.ir.provider_order import ProviderOrder
 from piecework.ops.norms import rms_norm
 from piecework.report.ops import describe_ops
 from piecework.spec.compile_options import BackendName, CompileOptions

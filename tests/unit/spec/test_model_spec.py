@@ -13,7 +13,7 @@ import pytest
 
 from piecework.errors import CompileError, OpError, UnsupportedModelError
 from piecework.foundation.target import read_target
-from piecework.ops.ir.selection import ProviderOrder
+from piecework.ops.ir.provider_order import ProviderOrder
 from piecework.spec.command_line import add_spec_options, spec_of
 from piecework.spec.compile_options import BackendName, CompileOptions
 from piecework.spec.model_spec import ModelSpec, spec_options

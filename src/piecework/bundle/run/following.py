@@ -20,7 +20,7 @@ from piecework.bundle.plan import Plan, Recipe
 from piecework.bundle.run.constants import as_source, make_constants, pack_constants
 from piecework.bundle.run.loading import open_plan
 from piecework.bundle.run.model import LoadedModel
-from piecework.ops.ir.selection import ProviderOrder
+from piecework.ops.ir.provider_order import ProviderOrder
 
 _SAMPLE: Final = 64
 _BITS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -24,7 +24,7 @@ from piecework.foundation import torch_private
 from piecework.foundation.environment import read_environment
 from piecework.foundation.process import garbage_collection_off
 from piecework.ops.ir.program import constant_name
-from piecework.ops.ir.selection import ProviderOrder, as_order
+from piecework.ops.ir.provider_order import ProviderOrder, as_order
 from piecework.providers.libraries import open_kernel
 
 

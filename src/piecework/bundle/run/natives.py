@@ -11,7 +11,8 @@ from piecework.errors import OpError
 from piecework.foundation.torch_private import find_overload
 from piecework.ops.ir.native_bodies import NativeBodies, NativeBody
 from piecework.ops.ir.op import ir_op
-from piecework.ops.ir.selection import ProviderOrder, Selection
+from piecework.ops.ir.provider_order import ProviderOrder
+from piecework.ops.ir.selection import Selection
 from piecework.providers.discovery import load_providers
 
 

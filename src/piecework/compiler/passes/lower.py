@@ -37,8 +37,9 @@ from piecework.foundation.torch_private import (
 from piecework.ops.ir.op import IrOp, ir_op
 from piecework.ops.ir.operator import Implementation
 from piecework.ops.ir.program import Call, Program, TensorSpec
+from piecework.ops.ir.provider_order import ProviderOrder
 from piecework.ops.ir.resolve import resolve_target
-from piecework.ops.ir.selection import CallFacts, Choice, ProviderOrder, Rejected
+from piecework.ops.ir.selection import CallFacts, Choice, Rejected, choose_implementation
 
 _NO_OPS: Final = frozenset({"operator", "torch", "math"})
 
@@ -165,7 +166,9 @@ class Lowering:
             ask=ask,
         )
         decoded = [run.decoded(a) for a in call.args]
-        return self.order.resolve(op, decoded, {n: run.decoded(v) for n, v in call.kwargs.items()}, facts=facts)
+        return choose_implementation(
+            self.order, op, decoded, {n: run.decoded(v) for n, v in call.kwargs.items()}, facts=facts
+        )
 
     def _body(
         self, op: IrOp, implementation: Implementation, call: Call, run: FakeRun, symbols: Symbols

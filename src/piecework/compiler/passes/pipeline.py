@@ -29,8 +29,8 @@ from piecework.compiler.rewrite.verify import check_form, compare_runs
 from piecework.errors import InternalError
 from piecework.foundation.torch_private import operator_of
 from piecework.ops.ir.program import Program
+from piecework.ops.ir.provider_order import IR_OPS
 from piecework.ops.ir.resolve import resolve_target
-from piecework.ops.ir.selection import IR_OPS
 
 
 def make_passes() -> tuple[Pass, ...]:

@@ -18,7 +18,8 @@ from piecework.foundation.torch_private import computes_plainly, is_stand_in
 from piecework.ops.ir.call_form import CallForm, TensorForm
 from piecework.ops.ir.decode import decode
 from piecework.ops.ir.operator import SelectableOp
-from piecework.ops.ir.selection import CallFacts, Choice, ProviderOrder, Selection
+from piecework.ops.ir.provider_order import ProviderOrder
+from piecework.ops.ir.selection import CallFacts, Choice, Selection, choose_implementation
 
 NOT_COMPILED: Final = object()
 """What a call gives for which there is no body: it goes through torch's dispatcher."""
@@ -255,7 +256,7 @@ def _with(
 
 
 def _choice(op: SelectableOp, values: Sequence[Any], selection: Selection) -> Choice:
-    return selection.order.resolve(op, values, facts=CallFacts(absent=selection.absent))
+    return choose_implementation(selection.order, op, values, facts=CallFacts(absent=selection.absent))
 
 
 def _records(values: Sequence[Any]) -> bool:

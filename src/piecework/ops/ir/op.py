@@ -38,8 +38,9 @@ from piecework.ops.ir.operator import (
     define_implementation,
     num_results,
 )
+from piecework.ops.ir.provider_order import NATIVE
 from piecework.ops.ir.schema import OpSchema, check_fake, infer_schema
-from piecework.ops.ir.selection import NATIVE, CallFacts, current_selection
+from piecework.ops.ir.selection import CallFacts, choose_implementation, current_selection
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -222,7 +223,7 @@ class IrOp:
         selection = current_selection()
         if selection is None:
             return self.native(*args, **kwargs)
-        choice = selection.order.resolve(self, args, kwargs, facts=CallFacts(absent=selection.absent))
+        choice = choose_implementation(selection.order, self, args, kwargs, facts=CallFacts(absent=selection.absent))
         return choice.implementation.function(*args, **kwargs)
 
     def _run_native(self, *args: Any, **kwargs: Any) -> Any:

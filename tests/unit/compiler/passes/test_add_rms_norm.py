@@ -12,7 +12,7 @@ from torch import Tensor
 
 from piecework.compiler.passes.lower import Lowering
 from piecework.ops.ir.program import Program
-from piecework.ops.ir.selection import ProviderOrder
+from piecework.ops.ir.provider_order import ProviderOrder
 from piecework.ops.norms import add_rms_norm, rms_norm
 from tests.unit.compiler.passes.programs import (
     ROWS,

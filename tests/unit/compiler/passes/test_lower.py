@@ -19,7 +19,7 @@ from piecework.ops.catalogue import CHOSEN
 from piecework.ops.ir.inputs import Draw
 from piecework.ops.ir.op import IrOp
 from piecework.ops.ir.program import Call, Program, TensorSpec, constant_name, encode_float
-from piecework.ops.ir.selection import ProviderOrder
+from piecework.ops.ir.provider_order import ProviderOrder
 from piecework.providers.discovery import load_providers
 from tests.unit.ops.ir_cases import SEEDS, assert_close
 
