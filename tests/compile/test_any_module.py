@@ -50,6 +50,7 @@ def mlp(tmp_path_factory: pytest.TempPathFactory, home: Path) -> tuple[nn.Module
     return module, out
 
 
+@pytest.mark.slow
 def test_an_encoder_with_two_dynamic_sizes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = Encoder().eval().requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from piecework.bundle.bundle import Bundle, BundleContent, write_bundle
 from piecework.bundle.run import LoadedModel, load
 from piecework.compiler.model import CompiledModel
 from piecework.errors import CorruptBundle, ShapeContractError, WeightsError
@@ -187,6 +189,53 @@ def test_a_changed_library_is_never_opened(float32: CompiledModel, reference: nn
     library.write_bytes(content)
     with pytest.raises(CorruptBundle, match=library.name[:16]):
         load(tmp_path / "bad", weights=reference)
+
+
+@pytest.fixture
+def no_plain_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where attention is plain torch's."""
+
+    def refuse(*_args: object) -> None:
+        pytest.fail("plain torch was called")
+
+    for module in ("piecework.ops.attention", "piecework.providers.cpu_attention.kernel"):
+        monkeypatch.setattr(f"{module}.attend_with", refuse)
+
+
+def with_another_kernel(bundle: Bundle, content: bytes, out: Path) -> Bundle:
+    """Write the bundle with a file of this content in place of its attention kernel."""
+    (name,) = bundle.plan()["kernels"].values()
+    kernel = out.with_name(f"{hashlib.sha256(content).hexdigest()}.so")
+    kernel.write_bytes(content)
+    artifacts = {other: bundle.artifact_path(other) for other in bundle.artifacts if other != name}
+    constants = bundle.path / "constants.safetensors"
+    content = BundleContent(
+        plan=json.loads(json.dumps(bundle.plan()).replace(name, kernel.name)),
+        artifacts={**artifacts, kernel.name: kernel},
+        facts=bundle.facts,
+        record=bundle.record(),
+        constants=constants.read_bytes() if constants.exists() else None,
+    )
+    return write_bundle(out, content)
+
+
+@pytest.mark.usefixtures("no_plain_attention")
+def test_a_loaded_bundle_calls_its_kernel(float32: CompiledModel, reference: nn.Module) -> None:
+    model = opened(float32, reference)
+    assert model.record.notes == ()
+    assert worst(model, reference) <= 1e-4
+
+
+def test_a_kernel_that_is_no_library_leaves_a_note_and_plain_torch(
+    float32: CompiledModel, reference: nn.Module, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model = load(with_another_kernel(float32.bundle, b"no library", tmp_path / "bundle"), weights=reference)
+    model.make_states({"blocks": 24})
+    assert "no native kernel cpu_attention" in model.record.notes[0]
+    assert worst(model, reference) <= 1e-4
+    request.getfixturevalue("no_plain_attention")
+    with pytest.raises(pytest.fail.Exception, match="plain torch was called"):
+        worst(model, reference)
 
 
 FRESH = """

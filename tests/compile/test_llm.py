@@ -78,6 +78,7 @@ def test_streams_beside_each_other(eager: CompiledModel, weights_dir: Path, refe
             assert_greedy(reference, prompt, tokens)
 
 
+@pytest.mark.slow
 def test_a_native_model_takes_over_from_an_eager_one(
     eager: CompiledModel, float32: CompiledModel, weights_dir: Path, reference: nn.Module
 ) -> None:

@@ -144,6 +144,7 @@ class Experts(nn.Module):
         return made + 1
 
 
+@pytest.mark.slow
 def test_another_process_loads_them_and_no_compiler(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = Experts().requires_grad_(False)

@@ -22,6 +22,7 @@ def _inputs(draw: Draw) -> tuple[torch.Tensor]:
     return (draw.tensor(draw.rows, draw.width()),)
 
 
+@pytest.mark.slow
 def test_it_is_within_two_units_in_the_last_place(home: Path) -> None:
     x = torch.linspace(-87.0, 88.7, 1 << 16).view(-1, 64)
     inf, nan = float("inf"), float("nan")

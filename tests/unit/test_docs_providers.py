@@ -44,6 +44,7 @@ def _run(code: str, site: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_blocks_run_in_order(site: Path) -> None:
     code = [block for block in blocks("python") if not block.startswith("# my_kernels.py")]
     # the page's own compile, without a C++ compiler

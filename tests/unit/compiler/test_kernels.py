@@ -9,11 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-import piecework
 from piecework.bundle.record import Recorder
-from piecework.bundle.run import loading
 from piecework.bundle.store.interface import MemoryStore
 from piecework.compiler.backends.backend import Backend
 from piecework.compiler.backends.pool import Outcome
@@ -22,10 +19,8 @@ from piecework.compiler.kernel_builds import KernelBuilds, KernelJob, kernel_job
 from piecework.compiler.split import OpaqueCall
 from piecework.errors import CompileError, StoreError
 from piecework.foundation.target import make_target
-from piecework.providers.cpu_attention.kernel import CpuAttention
 from piecework.providers.libraries import CPU_ATTENTION
 from piecework.spec.compile_options import BackendName, CompileOptions
-from tests.unit.ops.attention_cases import BATCHES, make_case
 
 TARGET = make_target("x86_64", system="linux", flags=frozenset({"avx2", "fma"}))
 AOTI = CompileOptions()
@@ -122,54 +117,3 @@ def test_other_errors_are_not_kept_quiet(tmp_path: Path) -> None:
     made = builds(MemoryStore(tmp_path), FakeBackend(tmp_path, error=error), Recorder())
     with pytest.raises(StoreError, match="no space"):
         made.finish()
-
-
-class Layer(nn.Module):
-    def __init__(self, blocks: int) -> None:
-        super().__init__()
-        self.register_buffer("cache", torch.zeros(2, blocks, 4, 2, 8), persistent=False)
-
-    def forward(self, query, key, value, slots, tables, lens, starts):
-        return torch.ops.piecework.attention(
-            query * 1.0, key, value, self.cache, slots, tables, lens, starts, starts.shape[0] - 1, 0.3
-        )
-
-
-def test_a_loaded_bundle_calls_its_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plan names the kernel; a file that is none leaves a note and plain torch."""
-    monkeypatch.setenv("PIECEWORK_HOME", str(tmp_path / "home"))
-    case = make_case(BATCHES["decodes"], heads=4, kv_heads=2, stale=0.0)
-    query, key, value, cache, *rows = case.args[:8]
-    library = tmp_path / "kernel.so"
-    library.write_text("no library")
-    artifact = MemoryStore(tmp_path).put_artifact("kernel", content=library)
-    monkeypatch.setattr(
-        "piecework.compiler.kernel_builds.KernelBuilds.finish", lambda self: {"cpu_attention": artifact}
-    )
-    bundle = piecework.compile(
-        Layer(cache.shape[1]),
-        (query.contiguous(), key, value, *rows),
-        states={"cache": tuple(cache.shape)},
-        options=CompileOptions(backend=BackendName.EAGER),
-    )
-    assert bundle.plan()["kernels"] == {"cpu_attention": artifact.name}
-
-    plain = loading.load(bundle, weights={})
-    assert "no native kernel cpu_attention" in plain.record.notes[0]
-    plain.make_states({})
-    plain.states["cache"].copy_(cache)
-    expected = plain(query.contiguous(), key, value, *rows)
-
-    called = []
-
-    def attention(self: CpuAttention, *args: Any) -> torch.Tensor:
-        called.append(len(args))
-        return args[0] * 0 + 5
-
-    monkeypatch.setattr(CpuAttention, "__init__", lambda self, library: None)
-    monkeypatch.setattr(CpuAttention, "__call__", attention)
-    native = loading.load(bundle, weights={})
-    assert native.record.notes == ()
-    native.make_states({})
-    assert torch.equal(native(query.contiguous(), key, value, *rows), torch.full_like(expected, 5))
-    assert called == [10]

@@ -1,0 +1,31 @@
+"""What was compiled by command is found by command; tests/smoke goes from a cold compile to text."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import piecework
+
+MODEL = Path(piecework.__file__).parent / "demo_model"
+
+
+def test_generate_finds_what_was_compiled_with_the_same_options(tmp_path: Path) -> None:
+    environment = {**os.environ, "PIECEWORK_HOME": str(tmp_path)}
+    options = ["--backend", "eager", "--max-tokens", "64", "--ranges", "1,2:64", "--without-pass", "merge_linear"]
+
+    def run(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-m", "piecework", command, str(MODEL), *arguments, "--json"]
+        return subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+
+    made = json.loads(run("compile", *options).stdout)
+    prompt = ["--prompt", "The for statement", "--max-new-tokens", "2"]
+    hit = run("generate", *prompt, *options)
+    assert (json.loads(hit.stdout)["bundle"], hit.stderr) == (made["bundle"], "")
+    miss = run("generate", *prompt, *options[:-2])
+    assert json.loads(miss.stdout)["bundle"] != made["bundle"]
+    why = "the nearest differs: option passes_off: bundle merge_linear, here nothing: compiling one"
+    assert miss.stderr.splitlines()[0].endswith(why)
