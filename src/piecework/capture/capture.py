@@ -1,6 +1,6 @@
 """Trace a module into one functional graph of aten operators, with weights, buffers and states as named inputs.
 
-`capture` traces each structurally different block of a stack once and stamps the others (templates.py). With
+`capture` traces each structurally different block of a stack once and stamps the others (stamping.py). With
 `templates=False` it traces every block: the fallback and the oracle that stamped graphs are tested against.
 """
 
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._pytree import tree_map
 
 from piecework.capture.cuts import is_opaque
@@ -29,12 +28,10 @@ from piecework.capture.memory import (
     views_of,
     written_by,
 )
-from piecework.capture.recording import TraceAgain
 from piecework.capture.request import CaptureRequest, SizeInput, TensorInput
 from piecework.capture.sources import Unwatched, class_files, is_users, ran_files
-from piecework.capture.stacks import stamping
+from piecework.capture.stamping import StackCounts, Stamping, TraceAgain, stamping
 from piecework.capture.structure import Structure, flatten
-from piecework.capture.templates import LookedAt, StackCounts
 from piecework.capture.tensors import NamedTensors
 from piecework.errors import CaptureError, InternalError, PieceworkError, ShapeContractError
 from piecework.foundation import torch_private
@@ -92,68 +89,14 @@ def capture(request: CaptureRequest, *, templates: bool = True) -> CapturedGraph
     Raises CaptureError where the module can't be traced as one graph, ShapeContractError where the trace holds for a
     part of a declared range only.
     """
-    looked_at: LookedAt = {}
-    notes: list[str] = []
+    one_by_one: frozenset[type] = frozenset()
     while True:
         try:
-            return _capture(request, templates=templates, looked_at=looked_at, notes=notes)
+            return _captured(*_traced(request, templates=templates, one_by_one=one_by_one))
         except TraceAgain as again:
-            known = looked_at.setdefault(again.cls, set())
-            if again.keys <= known:
-                raise InternalError(f"{again.cls.__name__} is traced again and again: {again.reason}") from again
-            known.update(again.keys)
-            notes.append(f"{again.cls.__name__} blocks are told apart by their names: {again.reason}")
-
-
-def _capture(request: CaptureRequest, *, templates: bool, looked_at: LookedAt, notes: Sequence[str]) -> CapturedGraph:
-    session = torch_private.SymbolicSession(is_users=is_users)
-    sizes = {
-        n: session.size(n, low=d.min, high=d.max, hint=_hint(d.min, d.max, d.hint)) for n, d in request.sizes.items()
-    }
-    arguments = [_argument(i, sizes=sizes, session=session) for i in request.inputs]
-    tensors = NamedTensors(
-        request.module, states=request.states, sizes=sizes, fake_mode=session.fake_mode, device=request.device
-    )
-    result: dict[str, Structure] = {}
-    counts = StackCounts()
-    sources = class_files(request.module)
-    with contextlib.ExitStack() as stack:
-        stack.callback(tensors.restore)
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(_our_errors())
-        stack.enter_context(torch_private.size_oblivious())
-        blocks: frozenset[nn.Module] = frozenset()
-        if templates:
-            counts, blocks = stack.enter_context(
-                stamping(
-                    request.module,
-                    tensors=tensors,
-                    fake_mode=session.fake_mode,
-                    opaque=request.opaque,
-                    looked_at=looked_at,
-                )
-            )
-            counts.notes.extend(notes)
-
-        def forward(*values: Any) -> list[Any]:
-            tracer = torch_private.current_tracer()
-            assert tracer is not None
-            tensors.begin(tracer)
-            tracer.keep(LayerName, *map(type, request.objects.values()))
-            note_lines(tracer, is_wanted=is_models(request.module))
-            tensors.swap(m for m in request.module.modules() if m not in blocks)
-            named = {i.name: v for i, v in zip(request.inputs, values, strict=True)}
-            with ran_files(sources), Unwatched():
-                out, result["structure"] = flatten(request.call(request.module, named))
-            return out
-
-        stack.enter_context(session.fake_mode)
-        stack.enter_context(KeepLinear())
-        traced = torch_private.trace(forward, arguments)
-        _refuse_changes(tensors.replaced())
-    _adopt_constants(traced, tensors=tensors)
-    trace = _Trace(request, session, tensors, arguments, result["structure"], counts, frozenset(sources))
-    return _captured(traced.graph, trace)
+            if again.cls in one_by_one:
+                raise InternalError(f"{again.cls.__name__} is traced again and again") from again
+            one_by_one |= {again.cls}
 
 
 @dataclass(frozen=True)
@@ -167,6 +110,51 @@ class _Trace:
     structure: Structure
     counts: StackCounts
     sources: frozenset[Path]
+
+
+def _traced(request: CaptureRequest, *, templates: bool, one_by_one: frozenset[type]) -> tuple[torch.fx.Graph, _Trace]:
+    """Run the module under a trace."""
+    session = torch_private.SymbolicSession(is_users=is_users)
+    sizes = {
+        n: session.size(n, low=d.min, high=d.max, hint=_hint(d.min, d.max, d.hint)) for n, d in request.sizes.items()
+    }
+    arguments = [_argument(i, sizes=sizes, session=session) for i in request.inputs]
+    tensors = NamedTensors(
+        request.module, states=request.states, sizes=sizes, fake_mode=session.fake_mode, device=request.device
+    )
+    result: dict[str, Structure] = {}
+    sources = class_files(request.module)
+    stamped = Stamping(StackCounts(), frozenset(), contextlib.nullcontext())
+    with contextlib.ExitStack() as stack:
+        stack.callback(tensors.restore)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_our_errors())
+        stack.enter_context(torch_private.size_oblivious())
+        if templates:
+            fake_mode, opaque = session.fake_mode, request.opaque
+            stamped = stack.enter_context(
+                stamping(request.module, tensors=tensors, fake_mode=fake_mode, opaque=opaque, one_by_one=one_by_one)
+            )
+
+        def forward(*values: Any) -> list[Any]:
+            tracer = torch_private.current_tracer()
+            assert tracer is not None
+            tensors.begin(tracer)
+            tracer.keep(LayerName, *map(type, request.objects.values()))
+            note_lines(tracer, is_wanted=is_models(request.module))
+            tensors.swap(m for m in request.module.modules() if m not in stamped.parts)
+            named = {i.name: v for i, v in zip(request.inputs, values, strict=True)}
+            with ran_files(sources), Unwatched(), stamped.calls:
+                out, result["structure"] = flatten(request.call(request.module, named))
+            return out
+
+        stack.enter_context(session.fake_mode)
+        stack.enter_context(KeepLinear())
+        traced = torch_private.trace(forward, arguments)
+        _refuse_changes(tensors.replaced())
+    _adopt_constants(traced, tensors=tensors)
+    trace = _Trace(request, session, tensors, arguments, result["structure"], stamped.counts, frozenset(sources))
+    return traced.graph, trace
 
 
 def _captured(graph: torch.fx.Graph, trace: _Trace) -> CapturedGraph:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from tests.unit.capture.name_ops import by_layer, by_text
+from tests.unit.capture.name_ops import by_layer
 from torch import Tensor
 
 from piecework.foundation.torch_private import (
@@ -16,8 +16,6 @@ from piecework.foundation.torch_private import (
     arguments_of_call,
     call_arguments,
     current_tracer,
-    fake_function,
-    is_bookkeeping,
     trace,
 )
 from piecework.ops.ir.layer import IS_OBJECT, LayerName
@@ -90,28 +88,3 @@ def test_traces_are_lean() -> None:
     assert node.meta["val"].shape[1] == 8
     assert node.meta.get("tensor_meta") is None
     assert "_LazyGraphModule" in [c.__name__ for c in type(made).__mro__]
-
-
-@pytest.mark.skipif(not IS_OBJECT, reason="a LayerName is a string here")
-def test_where_torch_hashes_arguments() -> None:
-    hashed: list[str] = []
-    original = LayerName.__hash__
-
-    def noting(self: LayerName) -> int:
-        hashed.append(sys._getframe(1).f_code.co_filename)
-        return original(self)
-
-    try:
-        LayerName.__hash__ = noting  # type: ignore[method-assign]
-        traced(lambda x: by_layer(x, LayerName("a")), keep=True)
-    finally:
-        LayerName.__hash__ = original  # type: ignore[method-assign]
-    assert all(is_bookkeeping(name) for name in hashed)
-    assert not is_bookkeeping(__file__)
-
-
-def test_fake_implementations_in_python() -> None:
-    function = fake_function(by_text.overload)
-    assert function is not None
-    assert function(torch.ones(2), "name").shape == (2,)
-    assert fake_function(torch.ops.pwgraph.widened_meta.default) is None

@@ -52,14 +52,6 @@ def withdraw(library: torch.library.Library) -> None:
     library._destroy()
 
 
-def fake_function(overload: Any) -> Callable[..., Any] | None:
-    """Return the Python function that was registered as an operator's fake implementation, or None."""
-    from torch._library import simple_registry
-
-    kernel: Callable[..., Any] | None = simple_registry.singleton.find(overload.name()).fake_impl.kernel
-    return kernel
-
-
 def fake_results(overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Run an operator's fake implementation on stand-ins of these arguments; sizes stay numbers."""
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -175,18 +175,6 @@ def not_functionalized() -> contextlib.AbstractContextManager[Any]:
     return made
 
 
-def is_bookkeeping(filename: str) -> bool:
-    """Whether a file is one in which torch hashes arguments of operators while it traces, and learns nothing from it.
-
-    torch 2.11-2.14: torch/_subclasses/fake_tensor.py, which keeps results of torch's own operators only, and
-    torch/utils/weak.py, where 2.11 looks for objects that are inputs of the graph.
-    """
-    from torch._subclasses import fake_tensor
-    from torch.utils import weak
-
-    return filename in (fake_tensor.__file__, weak.__file__)
-
-
 def data_dependent_errors() -> tuple[type[Exception], ...]:
     """Return the exceptions that torch raises where a trace needs a tensor's values."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException

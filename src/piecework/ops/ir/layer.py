@@ -46,9 +46,8 @@ if TYPE_CHECKING or IS_OBJECT:
         @property
         def value(self) -> str:
             """The name."""
-            name: Any = self._value
-            text: str = name if type(name) is str else name()  # in a capture, what notes that the name was asked for
-            return text
+            name: str = self._value
+            return name
 
         def __setattr__(self, name: str, value: Any) -> None:
             raise AttributeError("a LayerName can't be changed; make another one")
