@@ -105,15 +105,17 @@ def test_one_request_is_served(compiled: dict[str, Any], environment: dict[str, 
     ) as server:
         try:
             events = iter(server.stderr)
-            url = next(found["url"] for found in map(json.loads, events) if found["event"] == "listening")
-            ready = next(found for found in map(json.loads, events) if found["event"] == "ready")
-            assert ready["bundle"] == "hit"
+            told: dict[str, Any] = {}
+            while not {"listening", "ready"} <= set(told):  # in either order
+                event = json.loads(next(events))
+                told[event["event"]] = event
+            assert told["ready"]["bundle"] == "hit"
             asked = {"model": "demo_model", "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
-            answer = httpx.post(f"{url}/v1/completions", json=asked, timeout=60).json()
+            answer = httpx.post(f"{told['listening']['url']}/v1/completions", json=asked, timeout=60).json()
             assert answer["choices"][0]["text"].strip() == EXPECTED
             server.send_signal(signal.SIGTERM)
-            told = [line for line in events if line.strip()]
-            assert json.loads(told[-1]) == {"code": 0, "banned": []}
+            last = [line for line in events if line.strip()][-1]
+            assert json.loads(last) == {"code": 0, "banned": []}
         finally:
             server.kill()
 
