@@ -185,10 +185,6 @@ def test_the_interface_that_wrappers_repeat_is_there() -> None:
     assert "AOTInductorModelContainerCreate" in torch_private.aoti_interface_source()
 
 
-def test_settings_of_inductor_are_plain_values() -> None:
-    assert "max_autotune" in torch_private.inductor_settings()
-
-
 def test_a_profiler_of_all_threads_may_be_stopped_by_another(tmp_path: Path) -> None:
     profiler = torch_private.thread_wide_profiler()
 
