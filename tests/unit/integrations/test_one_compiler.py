@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import piecework
 from piecework.bundle.record import Recorder
+from piecework.bundle.run.model import LoadedModel
 from piecework.spec.compile_options import BackendName, CompileOptions
 
 EAGER = CompileOptions(backend=BackendName.EAGER)
@@ -193,6 +195,33 @@ def test_weights_are_those_of_the_call() -> None:
     for change in changes:
         change()
         torch.testing.assert_close(run(x), model(x))
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def loaded_models() -> int:
+    gc.collect()
+    return sum(type(found) is LoadedModel for found in gc.get_objects())
+
+
+def test_what_is_bound_ends_with_its_weights_and_with_a_reset() -> None:
+    before = loaded_models()
+    blocks, x = [Wrapped() for _ in range(2)], torch.randn(3, 8)
+    for block in blocks:
+        block.compile(backend="piecework", options={"backend": "eager"}, dynamic=False)
+        block(x)
+    assert loaded_models() == before + 2
+    del blocks[0], block
+    assert loaded_models() == before + 1
+    torch._dynamo.reset()
+    assert loaded_models() == before
 
 
 def test_a_size_that_the_trace_narrows_is_guarded_and_other_sizes_are_compiled_when_they_come() -> None:

@@ -57,8 +57,6 @@ class FollowingModel:
         changed = None if bound is None else bound.watch.changed(weights)
         if bound is None or changed:
             bound = self._bound[key] = self._bind(weights, before=bound, changed=changed or ())
-            for weight in weights if changed is None else ():
-                weakref.finalize(weight, self._bound.pop, key, None).atexit = False
         return bound.model.run(values)
 
     def _bind(self, weights: Sequence[torch.Tensor], *, before: _Bound | None, changed: Collection[int]) -> _Bound:
@@ -81,7 +79,18 @@ class FollowingModel:
         whole = [constant for constant in constants if constant is not None]
         model = open_plan(plan, path_of=self._opened.path_of, constants=whole, order=self._opened.order)
         copied = _copied(plan.recipes, whole, dict(zip(self._names, weights, strict=True)))
-        return _Bound(model, whole, _Watch(weights, copied))
+        return _Bound(model, whole, _Watch(weights, copied), self._last_as_long_as(weights))
+
+    def _last_as_long_as(self, weights: Sequence[torch.Tensor]) -> Sequence[weakref.ref[torch.Tensor]]:
+        """Return references that let go of what is bound to some weights when one of those ends."""
+        bound, key = weakref.ref(self), tuple(map(id, weights))
+
+        def forget(_weight: weakref.ref[torch.Tensor]) -> None:
+            model = bound()
+            if model is not None:
+                model._bound.pop(key, None)
+
+        return [weakref.ref(weight, forget) for weight in weights]
 
 
 def _copied(
@@ -104,6 +113,7 @@ class _Bound:
     model: LoadedModel
     constants: Sequence[torch.Tensor]
     watch: _Watch
+    alive: Sequence[weakref.ref[torch.Tensor]]
 
 
 @final
