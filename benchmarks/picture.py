@@ -50,9 +50,10 @@ def draw(figures: Mapping[str, Any]) -> str:
     drawn = [*_flow(layers=layers, pieces=pieces, unique=unique), *_groups(groups, top=222)]
     height = 222 + 30 * sum(len(g.rows) for g in groups) + 34 * len(groups) + 24
     machine, settings = figures["machine"], figures["settings"]
+    torch, vllm = figures["versions"]["torch"].partition("+")[0], figures["versions"]["vllm"]
     caption = (
-        f"{layers} layers, Llama with random weights, hidden {settings['hidden']}, bfloat16, on {machine['cores']} cores "
-        f"({machine['cpu']}); torch {figures['versions']['torch'].partition('+')[0]}, vLLM {figures['versions']['vllm']}"
+        f"{layers} layers, Llama with random weights, hidden {settings['hidden']}, bfloat16, "
+        f"on {machine['cores']} cores ({machine['cpu']}); torch {torch}, vLLM {vllm}"
     )
     drawn.append(_text(20, height - 10, caption, size=12, fill=GREY))
     body = "\n".join(drawn)
