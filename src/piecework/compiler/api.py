@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from piecework.bundle.bundle import Bundle, write_bundle
-from piecework.bundle.record import Recorder
 from piecework.bundle.run.structure import unflatten
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.capture.request import CaptureRequest, Dim, TensorInput
 from piecework.capture.structure import flatten
 from piecework.compiler.driver import compile_request
 from piecework.compiler.model import started_backend
+from piecework.compiler.setup import CompileSetup, OnProgress, unheard
 from piecework.errors import CaptureError
 from piecework.foundation.environment import Environment, read_environment
 from piecework.foundation.target import read_target
@@ -36,7 +36,7 @@ def compile(
     states: Mapping[str, tuple[int | str, ...]] | None = None,
     out: str | Path | None = None,
     options: CompileOptions | None = None,
-    on_progress: Callable[[str, int, int], None] = lambda text, done, total: None,
+    on_progress: OnProgress = unheard,
 ) -> Bundle:
     """Compile a module's forward into a bundle. Compiling happens in worker processes.
 
@@ -88,7 +88,7 @@ def _write(
     arguments: Mapping[str, Any],
     options: CompileOptions,
     environment: Environment,
-    on_progress: Callable[[str, int, int], None],
+    on_progress: OnProgress,
 ) -> Bundle:
     """Compile a request and write its bundle; `arguments` say how a caller's map to the graph's inputs."""
     store, target = DirectoryStore(environment.store_root), read_target()
@@ -100,12 +100,7 @@ def _write(
     ):
         content = compile_request(
             request,
-            options=options,
-            backend=backend,
-            store=store,
-            target=target,
-            recorder=Recorder(),
-            on_progress=on_progress,
+            CompileSetup(options, backend, store, target, on_progress=on_progress),
             identity={"module": type(request.module).__qualname__},
             arguments=arguments,
         ).content

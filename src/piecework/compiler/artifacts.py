@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from piecework.bundle.facts import package_version
 from piecework.bundle.record import Recorder
-from piecework.bundle.store.interface import Artifact, Store
+from piecework.bundle.store.interface import Artifact
 from piecework.bundle.store.lookup import find_artifact
 from piecework.capture.request import Dim
 from piecework.compiler.backends import aoti, rebuild, toolchain, vector_exp
-from piecework.compiler.backends.backend import Backend
 from piecework.compiler.job import Job
 from piecework.compiler.passes import native_matmul, pack_linear
 from piecework.compiler.rewrite import fakes
-from piecework.errors import CompileError
+from piecework.compiler.setup import CompileSetup, OnProgress
+from piecework.errors import CompileError, ShapeContractError
 from piecework.foundation.digests import digest_file, digest_json
 from piecework.foundation.target import Target
 from piecework.foundation.torch_private import inductor, scheduled_kernels, symbolic
 from piecework.ops.ir import decode, resolve
 from piecework.ops.ir.program import Program
 from piecework.spec.compile_options import BackendName, CompileOptions
-
-OnProgress = Callable[[str, int, int], None]
-"""Called with what is being done, how many artifacts are done, and how many there are (0: not known yet)."""
 
 Bounds = tuple[int, int]
 
@@ -58,68 +55,77 @@ class _Form:
 
 
 def compile_artifacts(
-    pieces: Sequence[Compiled],
-    *,
-    declared: Dim | None,
-    options: CompileOptions,
-    backend: Backend,
-    store: Store,
-    target: Target,
-    recorder: Recorder,
-    on_progress: OnProgress,
-    optional: int = 0,
+    pieces: Sequence[Compiled], setup: CompileSetup, *, declared: Dim | None, optional: int = 0
 ) -> list[dict[Bounds, Artifact]]:
     """Return, for each unique piece, its artifact by range of the primary size.
 
     Args:
         pieces: the unique pieces.
+        setup: how, and with what.
+        declared: the primary size's declared range, or None where the module has no dynamic size.
         optional: how many of them, the last ones, can be done without: one whose code would hold for a part of its
             range gets no artifact, and a note.
-        declared: the primary size's declared range, or None where the module has no dynamic size.
-        options, backend, store, target, recorder, on_progress: see `compiler.driver.compile_request`.
 
     Where the code that a backend generates for a range from 1 does not hold for 1, the range is split there, once, and
     the record says so. Raises ShapeContractError where that does not help, CompileError, StoreError.
     """
+    options, target = setup.options, setup.target
     wanted = [
         _Form(i, bounds, _job(piece, bounds=bounds if options.ranges else None, options=options, target=target))
         for i, piece in enumerate(pieces)
         for bounds in _ranges(piece, declared=declared, options=options)
     ]
     made: list[dict[Bounds, Artifact]] = [{} for _ in pieces]
-    progress = _Progress(recorder, on_progress)
+    progress = _Progress(setup.recorder, setup.on_progress)
     while wanted:
-        missing: dict[str, Job] = {}
-        found: dict[str, Artifact] = {}
+        found, narrowed = _found_or_compiled([form.job for form in wanted], setup, progress)
+        failed: list[_Form] = []
         for form in wanted:
-            key = form.job.key()
-            stored = found.get(key) or find_artifact(store, key, report=recorder.note)
-            if stored is None:
-                missing[key] = form.job
+            artifact = found.get(form.job.key())
+            if artifact is not None:
+                made[form.piece][form.bounds] = artifact
+            elif form.piece >= len(pieces) - optional:
+                setup.recorder.note(f"a body inside opaque ops is not compiled: {narrowed[form.job.key()].found}")
             else:
-                found[key] = stored
-        progress.begin(missing, hits=len(found))
-        outcome = backend.compile(missing, on_event=progress.on_event)
-        for key, path in outcome.paths.items():
-            found[key] = store.put_artifact(key, content=path)
-        split: list[_Form] = []
-        for form in wanted:
-            key = form.job.key()
-            if key in found:
-                made[form.piece][form.bounds] = found[key]
-                continue
-            low, high = form.bounds
-            piece = pieces[form.piece]
-            if form.piece >= len(pieces) - optional:
-                recorder.note(f"a body inside opaque ops is not compiled: {outcome.narrowed[key].found}")
-                continue
-            if low != 1 or high == 1 or piece.primary is None:
-                raise outcome.narrowed[key]
-            recorder.note(f"piece {form.piece} has an artifact of its own for 1: {outcome.narrowed[key].found}")
-            for bounds in ((1, 1), (2, high)):
-                split.append(_Form(form.piece, bounds, _job(piece, bounds=bounds, options=options, target=target)))
-        wanted = split
+                failed.append(form)
+        wanted = [
+            part
+            for form in failed
+            for part in _split_at_1(form, pieces[form.piece], setup, why=narrowed[form.job.key()])
+        ]
     return made
+
+
+def _found_or_compiled(
+    jobs: Sequence[Job], setup: CompileSetup, progress: _Progress
+) -> tuple[dict[str, Artifact], Mapping[str, ShapeContractError]]:
+    """Return the artifacts by key, and why the code of the others would hold for a part of its range only."""
+    missing: dict[str, Job] = {}
+    found: dict[str, Artifact] = {}
+    for job in jobs:
+        key = job.key()
+        stored = found.get(key) or find_artifact(setup.store, key, report=setup.recorder.note)
+        if stored is None:
+            missing[key] = job
+        else:
+            found[key] = stored
+    progress.begin(missing, hits=len(found))
+    outcome = setup.backend.compile(missing, on_event=progress.on_event)
+    for key, path in outcome.paths.items():
+        found[key] = setup.store.put_artifact(key, content=path)
+    return found, outcome.narrowed
+
+
+def _split_at_1(form: _Form, piece: Compiled, setup: CompileSetup, *, why: ShapeContractError) -> list[_Form]:
+    """Return a form's range as 1 and all above it; raises `why` where it can't be split there."""
+    low, high = form.bounds
+    if low != 1 or high == 1 or piece.primary is None:
+        raise why
+    setup.recorder.note(f"piece {form.piece} has an artifact of its own for 1: {why.found}")
+    return [
+        _Form(form.piece, bounds, _job(piece, bounds=bounds, options=setup.options, target=setup.target))
+        for bounds in ((1, 1), (2, high))
+    ]
 
 
 class _Progress:

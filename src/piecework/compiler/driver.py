@@ -13,11 +13,10 @@ from piecework.bundle.facts import Fact, environment_facts, option_facts, packag
 from piecework.bundle.packings import OWN
 from piecework.bundle.plan import Plan, ShapeRange
 from piecework.bundle.record import Recorder
-from piecework.bundle.store.interface import Artifact, Store
+from piecework.bundle.store.interface import Artifact
 from piecework.capture.capture import CapturedGraph, capture
 from piecework.capture.request import CaptureRequest, Variant
-from piecework.compiler.artifacts import OnProgress, compile_artifacts
-from piecework.compiler.backends.backend import Backend
+from piecework.compiler.artifacts import compile_artifacts
 from piecework.compiler.deduplicate import Deduplicated, Forward, deduplicate
 from piecework.compiler.explanations import explain_pieces
 from piecework.compiler.kernel_builds import KernelBuilds, kernel_jobs
@@ -26,11 +25,10 @@ from piecework.compiler.packing import packing_of
 from piecework.compiler.passes.lower import Lowering
 from piecework.compiler.passes.native_matmul import native_paths
 from piecework.compiler.planning import make_plan
+from piecework.compiler.setup import CompileSetup
 from piecework.compiler.split import Piece, split
 from piecework.foundation.process import garbage_collection_off
-from piecework.foundation.target import Target
 from piecework.providers.discovery import Providers, load_providers
-from piecework.spec.compile_options import CompileOptions
 
 
 @dataclass(frozen=True)
@@ -43,13 +41,8 @@ class Sealed:
 
 def compile_request(
     request: CaptureRequest,
+    setup: CompileSetup,
     *,
-    options: CompileOptions,
-    backend: Backend,
-    store: Store,
-    target: Target,
-    recorder: Recorder,
-    on_progress: OnProgress,
     facts: Sequence[Fact] = (),
     identity: Mapping[str, Any] | None = None,
     arguments: Any = None,
@@ -58,35 +51,21 @@ def compile_request(
 
     Args:
         request: what to compile.
-        options: how.
-        backend: makes the artifacts.
-        store: artifacts that are there already are not compiled again; new ones are put there.
-        target: the CPU that the artifacts run on.
-        recorder: is told phases ("capture", "split", "compile", "seal"), counts and notes.
-        on_progress: see OnProgress.
+        setup: how, and with what.
         facts: facts about the model, beside those of the environment, options and sources.
         identity: what the bundle is of, for people.
         arguments: how a caller's arguments map to inputs (see api.py), or None.
 
     Raises CaptureError, ShapeContractError, CompileError, StoreError.
     """
-    on_progress("capturing", 0, 0)
-    with garbage_collection_off(), recorder.phase("capture"):
+    setup.on_progress("capturing", 0, 0)
+    with garbage_collection_off(), setup.recorder.phase("capture"):
         captures = capture_variants(request)
-    built = build(
-        captures,
-        options=options,
-        backend=backend,
-        store=store,
-        target=target,
-        recorder=recorder,
-        on_progress=on_progress,
-        arguments=arguments,
-    )
-    with recorder.phase("plan"):
+    built = build(captures, setup, arguments=arguments)
+    with setup.recorder.phase("plan"):
         all_facts = (
-            *environment_facts(target=target),
-            *option_facts(options.facts()),
+            *environment_facts(target=setup.target),
+            *option_facts(setup.options.facts()),
             *facts,
             *_facts(built),
         )
@@ -95,7 +74,7 @@ def compile_request(
         plan=built.plan.to_json(),
         artifacts={artifact.name: artifact.path for artifact in built.artifacts},
         facts=tuple(all_facts),
-        record=recorder.finish(),
+        record=setup.recorder.finish(),
         constants=_literals(built.paths),
         identity=identity or {},
         explanation={**explanation, **({"natives": [n.to_json() for n in built.natives]} if built.natives else {})},
@@ -129,20 +108,13 @@ class Built:
 
 
 def build(
-    captures: Sequence[tuple[CapturedGraph, Variant | None]],
-    *,
-    options: CompileOptions,
-    backend: Backend,
-    store: Store,
-    target: Target,
-    recorder: Recorder,
-    on_progress: OnProgress,
-    arguments: Any = None,
+    captures: Sequence[tuple[CapturedGraph, Variant | None]], setup: CompileSetup, *, arguments: Any = None
 ) -> Built:
     """Split, dedupe, compile what the store hasn't, and plan; see `compile_request` for the arguments.
 
     `captures` are a model's forwards, wherever they come from; the last one is no variant's.
     """
+    options, target, recorder = setup.options, setup.target, setup.recorder
     providers = load_providers(options.providers.names)
     lowering = Lowering(options.providers, providers.absent)
     request = captures[-1][0].request
@@ -157,22 +129,17 @@ def build(
     recorder.count("natives", by=len(natives))
     steps = [step for path in paths for step in path.steps]
     jobs = kernel_jobs(steps, options=options, target=target, device=request.device)
-    kernels = KernelBuilds(jobs, backend, store, target, recorder)
+    kernels = KernelBuilds(jobs, setup)
     with recorder.phase("compile"):
         kernels.start()
         artifacts = compile_artifacts(
             [*pieces.unique, *bodies],
+            setup,
             declared=next(iter(request.sizes.values()), None),
-            options=options,
-            backend=backend,
-            store=store,
-            target=target,
-            recorder=recorder,
-            on_progress=on_progress,
             optional=len(bodies),
         )
         built = kernels.finish()
-    on_progress("sealing", len(artifacts), len(artifacts))
+    setup.on_progress("sealing", len(artifacts), len(artifacts))
     with recorder.phase("plan"):
         ranges = [[ShapeRange(lo, hi, artifact.name) for (lo, hi), artifact in forms.items()] for forms in artifacts]
         plan = make_plan(paths, pieces, artifacts=ranges[: len(pieces.unique)], arguments=arguments)

@@ -21,6 +21,7 @@ from piecework.compiler.backends.late import LateBackend
 from piecework.compiler.eager_forms import call_forms
 from piecework.compiler.natives import Native, native
 from piecework.compiler.passes.lower import Lowering
+from piecework.compiler.setup import CompileSetup
 from piecework.errors import OpError
 from piecework.foundation.environment import read_environment
 from piecework.foundation.target import Target, read_target
@@ -209,13 +210,8 @@ class _Maker:
             backend = self._backend
         (found,) = compile_artifacts(
             [made.piece],
+            CompileSetup(CompileOptions(providers=order), backend, store, self._target, self._recorder),
             declared=None,
-            options=CompileOptions(providers=order),
-            backend=backend,
-            store=store,
-            target=self._target,
-            recorder=self._recorder,
-            on_progress=lambda text, done, total: None,
             optional=1,
         )
         for artifact in found.values():

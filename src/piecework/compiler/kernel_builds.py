@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from piecework.bundle.facts import Fact, source_facts
-from piecework.bundle.record import Recorder
-from piecework.bundle.store.interface import Artifact, Store
+from piecework.bundle.store.interface import Artifact
 from piecework.bundle.store.lookup import find_artifact
-from piecework.compiler.backends.backend import Backend
 from piecework.compiler.backends.toolchain import KERNEL_FLAGS
+from piecework.compiler.setup import CompileSetup
 from piecework.compiler.split import OpaqueCall, Step
 from piecework.errors import CompileError
 from piecework.foundation.digests import digest_file, digest_json
@@ -74,10 +73,7 @@ class KernelBuilds:
     """Kernels that are being built in a thread, from `start_kernels` on; closing the backend ends it early."""
 
     jobs: tuple[KernelJob, ...]
-    backend: Backend
-    store: Store
-    target: Target
-    recorder: Recorder
+    setup: CompileSetup
     _made: dict[str, Artifact] = field(default_factory=dict)
     _errors: list[Exception] = field(default_factory=list)
     _thread: threading.Thread | None = None
@@ -86,7 +82,7 @@ class KernelBuilds:
         """Look the kernels up, and start to build those that are missing."""
         missing = []
         for job in self.jobs:
-            found = find_artifact(self.store, job.key(self.target), report=self.recorder.note)
+            found = find_artifact(self.setup.store, job.key(self.setup.target), report=self.setup.recorder.note)
             if found is None:
                 missing.append(job)
             else:
@@ -102,8 +98,8 @@ class KernelBuilds:
         for error in self._errors:
             if not isinstance(error, CompileError):
                 raise error
-            self.recorder.note(f"no native kernel, plain torch instead: {error.found}")
-        self.recorder.count("kernels", by=len(self._made))
+            self.setup.recorder.note(f"no native kernel, plain torch instead: {error.found}")
+        self.setup.recorder.count("kernels", by=len(self._made))
         return self._made
 
     def facts(self) -> tuple[Fact, ...]:
@@ -113,9 +109,11 @@ class KernelBuilds:
     def _build(self, jobs: Iterable[KernelJob]) -> None:
         for job in jobs:
             try:
-                library = self.backend.build_kernel(job.kernel.main, macros=_macros(job))
+                library = self.setup.backend.build_kernel(job.kernel.main, macros=_macros(job))
                 if library is not None:
-                    self._made[job.kernel.name] = self.store.put_artifact(job.key(self.target), content=library)
+                    self._made[job.kernel.name] = self.setup.store.put_artifact(
+                        job.key(self.setup.target), content=library
+                    )
             except Exception as error:  # noqa: BLE001  told by `finish`, in the thread that asks
                 self._errors.append(error)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from piecework.bundle.record import Recorder
 from piecework.bundle.store.interface import Store
 from piecework.bundle.store.lookup import find_bundle
 from piecework.compiler.backends.backend import AotiBackend, Backend, EagerBackend
+from piecework.compiler.setup import CompileSetup, OnProgress, unheard
 from piecework.foundation.environment import Environment
 from piecework.foundation.target import Target, read_target
 from piecework.spec.compile_options import BackendName, CompileOptions
@@ -21,8 +22,6 @@ from piecework.spec.model_spec import ModelSpec
 
 if TYPE_CHECKING:
     from piecework.capture.request import CaptureRequest
-
-OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def compile_model(
     check_weights: bool = True,
     out: Path | None = None,
     recorder: Recorder | None = None,
-    on_progress: OnProgress = lambda text, done, total: None,
+    on_progress: OnProgress = unheard,
 ) -> CompiledModel:
     """Return the bundle of a model, compiled unless the store has a valid one.
 
@@ -51,7 +50,7 @@ def compile_model(
         environment: where the C++ compiler is, and what it prepares once per machine.
         check_weights: whether the checkpoint must hold every tensor in the right shape; else only config.json is read.
         out: where to write the bundle; None for the store.
-        recorder, on_progress: see `compiler.driver.compile_request`.
+        recorder, on_progress: see CompileSetup.
 
     Raises UnsupportedModelError, WeightsError, CaptureError, ShapeContractError, CompileError, StoreError.
     """
@@ -80,12 +79,7 @@ def compile_model(
                 _check_weights(spec, request)
         content = compile_request(
             request,
-            options=spec.options,
-            backend=backend,
-            store=store,
-            target=target,
-            recorder=recorder,
-            on_progress=on_progress,
+            CompileSetup(spec.options, backend, store, target, recorder, on_progress),
             facts=spec.facts,
             identity=spec.identity,
         ).content

@@ -28,6 +28,7 @@ from piecework.capture.dynamo_limits import why_whole
 from piecework.compiler.backends.backend import Backend, EagerBackend
 from piecework.compiler.backends.late import LateBackend
 from piecework.compiler.driver import build
+from piecework.compiler.setup import CompileSetup
 from piecework.errors import CaptureError, CompileError, PieceworkError, StoreError
 from piecework.foundation.digests import digest_json
 from piecework.foundation.environment import read_environment
@@ -108,15 +109,7 @@ class DynamoBackend:
             if options.backend is BackendName.EAGER:
                 backend = EagerBackend(scratch=scratch)
             try:
-                built = build(
-                    [(captured, None)],
-                    options=chosen,
-                    backend=backend,
-                    store=store,
-                    target=self._target,
-                    recorder=recorder,
-                    on_progress=lambda text, done, total: None,
-                )
+                built = build([(captured, None)], CompileSetup(chosen, backend, store, self._target, recorder))
             finally:
                 backend.close()
         self._hint(built.plan, recorder)

@@ -16,6 +16,7 @@ from piecework.compiler.backends.backend import Backend
 from piecework.compiler.backends.pool import Outcome
 from piecework.compiler.job import Job
 from piecework.compiler.kernel_builds import KernelBuilds, KernelJob, kernel_jobs
+from piecework.compiler.setup import CompileSetup
 from piecework.compiler.split import OpaqueCall
 from piecework.errors import CompileError, StoreError
 from piecework.foundation.target import make_target
@@ -78,7 +79,7 @@ def test_none_where_none_can_be_used() -> None:
 
 
 def builds(store: MemoryStore, backend: Backend, recorder: Recorder) -> KernelBuilds:
-    made = KernelBuilds(jobs(call(ATTENTION, torch.float32)), backend, store, TARGET, recorder)
+    made = KernelBuilds(jobs(call(ATTENTION, torch.float32)), CompileSetup(AOTI, backend, store, TARGET, recorder))
     made.start()
     return made
 
