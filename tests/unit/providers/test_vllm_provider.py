@@ -14,7 +14,7 @@ import piecework
 from piecework.foundation.target import make_target
 from piecework.ops.catalogue import CHOSEN
 from piecework.ops.ir.selection import choose_implementation
-from piecework.ops.norms import add_rms_norm, rms_norm
+from piecework.ops.norms import Norming, add_rms_norm, rms_norm
 from piecework.ops.quantize import quantize_dynamic_per_token
 from piecework.providers.discovery import load_providers
 from piecework.providers.families.norms import Rounding, probe
@@ -104,7 +104,7 @@ def test_small_and_zero_rows_in_int8() -> None:
 def test_neither_vllm_nor_a_compiler_is_imported() -> None:
     code = """
 import sys, torch, piecework
-from piecework.ops.norms import rms_norm
+from piecework.ops.norms import Norming, rms_norm
 with piecework.providers(["rms_norm=vllm,native"]) as order:
     assert choose_implementation(order, rms_norm, (torch.ones(2, 64), torch.ones(64))).provider == "vllm"
     rms_norm(torch.ones(2, 64), torch.ones(64))
@@ -174,12 +174,12 @@ def test_a_kernel_tells_when_it_rounds(rounding: Rounding) -> None:
     first = rounding is Rounding.FIRST
     assert probe(lambda x, w: rms_norm.native(x, w, 1e-6, 0.0, first), device="cpu") is rounding
     x, weight = torch.randn(2, 8).bfloat16(), torch.randn(8).bfloat16()
-    assert rounding.conflict(x, weight, round_first=first) == ""
-    assert rounding.conflict(x, None, round_first=not first) == ""
-    assert rounding.conflict(x.float(), weight.float(), round_first=not first) == ""
+    assert rounding.conflict(x, Norming(weight, round_first=first)) == ""
+    assert rounding.conflict(x, Norming(None, round_first=not first)) == ""
+    assert rounding.conflict(x.float(), Norming(weight.float(), round_first=not first)) == ""
     where = ("before", "after") if first else ("after", "before")
     expected = f"the kernel rounds to bfloat16 {where[0]} the weight, the call {where[1]} the weight"
-    assert rounding.conflict(x, weight, round_first=not first) == expected
+    assert rounding.conflict(x, Norming(weight, round_first=not first)) == expected
 
 
 def test_a_kernel_that_rounds_otherwise() -> None:

@@ -139,13 +139,14 @@ def name(kind: str, index: int) -> Any:
 
 def check(module: nn.Module, *, pieces: int, unique: int, traced: int) -> None:
     options = CompileOptions(backend=BackendName.EAGER)
+    torch.manual_seed(0)
     bundle = piecework.compile(module, (torch.randn(3, 8),), dynamic={"rows": Dim(1, 64)}, options=options)
     counts = bundle.record().counts
     model = piecework.load(bundle, weights=module)
     for rows in (1, 7):
         x = torch.randn(rows, 8)
         with torch.no_grad():
-            assert torch.allclose(model(x), module(x), atol=1e-6)
+            assert torch.allclose(model(x), module(x), rtol=1e-5, atol=1e-5)
     assert (counts["pieces"], counts["unique_pieces"]) == (pieces, unique)
     assert counts["blocks_traced"] == traced
 
@@ -154,7 +155,7 @@ def check(module: nn.Module, *, pieces: int, unique: int, traced: int) -> None:
 def test_equal_layers(kind: str, layers: int) -> None:
     """A | D A | D A | … | D: three, however deep."""
     module = Model([Layer(Attention(kind, name(kind, i)), Dense()) for i in range(layers)])
-    check(module, pieces=layers + 1, unique=3, traced=1 if kind == "LayerName" else 2)
+    check(module, pieces=layers + 1, unique=3, traced=1)
 
 
 @pytest.mark.parametrize("kind", slow_but(KINDS, "LayerName"))
@@ -162,22 +163,21 @@ def test_dense_layers_then_experts(kind: str) -> None:
     """A | D A | D A | D A | R | M A | R | M A | R | M: five different ones."""
     layers = [Layer(Attention(kind, name(kind, i)), Dense()) for i in range(3)]
     layers += [Layer(Attention(kind, name(kind, i)), Experts(kind, name(kind, i))) for i in range(3, 6)]
-    # two templates, and for names that are no objects a second trace for each
-    check(Model(layers), pieces=10, unique=5, traced=2 if kind == "LayerName" else 4)
+    check(Model(layers), pieces=10, unique=5, traced=2)
 
 
 @pytest.mark.parametrize("kind", slow_but(KINDS, "str"))
 def test_alternating_windows(kind: str) -> None:
     """A | D A | D A | D A | D A | D A | D: the window is the operator's, so it makes no piece another one."""
     module = Model([Layer(Attention(kind, name(kind, i), window=(0, 12)[i % 2]), Dense()) for i in range(6)])
-    check(module, pieces=7, unique=3, traced=2)
+    check(module, pieces=7, unique=3, traced=1)
 
 
 @pytest.mark.parametrize("kind", slow_but(KINDS, "int"))
 def test_alternating_layers_that_compute_something_else(kind: str) -> None:
     """With d for a layer that scales: A | D A | d A | D A | d A | D A | d: four, for "A", "D A", "d A" and "d"."""
     module = Model([Layer(Attention(kind, name(kind, i)), Dense(), scale=(1.0, 0.5)[i % 2]) for i in range(6)])
-    check(module, pieces=7, unique=4, traced=2 if kind == "LayerName" else 4)
+    check(module, pieces=7, unique=4, traced=2)
 
 
 @pytest.mark.parametrize("kind", slow_but(KINDS, "LayerName"))
@@ -189,4 +189,4 @@ def test_layers_that_share_a_cache(kind: str) -> None:
     names = [name(kind, i) for i in range(5)]
     layers = [Layer(Attention(kind, n), Dense()) for n in names[:3]]
     layers += [Layer(Attention(kind, n, cache=names[2]), Dense()) for n in names[3:]]
-    check(Model(layers), pieces=6, unique=4, traced=2 if kind == "LayerName" else 4)
+    check(Model(layers), pieces=6, unique=4, traced=2)
