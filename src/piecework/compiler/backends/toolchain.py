@@ -303,8 +303,10 @@ def likely_flags(target: Target) -> tuple[str, ...] | None:
         capability, isa = "AVX2", ["-mavx2", "-mfma", "-mf16c"]
     else:
         return None
-    if {"amx_tile", "amx_bf16"} & flags:
+    if "amx_fp16" in flags:  # whether it is used depends on g++'s version
         return None
+    if "amx_tile" in flags:
+        isa += ["-mamx-tile", "-mamx-bf16", "-mamx-int8", *(["-mavx512bf16"] if "avx512_bf16" in flags else [])]
     defines = ["TORCH_INDUCTOR_CPP_WRAPPER", "STANDALONE_TORCH_HEADER", "C10_USING_CUSTOM_GENERATED_MACROS"]
     return (
         *(f"-D{d}" for d in [*defines, f"CPU_CAPABILITY_{capability}", "NDEBUG"]),
