@@ -1,6 +1,6 @@
 """Draw the README's picture from the committed figures: layers → pieces → bundle → hosts, and bars of starts.
 
-python -m benchmarks.picture            # writes docs/picture.svg
+python -m benchmarks.common.picture     # writes docs/picture.svg
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Final
 
-ROOT: Final = Path(__file__).parent.parent
+ROOT: Final = Path(__file__).parent.parent.parent
 WIDTH: Final = 920
 INK, GREY, PALE = "#1f2933", "#6b7785", "#e4e8ee"
 OURS, THEIRS = "#2563a8", "#a9b4c2"
