@@ -6,6 +6,7 @@ A module has a `BENCHMARK`: how it is described, its own options, what it measur
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 import tempfile
@@ -78,7 +79,7 @@ class Benchmark:
 
     def _parser(self) -> argparse.ArgumentParser:
         parser = argparse.ArgumentParser(
-            prog=f"python -m {self.measure.__module__}",
+            prog=f"python -m benchmarks.{Path(inspect.getfile(inspect.unwrap(self.measure))).stem}",  # its module may be "__main__"
             description=self.description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,12 +19,9 @@ MAX_TOKENS = 256
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(common_dir: Path, new_home: Callable[[Path], Path]) -> Path:
     """A store that all tests of this folder share, in all of pytest-xdist's workers."""
-    base = tmp_path_factory.getbasetemp()
-    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "home"
-    path.mkdir(exist_ok=True)
-    return path
+    return new_home(common_dir / "home")
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import piecework
@@ -13,8 +14,10 @@ import piecework
 MODEL = Path(piecework.__file__).parent / "demo_model"
 
 
-def test_generate_finds_what_was_compiled_with_the_same_options(tmp_path: Path) -> None:
-    environment = {**os.environ, "PIECEWORK_HOME": str(tmp_path)}
+def test_generate_finds_what_was_compiled_with_the_same_options(
+    tmp_path: Path, new_home: Callable[[Path], Path]
+) -> None:
+    environment = {**os.environ, "PIECEWORK_HOME": str(new_home(tmp_path / "home"))}
     options = ["--backend", "eager", "--max-tokens", "64", "--ranges", "1,2:64", "--without-pass", "merge_linear"]
 
     def run(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,11 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def own_home(tmp_path_factory: pytest.TempPathFactory, kind: str) -> Path:
+def own_home(tmp_path_factory: pytest.TempPathFactory, new_home: Callable[[Path], Path], kind: str) -> Path:
     """A store, and a cache of Inductor's, that were empty before the 4 layers of `kind` were compiled."""
-    return tmp_path_factory.mktemp("names")
+    home = tmp_path_factory.mktemp("names")
+    new_home(home / "store")
+    return home
 
 
 def variables(home: Path) -> dict[str, str]:

@@ -75,9 +75,9 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def serve(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., object]:
+def serve(tmp_path_factory: pytest.TempPathFactory, new_home: Callable[[Path], Path]) -> Callable[..., object]:
     """Return what starts a server, on a store that all of this file's servers share."""
-    home = tmp_path_factory.mktemp("serve-home")
+    home = new_home(tmp_path_factory.mktemp("serve-home"))
 
     @contextmanager
     def serve(*options: str, **environment: str) -> Iterator[Server]:

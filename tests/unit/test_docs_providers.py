@@ -57,6 +57,7 @@ def test_the_blocks_run_in_order(site: Path) -> None:
 def test_the_package_is_found_by_its_entry_point(site: Path) -> None:
     code = """
 import sys, torch, piecework
+from piecework.ops.ir.selection import choose_implementation
 from piecework.ops.norms import add_rms_norm, rms_norm
 x, weight = torch.randn(4, 64), torch.randn(64)
 assert "my_kernels" not in sys.modules

@@ -154,6 +154,7 @@ class _Description:
         self._from: dict[str, Given | Carrier | Fixed] = {}
         self._weights: dict[str, int] = {}
         self._objects: dict[str, object] = {}
+        self._examples: dict[str, object] = {}
         self._numbers: dict[str, int] = {}
         self._devices: set[str] = set()
 
@@ -173,6 +174,7 @@ class _Description:
             opaque=self._cut,
             device=next(iter(self._devices), "cpu"),
             objects={**self._objects, **self._held_objects()},
+            examples=self._examples,
             may_write=True,
         )
         return DynamoGraph(request, self._from, self._weights, results, self._sizes)
@@ -195,7 +197,9 @@ class _Description:
             self._inputs.append(SizeInput(node.name, size))
         elif is_python_object(value):
             real = real_object(value)
+            # equal names may differ at the next call, so what stands for them in the trace differs too
             self._objects[node.name] = LayerName(node.name) if isinstance(real, LayerName) else real
+            self._examples[node.name] = real
         else:
             raise _refused(f"it takes a {type(value).__name__}")
         self._from[node.name] = Given(position)

@@ -85,6 +85,8 @@ class CaptureRequest:
         sources: how parameters are made from checkpoint tensors; one that is not here is taken under its own name.
         notes: what was decided while the module was built, for people; they go into the bundle's record.
         objects: what opaque ops are called with and every call brings anew, by name: what stands for it in the trace.
+        examples: what one call really brings for an object, by name, where that is known: code that only looks at
+            shapes and dtypes (an op's declared calls) may look at the layer it stands for.
         may_write: whether the forward may write to its inputs; every such write is a step of the plan.
     """
 
@@ -99,4 +101,5 @@ class CaptureRequest:
     sources: Sources = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     objects: Mapping[str, object] = field(default_factory=dict)
+    examples: Mapping[str, object] = field(default_factory=dict)
     may_write: bool = False

@@ -173,6 +173,8 @@ class _Described:
         numbers = {name: f"t{number}" for number, name in enumerate(declared_sizes)}
         self._names = {old: numbers[name] for old, name in captured.size_names.items() if name in numbers}
         self.symbols = tuple((numbers[name], dim.min, dim.max) for name, dim in declared_sizes.items())
+        request = captured.request
+        self._examples = {id(stand_in): request.examples.get(n, stand_in) for n, stand_in in request.objects.items()}
         self._args = [self._described(a) for a in args]
         self._kwargs = {name: self._described(value) for name, value in kwargs.items()}
         self.key = repr((self._args, self._kwargs))
@@ -193,7 +195,7 @@ class _Described:
         if isinstance(value, (list, tuple)):
             return [self._described(item) for item in value]
         if not isinstance(value, torch.fx.Node):
-            return value
+            return self._examples.get(id(value), value)
         found = value.meta.get("val")
         if isinstance(found, torch.Tensor):
             return TensorSpec(
