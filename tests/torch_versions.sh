@@ -23,7 +23,7 @@ failed=0
 for python in "${pythons[@]}"; do
     "$python" -m pip install -q --no-deps -e . || exit 1 # torch finds the backend by the package's entry point
     "$python" -c 'import torch; print("== torch", torch.__version__, flush=True)'
-    PIECEWORK_SMOKE="$scratch/figures" "$python" -m pytest -q -p no:cacheprovider tests/smoke || failed=1
+    PIECEWORK_SMOKE="$scratch/figures" "$python" -m pytest -q -p no:cacheprovider -m slow tests/smoke || failed=1
 done
 
 echo "== figures: seconds, one reading each"

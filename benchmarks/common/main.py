@@ -79,7 +79,8 @@ class Benchmark:
 
     def _parser(self) -> argparse.ArgumentParser:
         parser = argparse.ArgumentParser(
-            prog=f"python -m benchmarks.{Path(inspect.getfile(inspect.unwrap(self.measure))).stem}",  # its module may be "__main__"
+            # the module of what is run is "__main__"
+            prog=f"python -m benchmarks.{Path(inspect.getfile(inspect.unwrap(self.measure))).stem}",
             description=self.description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

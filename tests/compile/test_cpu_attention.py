@@ -73,6 +73,7 @@ def test_sinks(attention: CpuAttention, batch: str, dtype: torch.dtype) -> None:
     check(attention, case, scale=0.3, sinks=torch.tensor([-3.0, 0.0, 1.0, 40.0]).to(dtype))
 
 
+@pytest.mark.slow
 @given(drawn=drawn_cases())
 @settings(max_examples=40, deadline=None)
 def test_equals_the_reference_whatever_the_batch(attention: CpuAttention, drawn: tuple[Case, dict[str, Any]]) -> None:
@@ -196,6 +197,7 @@ def test_threads_of_python_may_call_it_at_once(attention: CpuAttention) -> None:
     assert not failures
 
 
+@pytest.mark.slow
 def test_a_library_without_the_type_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library = tmp_path / "kernel.so"
     toolchain = find_toolchain(tmp_path, compiler=None)

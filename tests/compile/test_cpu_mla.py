@@ -188,6 +188,7 @@ def test_packed_weights_of_another_type_falls_back(mla: CpuMla) -> None:
     torch.testing.assert_close(out.double(), reference(case), atol=4e-3, rtol=4e-3)
 
 
+@pytest.mark.slow
 @given(case=drawn_mla_cases())
 @settings(max_examples=20, deadline=None)
 def test_equals_the_reference_whatever_the_batch(mla: CpuMla, case: MlaCase) -> None:
@@ -329,6 +330,7 @@ def test_the_one_operator_uses_the_same_kernels(library: Path, mla: CpuMla, batc
     assert torch.equal(case.named["latent_cache"].nan_to_num(), twin.named["latent_cache"].nan_to_num())
 
 
+@pytest.mark.slow
 def test_a_library_without_the_type_falls_back(tmp_path: Path) -> None:
     library = tmp_path / "kernel.so"
     find_toolchain(tmp_path, compiler=None).compile_kernel(CPU_MLA.main, macros=("PIECEWORK_BFLOAT16",), target=library)

@@ -90,6 +90,7 @@ def test_tensors_that_are_broadcast_and_dtypes_that_differ(shared: piecework.Eag
     assert shared.fallbacks == {}
 
 
+@pytest.mark.slow
 def test_blocks_nest_and_repeat_without_compiling_again(home: Path) -> None:
     ops = piecework.eager_ops(store=home)
     weight = torch.randn(24)

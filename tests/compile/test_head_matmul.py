@@ -90,6 +90,7 @@ def test_products_are_those_of_torch(products: Products, model: LoadedModel, tok
     torch.testing.assert_close(second.double(), wanted, rtol=tolerance, atol=2 * tolerance)
 
 
+@pytest.mark.slow
 def test_elements_of_a_row_may_lie_apart(products: Products, home: Path, tmp_path: Path) -> None:
     module, dtype = Apart(products.first), products.first.dtype
     x = torch.randn(11, DEPTH, HEADS, dtype=dtype)

@@ -95,6 +95,7 @@ def test_sizes_are_inputs_and_results() -> None:
         assert number == wanted
 
 
+@pytest.mark.slow
 def test_half_precision_and_a_piece_that_only_passes_on() -> None:
     norm = nn.RMSNorm(8, dtype=torch.bfloat16)
 
@@ -105,6 +106,7 @@ def test_half_precision_and_a_piece_that_only_passes_on() -> None:
     torch.testing.assert_close(compiled(forward, Recorder())(x), forward(x))
 
 
+@pytest.mark.slow
 def test_what_the_store_has_is_not_compiled_again_and_a_damaged_piece_is_set_aside(tmp_path: Path) -> None:
     linear = nn.Linear(8, 8)
 

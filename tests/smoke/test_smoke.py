@@ -20,6 +20,8 @@ from torch import nn
 
 import piecework
 
+pytestmark = pytest.mark.slow  # other tests do the same with this torch
+
 MODEL = Path(piecework.__file__).parent / "demo_model"
 PROMPT = "The for statement is used to"
 EXPECTED = "iterate over the elements of a sequence"

@@ -35,6 +35,7 @@ def test_files_that_do_not_fit_are_left_to_inductor(tmp_path: Path, monkeypatch:
     assert (made, builds) == (tmp_path / "inductor's own.so", [False, True])
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> Path:
         raise StoreError(asked="compile a piece", found="no space left on the disk")

@@ -308,6 +308,7 @@ class TestWhatMustNotBeCutOrShared:
         for n in (3, 4, -5, 2**40):
             torch.testing.assert_close(run(torch.ones(2), n), (torch.ones(2) + n) * 2)
 
+    @pytest.mark.slow
     def test_without_a_store_it_goes_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("PIECEWORK_HOME", str(tmp_path / "file" / "home"))

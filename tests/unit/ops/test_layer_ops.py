@@ -63,6 +63,7 @@ raise SystemExit(f"imported {sorted(bad)}" if bad else 0)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer_names", ["1", "0"])
 def test_all_run_without_a_compiler_and_with_layer_names_as_strings(layer_names: str) -> None:
     done = subprocess.run(

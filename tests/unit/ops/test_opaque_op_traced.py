@@ -145,6 +145,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_with_layer_names_as_strings() -> None:
     done = subprocess.run(
         [sys.executable, "-c", _DEGRADED],
