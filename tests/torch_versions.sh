@@ -11,7 +11,7 @@ trap 'rm -rf "$scratch"' EXIT
 
 pythons=("$@")
 if ((${#pythons[@]} == 0)); then
-    grep -vi '^torch==' constraints.txt >"$scratch/constraints.txt"
+    grep -viE '^(torch|setuptools)==' constraints.txt >"$scratch/constraints.txt"
     for version in 2.11 2.13 2.15; do
         "${PYTHON:-python3}" -m venv "$scratch/$version" || exit 1
         "$scratch/$version/bin/pip" install -q -c "$scratch/constraints.txt" "torch==$version.*" '.[dev]' || exit 1
