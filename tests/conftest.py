@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+# Each worker's threads, and the compilers that they start, share the cores: those that wait shall not spin meanwhile.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 settings.register_profile("piecework", deadline=None)
 settings.load_profile("piecework")
 

@@ -38,6 +38,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
     return compile_
 
 
+@pytest.mark.slow
 def test_forwards_of_several_bundles_are_timed(compiled: Callable[[str], tuple[Path, Path]]) -> None:
     models = [mla_layers.open_model(*compiled("mla-tiny")) for _ in range(2)]
     found = mla_layers.measure(models, BATCHES, steps=2, seconds=0.0)

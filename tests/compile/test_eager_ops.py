@@ -232,6 +232,7 @@ def test_without_compiling_it_selects_providers() -> None:
     assert current_selection() is None
 
 
+@pytest.mark.slow
 def test_another_process_loads_and_compiles_nothing(home: Path) -> None:
     ops = piecework.eager_ops(store=home)
     with ops:

@@ -60,6 +60,7 @@ def test_ranges_have_kernels_of_their_own(ranged: CompiledModel) -> None:
     assert not any("tokens" in text for kernel in one[2] or () for term in kernel.writes for text in term)
 
 
+@pytest.mark.slow
 def test_what_the_store_had_says_the_same(
     compiled: Callable[..., CompiledModel], float32: CompiledModel, tmp_path: Path
 ) -> None:

@@ -54,6 +54,7 @@ def compiled(module: Any, recorder: Recorder, *, dynamic: bool | None = True) ->
     return torch.compile(module, backend=backend, options={"recorder": recorder}, dynamic=dynamic, fullgraph=True)
 
 
+@pytest.mark.slow
 def test_writes_and_views_across_cuts_are_what_eager_mode_gives() -> None:
     linear = nn.Linear(8, 8)
 

@@ -64,7 +64,7 @@ def mixed_prompts(count: int) -> list[list[int]]:
     return prompts
 
 
-@pytest.mark.parametrize("family", slow_but([*FAMILIES, *LATENT_FAMILIES], "deepseek_v3_halves"))
+@pytest.mark.parametrize("family", slow_but([*FAMILIES, *LATENT_FAMILIES], "qwen3"))
 def test_alone_and_in_a_mixed_batch_with_preemptions(tmp_path: Path, family: str) -> None:
     reference, model = eager_pair(tmp_path, family, max_tokens=24)
     prompts = mixed_prompts(20)

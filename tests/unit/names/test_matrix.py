@@ -125,7 +125,7 @@ def test_a_bundle(family: str, kind: str, num_layers: int) -> None:
     check_bundle(cell, cell.model)
 
 
-@every_cell(deep=[("KV update", "LayerName")])
+@every_cell()
 def test_torch_compile_of_the_whole_model(family: str, kind: str, num_layers: int) -> None:
     cell, recorder = Cell(family, kind, num_layers), Recorder()
     options = {"backend": "eager", "store": False, "recorder": recorder}
