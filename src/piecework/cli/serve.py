@@ -118,8 +118,7 @@ def _answer(
             log.event("draining", seconds=status.uptime_s)
 
     log.event("listening", url=url_of(listening), model=settings.model, seconds=status.uptime_s)
-    drain_s = settings.limits.drain_s
-    server_class(app, listening=listening, drain_s=drain_s, log=log, on_drain=drain, stop=failed).run()
+    server_class(app, listening=listening, limits=settings.limits, log=log, on_drain=drain, stop=failed).run()
 
 
 def _import_server() -> tuple[Callable[..., FastAPI], type[HttpServer]]:
@@ -151,12 +150,15 @@ def _settings(args: argparse.Namespace, environment: Environment) -> ServerSetti
         concurrent_requests=args.max_requests,
         retry_after_s=args.retry_after,
         drain_s=args.drain,
+        connections=args.max_connections,
+        receive_s=args.receive_timeout,
     )
     return ServerSettings(
         model_names=tuple(args.served_model_name or [args.model.resolve().name]),
         api_key=args.api_key if args.api_key is not None else environment.api_key,
         limits=limits,
         default_temperature=args.default_temperature,
+        hosts=(args.host, *(args.allowed_host or ())),
     )
 
 
@@ -164,6 +166,13 @@ def _add_http(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s; 0.0.0.0: all)")
     group.add_argument(
         "--port", type=_port, default=8000, metavar="N", help="port (default: %(default)s; 0: a free one)"
+    )
+    group.add_argument(
+        "--allowed-host",
+        action="append",
+        metavar="NAME",
+        help="a name under which clients may call the server, beside localhost and addresses; may be given several "
+        "times ('*': any)",
     )
     group.add_argument("--api-key", metavar="KEY", help="what clients of /v1/ must send (default: none)")
     group.add_argument(
@@ -195,6 +204,20 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         default=512,
         metavar="N",
         help="requests at the same time; more get a 429 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-connections",
+        type=_positive,
+        default=2048,
+        metavar="N",
+        help="open at the same time; of more, idle ones are closed (default: %(default)s)",
+    )
+    group.add_argument(
+        "--receive-timeout",
+        type=float,
+        default=20.0,
+        metavar="SECONDS",
+        help="for a request's head to arrive, and for each part of its body (default: %(default)g)",
     )
     group.add_argument("--max-body", type=_bytes, default=8 << 20, metavar="SIZE", help="of a request (default: 8MiB)")
     group.add_argument(

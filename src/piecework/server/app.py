@@ -12,10 +12,10 @@ from piecework.server.errors import add_error_answers
 from piecework.server.information import health_routes, model_routes, page_routes, start_routes
 from piecework.server.log import EventLog
 from piecework.server.metrics import Metrics
-from piecework.server.middleware import Counted, JsonBody, KeyRequired
+from piecework.server.middleware import Counted, JsonBody, KeyRequired, KnownHost
 from piecework.server.responses import documented_openapi
 from piecework.server.settings import ServerSettings
-from piecework.server.status import ServerStatus
+from piecework.server.status import ServerStatus, State
 
 
 def make_app(
@@ -45,8 +45,10 @@ def make_app(
     add_error_answers(app)
     app.openapi = documented_openapi(app, has_key=settings.api_key is not None)  # type: ignore[method-assign]
     # added last, met first
-    app.add_middleware(JsonBody, most_bytes=settings.limits.body_bytes)
+    app.add_middleware(JsonBody, limits=settings.limits, is_draining=lambda: status.state is State.DRAINING)
     if settings.api_key is not None:
         app.add_middleware(KeyRequired, api_key=settings.api_key)
+    if "*" not in settings.hosts:
+        app.add_middleware(KnownHost, hosts=settings.hosts)
     app.add_middleware(Counted, metrics=metrics, log=log if log_requests else None)
     return app

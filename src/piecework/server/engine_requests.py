@@ -10,12 +10,14 @@ from typing import Any, Final
 from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams, StructuredOutput
 from piecework.errors import RequestError
-from piecework.server.errors import invalid
+from piecework.server.errors import ApiError, invalid
 from piecework.server.requests import ChatRequest, CompletionRequest, Sampling
 from piecework.server.service import Service
 from piecework.server.settings import ServerSettings
 
 _COMPLETION_TOKENS: Final = 16  # where a request to /v1/completions doesn't say, as OpenAI has it
+_MOST_CHARACTERS: Final = 8  # per token; of a text with more of them, a beginning is encoded first
+_SLACK: Final = 16  # tokens by which the end of a beginning may differ from that of the whole text
 _LONG: Final = 4096  # characters; longer texts are encoded beside the event loop, which costs a switch of threads
 
 
@@ -56,6 +58,8 @@ async def _completion_prompts(
         raise invalid(f"prompt: {len(texts)} prompts are more than this server's {most}", param="prompt")
     prompts = []
     for text in texts:
+        if isinstance(text, str):
+            await _check_size(text, service=service, settings=settings, param="prompt")
         tokens = await _encoded(text, service.encode) if isinstance(text, str) else text
         prompts.append(_checked(tokens, service=service, settings=settings, param="prompt"))
     return prompts
@@ -73,7 +77,9 @@ async def _chat_prompt(request: ChatRequest, *, service: Service, settings: Serv
         return service.encode_chat(messages, tools=offered, extra=request.chat_template_kwargs)
 
     # the length decides where it is encoded; the text itself is in the messages
-    tokens = await _encoded("".join(str(message.get("content", "")) for message in messages), encode)
+    text = "".join(str(message.get("content", "")) for message in messages)
+    await _check_size(text, service=service, settings=settings, param="messages")
+    tokens = await _encoded(text, encode)
     return _checked(tokens, service=service, settings=settings, param="messages")
 
 
@@ -81,18 +87,35 @@ async def _encoded(text: str, encode: Callable[[str], list[int]]) -> list[int]:
     return encode(text) if len(text) < _LONG else await asyncio.to_thread(encode, text)
 
 
+async def _check_size(text: str, *, service: Service, settings: ServerSettings, param: str) -> None:
+    """Raise ApiError where a part of a very long text is too long already: to encode all of it takes seconds."""
+    most = _most_tokens(service, settings)
+    if len(text) > _MOST_CHARACTERS * most:
+        tokens = await _encoded(text[: _MOST_CHARACTERS * most], service.encode)
+        if len(tokens) > most + _SLACK:
+            raise _too_long(f"more than {len(tokens) - _SLACK}", most=most, param=param)
+
+
+def _most_tokens(service: Service, settings: ServerSettings) -> int:
+    longest = service.max_positions - 1
+    return min(longest, settings.limits.prompt_tokens or longest)
+
+
+def _too_long(found: str, *, most: int, param: str) -> ApiError:
+    return invalid(
+        f"{param}: {found} tokens, where this server takes prompts of at most {most}",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
 def _checked(tokens: list[int], *, service: Service, settings: ServerSettings, param: str) -> tuple[int, ...]:
     """Return a prompt's tokens; raises ApiError where there are none or too many."""
     if not tokens:
         raise invalid(f"{param}: no tokens; at least one is needed, such as the model's BOS token", param=param)
-    longest = service.max_positions - 1
-    most = min(longest, settings.limits.prompt_tokens or longest)
+    most = _most_tokens(service, settings)
     if len(tokens) > most:
-        raise invalid(
-            f"{param}: {len(tokens)} tokens, where this server takes prompts of at most {most}",
-            param=param,
-            code="context_length_exceeded",
-        )
+        raise _too_long(str(len(tokens)), most=most, param=param)
     return tuple(tokens)
 
 

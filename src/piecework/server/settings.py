@@ -20,6 +20,9 @@ class Limits:
         concurrent_requests: that generate at the same time, waiting ones included; 429 beyond.
         retry_after_s: seconds that a 429 or 503 asks a client to wait.
         drain_s: seconds that running requests get to finish after SIGTERM.
+        connections: open at the same time; of more, those without a request are closed, the longest idle first.
+        receive_s: seconds that a request's head may take to arrive, and each part of its body; then 408.
+        nesting: of a body's JSON, in levels.
 
     Raises RequestError for a limit below 1.
     """
@@ -32,10 +35,13 @@ class Limits:
     concurrent_requests: int = 512
     retry_after_s: int = 1
     drain_s: float = 30.0
+    connections: int = 2048
+    receive_s: float = 20.0
+    nesting: int = 64
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            least = 0 if name in ("drain_s", "logprobs") else 1
+            least = 0 if name in ("drain_s", "logprobs") else 0.1 if name == "receive_s" else 1
             if value is not None and value < least:
                 raise RequestError(
                     asked="start the server", found=f"the limit {name} {value}", try_=f"at least {least}"
@@ -51,12 +57,14 @@ class ServerSettings:
         api_key: what clients of /v1/ must send as `Authorization: Bearer KEY`, or None for everybody.
         limits: see Limits.
         default_temperature: where a request names none; OpenAI's is 1.
+        hosts: names under which clients may call the server, beside "localhost" and addresses; "*" for any.
     """
 
     model_names: tuple[str, ...]
     api_key: str | None = field(default=None, repr=False)
     limits: Limits = field(default_factory=Limits)
     default_temperature: float = 1.0
+    hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.model_names or not all(self.model_names):

@@ -18,6 +18,7 @@ from piecework.server.settings import Limits, ServerSettings
 from tests.unit.server.fake import FakeService, ready
 from tests.unit.server.live import eventually, live_server
 
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: ::1\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
 LONG = {"model": "fake", "prompt": "x", "max_tokens": 2000}
 
 
@@ -33,7 +34,7 @@ def _send(url: str, body: dict, *, path: str = "/v1/completions") -> socket.sock
     host, port = url.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)), timeout=5)
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: ::1\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     connection.sendall(head.encode() + data)
     return connection
 
@@ -93,10 +94,7 @@ def test_a_body_that_stops_half_way_holds_nothing(slow):
     service, url, http = slow
     host, port = url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=5) as connection:
-        head = (
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
-        )
-        connection.sendall(head)
+        connection.sendall(HEAD + b"{")
     assert http.post("/v1/completions", json={**LONG, "max_tokens": 1}).status_code == 200
     assert len(service.seen) == 1
 
@@ -128,10 +126,11 @@ from tests.unit.server.fake import FakeService, ready
 service = FakeService(step_s=0.02)
 status = ready(service)
 log = EventLog(sys.stderr)
-app = make_app(status, ServerSettings(model_names=("fake",)), log=log)
+limits = Limits(drain_s=float(sys.argv[1]), receive_s=float(sys.argv[2]), connections=int(sys.argv[3]))
+app = make_app(status, ServerSettings(model_names=("fake",), limits=limits), log=log)
 listening = listen("127.0.0.1", port=0)
 print(url_of(listening), flush=True)
-HttpServer(app, listening=listening, drain_s=float(sys.argv[1]), log=log, on_drain=status.drains).run()
+HttpServer(app, listening=listening, limits=limits, log=log, on_drain=status.drains).run()
 print("active", len(service.active), "ended", len(service.ended), flush=True)
 """
 
@@ -140,7 +139,7 @@ print("active", len(service.active), "ended", len(service.ended), flush=True)
 def process(request):
     root = Path(__file__).resolve().parents[3]
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(request.param)],
+        [sys.executable, "-c", SERVER, *map(str, request.param)],
         cwd=root,
         env={"PYTHONPATH": f"{root / 'src'}:{root}", "PATH": "/usr/bin:/bin"},
         stdout=subprocess.PIPE,
@@ -152,7 +151,7 @@ def process(request):
     server.communicate()
 
 
-@pytest.mark.parametrize("process", [10], indirect=True)
+@pytest.mark.parametrize("process", [(10, 20, 100)], indirect=True)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_what_runs_finish_and_takes_nothing_new(process, number):
     server, url = process
@@ -178,7 +177,7 @@ def test_a_signal_lets_what_runs_finish_and_takes_nothing_new(process, number):
     assert (server.returncode, out, err) == (0, "active 0 ended 9\n", "")
 
 
-@pytest.mark.parametrize("process", [1], indirect=True)
+@pytest.mark.parametrize("process", [(1, 20, 100)], indirect=True)
 def test_what_takes_longer_than_the_limit_is_cut_off(process):
     server, url = process
     with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "stream": True}) as stream:
@@ -191,6 +190,68 @@ def test_what_takes_longer_than_the_limit_is_cut_off(process):
     assert (server.returncode, out) == (0, "active 0 ended 1\n")
     assert "timeout graceful shutdown exceeded" in err
     assert "Traceback" not in err
+
+
+PARTS = [b"", b"POST /v1/comp", HEAD, HEAD + b"{"]
+"""What clients send before they fall silent: nothing, half a head, a head, half a body."""
+
+
+def _connect(url: str, sent: bytes) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=10)
+    connection.sendall(sent)
+    return connection
+
+
+def _answer(connection: socket.socket) -> bytes:
+    """Return what comes until the server closes the connection."""
+    parts = []
+    while part := connection.recv(1 << 16):
+        parts.append(part)
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("process", [(30, 0.6, 100)], indirect=True)
+def test_connections_without_a_whole_request_are_closed_and_others_are_not(process):
+    _, url = process
+    with httpx.stream("POST", f"{url}/v1/completions", json={**LONG, "max_tokens": 100, "stream": True}) as stream:
+        begun = time.monotonic()
+        for sent in PARTS[:3]:
+            with _connect(url, sent) as connection:
+                answer = _answer(connection)
+            assert answer.startswith(b"HTTP/1.1 408") if sent.startswith(HEAD) else answer == b""
+        assert time.monotonic() - begun < 8
+        assert stream.read().endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("process", [(30, 20, 4)], indirect=True)
+def test_of_too_many_connections_the_longest_idle_are_closed(process):
+    _, url = process
+    connections = [_connect(url, b"")]
+    time.sleep(0.3)
+    connections += [_connect(url, b"") for _ in range(4)]
+    first, *others = connections
+    assert _answer(first) == b""
+    time.sleep(0.3)
+    others[-1].sendall(b"GET /health HTTP/1.1\r\nHost: ::1\r\nConnection: close\r\n\r\n")
+    assert _answer(others[-1]).startswith(b"HTTP/1.1 200")
+    for connection in connections:
+        connection.close()
+
+
+@pytest.mark.parametrize("process", [(30, 20, 100)], indirect=True)
+def test_the_end_waits_for_no_request_that_isnt_there_yet(process):
+    server, url = process
+    connections = [_connect(url, sent) for sent in PARTS]
+    assert httpx.get(f"{url}/health").status_code == 200
+    begun = time.monotonic()
+    server.send_signal(signal.SIGTERM)
+    out, _ = server.communicate(timeout=20)
+    assert (server.returncode, out) == (0, "active 0 ended 0\n")
+    assert time.monotonic() - begun < 5
+    assert [_answer(connection)[:12] for connection in connections] == [b"", b"", b"HTTP/1.1 503", b"HTTP/1.1 503"]
+    for connection in connections:
+        connection.close()
 
 
 def _refuses(url: str) -> bool:

@@ -44,6 +44,11 @@ def error_of(response: httpx.Response) -> dict:
         (b'{"model": "fake", "prompt": "x", "temperature": 1e999}', "temperature"),
         (b'{"model": "fake", "prompt": "x", "seed": ' + b"9" * 100 + b"}", "seed"),
         (b'{"model": "fake", "prompt": "x", "seed": ' + b"9" * 10_000 + b"}", ""),
+        (b'{"model": "fake", "prompt": "\xed\xa0\x80"}', "not UTF-8"),
+        (
+            b'{"model": "fake", "prompt": "x", "structured_outputs": {"json": ' + b'{"a":' * 400 + b"1" + b"}" * 402,
+            "deeper",
+        ),
         (b'{"model": "fake", "prompt": "\\ud800"}', "no Unicode"),
         (b'{"model": "\\uD800", "prompt": "x"}', "no Unicode"),
         (b'{"model": "fake"}', "prompt"),
@@ -54,6 +59,50 @@ def test_a_malformed_body_is_a_400(http, body, message):
     response = http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400
     assert message in error_of(response)["message"]
+
+
+def test_brackets_in_text_are_not_nesting(http):
+    call = {"type": "function", "function": {"name": "f", "arguments": "[" * 5000}}
+    messages = [{"role": "user", "content": '\\"{' * 300}, {"role": "assistant", "tool_calls": [call]}]
+    answer = http.post("/v1/chat/completions", json={"model": "fake", "max_tokens": 1, "messages": messages})
+    assert answer.status_code == 200
+
+
+def test_of_a_prompt_that_is_much_too_long_only_a_beginning_is_encoded(http, service, monkeypatch):
+    lengths = []
+    encode = service.encode
+    monkeypatch.setattr(service, "encode", lambda text: lengths.append(len(text)) or encode(text))
+    for path, body in (
+        ("completions", {"prompt": "x" * 5_000_000}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x" * 5_000_000}]}),
+    ):
+        answer = http.post(f"/v1/{path}", json={"model": "fake", **body})
+        assert answer.status_code == 400
+        assert error_of(answer)["code"] == "context_length_exceeded"
+    assert 0 < max(lengths) < 50_000
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        *(
+            (host, 200)
+            for host in ("localhost", "127.0.0.1:8000", "[::1]:8000", "::1", "10.1.2.3", "a.localhost", "mine")
+        ),
+        *((host, 421) for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "1.2.3.4.example")),
+    ],
+)
+def test_other_names_than_the_servers_are_refused(host, status):
+    settings = ServerSettings(model_names=("fake",), hosts=("Mine",))
+    with live_server(ready(FakeService()), settings) as url:
+        answer = httpx.get(f"{url}/v1/models", headers={"host": host})
+        assert answer.status_code == status
+        assert httpx.get(f"{url}/v1/models").status_code == 200
+
+
+def test_any_name_by_choice():
+    with live_server(ready(FakeService()), ServerSettings(model_names=("fake",), hosts=("*",))) as url:
+        assert httpx.get(f"{url}/v1/models", headers={"host": "any.example"}).status_code == 200
 
 
 def test_half_a_surrogate_pair_anywhere_is_refused_and_a_whole_one_is_not(http):
@@ -79,7 +128,7 @@ def test_another_content_type_is_a_415(http, kind):
 
 def test_no_content_type_is_a_415(url):
     body = json.dumps(GOOD).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: ::1\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     assert b" 415 " in _raw(url, head.encode() + body).split(b"\r\n")[0]
 
 
@@ -111,7 +160,9 @@ def test_a_large_body_is_refused_by_its_length_alone_or_when_it_has_come():
             assert response.status_code == 413
             assert error_of(response)["code"] == "request_too_large"
         # nothing of it was read: the answer comes before the body was sent
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99999999"
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: ::1\r\nContent-Type: application/json\r\nContent-Length: 99999999"
+        )
         assert b" 413 " in _raw(url, f"{head}\r\n\r\n".encode()).split(b"\r\n")[0]
         assert http.post("/v1/completions", json=GOOD).status_code == 200
 

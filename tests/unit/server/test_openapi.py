@@ -22,7 +22,9 @@ database = "none"
 # what a schema can't say: prompts that are too long, fields that don't go together, models that aren't there
 expected-statuses = [200, 400, 404]
 """
-APP = make_app(ready(FakeService(max_positions=64)), ServerSettings(model_names=("fake",), api_key="key"))
+APP = make_app(
+    ready(FakeService(max_positions=64)), ServerSettings(model_names=("fake",), api_key="key", hosts=("testserver",))
+)
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", APP, config=SchemathesisConfig.from_str(CONFIG))
 
 

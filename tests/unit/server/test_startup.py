@@ -159,9 +159,9 @@ def test_warm(world, make):
     assert eventually(lambda: run.status.state is State.READY)
     assert (run.status.bundle.hit, run.status.bundle.backend) == (True, "aoti")
     assert _text(run.status) == _expected()
-    names = {phase.name for phase in run.status.phases}
-    assert names >= {"import torch", "tokenizer", "bundle", "read weights ahead", "KV cache"}
-    assert all(phase.end_s is not None for phase in run.status.phases)
+    wanted = {"import torch", "tokenizer", "bundle", "read weights ahead", "KV cache"}
+    # the weights are read ahead beside all else, and nothing waits for that
+    assert eventually(lambda: wanted <= {phase.name for phase in run.status.phases if phase.end_s is not None})
     assert "ready" in run.log.getvalue()
     assert "bundle=hit" in run.log.getvalue()
 

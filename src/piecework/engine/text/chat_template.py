@@ -143,7 +143,7 @@ def _plain_tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
         return dict(call)
     try:
         arguments = json.loads(function["arguments"] or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return dict(call)  # what a model wrote needn't be JSON
     return {**call, "function": {**function, "arguments": arguments}}
 
