@@ -20,9 +20,11 @@ def test_generate_finds_what_was_compiled_with_the_same_options(
     environment = {**os.environ, "PIECEWORK_HOME": str(new_home(tmp_path / "home"))}
     options = ["--backend", "eager", "--max-tokens", "64", "--ranges", "1,2:64", "--without-pass", "merge_linear"]
 
-    def run(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-m", "piecework", command, str(MODEL), *arguments, "--json"]
-        return subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    def run(command: str, *arguments: str, model: str = str(MODEL), code: int = 0) -> subprocess.CompletedProcess[str]:
+        words = [sys.executable, "-m", "piecework", command, model, *arguments, "--json"]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
 
     made = json.loads(run("compile", *options).stdout)
     prompt = ["--prompt", "The for statement", "--max-new-tokens", "2"]
@@ -32,3 +34,17 @@ def test_generate_finds_what_was_compiled_with_the_same_options(
     assert json.loads(miss.stdout)["bundle"] != made["bundle"]
     why = "the nearest differs: option passes_off: bundle merge_linear, here nothing: compiling one"
     assert miss.stderr.splitlines()[0].endswith(why)
+
+    why_not = json.loads(run("why", "--max-tokens", "64", "--backend", "eager", "--no-pieces", code=1).stdout)
+    assert not why_not["hit"]
+    assert [d["fact"] for d in why_not["nearest"][0]["differing"]] == ["option ranges"]
+    assert json.loads(run("why", *options).stdout)["bundle"] == made["bundle"]
+
+    stored = json.loads(run("store", model="ls").stdout)["items"]
+    assert Path(made["bundle"]).name in {item["key"] for item in stored}
+    assert json.loads(run("store", model="verify").stdout)["items"] == []
+    assert json.loads(run("store", "--older-than", "1s", model="gc").stdout)["items"] == [], "it was used just now"
+    run("store", Path(made["bundle"]).name, model="rm")
+    missing = json.loads(run("why", *options, code=1).stdout)
+    assert (missing["artifacts"]["stored"] > 0, missing["artifacts"]["to_compile"]) == (True, 0)
+    run("store", "no-such-key", model="rm", code=1)

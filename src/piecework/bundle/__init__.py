@@ -2,10 +2,11 @@
 
 from piecework.bundle.bundle import Bundle, BundleContent, open_bundle, write_bundle
 from piecework.bundle.facts import (
+    Asked,
     Difference,
     Fact,
     check,
-    config_fact,
+    config_facts,
     environment_facts,
     option_facts,
     require,
@@ -18,6 +19,7 @@ from piecework.bundle.store.lookup import find_artifact, find_bundle
 
 __all__ = [
     "Artifact",
+    "Asked",
     "Bundle",
     "BundleContent",
     "Difference",
@@ -30,7 +32,7 @@ __all__ = [
     "Store",
     "StoredItem",
     "check",
-    "config_fact",
+    "config_facts",
     "environment_facts",
     "find_artifact",
     "find_bundle",

@@ -25,6 +25,7 @@ from piecework.bundle.format import (
 )
 from piecework.bundle.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest, corrupt, parse_manifest
 from piecework.bundle.record import Record
+from piecework.bundle.sealed import SealedFiles
 from piecework.errors import BundleError, InternalError, StoreError
 from piecework.foundation import files
 from piecework.foundation.digests import canonical_json, digest_bytes, digest_file
@@ -98,6 +99,10 @@ class Bundle:
         """The safetensors file with the literals that no checkpoint holds, or None."""
         return self.root / CONSTANTS if CONSTANTS in self.manifest.files else None
 
+    def constants(self) -> bytes | None:
+        """Return that file's content. Raises CorruptBundle."""
+        return self._read(CONSTANTS) if self.constants_path is not None else None
+
     def plan(self) -> dict[str, Any]:
         """Return the content of plan.json. Raises CorruptBundle."""
         return self._read_object(PLAN)
@@ -132,11 +137,21 @@ class Bundle:
         with files.store_errors(f"open the bundle {self.path}"):
             _verify(self.root, manifest=self.manifest, bundle=str(self.path))
 
-    def _read_object(self, name: str) -> dict[str, Any]:
+    def sealed(self, name: str, *, copies: SealedFiles) -> Path:
+        """Return a private copy of an artifact, as `artifact_path`; raises CorruptBundle where it has changed."""
+        path = self.artifact_path(name)
+        with files.store_errors(f"open the bundle {self.path}"):
+            return copies.path(path, digest=self.artifacts[path.name].sha256)
+
+    def _read(self, name: str) -> bytes:
         with files.store_errors(f"open the bundle {self.path}"):
             data = _read_file(self.root, name=name, bundle=str(self.path))
         if digest_bytes(data) != self.manifest.files[name].sha256:
             raise corrupt(name, bundle=str(self.path), found="doesn't match its digest in the manifest")
+        return data
+
+    def _read_object(self, name: str) -> dict[str, Any]:
+        data = self._read(name)
         try:
             value = json.loads(data)
         except (ValueError, RecursionError) as error:

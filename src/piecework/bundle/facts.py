@@ -1,7 +1,7 @@
 """Facts: what a compile read, with its value. A bundle is valid where its facts hold.
 
-What a caller asks for (config, options) is compared with the facts that the caller expects; what the machine and the
-installed packages are is looked up here, without importing any of them.
+What a caller asks for (config, options) is compared with what the caller has; what the machine and the installed
+packages are is looked up here, without importing any of them.
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ import importlib.util
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 from piecework.bundle.format import FORMAT
 from piecework.errors import StaleBundle
-from piecework.foundation.digests import JsonScalar, digest_file, digest_json
+from piecework.foundation.digests import JsonScalar, canonical_json, digest_file
+from piecework.foundation.environment import compiler_settings
+from piecework.foundation.own_code import own_code_digest
 from piecework.foundation.target import Target, missing_flags, read_target
 
 NOT_INSTALLED: Final = "not installed"
+ABSENT: Final = "not in config.json"
 _RECOMPILE: Final = "compile the model again on this machine"
 
 
@@ -28,9 +32,9 @@ class Fact:
     """One thing that the compile read, with its value.
 
     Args:
-        kind: "torch", "target", "piecework", "option", "model", "source", "provider".
-        name: what of that kind, such as "version", "isa", a package that implements operators, or "<package>/<path>"
-            of a source file.
+        kind: "torch", "target", "piecework", "option", "config", "setting", "source", "provider".
+        name: what of that kind, such as "version", "isa", a field of config.json, an environment variable, a package
+            that implements operators, or "<package>/<path>" of a source file.
         value: what it was.
     """
 
@@ -84,9 +88,15 @@ def environment_facts(*, target: Target | None = None) -> tuple[Fact, ...]:
     )
 
 
-def config_fact(config: Mapping[str, object]) -> Fact:
-    """Return the fact of a model's config.json, as the digest of its canonical form."""
-    return Fact("model", "config", digest_json(config))
+def config_facts(config: Mapping[str, object], fields: Iterable[str]) -> tuple[Fact, ...]:
+    """Return the facts of a model's config.json: those fields that a compile read, sorted."""
+    return tuple(Fact("config", name, _field(config, name)) for name in sorted(set(fields)))
+
+
+def making_facts() -> tuple[Fact, ...]:
+    """Return the facts of what makes bundles here: our own code, and settings of torch's compiler that are changed."""
+    settings = compiler_settings()
+    return (Fact("piecework", "code", own_code_digest()), *(Fact("setting", name, settings[name]) for name in settings))
 
 
 def option_facts(options: Mapping[str, JsonScalar]) -> tuple[Fact, ...]:
@@ -111,23 +121,48 @@ def source_facts(files: Iterable[str | Path]) -> tuple[Fact, ...]:
     return tuple(sorted(facts, key=lambda fact: fact.name))
 
 
-def check(
-    facts: Iterable[Fact], *, expected: Iterable[Fact] = (), target: Target | None = None
-) -> tuple[Difference, ...]:
+@dataclass(frozen=True)
+class Asked:
+    """What a caller asks of a bundle.
+
+    Args:
+        facts: a fact of the bundle with the same kind and name must have the same value; one that the bundle doesn't
+            have at all is a difference too.
+        config: the model's config.json, or None where the caller has none.
+        as_made_here: whether the bundle must be what a compile would make here and now (`making_facts`): whoever names
+            a bundle takes it as it is.
+    """
+
+    facts: tuple[Fact, ...] = ()
+    config: Mapping[str, object] | None = None
+    as_made_here: bool = False
+
+
+NOTHING: Final = Asked()
+
+
+def check(facts: Iterable[Fact], *, asked: Asked = NOTHING, target: Target | None = None) -> tuple[Difference, ...]:
     """Return the facts that don't hold here, in the order of `facts`.
 
     Args:
         facts: the bundle's.
-        expected: what the caller asks for (config, options). A fact of the bundle with the same kind and name must
-            have the same value; what is expected and not in the bundle is a difference too.
+        asked: what the caller asks for.
         target: the CPU to run on; default: this one.
     """
+    expected = (*asked.facts, *(making_facts() if asked.as_made_here else ()))
     wanted = {(fact.kind, fact.name): fact for fact in expected}
     cpu = target or read_target()
     differences = []
     for fact in facts:
-        asked = wanted.pop((fact.kind, fact.name), None)
-        difference = _compare(fact, asked.value) if asked is not None else _look_up(fact, cpu=cpu)
+        known = wanted.pop((fact.kind, fact.name), None)
+        if known is not None:
+            difference = _compare(fact, known.value)
+        elif fact.kind == "config" and asked.config is not None:
+            difference = _compare(fact, _field(asked.config, fact.name))
+        elif fact.kind == "setting" and asked.as_made_here:
+            difference = Difference(fact, None)  # what is set here is in `wanted`
+        else:
+            difference = _look_up(fact, cpu=cpu)
         if difference is not None:
             differences.append(difference)
     for fact in wanted.values():
@@ -135,17 +170,17 @@ def check(
     return tuple(differences)
 
 
-def require(facts: Iterable[Fact], *, asked: str, expected: Iterable[Fact] = (), target: Target | None = None) -> None:
-    """Raise StaleBundle with every fact that doesn't hold here; arguments as for `check`, and what was asked."""
-    differences = check(facts, expected=expected, target=target)
+def require(facts: Iterable[Fact], *, what: str, asked: Asked = NOTHING, target: Target | None = None) -> None:
+    """Raise StaleBundle with every fact that doesn't hold here; arguments as for `check`, and what is to be done."""
+    differences = check(facts, asked=asked, target=target)
     if differences:
-        raise stale(differences, asked=asked)
+        raise stale(differences, what=what)
 
 
-def stale(differences: Sequence[Difference], *, asked: str) -> StaleBundle:
+def stale(differences: Sequence[Difference], *, what: str) -> StaleBundle:
     """Return the error that lists `differences`."""
     return StaleBundle(
-        asked=asked,
+        asked=what,
         found="facts that no longer hold: " + "; ".join(str(difference) for difference in differences),
         try_=_RECOMPILE,
         differing=[(d.fact.label, d.fact.value, d.here) for d in differences],
@@ -205,6 +240,14 @@ def _check_source(fact: Fact, *, name: str) -> Difference | None:
     return Difference(fact, None, why="the package has no such file")
 
 
+def _field(config: Mapping[str, object], name: str) -> JsonScalar:
+    """Return a field as facts have it: numbers and texts as they are, the rest as JSON."""
+    value = config.get(name, ABSENT)
+    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and isfinite(value)):
+        return value
+    return canonical_json(value).decode()
+
+
 def _package_places(top: str) -> tuple[Path, ...]:
     """Return the directories of a top-level package, or the file of a module "name.py"; empty where not installed."""
     spec = _find_spec(top.removesuffix(".py"))
@@ -249,7 +292,7 @@ def _shorten(fact: Fact, value: JsonScalar) -> str:
     """Write a value for people: a digest by its beginning, an instruction set by its level."""
     if value is None or value == "":
         return "nothing"
-    if fact.kind in ("source", "model") and isinstance(value, str):
+    if (fact.kind == "source" or (fact.kind, fact.name) == ("piecework", "code")) and isinstance(value, str):
         return value[:12]
     if (fact.kind, fact.name) == ("target", "isa") and isinstance(value, str):
         return value.partition(":")[0]

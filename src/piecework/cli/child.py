@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from piecework.errors import CompileError
 from piecework.foundation.environment import child_variables
+from piecework.foundation.process import python_command
 
 # Time for an interrupted child to end its workers and clean its store before it is killed.
 _INTERRUPT_GRACE_S: Final = 15.0
@@ -28,7 +28,7 @@ def run_command(words: Sequence[str], *, what: str, variables: Mapping[str, str 
     # The child shares our stderr, so that its own progress display is what the user sees. It has its own process group,
     # so that an interrupt comes to it once, from us, however it came to us.
     child = subprocess.Popen(
-        [sys.executable, "-m", "piecework", *words, "--json"],
+        python_command("piecework", *words, "--json"),
         stdout=subprocess.PIPE,
         text=True,
         env=child_variables(variables or {}),

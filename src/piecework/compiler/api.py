@@ -117,6 +117,7 @@ def module_request(
     states: Mapping[str, tuple[int | str, ...]],
 ) -> tuple[CaptureRequest, dict[str, Any]]:
     """Return what to capture, and how a caller's arguments map to the graph's inputs."""
+    _check_kinds(module, dynamic)
     given, parameters, defaults = _bind(module, args, kwargs)
     inputs: list[TensorInput] = []
     structures: list[tuple[str, Any]] = []
@@ -155,6 +156,31 @@ def module_request(
         device=next(iter(devices), "cpu"),
     )
     return request, {"parameters": parameters, "given": structures, "defaults": defaults}
+
+
+def _check_kinds(module: object, dynamic: Mapping[str, object]) -> None:
+    """Raise CaptureError for arguments that are taken for others easily."""
+    if not isinstance(module, nn.Module):
+        raise CaptureError(
+            asked="compile a module",
+            found=f"a {type(module).__name__}",
+            try_="a torch.nn.Module; a function can be the `forward` of one",
+        )
+    if not isinstance(dynamic, Mapping):
+        raise CaptureError(
+            asked="dynamic sizes",
+            found=f"a {type(dynamic).__name__}",
+            try_='a mapping of names to sizes: dynamic={"rows": piecework.Dim(1, 64)}',
+        )
+    for name, dim in dynamic.items():
+        if not isinstance(dim, Dim):
+            low, high = getattr(dim, "min", None), getattr(dim, "max", None)
+            bounds = f"{low}, {high}" if isinstance(low, int) and isinstance(high, int) else "1, 64"
+            raise CaptureError(
+                asked=f"the dynamic size {name}",
+                found=f"a {type(dim).__module__}.{type(dim).__name__}",
+                try_=f"piecework.Dim({bounds}), which says where it is by `axes`",
+            )
 
 
 def _bind(

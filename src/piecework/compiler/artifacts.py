@@ -20,6 +20,7 @@ from piecework.compiler.rewrite import fakes
 from piecework.compiler.setup import CompileSetup, OnProgress
 from piecework.errors import CompileError, ShapeContractError
 from piecework.foundation.digests import digest_file, digest_json
+from piecework.foundation.environment import compiler_settings
 from piecework.foundation.target import Target
 from piecework.foundation.torch_private import inductor, scheduled_kernels, symbolic
 from piecework.ops.ir import decode, resolve
@@ -196,5 +197,6 @@ def _job(piece: Compiled, *, bounds: Bounds | None, options: CompileOptions, tar
             "machine": target.machine,
             "torch": package_version("torch"),
             "generator": _generator_digest(),
+            **compiler_settings(),
         },
     )

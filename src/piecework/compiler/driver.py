@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def compile_request(
     request: CaptureRequest,
     setup: CompileSetup,
     *,
-    facts: Sequence[Fact] = (),
+    facts: Callable[[], Iterable[Fact]] = tuple,
     identity: Mapping[str, Any] | None = None,
     arguments: Any = None,
 ) -> Sealed:
@@ -52,7 +52,8 @@ def compile_request(
     Args:
         request: what to compile.
         setup: how, and with what.
-        facts: facts about the model, beside those of the environment, options and sources.
+        facts: gives the facts about the model, beside those of the environment, options and sources that ran while it
+            was traced; called when all of it was.
         identity: what the bundle is of, for people.
         arguments: how a caller's arguments map to inputs (see api.py), or None.
 
@@ -66,7 +67,7 @@ def compile_request(
         all_facts = (
             *environment_facts(target=setup.target),
             *option_facts(setup.options.facts()),
-            *facts,
+            *facts(),
             *_facts(built),
         )
         explanation = explain_pieces(built.paths, built.pieces).to_json()

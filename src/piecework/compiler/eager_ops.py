@@ -14,6 +14,7 @@ import torch
 
 from piecework.bundle.record import Record, Recorder
 from piecework.bundle.run.instances import open_instance, read_calls
+from piecework.bundle.sealed import SealedFiles
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.bundle.store.interface import Store
 from piecework.compiler.artifacts import compile_artifacts
@@ -215,7 +216,10 @@ class _Maker:
             optional=1,
         )
         for artifact in found.values():
-            runner = open_instance(artifact.path, device=device, calls=read_calls(artifact.path))
+            copies = SealedFiles()
+            path = copies.path(artifact.path, digest=artifact.digest)
+            calls = read_calls(path, name=artifact.name)
+            runner = open_instance(path, name=artifact.name, device=device, calls=calls)
             return NativeBody(made.form, provider=made.provider, run=runner.run)
         return None
 

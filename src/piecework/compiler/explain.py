@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from piecework.bundle.bundle import Bundle, open_bundle
-from piecework.bundle.facts import require
+from piecework.bundle.facts import check
 from piecework.bundle.format import MANIFEST
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.bundle.store.interface import Store
@@ -130,11 +130,11 @@ def explain_model(spec: ModelSpec, *, store: Store, layers: tuple[int, int] | No
     """
     target = read_target()
     try:
-        bundle = store.get_bundle(spec.key(target=target))
+        found = (store.get_bundle(key) for key in store.bundles(spec.key))
+        bundle = next((b for b in found if b is not None and not check(b.facts, asked=spec.asked, target=target)), None)
         if bundle is None:
             note = "the store has no bundle of it with these options"
         else:
-            require(bundle.facts, asked=f"explain the bundle {bundle.path}", expected=spec.facts, target=target)
             subject = bundle_subject(bundle)
             if subject.explanation is not None:
                 return explain_subject(subject, layers=layers)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from piecework.bundle.bundle import Bundle, write_bundle
+from piecework.bundle.facts import making_facts
 from piecework.bundle.recipes import Take, resolved, takes
 from piecework.bundle.record import Recorder
-from piecework.bundle.store.interface import Store
+from piecework.bundle.store.interface import Store, bundle_key
 from piecework.bundle.store.lookup import find_bundle
 from piecework.compiler.backends.backend import AotiBackend, Backend, EagerBackend
 from piecework.compiler.setup import CompileSetup, OnProgress, unheard
@@ -56,11 +57,11 @@ def compile_model(
     """
     recorder = recorder or Recorder()
     target = read_target()
-    key = spec.key(target=target)
+    key = spec.key
     with contextlib.ExitStack() as stack:
         if out is None:
             stack.enter_context(store.lock(key))
-            found = find_bundle(store, key, report=recorder.note, expected=spec.facts, target=target)
+            found = find_bundle(store, key, report=recorder.note, asked=spec.asked, target=target)
             if found is not None:
                 return CompiledModel(found, cached=True)
         scratch = stack.enter_context(store.scratch())
@@ -73,18 +74,22 @@ def compile_model(
             # heavy imports, while the backend prepares in other processes
             from piecework.compiler.driver import compile_request  # noqa: PLC0415
             from piecework.models.adapter import build_causal_lm  # noqa: PLC0415
-        with recorder.phase("build"):
+            from piecework.models.reads import model_reads  # noqa: PLC0415
+        reads = stack.enter_context(model_reads(spec.config))
+        with recorder.phase("build"), reads.building():
             request = build_causal_lm(spec)
             if check_weights:
                 _check_weights(spec, request)
         content = compile_request(
             request,
             CompileSetup(spec.options, backend, store, target, recorder, on_progress),
-            facts=spec.facts,
+            facts=lambda: (*spec.facts, *making_facts(), *reads.facts()),
             identity=spec.identity,
         ).content
         with recorder.phase("seal"):
-            bundle = store.put_bundle(key, content=content) if out is None else write_bundle(out, content)
+            if out is not None:
+                return CompiledModel(write_bundle(out, content), cached=False)
+            bundle = store.put_bundle(bundle_key(key, content.facts), content=content)
         return CompiledModel(bundle, cached=False)
 
 

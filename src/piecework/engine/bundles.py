@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from piecework.bundle.bundle import Bundle, open_bundle
 from piecework.bundle.facts import Difference, check
@@ -14,6 +15,8 @@ from piecework.engine.compile_process import CompileProcess
 from piecework.errors import BundleError
 from piecework.foundation.target import read_target
 from piecework.spec.model_spec import ModelSpec
+
+_MOST_SHOWN: Final = 6
 
 
 @dataclass(frozen=True)
@@ -52,30 +55,38 @@ def find(spec: ModelSpec, *, store: Store, on_note: Callable[[str], None]) -> Fo
     """Return the bundle that is wanted from the store, or None; `on_note` is told of one that was set aside."""
     begun = time.perf_counter()
     target = read_target()
-    found = find_bundle(store, spec.key(target=target), report=on_note, expected=spec.facts, target=target)
+    found = find_bundle(store, spec.key, report=on_note, asked=spec.asked, target=target)
     return None if found is None else FoundBundle(found, compiled=False, verify_s=time.perf_counter() - begun)
 
 
 def why_missing(spec: ModelSpec, *, store: Store) -> str:
     """Return why the store has no bundle to use: the facts by which the most similar one of the model differs."""
-    expected, target = spec.facts, read_target()
-    nearest: tuple[Difference, ...] | None = None
+    near = nearest_bundles(spec, store=store)
+    if not near:
+        return "no bundle of this model in the store"
+    _, differences = near[0]
+    shown = "; ".join(map(str, differences[:_MOST_SHOWN]))
+    more = f"; and {len(differences) - _MOST_SHOWN} more" if len(differences) > _MOST_SHOWN else ""
+    return f"no bundle in the store that fits; the nearest differs: {shown}{more}"
+
+
+def nearest_bundles(spec: ModelSpec, *, store: Store) -> list[tuple[str, tuple[Difference, ...]]]:
+    """Return the keys of the stored bundles of such a model, and the facts by which they differ, the nearest first."""
+    asked, target = spec.asked, read_target()
+    found: list[tuple[str, tuple[Difference, ...]]] = []
     for item in store.items():
         if item.kind is not Kind.BUNDLE or item.aside:
             continue
         try:
-            bundle = store.get_bundle(item.key)
+            bundle = store.get_bundle(item.key, verify=False)
         except BundleError:
             continue  # a start that looks for that one is told
-        if bundle is None:
+        if bundle is None or bundle.identity.get("architecture") != spec.config.architecture:
             continue
-        differences = check(bundle.facts, expected=expected, target=target)
-        of_model = all((d.fact.kind, d.fact.name) != ("model", "config") for d in differences)
-        if of_model and differences and (nearest is None or len(differences) < len(nearest)):
-            nearest = differences
-    if nearest is None:
-        return "no bundle of this model in the store"
-    return "no bundle in the store that fits; the nearest differs: " + "; ".join(map(str, nearest))
+        differences = check(bundle.facts, asked=asked, target=target)
+        if differences:
+            found.append((item.key, differences))
+    return sorted(found, key=lambda one: len(one[1]))
 
 
 def run_compile(process: CompileProcess, *, on_line: Callable[[str], None] | None) -> FoundBundle:

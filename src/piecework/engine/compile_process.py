@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final, final
 
 from piecework.errors import CompileError, PieceworkError
+from piecework.foundation.process import python_command
 from piecework.spec.model_spec import ModelSpec
 
 _STEP: Final = re.compile(r"\[(\d+)/(\d+)\] (.*)")
@@ -44,8 +45,8 @@ class CompileProcess:
     """
 
     def __init__(self, spec: ModelSpec) -> None:
-        options = ["--spec", spec.to_json(), "--weights", "none", "--json"]
-        self._command = [sys.executable, "-m", "piecework", "compile", *options]
+        options = ["--spec", spec.to_json(), "--weights", "none", "--json", "--parent", str(os.getpid())]
+        self._command = python_command("piecework", "compile", *options)
         self._mutex = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
         self._stopped = False

@@ -138,7 +138,7 @@ def open_engine(
         imported.result()
         made = loading.result()
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=False)
     loaded = _load(start, chosen)
     from piecework.engine.loading import make_engine  # noqa: PLC0415  imports torch
 
@@ -212,7 +212,7 @@ def _find(start: _Start) -> FoundBundle | None:
             return _find_stored(start, spec)
         begun = time.perf_counter()
         bundle = open_bundle(path, extract_root=start.extract_root)
-        require(bundle.facts, asked=f"run {spec.source} from {path}", expected=spec.asked_facts)
+        require(bundle.facts, what=f"run {spec.source} from {path}", asked=spec.named)
         return FoundBundle(bundle, compiled=False, verify_s=time.perf_counter() - begun)
 
 

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
+
+_COMPILERS: Final = re.compile(r"(TORCHINDUCTOR|TORCHDYNAMO|AOT_INDUCTOR|TORCH_COMPILE)_[A-Z0-9_]+")
+_WITHOUT_EFFECT: Final = re.compile(
+    r"CACHE|WORKER|THREADS|TRACE|LOG|DUMP|PROFIL|BENCHMARK|DEBUG|VERBOSE|PROGRESS|SUPPRESS|SAVE_ARGS|PRINT"
+)
+"""Names of settings that change where and how fast code is made, or what is told of it, and not the code."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +24,7 @@ class Environment:
 
     Args:
         store_root: where bundles and artifacts live (`PIECEWORK_HOME`, else `$XDG_CACHE_HOME/piecework`,
-            else `~/.cache/piecework`).
+            else `~/.cache/piecework`, else `piecework-<user id>` among temporary files where there is no home).
         compiler: the C++ compiler's command (`CXX`), or None where it is to be searched for.
         layer_names: whether layer names are objects that compilers lift (`PIECEWORK_LAYERNAME`, "0" for strings).
         api_key: what clients of a server must send (`PIECEWORK_API_KEY`), or None.
@@ -56,6 +66,28 @@ def child_variables(changes: Mapping[str, str | None]) -> dict[str, str]:
     return variables
 
 
+def compiler_settings(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the variables that change what Inductor generates, with their values, sorted by name.
+
+    Args:
+        variables: where to look; default: this process's environment.
+    """
+    given = os.environ if variables is None else variables
+    names = [n for n in given if _COMPILERS.fullmatch(n) and not _WITHOUT_EFFECT.search(n)]
+    if not names:
+        return {}
+    known = _torchs_config()
+    return {name: given[name] for name in sorted(names) if given[name] and name in known}
+
+
+def _torchs_config() -> str:
+    """Return the text of the files that read such variables; nothing of torch is imported."""
+    spec = importlib.util.find_spec("torch")
+    roots = [Path(place) for place in (spec.submodule_search_locations or ())] if spec is not None else []
+    files = [root / part / "config.py" for root in roots for part in ("_inductor", "_dynamo", "_functorch", "compiler")]
+    return "\n".join(file.read_text("utf-8", errors="replace") for file in files if file.is_file())
+
+
 def _store_root(given: Mapping[str, str]) -> Path:
     home = given.get("PIECEWORK_HOME")
     if home:
@@ -65,4 +97,6 @@ def _store_root(given: Mapping[str, str]) -> Path:
     if os.path.isabs(cache):
         return Path(cache) / "piecework"
     user = given.get("HOME") or os.path.expanduser("~")
-    return Path(user).absolute() / ".cache" / "piecework"
+    if not os.path.isabs(user):  # no HOME, and a user id that has none: usual in containers
+        return Path(tempfile.gettempdir()) / f"piecework-{os.getuid()}"
+    return Path(user) / ".cache" / "piecework"

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from enum import Enum
@@ -24,6 +25,7 @@ _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
 _NO_PERMISSION: Final = (errno.EACCES, errno.EPERM)
 _OCCUPIED: Final = (errno.ENOTEMPTY, errno.EEXIST)
 _MARK: Final = ".piecework-"
+_OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
 class Existing(Enum):
@@ -57,17 +59,67 @@ def as_store_error(error: OSError, *, asked: str) -> StoreError:
     return StoreError(asked=asked, found=found, try_=f"check that the directory is a writable one, {elsewhere}")
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory, and those above it, that nobody else may enter whatever the umask; one that is there stays.
+
+    Raises OSError.
+    """
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(0o700)
+
+
+def require_own(root: Path) -> None:
+    """Raise StoreError where others than this user and root can write to a directory, or to what lies directly in it.
+
+    Whoever can write there can have this process run what they like. A directory that isn't there is nobody's.
+    """
+    with store_errors(f"use the store {root}"):
+        try:
+            places = [root, *(Path(entry.path) for entry in os.scandir(root))]
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        for place in places:
+            try:
+                found = place.lstat()
+            except FileNotFoundError:
+                continue
+            if stat.S_ISLNK(found.st_mode):
+                found = place.stat()
+            if found.st_uid not in (0, os.geteuid()):
+                who, fix = f"belongs to the user {found.st_uid}", f"chown -R {os.geteuid()} {root}"
+            elif found.st_mode & _OTHERS_WRITE:
+                who, fix = f"can be written to by others (mode {found.st_mode & 0o7777:o})", f"chmod -R go-w {root}"
+            else:
+                continue
+            raise StoreError(
+                asked=f"use the store {root}",
+                found=f"{place} {who}, who could have any code run here",
+                try_=f"{fix}, if you trust what is in it; or name another directory with PIECEWORK_HOME",
+            )
+
+
+def keep_from_others(root: Path) -> None:
+    """Take everyone else's right to write from a file, or from a directory and all in it. Raises OSError."""
+    for place in (root, *(root.rglob("*") if root.is_dir() else ())):
+        mode = place.lstat().st_mode
+        if mode & _OTHERS_WRITE and not stat.S_ISLNK(mode):
+            place.chmod(stat.S_IMODE(mode) & ~_OTHERS_WRITE)
+
+
 @contextlib.contextmanager
 def scratch(parent: Path, *, name: str = "") -> Iterator[Path]:
     """Make an empty directory under `parent`, and remove it with all it holds when the block is left.
 
     Its name starts with a dot, so that it is never taken for content. Raises OSError where it can't be made.
     """
-    parent.mkdir(parents=True, exist_ok=True)
+    make_directory(parent)
     directory = parent / f"{_MARK}{name}{os.urandom(8).hex()}"
     guard = directory.with_name(directory.name + ".lock")
     with lock(guard):
-        directory.mkdir()
+        directory.mkdir(0o700)
         try:
             yield directory
         finally:
@@ -104,21 +156,23 @@ def write_file(path: Path, data: bytes, *, scratch_parent: Path | None = None) -
 
     Raises OSError; see `store_errors`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     with scratch(scratch_parent or path.parent) as directory:
         unfinished = directory / path.name
         write_and_sync(unfinished, data)
+        keep_from_others(unfinished)
         os.replace(unfinished, path)
         sync_directory(path.parent)
 
 
 def copy_file(source: Path, *, to: Path, scratch_parent: Path | None = None) -> None:
     """Copy a file's content to `to`, as atomically as `write_file`. Raises OSError."""
-    to.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(to.parent)
     with scratch(scratch_parent or to.parent) as directory:
         unfinished = directory / to.name
         shutil.copyfile(source, unfinished)
         sync_file(unfinished)
+        keep_from_others(unfinished)
         os.replace(unfinished, to)
         sync_directory(to.parent)
 
@@ -133,7 +187,8 @@ def publish_directory(unfinished: Path, *, to: Path, existing: Existing) -> bool
 
     Returns False where the existing directory stayed. Raises OSError.
     """
-    to.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(to.parent)
+    keep_from_others(unfinished)
     sync_tree(unfinished)
     if existing is Existing.KEEP:
         try:
@@ -171,10 +226,10 @@ def lock(path: Path, *, timeout_s: float | None = None) -> Iterator[None]:
 
     Raises StoreError when the time is over, OSError where the file can't be made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             _wait_for_lock(descriptor, path=path, deadline=deadline)
             if _is_at(descriptor, path=path):

@@ -1,4 +1,4 @@
-"""Facts about this process, for measurements."""
+"""This process: facts for measurements, its memory and threads, and how it starts others and ends with them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -17,8 +18,28 @@ _M_TRIM_THRESHOLD: Final = -1  # malloc.h
 _M_MMAP_THRESHOLD: Final = -3
 _KEEP_BYTES: Final = 1 << 30
 _MOST_MMAP_BYTES: Final = 1 << 25  # the largest that glibc accepts
+_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 _OMP_PAUSE_SOFT: Final = 1  # omp.h
 _OPENMP_PREFIXES: Final = ("libgomp", "libomp", "libiomp5")
+
+
+def python_command(module: str, *arguments: str) -> list[str]:
+    """Return the command that runs one of our modules in a process of its own.
+
+    That one imports nothing from the directory it is started in: a downloaded model's may hold a `json.py`.
+    """
+    return [sys.executable, "-P", "-m", module, *arguments]
+
+
+def end_with_parent(parent: int) -> None:
+    """Have this process terminated, as by Ctrl-C, when the thread of `parent` that started it is gone, however it went.
+
+    Only Linux can do that; elsewhere nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it went before the call
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def seconds_since_start() -> float:

@@ -20,6 +20,7 @@ import torch
 from piecework.bundle.plan import PieceStep, Plan
 from piecework.bundle.record import Recorder
 from piecework.bundle.run.following import FollowingModel, OpenedPlan
+from piecework.bundle.sealed import SealedFiles
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.bundle.store.interface import MemoryStore, Store
 from piecework.capture.capture import InputKind
@@ -113,8 +114,12 @@ class DynamoBackend:
             finally:
                 backend.close()
         self._hint(built.plan, recorder)
-        paths = {artifact.name: artifact.path for artifact in built.artifacts}
-        opened = OpenedPlan(built.plan, paths.__getitem__, chosen.providers, captured.literals)
+        artifacts, copies = {artifact.name: artifact for artifact in built.artifacts}, SealedFiles()
+
+        def path_of(name: str) -> Path:
+            return copies.path(artifacts[name].path, digest=artifacts[name].digest)
+
+        opened = OpenedPlan(built.plan, path_of, chosen.providers, captured.literals)
         weights = [i.name for i in captured.inputs if i.kind is InputKind.WEIGHT and i.name in graph.weights]
         model = FollowingModel(opened, weights)
         return GraphFunction(graph, model, weights=weights, device=captured.request.device, records=records)

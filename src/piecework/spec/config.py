@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,6 +37,7 @@ class ModelConfig:
         tie_word_embeddings: whether the output projection is the embedding.
         latent: sizes of its latent attention, or None where keys and values are cached as they are.
         experts: how tokens choose among experts, or None where all layers are dense.
+        read: the fields of config.json that all this was read from.
     """
 
     path: Path
@@ -55,6 +56,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     latent: LatentSizes | None = None
     experts: ExpertRouting | None = None
+    read: frozenset[str] = frozenset()
 
 
 def read_config(model_dir: Path) -> ModelConfig:
@@ -64,15 +66,35 @@ def read_config(model_dir: Path) -> ModelConfig:
     """
     asked = f"the model in {model_dir}"
     raw = read_json_file(model_dir / "config.json", asked=asked)
-    model_type, architecture = _supported(raw, asked=asked)
+    fields = _Fields(raw)
+    model_type, architecture = _supported(fields, asked=asked)
     try:
-        return _model_config(model_dir, raw, model_type, architecture)
+        config = _model_config(model_dir, fields, model_type, architecture)
+        return replace(config, raw=raw, read=frozenset(fields.read))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UnsupportedModelError(
             asked=asked,
             found=f"config.json lacks a field or holds a wrong value: {type(error).__name__} {error}",
             try_="compare it with the config.json of the model it was made from",
         ) from error
+
+
+class _Fields(Mapping[str, Any]):
+    """A config.json that notes which of its fields were asked for, absent ones included."""
+
+    def __init__(self, raw: Mapping[str, Any]) -> None:
+        self._raw = raw
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return self._raw[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._raw)
+
+    def __len__(self) -> int:
+        return len(self._raw)
 
 
 def read_json_file(path: Path, *, asked: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Besides, what may be chosen for such models: `mla` and `kv_cache_dtype`.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -135,7 +136,7 @@ def expert_routing(raw: Mapping[str, Any], model_type: str) -> ExpertRouting | N
 
     Raises ValueError or TypeError for values that can't be, and for ways of routing that aren't implemented.
     """
-    fields = {**_DEFAULTS[model_type], **raw}
+    fields: ChainMap[str, Any] = ChainMap(raw, _DEFAULTS[model_type])  # type: ignore[arg-type]
     first_layer = int(fields["first_k_dense_replace"] or 0)
     if first_layer >= int(fields["num_hidden_layers"]):
         return None

@@ -9,11 +9,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
-from piecework.bundle.facts import Fact, config_fact, environment_facts, option_facts
+from piecework.bundle.facts import Asked, Fact, option_facts
 from piecework.errors import CompileError, UnsupportedModelError
 from piecework.foundation.digests import JsonScalar, digest_json
-from piecework.foundation.target import Target
-from piecework.foundation.version import VERSION
 from piecework.spec.compile_options import CompileOptions, ranges_text
 from piecework.spec.config import DTYPES, ModelConfig, read_config
 from piecework.spec.latent_config import (
@@ -132,19 +130,24 @@ class ModelSpec:
 
     @property
     def facts(self) -> tuple[Fact, ...]:
-        """The facts that its bundle must have, beside those of the machine and its packages."""
-        return (config_fact(self.config.raw), *option_facts({**self.own_facts, **self.options.facts()}))
+        """The facts that its bundle must have which the spec knows: its options."""
+        return option_facts({**self.own_facts, **self.options.facts()})
 
     @property
-    def asked_facts(self) -> tuple[Fact, ...]:
-        """The facts that a bundle must have which the caller named: its model, and options that aren't the default."""
-        default = {fact.name: fact for fact in ModelSpec(self.config).facts}
-        return tuple(fact for fact in self.facts if fact.kind == "model" or fact != default[fact.name])
+    def asked(self) -> Asked:
+        """What a bundle must be to stand for a compile of this spec."""
+        return Asked(self.facts, config=self.config.raw, as_made_here=True)
 
-    def key(self, *, target: Target) -> str:
-        """Return the key under which a store keeps its bundle for a machine."""
-        facts = sorted((*self.facts, *environment_facts(target=target)))
-        return digest_json([VERSION, [fact.to_json() for fact in facts]])
+    @property
+    def named(self) -> Asked:
+        """What a bundle must be which the caller named: of this model, and of the options that aren't the default."""
+        default = set(ModelSpec(self.config).facts)
+        return Asked(tuple(fact for fact in self.facts if fact not in default), config=self.config.raw)
+
+    @property
+    def key(self) -> str:
+        """The key under which a store keeps its bundles, one beside the other for all that their facts differ in."""
+        return digest_json([self.identity, [fact.to_json() for fact in self.facts]])
 
     def to_json(self) -> str:
         """Return the spec as one line, for another process."""

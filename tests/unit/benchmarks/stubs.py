@@ -52,7 +52,7 @@ def write_stub(place: Path, answers: Mapping[str, Any]) -> Stub:
 import json, os, sys
 from pathlib import Path
 place = Path({str(place)!r})
-words = sys.argv[1:]
+words = [word for word in sys.argv[1:] if word != "-P"]
 with open(place / "calls", "a") as file:
     print(*(word.replace(chr(10), ' ') for word in words), file=file)
 name = Path(words[0]).name if words[0] != "-m" else words[2] if words[1] == "piecework" else words[1].rpartition(".")[2]

@@ -5,12 +5,14 @@ import multiprocessing
 import os
 import signal
 import stat
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from piecework.bundle import BundleContent, DirectoryStore, Kind
+from piecework.bundle import BundleContent, DirectoryStore, Kind, StoredItem, find_bundle
 from piecework.errors import CorruptBundle, StoreError
 
 # torch's threads may be running in this process; what the children do doesn't touch them
@@ -177,3 +179,95 @@ def test_artifacts_can_be_read_by_their_owner(tmp_path: Path) -> None:
     (tmp_path / "made.so").write_bytes(b"library")
     path = DirectoryStore(tmp_path / "home").put_artifact("k", content=tmp_path / "made.so").path
     assert path.stat().st_mode & stat.S_IRUSR
+
+
+@pytest.fixture
+def filled(tmp_path: Path, sample_content: BundleContent) -> DirectoryStore:
+    """A store with two bundles and two artifacts, the "old" ones unused for two days, and one artifact set aside."""
+    store = DirectoryStore(tmp_path / "home")
+    for key in ("aside", "old", "new"):
+        (tmp_path / "made.so").write_bytes(b"library " + key.encode())
+        store.put_artifact(key, content=tmp_path / "made.so")
+        if key != "aside":
+            store.put_bundle(key, content=sample_content)
+    store.set_aside(Kind.ARTIFACT, "aside", reason="it was damaged")
+    two_days = time.time() - 2 * 86400
+    for place in (
+        store.root / "artifacts" / "old.json",
+        store.root / "bundles" / "old",
+        *(store.root / "files").iterdir(),
+    ):
+        os.utime(place, (two_days, two_days))
+    return store
+
+
+def keys(items: Iterable[StoredItem]) -> set[tuple[str, str]]:
+    return {(item.kind.value, item.key) for item in items}
+
+
+def test_what_was_not_used_for_long_and_what_was_set_aside_is_collected(filled: DirectoryStore) -> None:
+    gone = {("artifact", "aside"), ("artifact", "old"), ("bundle", "old")}
+    assert keys(filled.collect(older_than_s=86400, dry_run=True)) == gone
+    assert len(filled.items()) == 5
+    assert keys(filled.collect(older_than_s=86400)) == gone
+    assert keys(filled.items()) == {("artifact", "new"), ("bundle", "new")}
+    assert filled.get_artifact("new") is not None
+    assert filled.get_bundle("new") is not None
+    assert [path.name for path in (filled.root / "files").iterdir()] == [filled.get_artifact("new").path.name]  # type: ignore[union-attr]
+
+
+def test_the_longest_unused_goes_first_until_the_rest_is_small_and_what_is_in_use_stays(filled: DirectoryStore) -> None:
+    assert keys(filled.collect()) == {("artifact", "aside")}
+    gone = filled.collect(max_bytes=sum(item.size for item in filled.items()) - 1)
+    assert len(gone) == 1
+    assert keys(gone) < {("artifact", "old"), ("bundle", "old")}
+    assert keys(filled.collect(max_bytes=0)) | keys(gone) == {("artifact", "old"), ("bundle", "old")}
+
+
+def test_a_bundle_that_is_found_was_used(filled: DirectoryStore) -> None:
+    assert find_bundle(filled, "old", report=pytest.fail) is not None
+    assert keys(filled.collect(older_than_s=86400)) == {("artifact", "aside"), ("artifact", "old")}
+
+
+def test_what_is_damaged_is_listed(filled: DirectoryStore) -> None:
+    assert filled.damaged() == ()
+    (filled.root / "bundles" / "old" / "plan.json").write_bytes(b"{}")
+    [item] = filled.damaged()
+    assert (item.kind, item.key) == (Kind.BUNDLE, "old")
+    assert "plan.json" in item.aside
+
+
+def test_nobody_else_can_write_whatever_the_umask(tmp_path: Path, sample_content: BundleContent) -> None:
+    home = tmp_path / "above" / "home"
+    (tmp_path / "made.so").write_bytes(b"library")
+    before = os.umask(0)
+    try:
+        store = DirectoryStore(home)
+        store.put_artifact("k", content=tmp_path / "made.so")
+        store.put_bundle("k", content=sample_content)
+        store.set_aside(Kind.ARTIFACT, "k", reason="r")
+        with store.lock("k"), store.scratch():
+            pass
+    finally:
+        os.umask(before)
+    for place in (home.parent, home, *home.rglob("*")):
+        assert place.stat().st_mode & 0o022 == 0, place
+    assert home.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("place", [".", "bundles"])
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777])
+def test_a_store_that_others_can_write_to_is_refused_with_the_fix(
+    filled: DirectoryStore, place: str, mode: int
+) -> None:
+    (filled.root / place).chmod(mode)
+    with pytest.raises(StoreError, match=f"mode {mode:o}") as caught:
+        DirectoryStore(filled.root)
+    assert f"chmod -R go-w {filled.root}" in caught.value.try_
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_store_of_somebody_else_is_refused(filled: DirectoryStore) -> None:
+    os.chown(filled.root, 12345, -1)
+    with pytest.raises(StoreError, match="belongs to the user 12345"):
+        DirectoryStore(filled.root)

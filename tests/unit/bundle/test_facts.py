@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from piecework.bundle import Fact, check, config_fact, environment_facts, option_facts, require, source_facts
+from piecework.bundle import Asked, Fact, check, config_facts, environment_facts, option_facts, require, source_facts
 from piecework.bundle import facts as facts_module
+from piecework.bundle.facts import making_facts
 from piecework.errors import StaleBundle
 from piecework.foundation.target import make_target
 
@@ -53,7 +54,7 @@ def test_all_differences_are_named_with_both_values(monkeypatch: pytest.MonkeyPa
                 Fact("target", "machine", "aarch64"),
                 Fact("target", "isa", LARGE.fact),
             ],
-            asked="load it",
+            what="load it",
             target=SMALL,
         )
     assert "torch version: bundle 2.13.0, here 2.12.0" in caught.value.found
@@ -70,20 +71,63 @@ def test_code_for_a_lesser_cpu_runs_on_a_better_one() -> None:
 
 
 def test_what_the_caller_expects_is_compared() -> None:
-    facts = [*option_facts({"dtype": "float32", "tokens": 8}), config_fact({"a": 1})]
+    facts = option_facts({"dtype": "float32", "tokens": 8})
     assert check(facts) == ()
-    assert check(facts, expected=facts) == ()
-    differences = check(facts, expected=option_facts({"dtype": "bfloat16", "new": True}))
+    assert check(facts, asked=Asked(facts)) == ()
+    differences = check(facts, asked=Asked(option_facts({"dtype": "bfloat16", "new": True})))
     assert [str(difference) for difference in differences] == [
         "option dtype: bundle float32, here bfloat16",
         "option new: bundle nothing, here True (the bundle doesn't say)",
     ]
-    assert len(check(facts, expected=[config_fact({"a": 2})])) == 1
+
+
+def test_fields_that_were_read_are_compared_and_others_are_not() -> None:
+    config = {"a": 1, "b": None, "rope": {"y": 2.0, "x": [1]}, "unread": 5}
+    facts = config_facts(config, ["a", "b", "rope", "missing"])
+    assert check(facts) == ()
+    for same in (config, {**config, "unread": 6}, {**config, "rope": {"x": [1], "y": 2.0}}, {**config, "new": 1}):
+        assert check(facts, asked=Asked(config=same)) == ()
+    for changed, said in (
+        ({"a": 2}, "config a: bundle 1, here 2"),
+        ({"b": 0}, "config b: bundle nothing, here 0"),
+        ({"missing": None}, "config missing: bundle not in config.json, here nothing"),
+        ({"rope": {"x": [1]}}, 'config rope: bundle {"x":[1],"y":2.0}, here {"x":[1]}'),
+    ):
+        assert [str(d) for d in check(facts, asked=Asked(config={**config, **changed}))] == [said]
+    [difference] = check(facts, asked=Asked(config={k: v for k, v in config.items() if k != "a"}))
+    assert str(difference) == "config a: bundle 1, here not in config.json"
+
+
+def test_whoever_would_make_it_anew_has_the_same_code_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, setting = Asked(as_made_here=True), "TORCHINDUCTOR_EMULATE_PRECISION_CASTS"
+    monkeypatch.delenv(setting, raising=False)
+    plain = making_facts()
+    assert check(plain, asked=here) == ()
+    assert check([Fact("piecework", "code", "0" * 64)]) == ()
+    [difference] = check([Fact("piecework", "code", "0" * 64)], asked=here)
+    assert difference.fact.label == "piecework code"
+    monkeypatch.setenv(setting, "1")
+    changed = making_facts()
+    assert Fact("setting", setting, "1") in changed
+    assert check(changed, asked=here) == ()
+    assert [str(d) for d in check(plain, asked=here)] == [
+        f"setting {setting}: bundle nothing, here 1 (the bundle doesn't say)"
+    ]
+    for unrelated in (
+        "TORCHINDUCTOR_CACHE_DIR",
+        "TORCHINDUCTOR_COMPILE_THREADS",
+        "TORCHINDUCTOR_NO_SUCH_THING",
+        "MY_VARIABLE",
+    ):
+        monkeypatch.setenv(unrelated, "2")
+    assert check(changed, asked=here) == ()
+    monkeypatch.delenv(setting)
+    assert [str(d) for d in check(changed, asked=here)] == [f"setting {setting}: bundle 1, here nothing"]
 
 
 @pytest.mark.parametrize(("recorded", "wanted"), [(1, True), (1, 1.0), (0, None), ("1", 1)])
 def test_values_of_other_types_differ(recorded: object, wanted: object) -> None:
-    assert len(check([Fact("option", "o", recorded)], expected=[Fact("option", "o", wanted)])) == 1  # type: ignore[arg-type]
+    assert len(check([Fact("option", "o", recorded)], asked=Asked((Fact("option", "o", wanted),)))) == 1  # type: ignore[arg-type]
 
 
 def test_source_facts_name_the_package_not_the_place(package: Path, tmp_path: Path) -> None:

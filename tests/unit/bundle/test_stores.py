@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from piecework.bundle import (
+    Asked,
     BundleContent,
     DirectoryStore,
     Fact,
@@ -19,6 +20,7 @@ from piecework.bundle import (
     option_facts,
 )
 from piecework.bundle.record import Record
+from piecework.bundle.store.interface import bundle_key
 from piecework.errors import CorruptBundle, InternalError, StoreError
 from piecework.foundation.digests import digest_bytes
 
@@ -111,20 +113,31 @@ def test_find_bundle_checks_the_facts(store: Store, sample_content: BundleConten
     reports: list[str] = []
     put = store.put_bundle("k", content=sample_content)
     assert find_bundle(store, "k", report=reports.append) == put
-    expected = option_facts({"dtype": "float32"})
-    assert find_bundle(store, "k", report=reports.append, expected=expected) == put
+    asked = Asked(option_facts({"dtype": "float32"}))
+    assert find_bundle(store, "k", report=reports.append, asked=asked) == put
+    other = Asked(option_facts({"dtype": "float16"}))
+    assert find_bundle(store, "k", report=reports.append, asked=other) is None
     assert reports == []
-    assert find_bundle(store, "k", report=reports.append, expected=option_facts({"dtype": "float16"})) is None
-    assert "option dtype: bundle float32, here float16" in reports[0]
-    assert store.get_bundle("k") is None
-    assert [item.aside != "" for item in store.items()] == [True]
+    assert store.get_bundle("k") == put, "it stays for those who ask for it"
 
 
 def test_find_bundle_refuses_another_torch(store: Store, sample_content: BundleContent) -> None:
-    reports: list[str] = []
     store.put_bundle("k", content=dataclasses.replace(sample_content, facts=(Fact("torch", "version", "1.0"),)))
-    assert find_bundle(store, "k", report=reports.append) is None
-    assert "torch version: bundle 1.0, here" in reports[0]
+    assert find_bundle(store, "k", report=pytest.fail) is None
+
+
+def test_bundles_of_several_environments_lie_side_by_side(store: Store, sample_content: BundleContent) -> None:
+    asked = [Asked(option_facts({"environment": name})) for name in ("one", "two")]
+    made = []
+    for one in asked:
+        content = dataclasses.replace(sample_content, facts=one.facts)
+        made.append(store.put_bundle(bundle_key("k", content.facts), content=content))
+    store.put_bundle("kk", content=sample_content)
+    for _ in range(4):
+        for one, bundle in zip(asked, made, strict=True):
+            assert find_bundle(store, "k", report=pytest.fail, asked=one) == bundle
+    assert set(store.bundles("k")) == {bundle_key("k", bundle.facts) for bundle in made}
+    assert [item for item in store.items() if item.aside] == []
 
 
 def test_a_damaged_bundle_is_set_aside_and_reported(store: Store, sample_content: BundleContent) -> None:

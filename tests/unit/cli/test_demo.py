@@ -37,7 +37,7 @@ def commands(tmp_path, monkeypatch) -> Path:
 import os, sys, time
 with open({str(tmp_path / "calls")!r}, "a") as file:
     print(*sys.argv[1:], "@", os.environ["PIECEWORK_HOME"], file=file)
-what = sys.argv[3]
+what = sys.argv[4]
 told = {str(tmp_path)!r} + "/" + what
 if os.path.exists(told + ".wait"):
     time.sleep(60)
@@ -63,8 +63,8 @@ def test_it_compiles_then_generates_on_one_new_store(commands, capsys):
     assert printed["compile"] == COMPILED
     assert printed["generate"] == GENERATED
     first, second = calls(commands)
-    assert first.startswith("-m piecework compile ")
-    assert second.startswith("-m piecework generate ")
+    assert first.startswith("-P -m piecework compile ")
+    assert second.startswith("-P -m piecework generate ")
     assert first.rsplit("@ ", 1)[1] == second.rsplit("@ ", 1)[1] == printed["store"]
     assert Path(printed["store"]).parent == commands / "tmp"
 

@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.cli.main import main
-from piecework.foundation.target import read_target
 from piecework.spec.model_spec import ModelSpec
 from tests.unit.engine.next_letter import CONFIG, letter_content, write_letter_bundle, write_model_dir
 
@@ -33,7 +32,7 @@ def test_text_streams_from_the_stores_bundle(
 ) -> None:
     monkeypatch.setenv("PIECEWORK_HOME", str(tmp_path / "home"))
     spec = ModelSpec.of(model, ranges="1,2:8", max_tokens=8, passes_off=["rotary"])
-    DirectoryStore(tmp_path / "home").put_bundle(spec.key(target=read_target()), content=letter_content(spec))
+    DirectoryStore(tmp_path / "home").put_bundle(spec.key, content=letter_content(spec))
     options = ["--ranges", "1,2:8", "--max-tokens", "8", "--without-pass", "rotary"]
     code = main(["generate", model, "--prompt", "abc", "--max-new-tokens", "4", *options, *RANDOM])
     printed = capsys.readouterr()

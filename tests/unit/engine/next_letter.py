@@ -10,7 +10,8 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
-from piecework.bundle import Bundle, BundleContent, environment_facts, write_bundle
+from piecework.bundle import Bundle, BundleContent, config_facts, environment_facts, write_bundle
+from piecework.bundle.facts import making_facts
 from piecework.bundle.plan import OpStep, Plan, PlanInput, Recipe, State
 from piecework.bundle.record import Record
 from piecework.spec.model_spec import ModelSpec
@@ -68,7 +69,8 @@ def write_model_dir(directory: Path) -> Path:
 
 def letter_content(spec: ModelSpec) -> BundleContent:
     """Return the bundle of a spec of that directory."""
-    facts = (*environment_facts(), *spec.facts)
+    config = config_facts(spec.config.raw, spec.config.raw)
+    facts = (*environment_facts(), *making_facts(), *spec.facts, *config)
     return BundleContent(plan=PLAN.to_json(), artifacts={}, facts=facts, record=Record())
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from piecework.bundle.facts import Fact, environment_facts
+from piecework.bundle.facts import Fact, config_facts, environment_facts, making_facts
 from piecework.bundle.record import Record
 from piecework.bundle.store.interface import BundleContent, MemoryStore
 from piecework.engine.bundles import find, run_compile, why_missing
@@ -41,10 +43,13 @@ def store(tmp_path: Path) -> MemoryStore:
 
 def _put(store: MemoryStore, wanted: ModelSpec, *changed: Fact, key: str | None = None) -> None:
     target = read_target()
-    facts = {(fact.kind, fact.name): fact for fact in (*wanted.facts, *environment_facts(target=target))}
+    config = config_facts(wanted.config.raw, wanted.config.raw)
+    made = (*wanted.facts, *config, *making_facts(), *environment_facts(target=target))
+    facts = {(fact.kind, fact.name): fact for fact in made}
     facts.update({(fact.kind, fact.name): fact for fact in changed})
     content = BundleContent(plan=PLAN, artifacts={}, facts=tuple(facts.values()), record=Record())
-    store.put_bundle(key or wanted.key(target=target), content=content)
+    content = replace(content, identity=wanted.identity)
+    store.put_bundle(key or wanted.key, content=content)
 
 
 def test_a_bundle_with_the_facts_is_found(store, wanted):
@@ -94,7 +99,7 @@ def test_the_nearest_bundle_says_what_differs(store, wanted):
     old = Fact("torch", "version", "1.0")
     _put(store, wanted, old, key="near")
     _put(store, wanted, old, Fact("option", "dtype", "bfloat16"), key="far")
-    _put(store, wanted, Fact("model", "config", "0" * 64), key="another-model")
+    _put(store, wanted, old, Fact("config", "hidden_size", 1), Fact("config", "vocab_size", 1), key="farther")
     why = why_missing(wanted, store=store)
     assert "torch version: bundle 1.0, here " in why
     assert "dtype" not in why
@@ -127,7 +132,8 @@ def test_a_compile_says_what_it_does_and_where_the_bundle_is(tmp_path, monkeypat
     lines: list[str] = []
     found = run_compile(CompileProcess(wanted), on_line=lines.append)
     assert (found.bundle.path, found.compiled) == (place, True)
-    assert lines[0] == f"-m piecework compile --spec {wanted.to_json()} --weights none --json"
+    options = f"--spec {wanted.to_json()} --weights none --json --parent {os.getpid()}"
+    assert lines[0] == f"-P -m piecework compile {options}"
     assert lines[1:] == ["[1/2] now"]
 
 

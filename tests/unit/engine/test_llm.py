@@ -19,7 +19,6 @@ from piecework.engine.llm import LLM
 from piecework.engine.request import FinishReason
 from piecework.engine.sampling_params import SamplingParams
 from piecework.errors import CapacityError, CompileError, EngineError, RequestError, StaleBundle, WeightsError
-from piecework.foundation.target import read_target
 from piecework.spec.model_spec import ModelSpec
 from tests.unit.engine.next_letter import (
     BLOCK_BYTES,
@@ -170,7 +169,7 @@ def test_the_stores_bundle_is_that_of_the_options(
     store = DirectoryStore(tmp_path / "home")
     options = {"dtype": "bfloat16", "ranges": "1,2:8", "max_tokens": 8, "passes_off": ["merge_linear"]}
     spec = ModelSpec.of(model_dir, **options)
-    stored = store.put_bundle(spec.key(target=read_target()), content=letter_content(spec))
+    stored = store.put_bundle(spec.key, content=letter_content(spec))
     notes: list[str] = []
     for llm in (make(bundle=None, on_note=notes.append, **options), make(bundle=None, model=spec)):
         assert llm.bundle.path == stored.path

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from piecework.errors import CompileError, OpError, UnsupportedModelError
-from piecework.foundation.target import read_target
 from piecework.ops.ir.provider_order import ProviderOrder
 from piecework.spec.command_line import add_spec_options, spec_of
 from piecework.spec.compile_options import BackendName, CompileOptions
@@ -71,15 +70,16 @@ def test_an_option_is_the_same_from_python_from_the_command_line_and_in_another_
     assert ModelSpec.from_json(spec.to_json()) == spec
     assert {f.name: f.value for f in spec.facts}[name] == fact
     other = ModelSpec.of(model_dir, max_tokens=32)
-    assert spec.key(target=read_target()) != other.key(target=read_target())
-    assert (name in {f.name for f in spec.asked_facts}) is (spec != ModelSpec.of(model_dir))
+    assert spec.key != other.key
+    assert (name in {f.name for f in spec.named.facts}) is (spec != ModelSpec.of(model_dir))
 
 
 def test_defaults(model_dir: Path) -> None:
     spec = ModelSpec.of(model_dir)
     assert spec_of(_parsed(), source=model_dir) == spec == ModelSpec(spec.config)
     assert (spec.source, spec.dtype, spec.max_tokens, spec.options) == (model_dir, "float32", 2048, CompileOptions())
-    assert [fact.kind for fact in spec.asked_facts] == ["model"]
+    assert spec.named.facts == ()
+    assert spec.named.config == spec.asked.config == spec.config.raw
     assert ModelSpec.of(model_dir, dtype=None, providers=None) == spec
 
 

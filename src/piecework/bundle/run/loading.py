@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from piecework.bundle.bundle import Bundle, open_bundle
-from piecework.bundle.facts import option_facts, require
+from piecework.bundle.facts import Asked, option_facts, require
+from piecework.bundle.format import CONSTANTS
+from piecework.bundle.manifest import corrupt
 from piecework.bundle.plan import Plan, UniquePiece
 from piecework.bundle.record import Record
 from piecework.bundle.run.constants import TensorSource, as_source, make_constants, pack_constants
@@ -19,6 +21,7 @@ from piecework.bundle.run.instances import open_instance, read_calls
 from piecework.bundle.run.model import LoadedModel, RangeForm
 from piecework.bundle.run.natives import open_natives
 from piecework.bundle.run.step_calls import Run
+from piecework.bundle.sealed import SealedFiles
 from piecework.errors import BundleError, CorruptBundle
 from piecework.foundation import torch_private
 from piecework.foundation.environment import read_environment
@@ -53,9 +56,10 @@ def load(
     opened = bundle if isinstance(bundle, Bundle) else _open(Path(bundle))
     if providers is not None:
         wanted = option_facts({"providers": as_order(providers).text()})
-        require([f for f in opened.facts if f.kind == "option"], asked=f"load {opened.path}", expected=wanted)
+        options = [f for f in opened.facts if f.kind == "option"]
+        require(options, what=f"load {opened.path}", asked=Asked(wanted))
     if check_facts:
-        require(opened.facts, asked=f"load the bundle {opened.path}")
+        require(opened.facts, what=f"load the bundle {opened.path}")
     phases["verify"] = _lap(begun)
     begun = time.perf_counter()
     plan = Plan.from_json(opened.plan())
@@ -70,7 +74,13 @@ def load(
     pack_constants(plan.recipes, constants)
     phases["pack"] = _lap(begun)
     order = ProviderOrder.from_json(next((str(f.value) for f in opened.facts if (f.kind, f.name) == _ORDER), "native"))
-    return open_plan(plan, path_of=opened.artifact_path, constants=constants, order=order, phases=phases, owned=opened)
+    copies = SealedFiles()
+
+    def path_of(name: str) -> Path:
+        # a library for CUDA looks for its kernels beside itself
+        return opened.sealed(name, copies=copies) if device == "cpu" else opened.artifact_path(name)
+
+    return open_plan(plan, path_of=path_of, constants=constants, order=order, phases=phases, owned=opened)
 
 
 def open_plan(
@@ -118,11 +128,16 @@ def _lap(begun: float) -> float:
 
 
 def _literals(bundle: Bundle) -> Mapping[str, torch.Tensor]:
-    if bundle.constants_path is None:
+    data = bundle.constants()
+    if data is None:
         return {}
-    from safetensors.torch import load as load_bytes  # noqa: PLC0415  only models with computed buffers need it
+    from safetensors import SafetensorError  # noqa: PLC0415  only models with computed buffers need it
+    from safetensors.torch import load as load_bytes  # noqa: PLC0415
 
-    made: dict[str, torch.Tensor] = load_bytes(bundle.constants_path.read_bytes())
+    try:
+        made: dict[str, torch.Tensor] = load_bytes(data)
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise corrupt(CONSTANTS, bundle=str(bundle.path), found=f"can't be read: {error}") from error
     return made
 
 
@@ -140,9 +155,9 @@ def _open_instances(plan: Plan, path_of: Callable[[str], Path]) -> dict[tuple[in
             if (number, name) not in shared:
                 path = path_of(name)
                 if name not in called:
-                    called[name] = read_calls(path)
+                    called[name] = read_calls(path, name=name)
                 device = plan.pieces[instance.piece].device
-                shared[number, name] = open_instance(path, device=device, calls=called[name])
+                shared[number, name] = open_instance(path, name=name, device=device, calls=called[name])
             runners.append(shared[number, name])
         opened[low, high] = runners
     return opened

@@ -46,7 +46,8 @@ def _open(native: NativeCall, path_of: Callable[[str], Path]) -> NativeBody:
     if native.artifact:
         path = path_of(native.artifact)
         assert native.piece is not None
-        runner = open_instance(path, device=native.piece.device, calls=read_calls(path))
+        calls = read_calls(path, name=native.artifact)
+        runner = open_instance(path, name=native.artifact, device=native.piece.device, calls=calls)
         return NativeBody(native.form, provider=native.provider, run=runner.run)
     if native.piece is not None:
         raise OpError(

@@ -2,7 +2,7 @@
 
     artifacts/<key>.json      which file is the artifact of a compile key, with its digest and size
     files/<sha256>.so         the artifacts' content
-    bundles/<key>/            bundles in their directory form
+    bundles/<asked>.<facts>/  bundles in their directory form: what was asked for, and the digest of the facts
     extracted/<sha256>/       archives that were opened, by their digest
     aside/<kind>-<key>-<n>/   what was stale or damaged, with reason.txt
     locks/, scratch/          nothing that lasts
@@ -15,7 +15,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, cast, final
 
@@ -28,6 +30,7 @@ from piecework.bundle.store.interface import (
     Store,
     StoredItem,
     check_key,
+    is_of,
     sort_items,
     tree_size,
 )
@@ -36,6 +39,7 @@ from piecework.foundation import files
 from piecework.foundation.digests import canonical_json, digest_file
 
 _REASON: Final = "reason.txt"
+_IN_USE_S: Final = 600.0
 
 
 @final
@@ -43,11 +47,14 @@ class DirectoryStore(Store):
     """A store in a directory. Opening it removes what crashed processes left unfinished.
 
     Args:
-        root: the directory; made when something is first stored.
+        root: the directory; made when something is first stored, for this user alone.
+
+    Raises StoreError where others can write to it.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
+        files.require_own(self.root)
         files.remove_stale_scratch(self.root / "scratch")
 
     def get_artifact(self, key: str) -> Artifact | None:
@@ -65,6 +72,8 @@ class DirectoryStore(Store):
                 intact = False
         if not intact:
             raise self._corrupt(artifact.name, key=key, found="is missing or doesn't match its digest")
+        with contextlib.suppress(OSError):
+            os.utime(index)  # when it was last used
         return artifact
 
     def put_artifact(self, key: str, *, content: Path) -> Artifact:
@@ -76,7 +85,7 @@ class DirectoryStore(Store):
             digest, size = digest_file(copy), copy.stat().st_size
             name = digest + content.suffix
             place = self.root / "files" / name
-            place.parent.mkdir(parents=True, exist_ok=True)
+            files.make_directory(place.parent)
             # also where the file is there already: it may be damaged, and whoever has the old one open keeps it
             os.replace(copy, place)
             files.sync_directory(place.parent)
@@ -84,11 +93,21 @@ class DirectoryStore(Store):
             files.write_file(index, entry, scratch_parent=directory)
         return Artifact(key=key, name=name, digest=digest, size=size, path=place)
 
-    def get_bundle(self, key: str) -> Bundle | None:
+    def bundles(self, asked: str) -> tuple[str, ...]:
+        """See `Store.bundles`."""
+        found = []
+        with files.store_errors(f"read the store {self.root}"):
+            for place in self._entries("bundles"):
+                if is_of(place.name, check_key(asked)):
+                    with contextlib.suppress(FileNotFoundError):
+                        found.append((place.stat().st_mtime, place.name))
+        return tuple(key for _, key in sorted(found, reverse=True))
+
+    def get_bundle(self, key: str, *, verify: bool = True) -> Bundle | None:
         """See `Store.get_bundle`."""
         place = self._bundle_place(key)
         with files.store_errors(f"read the bundle {key} from the store {self.root}"):
-            return open_bundle(place, extract_root=self.root) if place.is_dir() else None
+            return open_bundle(place, extract_root=self.root, verify=verify) if place.is_dir() else None
 
     def put_bundle(self, key: str, *, content: BundleContent) -> Bundle:
         """See `Store.put_bundle`."""
@@ -134,14 +153,87 @@ class DirectoryStore(Store):
             for index in self._entries("artifacts"):
                 with contextlib.suppress(FileNotFoundError, CorruptBundle):
                     key = index.name.removesuffix(".json")
-                    items.append(StoredItem(Kind.ARTIFACT, key, self._parse(index.read_bytes(), key=key).size))
-            items.extend(StoredItem(Kind.BUNDLE, place.name, tree_size(place)) for place in self._entries("bundles"))
+                    size, used = self._parse(index.read_bytes(), key=key).size, index.stat().st_mtime
+                    items.append(StoredItem(Kind.ARTIFACT, key, size, used_s=used))
+            for place in self._entries("bundles"):
+                with contextlib.suppress(FileNotFoundError):
+                    used = place.stat().st_mtime
+                    items.append(StoredItem(Kind.BUNDLE, place.name, tree_size(place), used_s=used))
             for place in self._entries("aside"):
                 kind, _, rest = place.name.partition("-")
                 with contextlib.suppress(FileNotFoundError):
                     reason = (place / _REASON).read_text("utf-8", errors="replace")
-                    items.append(StoredItem(Kind(kind), rest.rpartition("-")[0], tree_size(place), aside=reason))
+                    used, key = place.stat().st_mtime, rest.rpartition("-")[0]
+                    items.append(StoredItem(Kind(kind), key, tree_size(place), reason, used_s=used, place=place.name))
         return sort_items(items)
+
+    def damaged(self) -> tuple[StoredItem, ...]:
+        """Return what is not as it was stored. Reads everything."""
+        found = []
+        for item in self.items():
+            get = self.get_artifact if item.kind is Kind.ARTIFACT else self.get_bundle
+            try:
+                if not item.aside:
+                    get(item.key)
+            except BundleError as error:
+                found.append(replace(item, aside=error.found))
+        return tuple(found)
+
+    def remove(self, item: StoredItem) -> None:
+        """Delete what `items` listed; what has gone meanwhile is no error."""
+        if item.aside and item.place:
+            place = self.root / "aside" / item.place
+        else:
+            place = self._index(item.key) if item.kind is Kind.ARTIFACT else self._bundle_place(item.key)
+        asked = f"remove {item.key} from the store {self.root}"
+        with files.store_errors(asked), self.scratch() as directory, contextlib.suppress(FileNotFoundError):
+            os.rename(place, directory / "removed")
+        self._remove_unreferenced()
+
+    def collect(
+        self, *, max_bytes: int | None = None, older_than_s: float | None = None, dry_run: bool = False
+    ) -> tuple[StoredItem, ...]:
+        """Delete what was set aside, and what wasn't used for long; return it.
+
+        Args:
+            max_bytes: what wasn't used for longest goes until the rest is no larger.
+            older_than_s: what was last used longer ago than this goes.
+            dry_run: delete nothing.
+
+        What was used in the last minutes stays, because it may be being loaded.
+        """
+        now = time.time()
+        items = sorted(self.items(), key=lambda item: item.used_s)
+        gone = [item for item in items if item.aside]
+        idle = [item for item in items if not item.aside and now - item.used_s > _IN_USE_S]
+        if older_than_s is not None:
+            gone += [item for item in idle if now - item.used_s > older_than_s]
+        if max_bytes is not None:
+            left = sum(item.size for item in items) - sum(item.size for item in gone)
+            for item in idle:
+                if left > max_bytes and item not in gone:
+                    gone.append(item)
+                    left -= item.size
+        if not dry_run:
+            for item in gone:
+                self.remove(item)
+        return tuple(gone)
+
+    def _remove_unreferenced(self) -> None:
+        """Delete artifacts' content that no key names any more, but for what may be about to be named."""
+        named = set()
+        for index in self._entries("artifacts"):
+            with contextlib.suppress(FileNotFoundError, CorruptBundle):
+                named.add(self._parse(index.read_bytes(), key=index.name.removesuffix(".json")).name)
+        for content in self._entries("files"):
+            with contextlib.suppress(OSError):
+                if content.name not in named and time.time() - content.stat().st_mtime > _IN_USE_S:
+                    content.unlink()
+
+    def used(self, key: str) -> None:
+        """See `Store.used`."""
+        with contextlib.suppress(OSError):
+            os.utime(self._bundle_place(key))
 
     @contextlib.contextmanager
     def lock(self, key: str, *, timeout_s: float | None = None) -> Iterator[None]:

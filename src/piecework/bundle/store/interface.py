@@ -13,15 +13,16 @@ import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Final, final
 
 from piecework.bundle.bundle import Bundle, BundleContent, build_directory, open_bundle
+from piecework.bundle.facts import Fact
 from piecework.bundle.manifest import corrupt
 from piecework.errors import InternalError, StoreError
-from piecework.foundation.digests import digest_file
+from piecework.foundation.digests import digest_file, digest_json
 
 _KEY: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 
@@ -54,12 +55,22 @@ class Artifact:
 
 @dataclass(frozen=True)
 class StoredItem:
-    """One line of a store's list; `aside` is the reason where it was set aside, else ""."""
+    """One line of a store's list.
+
+    Args:
+        kind, key: what it is.
+        size: in bytes.
+        aside: the reason where it was set aside, else "".
+        used_s: when it was last used, in seconds since 1970.
+        place: its own name in the store, where several were set aside under one key.
+    """
 
     kind: Kind
     key: str
     size: int
     aside: str = ""
+    used_s: float = field(default=0.0, compare=False)
+    place: str = field(default="", compare=False)
 
 
 class Store(ABC):
@@ -74,8 +85,19 @@ class Store(ABC):
         """Store a copy of a file as the artifact of a compile key; its suffix (".so") stays."""
 
     @abstractmethod
-    def get_bundle(self, key: str) -> Bundle | None:
-        """Return the bundle of a key, or None. Raises CorruptBundle, BundleError. Its facts are not checked."""
+    def bundles(self, asked: str) -> tuple[str, ...]:
+        """Return the keys of what was stored for something asked for (see `bundle_key`), the newest first."""
+
+    @abstractmethod
+    def get_bundle(self, key: str, *, verify: bool = True) -> Bundle | None:
+        """Return the bundle of a key, or None. Raises CorruptBundle, BundleError. Its facts are not checked.
+
+        With `verify=False` only its manifest is read, and no digest compared.
+        """
+
+    @abstractmethod
+    def used(self, key: str) -> None:
+        """Note that the bundle of a key is being used, for whoever makes room."""
 
     @abstractmethod
     def put_bundle(self, key: str, *, content: BundleContent) -> Bundle:
@@ -106,6 +128,20 @@ def check_key(key: str) -> str:
     if not _KEY.fullmatch(key):
         raise InternalError(f"no key of a store: {key!r}")
     return key
+
+
+def bundle_key(asked: str, facts: Iterable[Fact]) -> str:
+    """Return the key of a bundle: what was asked for, and the digest of its facts, which others don't share."""
+    return f"{asked}.{digest_json([fact.to_json() for fact in sorted(set(facts), key=_by_name)])[:32]}"
+
+
+def is_of(key: str, asked: str) -> bool:
+    """Whether a key is that of a bundle for what was asked for."""
+    return key.partition(".")[0] == asked
+
+
+def _by_name(fact: Fact) -> tuple[str, str]:
+    return fact.kind, fact.name
 
 
 @final
@@ -141,10 +177,18 @@ class MemoryStore(Store):
         self._artifacts[key] = artifact
         return artifact
 
-    def get_bundle(self, key: str) -> Bundle | None:
+    def bundles(self, asked: str) -> tuple[str, ...]:
+        """See `Store.bundles`."""
+        return tuple(key for key in reversed(self._bundles) if is_of(key, check_key(asked)))
+
+    def get_bundle(self, key: str, *, verify: bool = True) -> Bundle | None:
         """See `Store.get_bundle`."""
         path = self._bundles.get(check_key(key))
-        return None if path is None else open_bundle(path)
+        return None if path is None else open_bundle(path, verify=verify)
+
+    def used(self, key: str) -> None:
+        """See `Store.used`."""
+        self._bundles[key] = self._bundles.pop(key)
 
     def put_bundle(self, key: str, *, content: BundleContent) -> Bundle:
         """See `Store.put_bundle`."""

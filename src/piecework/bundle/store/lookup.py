@@ -1,11 +1,11 @@
-"""Look-ups for those who can compile afresh: what is stale or damaged is set aside, reported, and counts as a miss."""
+"""Look-ups for those who can compile afresh: what is stale stays, what is damaged is set aside, and both are misses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from piecework.bundle.bundle import Bundle
-from piecework.bundle.facts import Fact, require
+from piecework.bundle.facts import NOTHING, Asked, check
 from piecework.bundle.store.interface import Artifact, Kind, Store
 from piecework.errors import BundleError, CorruptBundle
 from piecework.foundation.target import Target
@@ -26,26 +26,29 @@ def find_bundle(
     key: str,
     *,
     report: Callable[[str], None],
-    expected: Iterable[Fact] = (),
+    asked: Asked = NOTHING,
     target: Target | None = None,
 ) -> Bundle | None:
-    """Return the bundle of a key whose files are intact and whose facts hold here, or None.
+    """Return a bundle that was stored under a key, whose facts hold here and whose files are intact, or None.
+
+    Bundles whose facts don't hold stay: another environment made them, or this one, which may be so again.
 
     Args:
         store: where to look.
-        key: the bundle's.
+        key: what is asked for, as `Store.bundles` takes it.
         report: is told why a bundle was set aside.
-        expected: the facts that the caller asks for; see `store.facts.check`.
+        asked: what must hold beside what the machine and its packages are; see `facts.check`.
         target: the CPU to run on; default: this one.
 
     Raises StoreError.
     """
-    try:
-        bundle = store.get_bundle(key)
-        if bundle is not None:
-            require(bundle.facts, asked=f"use the bundle {key}", expected=expected, target=target)
-        return bundle
-    except BundleError as error:
-        store.set_aside(Kind.BUNDLE, key, reason=error.found)
-        report(f"set aside the bundle {key}: {error.found}")
-        return None
+    for candidate in store.bundles(key):
+        try:
+            bundle = store.get_bundle(candidate, verify=False)
+            if bundle is not None and not check(bundle.facts, asked=asked, target=target):
+                store.used(candidate)
+                return store.get_bundle(candidate)
+        except BundleError as error:
+            store.set_aside(Kind.BUNDLE, candidate, reason=error.found)
+            report(f"set aside the bundle {candidate}: {error.found}")
+    return None

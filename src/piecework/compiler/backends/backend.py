@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from piecework.compiler.backends.pool import Outcome, WorkerPool, end_group
 from piecework.compiler.backends.toolchain import find_toolchain
+from piecework.foundation import files
 from piecework.foundation.target import Target
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class AotiBackend(Backend):
     """
 
     def __init__(self, *, root: Path, scratch: Path, compiler: str | None, target: Target, device: str) -> None:
-        root.mkdir(parents=True, exist_ok=True)
+        files.make_directory(root)
         toolchain = find_toolchain(root, compiler=compiler)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         jobs = cores + 2  # pieces are few and of unequal length: with one per core, the last one leaves the others idle

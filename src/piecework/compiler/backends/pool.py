@@ -18,6 +18,7 @@ from piecework import errors
 from piecework.compiler.backends.toolchain import Toolchain, likely_flags, likely_interface
 from piecework.errors import CompileError, InternalError, PieceworkError, ShapeContractError
 from piecework.foundation.environment import child_variables
+from piecework.foundation.process import python_command
 from piecework.foundation.target import Target
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class WorkerPool:
     def __init__(self, *, toolchain: Toolchain, scratch: Path, target: Target, jobs: int, device: str) -> None:
         self._toolchain = toolchain
         self._scratch = scratch
-        command = [sys.executable, "-m", "piecework.compiler.backends.worker", "--toolchain", str(toolchain.root)]
+        command = python_command("piecework.compiler.backends.worker", "--toolchain", str(toolchain.root))
         command += ["--compiler", toolchain.compiler, "--compiler-version", toolchain.version]
         command += ["--scratch", str(scratch), "--jobs", str(jobs)]
         variables = child_variables(

@@ -16,6 +16,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,14 @@ KERNEL_FLAGS: tuple[str, ...] = (
 )
 """How our own kernels (providers/) are built."""
 
+_ENDS_WITH_PARENT = """
+import ctypes, os, signal, subprocess, sys
+signal.signal(signal.SIGTERM, lambda *_: os.killpg(0, signal.SIGKILL))
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # when the thread that started us is gone
+sys.exit(subprocess.call(sys.argv[2:]) if os.getppid() == int(sys.argv[1]) else 1)
+"""
+"""Runs a command as the leader of a group, and ends the group with the process that asked for it, however that went."""
+
 _TORCH = "-ltorch_cpu"  # has all that a piece calls
 _KEPT = ("-D", "-f", "-m", "-std=")
 _DROPPED = frozenset({"-fno-omit-frame-pointer", "-fPIC"})
@@ -115,7 +124,7 @@ class Toolchain:
                     (made / "prefix.h").write_text(_PREFIX)
                     command = [*flags, "-O3", "-x", "c++-header", "prefix.h", "-o", "prefix.h.gch"]
                     self._run(command, cwd=made, on_start=on_start)
-                    place.parent.mkdir(parents=True, exist_ok=True)
+                    files.make_directory(place.parent)
                     files.publish_directory(made, to=place, existing=files.Existing.KEEP)
         return place / "prefix.h"
 
@@ -193,14 +202,17 @@ class Toolchain:
         return self.root / digest_json([self.compiler, self.version, flags, _PREFIX])[:24]
 
     def _lock(self, flags: tuple[str, ...], what: str) -> contextlib.AbstractContextManager[None]:
-        self._place(flags).mkdir(parents=True, exist_ok=True)
+        files.make_directory(self._place(flags))
         return files.lock(self._place(flags) / f"{what}.lock", timeout_s=600)
 
     def _run(
         self, arguments: list[str], *, cwd: Path, on_start: Callable[[subprocess.Popen[str]], None] | None = None
     ) -> None:
+        command = [*shlex.split(self.compiler), "-w", "-fPIC", *arguments]
+        if on_start is not None and sys.platform == "linux":
+            command = [sys.executable, "-I", "-S", "-c", _ENDS_WITH_PARENT, str(os.getpid()), *command]
         process = subprocess.Popen(
-            [*shlex.split(self.compiler), "-w", "-fPIC", *arguments],
+            command,
             cwd=cwd,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -229,6 +241,14 @@ def find_toolchain(root: Path, *, compiler: str | None) -> Toolchain:
     Raises CompileError where there is none or it doesn't run.
     """
     candidates = [compiler] if compiler else ["g++", "clang++", "c++"]
+    try:
+        shlex.split(compiler or "")
+    except ValueError as error:
+        raise CompileError(
+            asked=f"compile the model's pieces with the C++ compiler {compiler}",
+            found=f"no command: {error}",
+            try_="a compiler's name or path in CXX, with arguments if need be",
+        ) from error
     found = next((c for c in candidates if shutil.which(next(iter(shlex.split(c)), ""))), None)
     if found is None:
         raise CompileError(

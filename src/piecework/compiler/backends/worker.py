@@ -9,9 +9,11 @@ its children.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import gc
 import json
 import os
+import select
 import selectors
 import signal
 import subprocess
@@ -26,6 +28,7 @@ from typing import Any, TextIO
 
 from piecework.compiler.backends.toolchain import Toolchain
 from piecework.errors import InternalError, PieceworkError
+from piecework.foundation.process import python_command
 
 _COLLECT_EVERY = 50_000  # objects more than before; Inductor makes some hundred thousand of them for a piece
 
@@ -50,6 +53,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--single", action="store_true", help="compile the one job on stdin and answer on stdout")
     args = parser.parse_args()
+    if not args.single:
+        _end_with_input()
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what torch or the compiler print must not mix with the events
     toolchain = Toolchain(root=args.toolchain, compiler=args.compiler, version=args.compiler_version)
@@ -71,6 +76,21 @@ def main() -> int:
     _send(events, {"event": "ready"})
     _serve(events, toolchain=toolchain, limit=args.jobs)
     return 0
+
+
+def _end_with_input() -> None:
+    """End at once, with the whole group, when the driver is gone: while torch is imported, or a child's g++ runs."""
+    hangup = select.poll()
+    hangup.register(0, select.POLLHUP)
+
+    def look(*_: object) -> None:
+        if any(event & select.POLLHUP for _, event in hangup.poll(0)):
+            os.killpg(0, signal.SIGKILL)
+
+    signal.signal(signal.SIGIO, look)
+    fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(0, fcntl.F_SETFL, fcntl.fcntl(0, fcntl.F_GETFL) | os.O_ASYNC)
+    look()  # it may have gone before
 
 
 def _send(events: TextIO, event: Mapping[str, Any]) -> None:
@@ -139,7 +159,7 @@ def _start_alone(request: Mapping[str, Any]) -> _Child:
     """Compile in a new process instead of a fork: CUDA can't be used in a fork of a process that has touched it."""
     receiving, sending = os.pipe()
     process = subprocess.Popen(
-        [sys.executable, "-m", "piecework.compiler.backends.worker", *sys.argv[1:], "--single"],
+        python_command("piecework.compiler.backends.worker", *sys.argv[1:], "--single"),
         stdin=subprocess.PIPE,
         stdout=sending,
         text=True,

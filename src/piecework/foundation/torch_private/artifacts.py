@@ -69,7 +69,7 @@ def open_aoti_library(path: Path, *, device: str, calls: str = "") -> Any:
     if calls:
         with tempfile.TemporaryDirectory(prefix="piecework-") as folder:
             beside = Path(folder) / "piece.so"
-            beside.symlink_to(path.resolve())
+            beside.symlink_to(path.absolute())  # not resolved: it may be a file in memory
             beside.with_suffix(".json").write_text(calls)
             return open_aoti_library(beside, device=device)
     if device == "cpu":
