@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import grp
 import os
+import pwd
 import shutil
 import stat
 import time
@@ -90,7 +92,7 @@ def require_own(root: Path) -> None:
                 found = place.stat()
             if found.st_uid not in (0, os.geteuid()):
                 who, fix = f"belongs to the user {found.st_uid}", f"chown -R {os.geteuid()} {root}"
-            elif found.st_mode & _OTHERS_WRITE:
+            elif found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and not _is_of_one(found.st_gid)):
                 who, fix = f"can be written to by others (mode {found.st_mode & 0o7777:o})", f"chmod -R go-w {root}"
             else:
                 continue
@@ -99,6 +101,15 @@ def require_own(root: Path) -> None:
                 found=f"{place} {who}, who could have any code run here",
                 try_=f"{fix}, if you trust what is in it; or name another directory with PIECEWORK_HOME",
             )
+
+
+def _is_of_one(group: int) -> bool:
+    """Whether a group is this user's own and has no other members: many systems give every user one, and umask 002."""
+    try:
+        entry, user = grp.getgrgid(group), pwd.getpwuid(os.geteuid())
+    except KeyError:
+        return False
+    return entry.gr_gid == user.pw_gid and entry.gr_name == user.pw_name and set(entry.gr_mem) <= {user.pw_name}
 
 
 def keep_from_others(root: Path) -> None:

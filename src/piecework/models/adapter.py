@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from piecework.capture.request import CaptureRequest, Dim, SizeInput, TensorInput, Variant
-from piecework.errors import UnsupportedModelError
+from piecework.errors import PieceworkError, UnsupportedModelError
 from piecework.models.adapted import AdaptedModel
 from piecework.models.batch import BLOCK_SIZE, ForwardBatch
 from piecework.models.deepseek import adapt_deepseek
@@ -119,11 +119,20 @@ def _adapt(spec: ModelSpec) -> AdaptedModel:
     config = spec.config
     asked = f"the model in {config.path}"
     hf_config = _transformers_config(config, asked=asked)
-    model = (
-        adapt_paged(config, hf_config, dtype=getattr(torch, spec.dtype))
-        if config.latent is None
-        else adapt_deepseek(spec, hf_config)
-    )
+    try:
+        model = (
+            adapt_paged(config, hf_config, dtype=getattr(torch, spec.dtype))
+            if config.latent is None
+            else adapt_deepseek(spec, hf_config)
+        )
+    except PieceworkError:
+        raise
+    except Exception as error:  # what modelling code makes of values that it doesn't expect
+        raise UnsupportedModelError(
+            asked=asked,
+            found=f"transformers can't build it: {type(error).__name__}: {error}",
+            try_="check the fields of its config.json, or upgrade transformers",
+        ) from error
     module = model.module
     if type(module).__name__ != config.architecture:
         raise UnsupportedModelError(

@@ -35,6 +35,7 @@ _WITHOUT_EFFECT: Final = frozenset(
 )
 """Fields that are read, and that change nothing of a model's forward as piecework calls it."""
 
+_OF_KEYS: Final = frozenset({"num_key_value_heads"})  # latent attention has none of their own
 _OF_TRAINING: Final = re.compile(r"(dropout|pdrop)(_prob|_rate)?$")
 _INITIALISERS: Final = frozenset({"_init_weights", "init_weights", "initialize_weights", "post_init"})
 _MISSING: Final = object()
@@ -70,7 +71,8 @@ class ModelReads:
         modules = [sys.modules.get(cls.__module__) for cls in made.__mro__]
         files = {Path(file) for m in modules if (file := getattr(m, "__file__", None)) is not None and is_users(file)}
         read = self._config.read | _fields_behind(made, self._config.raw, self._names)
-        matter = (name for name in read - _WITHOUT_EFFECT if not _OF_TRAINING.search(name))
+        without = _WITHOUT_EFFECT if self._config.latent is None else _WITHOUT_EFFECT | _OF_KEYS
+        matter = (name for name in read - without if not _OF_TRAINING.search(name))
         return (*config_facts(self._config.raw, matter), *source_facts(files | self._files))
 
 

@@ -1,8 +1,11 @@
 """The store in a directory: several processes, crashes, disks that are full or read-only."""
 
+import contextlib
 import errno
+import grp
 import multiprocessing
 import os
+import pwd
 import signal
 import stat
 import time
@@ -256,7 +259,7 @@ def test_nobody_else_can_write_whatever_the_umask(tmp_path: Path, sample_content
 
 
 @pytest.mark.parametrize("place", [".", "bundles"])
-@pytest.mark.parametrize("mode", [0o777, 0o775, 0o1777])
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o702])
 def test_a_store_that_others_can_write_to_is_refused_with_the_fix(
     filled: DirectoryStore, place: str, mode: int
 ) -> None:
@@ -264,6 +267,18 @@ def test_a_store_that_others_can_write_to_is_refused_with_the_fix(
     with pytest.raises(StoreError, match=f"mode {mode:o}") as caught:
         DirectoryStore(filled.root)
     assert f"chmod -R go-w {filled.root}" in caught.value.try_
+
+
+@pytest.mark.parametrize("members", [[], ["somebody"]])
+def test_a_group_with_no_other_members_may_write(
+    filled: DirectoryStore, members: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = pwd.getpwuid(os.geteuid())
+    group = grp.struct_group((user.pw_name, "x", user.pw_gid, members))
+    monkeypatch.setattr(grp, "getgrgid", lambda _number: group)
+    filled.root.chmod(0o775)
+    with contextlib.nullcontext() if not members else pytest.raises(StoreError, match="mode 775"):
+        DirectoryStore(filled.root)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")

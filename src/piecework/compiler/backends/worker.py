@@ -80,10 +80,10 @@ def main() -> int:
 
 def _end_with_input() -> None:
     """End at once, with the whole group, when the driver is gone: while torch is imported, or a child's g++ runs."""
-    hangup = select.poll()
-    hangup.register(0, select.POLLHUP)
 
     def look(*_: object) -> None:
+        hangup = select.poll()  # one of its own: a signal may come while another one is looked at
+        hangup.register(0, select.POLLHUP)
         if any(event & select.POLLHUP for _, event in hangup.poll(0)):
             os.killpg(0, signal.SIGKILL)
 

@@ -146,7 +146,7 @@ def check(module: nn.Module, *, pieces: int, unique: int, traced: int) -> None:
     for rows in (1, 7):
         x = torch.randn(rows, 8)
         with torch.no_grad():
-            assert torch.allclose(model(x), module(x), rtol=1e-5, atol=1e-5)
+            assert torch.allclose(model(x), module(x), rtol=1e-4, atol=1e-4)
     assert (counts["pieces"], counts["unique_pieces"]) == (pieces, unique)
     assert counts["blocks_traced"] == traced
 
