@@ -17,8 +17,8 @@ from piecework.foundation.digests import digest_bytes
 
 _NUMBERS: Final = itertools.count(1)
 _SEALS: Final = 0x1 | 0x2 | 0x4 | 0x10
-"""F_SEAL_SEAL, _SHRINK, _GROW and _FUTURE_WRITE (linux/fcntl.h). With F_SEAL_WRITE, which is also about mappings that are
-there already, the kernel may wait for 0.15 s; there are none."""
+"""F_SEAL_SEAL, _SHRINK, _GROW and _FUTURE_WRITE (linux/fcntl.h). With F_SEAL_WRITE, which is about mappings that are
+there already as well, the kernel may wait for 0.15 s; there are none."""
 
 
 @final
