@@ -19,6 +19,7 @@ from tests.unit.models.tiny import write_config
 
 ABSENT = {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 0.5, "unknown_field": 3, "initializer_range": 0.5}
 ABSENT |= {"_name_or_path": "elsewhere", "transformers_version": "1.2.3", "use_cache": False, "hidden_act": "gelu"}
+ABSENT |= {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 500.0}
 ABSENT |= {"pad_token_id": 3, "eos_token_id": 5, "bos_token_id": 4, "pretraining_tp": 2, "attention_dropout": 0.5}
 
 

@@ -5,6 +5,7 @@ On a terminal, progress is one line that changes; elsewhere each stage is a line
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from abc import ABC, abstractmethod
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO, final
 
+from piecework.engine.options import parse_size
 from piecework.errors import PieceworkError
 
 
@@ -59,6 +61,14 @@ def format_table(rows: Sequence[Sequence[str]], *, header: Sequence[str] = ()) -
     if header:
         text.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(text)
+
+
+def size_argument(text: str) -> int:
+    """Read an option's number of bytes, such as "8MiB"."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def show_error(error: PieceworkError, *, as_json: bool) -> None:

@@ -42,7 +42,8 @@ COMMANDS: Final[Mapping[str, str]] = {
 }
 _EPILOG: Final = """\
 exit codes: 0 done, 1 failed (also when interrupted), 2 wrong usage
-store: $PIECEWORK_HOME, else $XDG_CACHE_HOME/piecework, else ~/.cache/piecework
+store: $PIECEWORK_HOME, else $XDG_CACHE_HOME/piecework, else ~/.cache/piecework,
+else (without a home directory) /tmp/piecework-<user id>
 """
 _DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from piecework.engine.options import engine_options, parse_size, read_engine_options
+from piecework.cli.console import size_argument
+from piecework.engine.options import engine_options, read_engine_options
 from piecework.engine.profile_options import DEFAULT_STEPS, ProfileOptions
 from piecework.errors import PieceworkError
 from piecework.foundation.environment import read_environment
@@ -219,7 +220,9 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         metavar="SECONDS",
         help="for a request's head to arrive, and for each part of its body (default: %(default)g)",
     )
-    group.add_argument("--max-body", type=_bytes, default=8 << 20, metavar="SIZE", help="of a request (default: 8MiB)")
+    group.add_argument(
+        "--max-body", type=size_argument, default=8 << 20, metavar="SIZE", help="of a request (default: 8MiB)"
+    )
     group.add_argument(
         "--max-prompt-tokens", type=_positive, metavar="N", help="of one prompt (default: what the model takes)"
     )
@@ -264,10 +267,3 @@ def _port(text: str) -> int:
     if not 0 <= value < 1 << 16:
         raise argparse.ArgumentTypeError(f"{value} is no port; ports are 0 to 65535")
     return value
-
-
-def _bytes(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from piecework.cli import console
-from piecework.engine.options import parse_size
+from piecework.cli.console import size_argument
 from piecework.errors import StoreError
 from piecework.foundation.environment import read_environment
 
@@ -32,7 +32,9 @@ def add_parser(subparsers: Any) -> None:
     remove = commands.add_parser("rm", help="remove bundles or artifacts by key, or by a key's beginning")
     remove.add_argument("keys", nargs="+", metavar="KEY", help="as `store ls` shows it")
     collect = commands.add_parser("gc", help="remove what was not used for long, and what was set aside")
-    collect.add_argument("--max-size", type=_size, metavar="SIZE", help="remove the longest unused until it is smaller")
+    collect.add_argument(
+        "--max-size", type=size_argument, metavar="SIZE", help="remove the longest unused until it is smaller"
+    )
     collect.add_argument(
         "--older-than", type=_age, metavar="AGE", help="remove what was last used before that: 30d, 12h"
     )
@@ -97,13 +99,6 @@ def _show(items: Sequence[StoredItem], *, empty: str) -> None:
         for item in items
     ]
     console.out(console.format_table(rows, header=["kind", "key", "size", "used", "set aside because"]))
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _age(text: str) -> float:

@@ -1,8 +1,8 @@
 """Which fields of config.json, and which files, the making of a model read: facts of its bundle.
 
 Fields are seen where modelling code reads them from transformers' config. One that isn't as config.json has it was
-made of others (`head_dim` of `hidden_size`, `rope_parameters` of `rope_theta`); which they are is seen by changing each
-field in turn.
+made of others (`head_dim` of `hidden_size`, `rope_parameters` of `rope_scaling`); which they are is seen by changing
+each field in turn, those included that config.json may get: the config's own, and what its code takes out of `kwargs`.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ _WITHOUT_EFFECT: Final = frozenset(
 
 _OF_KEYS: Final = frozenset({"num_key_value_heads"})  # latent attention has none of their own
 _OF_TRAINING: Final = re.compile(r"(dropout|pdrop)(_prob|_rate)?$")
+_ASKED_FOR: Final = re.compile(r"kwargs(?:\.pop\(|\.get\(|\[)\s*[\"'](\w+)[\"']")
 _INITIALISERS: Final = frozenset({"_init_weights", "init_weights", "initialize_weights", "post_init"})
 _MISSING: Final = object()
 
@@ -68,8 +69,7 @@ class ModelReads:
     def facts(self) -> tuple[Fact, ...]:
         """Return the facts of all that was read."""
         made = CONFIG_MAPPING[self._config.model_type]
-        modules = [sys.modules.get(cls.__module__) for cls in made.__mro__]
-        files = {Path(file) for m in modules if (file := getattr(m, "__file__", None)) is not None and is_users(file)}
+        files = _files(made)
         read = self._config.read | _fields_behind(made, self._config.raw, self._names)
         without = _WITHOUT_EFFECT if self._config.latent is None else _WITHOUT_EFFECT | _OF_KEYS
         matter = (name for name in read - without if not _OF_TRAINING.search(name))
@@ -101,16 +101,29 @@ def _fields_behind(cls: type[PretrainedConfig], raw: Mapping[str, Any], names: s
     derived = [name for name, value in known.items() if name not in raw or not _same(value, raw[name])]
     found = set(known)
     if derived:
-        candidates = {*raw, *(f.name for f in fields(cls) if is_dataclass(cls))} - found
+        candidates = {*raw, *cls.attribute_map, *_taken_from_kwargs(cls)} - found
+        candidates |= {f.name for f in fields(cls)} - found if is_dataclass(cls) else set()
         found |= {f for f in candidates if _decides(f, derived, cls=cls, raw=raw, base=base)}
     return frozenset(found)
+
+
+def _files(cls: type[PretrainedConfig]) -> set[Path]:
+    """Return the files that define a config's class and those that it is derived from."""
+    modules = [sys.modules.get(base.__module__) for base in cls.__mro__]
+    return {Path(file) for m in modules if (file := getattr(m, "__file__", None)) is not None and is_users(file)}
+
+
+def _taken_from_kwargs(cls: type[PretrainedConfig]) -> set[str]:
+    """Return the names of fields that are none of a config's, and that its code asks for all the same."""
+    return {name for file in _files(cls) for name in _ASKED_FOR.findall(file.read_text("utf-8"))}
 
 
 def _decides(
     field: str, names: list[str], *, cls: type[PretrainedConfig], raw: Mapping[str, Any], base: PretrainedConfig
 ) -> bool:
     """Whether another value of a field gives one of the attributes another value; so where no other value is taken."""
-    other = [_made(cls, {**raw, field: v}) for v in _others(raw.get(field, getattr(base, field, None)))]
+    values = _others(raw[field]) if field in raw else [*_others(getattr(base, field, None)), *_others(None)]
+    other = [_made(cls, {**raw, field: value}) for value in values]
     taken = [config for config in other if config is not None]
     return not taken or any(
         not _same(getattr(config, name, _MISSING), getattr(base, name, _MISSING)) for config in taken for name in names
@@ -130,8 +143,8 @@ def _others(value: object) -> list[object]:
     if isinstance(value, (list, tuple)):
         return [[*value, *value], []]
     if isinstance(value, Mapping):
-        return [{}, None]
-    return [1, True, 0.5, "other"]
+        return [{}, None, *({**value, name: other} for name, inner in value.items() for other in _others(inner))]
+    return [1, True, 0.5, "other", {"factor": 2.0}]
 
 
 def _made(cls: type[PretrainedConfig], raw: Mapping[str, Any]) -> PretrainedConfig | None:

@@ -9,17 +9,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import piecework
+from piecework.compiler.artifacts import _job
 from piecework.compiler.backends.pool import WorkerPool
 from piecework.compiler.backends.toolchain import Toolchain, find_toolchain, flags_of, libraries_of, sources_of
 from piecework.compiler.job import Job
 from piecework.errors import CompileError, PieceworkError
 from piecework.foundation.target import read_target
 from piecework.ops.ir.program import Call, Program, TensorSpec
+from piecework.spec.compile_options import CompileOptions
 from tests.choice import slow_but
 from tests.unit.capture.graphs import Mlp
 from tests.unit.models.tiny import write_config
@@ -219,3 +222,21 @@ def test_flags_libraries_and_sources_of_a_command() -> None:
     assert flags_of(command) == ("-DNDEBUG", "-march=native", "-I/t/include")
     assert libraries_of(command) == ("-L/t/lib", "-ltorch")
     assert sources_of(command) == [Path("a/x.wrapper.cpp")]
+
+
+def test_a_compilers_name_that_is_no_command(tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match="no command"):
+        find_toolchain(tmp_path, compiler="'")
+
+
+def test_a_changed_setting_of_torchs_compiler_is_another_artifact(monkeypatch: pytest.MonkeyPatch) -> None:
+    piece = SimpleNamespace(program=GOOD, primary=None, pack={})
+
+    def key() -> str:
+        return _job(piece, bounds=None, options=CompileOptions(), target=read_target()).key()
+
+    plain = key()
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "3")
+    assert key() == plain
+    monkeypatch.setenv("TORCHINDUCTOR_EMULATE_PRECISION_CASTS", "1")
+    assert key() != plain

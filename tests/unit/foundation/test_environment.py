@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,12 @@ def test_child_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert child["PIECEWORK_TEST_KEPT"] == "kept"
     assert child["PIECEWORK_TEST_NEW"] == "new"
     assert "PIECEWORK_TEST_GONE" not in child
+
+
+def test_without_any_home_it_is_a_directory_of_this_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user id has no entry: `~` stays as it is."""
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    root = read_environment({}).store_root
+    assert root.is_absolute()
+    assert "~" not in str(root)
+    assert str(os.getuid()) in root.name

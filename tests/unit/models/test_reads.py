@@ -1,0 +1,53 @@
+"""Which fields of config.json and which files are facts of a model's bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from piecework.bundle.facts import ABSENT, Fact, check
+from piecework.models.adapter import build_causal_lm
+from piecework.models.reads import model_reads
+from piecework.spec.config import read_config
+from piecework.spec.model_spec import ModelSpec
+from tests.unit.models.tiny import write_config
+
+
+def facts_of(model_dir: Path) -> dict[str, Fact]:
+    """Return the facts of building a model; those of tracing it would come on top."""
+    with model_reads(read_config(model_dir)) as reads:
+        with reads.building():
+            build_causal_lm(ModelSpec.of(model_dir))
+        return {fact.name: fact for fact in reads.facts()}
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fact]:
+    return facts_of(write_config(tmp_path_factory.mktemp("llama"), "llama"))
+
+
+def test_a_field_that_is_left_to_its_default_is_a_fact_and_so_is_the_file_with_the_default(
+    facts: dict[str, Fact],
+) -> None:
+    assert facts["rms_norm_eps"].value == ABSENT
+    source = facts["transformers/models/llama/configuration_llama.py"]
+    assert check([source]) == ()
+    [difference] = check([Fact(source.kind, source.name, "0" * 64)])
+    assert "configuration_llama.py" in str(difference)
+
+
+@pytest.mark.parametrize("field", ["rope_theta", "rope_scaling"])
+def test_what_config_json_may_get_is_a_fact(facts: dict[str, Fact], field: str) -> None:
+    """Modelling code reads `rope_parameters`, which is made of these where config.json has them."""
+    assert facts[field].value == ABSENT
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size"])
+def test_what_modelling_code_reads_is_a_fact(facts: dict[str, Fact], field: str) -> None:
+    assert facts[field].kind == "config"
+
+
+@pytest.mark.parametrize("field", ["initializer_range", "eos_token_id", "transformers_version", "_name_or_path"])
+def test_what_nobody_reads_for_the_graph_is_none(facts: dict[str, Fact], field: str) -> None:
+    assert field not in facts
