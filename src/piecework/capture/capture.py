@@ -130,6 +130,7 @@ def _traced(request: CaptureRequest, *, templates: bool, one_by_one: frozenset[t
         stack.enter_context(torch.no_grad())
         stack.enter_context(_our_errors())
         stack.enter_context(torch_private.size_oblivious())
+        stack.enter_context(_one_convolution())
         if templates:
             fake_mode, opaque = session.fake_mode, request.opaque
             stamped = stack.enter_context(
@@ -295,6 +296,12 @@ class _Replay(KeepLines):
         """See `torch.fx.Interpreter.run_node`."""
         self.node = n
         return super().run_node(n)
+
+
+def _one_convolution() -> contextlib.AbstractContextManager[None]:
+    """Leave NNPACK out, which torch would take from 16 images on: the operator in the graph is the same."""
+    made: contextlib.AbstractContextManager[None] = torch.backends.nnpack.flags(enabled=False)
+    return made
 
 
 @contextlib.contextmanager

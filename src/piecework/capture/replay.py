@@ -20,6 +20,8 @@ from piecework.foundation.torch_private import call_arguments
 from piecework.ops.ir.layer import LayerName
 
 _EQUAL: Final = frozenset({bool, int, str, bytes, LayerName, torch.device})
+_SHAPES: Final = frozenset({tuple, torch.Size})
+"""A shape with symbolic sizes that the tape gives comes as a plain tuple."""
 _NAMES: Final = frozenset({bool, int, float, str, LayerName})
 """Types of an opaque op's constants that may be others in another block."""
 
@@ -154,7 +156,7 @@ class Replay:
             return self._taken[mine.index] is theirs
         if mine is theirs:
             return True
-        if kind is not type(theirs):
+        if kind is not type(theirs) and not (kind in _SHAPES and type(theirs) in _SHAPES):
             return False
         if issubclass(kind, (tuple, list)):
             return len(mine) == len(theirs) and all(self._same(m, t) for m, t in zip(mine, theirs, strict=True))

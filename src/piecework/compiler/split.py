@@ -1,15 +1,15 @@
 """Cut a captured graph at its opaque ops into pieces, and write each piece down as a program.
 
-A piece is a maximal run of nodes between two opaque ops. Sizes are recomputed inside each piece from one of its own
-tensors, because compiled pieces take tensors only. A write to memory that is kept (capture/memory.py) is a step like an
-opaque op. Views of such memory belong to no piece: each piece that reads one makes it itself, and for a step that takes
-one it is a step before it.
+A piece is a run of nodes between two opaque ops, or one of the equal parts of such a run (compiler/repeats.py). Sizes
+are recomputed inside each piece from one of its own tensors, because compiled pieces take tensors only. A write to
+memory that is kept (capture/memory.py) is a step like an opaque op. Views of such memory belong to no piece: each piece
+that reads one makes it itself, and for a step that takes one it is a step before it.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from piecework.capture.capture import CapturedGraph, InputKind
 from piecework.capture.memory import is_step
 from piecework.compiler.encode import ProgramBuilder
+from piecework.compiler.repeats import cut_repeats
 from piecework.foundation.torch_private import TORCHS_NAMESPACES, operator_name
 from piecework.ops.ir.program import Program
 
@@ -69,14 +70,17 @@ def split(captured: CapturedGraph) -> list[Step]:
                 order.append([])
             order[-1].append(node)
     carriers = _size_carriers(captured)
+    weights = {i.node: i.name for i in captured.inputs if i.kind is InputKind.WEIGHT}
     steps: list[Step] = []
-    for part in order:
-        if isinstance(part, torch.fx.Node):
-            steps.append(OpaqueCall(part, tuple(results[part])))
-        elif part:
-            piece = _piece(part, captured=captured, carriers=carriers)
-            if piece is not None:
-                steps.append(piece)
+    for run in order:
+        if isinstance(run, torch.fx.Node):
+            steps.append(OpaqueCall(run, tuple(results[run])))
+        elif run:
+            made = (
+                _piece(part, captured=captured, weights=weights, carriers=carriers)
+                for part in cut_repeats(run, weights=weights)
+            )
+            steps += [piece for piece in made if piece is not None]
     return steps
 
 
@@ -103,10 +107,13 @@ def _is_size(node: torch.fx.Node) -> bool:
 
 
 def _piece(
-    nodes: list[torch.fx.Node], *, captured: CapturedGraph, carriers: Mapping[str, torch.fx.Node]
+    nodes: Sequence[torch.fx.Node],
+    *,
+    captured: CapturedGraph,
+    weights: Mapping[torch.fx.Node, str],
+    carriers: Mapping[str, torch.fx.Node],
 ) -> Piece | None:
     own = set(nodes)
-    weights = {i.node: i.name for i in captured.inputs if i.kind is InputKind.WEIGHT}
     outputs = tuple(n for n in nodes if any(_used_outside(u, own) for u in n.users))
     if not outputs:
         return None
