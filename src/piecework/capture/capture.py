@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import traceback
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from piecework.capture.cuts import is_opaque
+from piecework.capture.general import holds_for_one, mentions, working_ranges
 from piecework.capture.locations import KeepLines, is_models, note_lines
 from piecework.capture.memory import (
     bases_of,
@@ -35,6 +37,7 @@ from piecework.capture.structure import Structure, flatten
 from piecework.capture.tensors import NamedTensors
 from piecework.errors import CaptureError, InternalError, PieceworkError, ShapeContractError
 from piecework.foundation import torch_private
+from piecework.foundation.digests import digest_bytes, digest_json
 from piecework.ops.ir.layer import LayerName
 from piecework.ops.linear import KeepLinear
 
@@ -90,13 +93,20 @@ def capture(request: CaptureRequest, *, templates: bool = True) -> CapturedGraph
     part of a declared range only.
     """
     one_by_one: frozenset[type] = frozenset()
+    general = bool(request.values)
     while True:
         try:
-            return _captured(*_traced(request, templates=templates, one_by_one=one_by_one))
+            graph, trace = _traced(request, templates=templates, one_by_one=one_by_one, general=general)
         except TraceAgain as again:
             if again.cls in one_by_one:
                 raise InternalError(f"{again.cls.__name__} is traced again and again") from again
             one_by_one |= {again.cls}
+            continue
+        captured = _captured(graph, trace)
+        assumed = {size for guard in trace.session.assumed for size in request.sizes if mentions(guard.expr, size)}
+        if not assumed or holds_for_one(captured, assumed):
+            return captured
+        general = False
 
 
 @dataclass(frozen=True)
@@ -112,11 +122,21 @@ class _Trace:
     sources: frozenset[Path]
 
 
-def _traced(request: CaptureRequest, *, templates: bool, one_by_one: frozenset[type]) -> tuple[torch.fx.Graph, _Trace]:
-    """Run the module under a trace."""
+def _traced(
+    request: CaptureRequest, *, templates: bool, one_by_one: frozenset[type], general: bool
+) -> tuple[torch.fx.Graph, _Trace]:
+    """Run the module under a trace.
+
+    Args:
+        request: the module.
+        templates: whether blocks are stamped.
+        one_by_one: classes whose blocks are not.
+        general: whether code that asks if a size is 1 hears no, unguarded, for `holds_for_one` to be asked later.
+    """
     session = torch_private.SymbolicSession(is_users=is_users)
     sizes = {
-        n: session.size(n, low=d.min, high=d.max, hint=_hint(d.min, d.max, d.hint)) for n, d in request.sizes.items()
+        n: session.size(n, low=d.min, high=d.max, hint=_hint(d.min, d.max, d.hint))
+        for n, d in request.traced_sizes.items()
     }
     arguments = [_argument(i, sizes=sizes, session=session) for i in request.inputs]
     tensors = NamedTensors(
@@ -129,7 +149,8 @@ def _traced(request: CaptureRequest, *, templates: bool, one_by_one: frozenset[t
         stack.callback(tensors.restore)
         stack.enter_context(torch.no_grad())
         stack.enter_context(_our_errors())
-        stack.enter_context(torch_private.size_oblivious())
+        answer = session.general_answer if general else torch_private.unanswered
+        stack.enter_context(torch_private.size_oblivious(answer))
         stack.enter_context(_one_convolution())
         if templates:
             fake_mode, opaque = session.fake_mode, request.opaque
@@ -163,7 +184,7 @@ def _captured(graph: torch.fx.Graph, trace: _Trace) -> CapturedGraph:
     request, tensors = trace.request, trace.tensors
     names = [n for n in tensors.by_name if n in tensors.nodes]
     graph, order = _without_writes(graph, trace, names=names)
-    _check_contract(trace.session, what=type(request.module).__name__)
+    _check_contract(trace.session, request=request)
     kinds = [InputKind.ARGUMENT] * len(request.inputs)
     kinds += [InputKind.STATE if n in request.states else InputKind.WEIGHT for n in names]
     inputs = tuple(
@@ -335,15 +356,23 @@ def _user_line(error: BaseException) -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
 
 
-def _check_contract(session: torch_private.SymbolicSession, *, what: str) -> None:
+def _check_contract(session: torch_private.SymbolicSession, *, request: CaptureRequest) -> None:
     guards = session.narrowing_guards()
     if guards:
+        conditions = [g.expr for g in guards]
+        ranges = working_ranges(conditions, request.traced_sizes)
+        works = " and ".join(f"{name} = Dim({dim.min}, {dim.max})" for name, dim in ranges.items())
+        fixed = [m[1] for c in conditions if (m := re.fullmatch(r"Eq\((\w+), \d+\)", c))]
+        others = [c for c in conditions if re.fullmatch(r"Eq\((\w+), \d+\)", c) is None]
+        found = [f"for a single value of {name}, which the code uses as a number" for name in sorted(set(fixed))]
+        found += ["only where " + " and ".join(sorted(set(others))[:4])] if others else []
         raise ShapeContractError(
-            asked=f"a graph of {what} for the whole declared range of every size",
-            found="the trace holds only where " + " and ".join(sorted({g.expr for g in guards})[:4]),
-            try_="declare a range in which that holds, or change the line so that it does not depend on the size",
+            asked=f"a graph of {type(request.module).__name__} for the whole declared range of every size",
+            found="the trace holds " + ", and ".join(found),
+            try_=(f"declare {works}, or " if works else "declare a range in which that holds, or ")
+            + "change the line so that it does not depend on the size",
             location=next((g.location for g in guards if g.location), ""),
-            conditions=[g.expr for g in guards],
+            conditions=conditions,
         )
 
 
@@ -355,15 +384,20 @@ def _mutates(graph: torch.fx.Graph, *, opaque: frozenset[str], kept: frozenset[t
 
 def _adopt_constants(traced: torch.fx.GraphModule, *, tensors: NamedTensors) -> None:
     """Make tensors that the module's code holds or writes down itself inputs of the graph."""
-    placeholders: dict[int, torch.fx.Node] = {}
+    placeholders: dict[str, torch.fx.Node] = {}
     for node in [n for n in traced.graph.nodes if n.op == "get_attr"]:
         value = getattr(traced, str(node.target))
-        if id(value) not in placeholders:
-            name = f"constant:{len(placeholders)}"
-            placeholders[id(value)] = tensors.node(name, like=node.meta["val"])
-            tensors.adopt(name, value, node=placeholders[id(value)])
-        node.replace_all_uses_with(placeholders[id(value)])
+        name = _constant_name(value)  # forwards of one model have each their own constants, in one bundle
+        if name not in placeholders:
+            placeholders[name] = tensors.node(name, like=node.meta["val"])
+            tensors.adopt(name, value, node=placeholders[name])
+        node.replace_all_uses_with(placeholders[name])
         traced.graph.erase_node(node)
+
+
+def _constant_name(value: torch.Tensor) -> str:
+    content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return f"constant:{digest_json([str(value.dtype), list(value.shape), digest_bytes(content)])[:16]}"
 
 
 def _refuse_changes(names: Iterable[str]) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from piecework.capture.capture import CapturedGraph, InputKind, capture
+from piecework.capture.general import mentions
 from piecework.capture.memory import kept_memory
 from piecework.capture.request import CaptureRequest, Dim, SizeInput, TensorInput
 from piecework.errors import CaptureError, ShapeContractError
@@ -123,17 +124,13 @@ def capture_dynamo(
 def _guard(conditions: Sequence[str], sizes: Mapping[str, torch.SymInt]) -> None:
     """Let Dynamo guard the frame by conditions on its sizes, or by the sizes' values where those are no bounds."""
     for condition in conditions:
-        involved = [size for name, size in sizes.items() if _mentions(condition, name)]
+        involved = [size for name, size in sizes.items() if mentions(condition, name)]
         before = [size_bounds(size) for size in involved]
-        if not holds(condition, {name: size for name, size in sizes.items() if _mentions(condition, name)}):
+        if not holds(condition, {name: size for name, size in sizes.items() if mentions(condition, name)}):
             raise _refused(f"its trace relies on {condition}, which isn't so here")
         if [size_bounds(size) for size in involved] == before:
             for size in involved:
                 int(size)
-
-
-def _mentions(condition: str, name: str) -> bool:
-    return name in "".join(c if c.isalnum() or c == "_" else " " for c in condition).split()
 
 
 class _Description:

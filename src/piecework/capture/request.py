@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from piecework.bundle.recipes import Sources
@@ -88,6 +89,8 @@ class CaptureRequest:
         examples: what one call really brings for an object, by name, where that is known: code that only looks at
             shapes and dtypes (an op's declared calls) may look at the layer it stands for.
         may_write: whether the forward may write to its inputs; every such write is a step of the plan.
+        narrowed: the ranges of sizes for which it is traced, where variants take the rest of what is declared.
+        values: an example of each tensor input, by name, where there are any.
     """
 
     module: nn.Module
@@ -103,3 +106,10 @@ class CaptureRequest:
     objects: Mapping[str, object] = field(default_factory=dict)
     examples: Mapping[str, object] = field(default_factory=dict)
     may_write: bool = False
+    narrowed: Mapping[str, Dim] = field(default_factory=dict)
+    values: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def traced_sizes(self) -> Mapping[str, Dim]:
+        """The sizes with the ranges for which it is traced."""
+        return {**self.sizes, **self.narrowed}

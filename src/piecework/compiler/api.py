@@ -22,7 +22,7 @@ from piecework.compiler.setup import CompileSetup, OnProgress, unheard
 from piecework.errors import CaptureError
 from piecework.foundation.environment import Environment, read_environment
 from piecework.foundation.target import read_target
-from piecework.foundation.torch_private import operator_name
+from piecework.foundation.torch_private import is_stand_in, operator_name
 from piecework.spec.compile_options import CompileOptions
 
 
@@ -120,6 +120,7 @@ def module_request(
     _check_kinds(module, dynamic)
     given, parameters, defaults = _bind(module, args, kwargs)
     inputs: list[TensorInput] = []
+    values: dict[str, torch.Tensor] = {}
     structures: list[tuple[str, Any]] = []
     for name, value in given.items():
         leaves, structure = flatten(value)
@@ -127,6 +128,8 @@ def module_request(
         for i, leaf in enumerate(leaves):
             label = name if len(leaves) == 1 else f"{name}.{i}"
             inputs.append(_tensor_input(label, leaf, argument=name, dynamic=dynamic))
+            if not is_stand_in(leaf):
+                values[label] = leaf
     _check_axes(dynamic, given)
     _check_states(states, module, dynamic)
     named = [i.name for i in inputs]
@@ -154,6 +157,7 @@ def module_request(
         },
         opaque=frozenset(_operator_name(o) for o in opaque),
         device=next(iter(devices), "cpu"),
+        values=values,
     )
     return request, {"parameters": parameters, "given": structures, "defaults": defaults}
 

@@ -184,12 +184,19 @@ def _generator_digest() -> str:
     return digest_json([digest_file(source) for source in sources])
 
 
+def _inside(piece: Compiled, bounds: Bounds) -> Bounds:
+    """Return the part of a range for which the program was traced: variants may have the rest."""
+    low, high = next((least, most) for name, least, most in piece.program.symbols if name == piece.primary)
+    return min(max(bounds[0], low), high), max(min(bounds[1], high), low)
+
+
 def _job(piece: Compiled, *, bounds: Bounds | None, options: CompileOptions, target: Target) -> Job:
     if options.backend is BackendName.EAGER:
         return Job(program=piece.program, options={"backend": "eager"})
+    narrower = {} if piece.primary is None or bounds is None else {piece.primary: _inside(piece, bounds)}
     return Job(
         program=piece.program,
-        ranges={piece.primary: bounds} if piece.primary is not None and bounds is not None else {},
+        ranges=narrower,
         pack=piece.pack,
         options={"backend": options.backend.value},
         target={

@@ -15,7 +15,8 @@ from piecework.bundle.plan import Plan, ShapeRange
 from piecework.bundle.record import Recorder
 from piecework.bundle.store.interface import Artifact
 from piecework.capture.capture import CapturedGraph, capture
-from piecework.capture.request import CaptureRequest, Variant
+from piecework.capture.general import least_apart
+from piecework.capture.request import CaptureRequest, Dim, Variant
 from piecework.compiler.artifacts import compile_artifacts
 from piecework.compiler.deduplicate import Deduplicated, Forward, deduplicate
 from piecework.compiler.explanations import explain_pieces
@@ -27,6 +28,7 @@ from piecework.compiler.passes.native_matmul import native_paths
 from piecework.compiler.planning import make_plan
 from piecework.compiler.setup import CompileSetup
 from piecework.compiler.split import Piece, split
+from piecework.errors import ShapeContractError
 from piecework.foundation.process import garbage_collection_off
 from piecework.providers.discovery import Providers, load_providers
 
@@ -155,10 +157,40 @@ def build(
 
 
 def capture_variants(request: CaptureRequest) -> list[tuple[CapturedGraph, Variant | None]]:
-    """Capture a request's variants, each like a request of its own, and then the rest, with None."""
+    """Capture a request's variants, each like a request of its own, and then the rest, with None.
+
+    Raises CaptureError, ShapeContractError.
+    """
     rest = dataclasses.replace(request, variants=())
     variants = [(capture(dataclasses.replace(rest, call=variant.call)), variant) for variant in request.variants]
-    return [*variants, (capture(rest), None)]
+    return [*variants, *_capture_apart(rest)]
+
+
+def _capture_apart(request: CaptureRequest) -> list[tuple[CapturedGraph, Variant | None]]:
+    """Capture a request; where its code goes another way for the least value of a size, that is a variant."""
+    try:
+        return [(capture(request), None)]
+    except ShapeContractError as error:
+        size = least_apart(error.conditions, request.traced_sizes)
+        if size is None:
+            raise
+    dim = request.traced_sizes[size]
+    note = f"{size} = {dim.min} has pieces of its own: the module's code goes another way there"
+    narrowed = {**request.narrowed, size: Dim(dim.min, dim.min)}
+    above = {**request.narrowed, size: dataclasses.replace(dim, min=dim.min + 1)}
+    least = _capture_apart(dataclasses.replace(request, narrowed=narrowed))
+    others = _capture_apart(dataclasses.replace(request, narrowed=above, notes=(*request.notes, note)))
+    equal = (size, dim.min)
+    variants = [(captured, _also(equal, variant, request)) for captured, variant in least]
+    return [*variants, *others]
+
+
+def _also(equal: tuple[str, int], variant: Variant | None, request: CaptureRequest) -> Variant:
+    """Return the variant of batches that a variant is of (None: all), and in which a size has a value as well."""
+    name = f"{equal[0]}={equal[1]}"
+    if variant is None:
+        return Variant(name, (equal,), request.call)
+    return Variant(f"{name},{variant.name}", (equal, *variant.equal), request.call)
 
 
 def _facts(built: Built) -> list[Fact]:

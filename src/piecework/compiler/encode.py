@@ -49,7 +49,7 @@ class ProgramBuilder:
     def finish(self, outputs: Sequence[torch.fx.Node]) -> Program:
         """Return the program with `outputs` as its results."""
         names = self._captured.size_names
-        sizes = self._captured.request.sizes
+        sizes = self._captured.request.traced_sizes
         self._carry_symbols()
         inputs = tuple(self._spec(n) for n in self.inputs)
         constants = tuple(self._spec(n) for n in self.constants)

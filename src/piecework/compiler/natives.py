@@ -169,7 +169,7 @@ class _Described:
     """The arguments of an opaque op's call, over the declared sizes: t0, t1 …"""
 
     def __init__(self, captured: CapturedGraph, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        declared_sizes = captured.request.sizes
+        declared_sizes = captured.request.traced_sizes
         numbers = {name: f"t{number}" for number, name in enumerate(declared_sizes)}
         self._names = {old: numbers[name] for old, name in captured.size_names.items() if name in numbers}
         self.symbols = tuple((numbers[name], dim.min, dim.max) for name, dim in declared_sizes.items())

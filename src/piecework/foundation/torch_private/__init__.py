@@ -60,7 +60,13 @@ from piecework.foundation.torch_private.operators import (
 from piecework.foundation.torch_private.profiling import thread_wide_profiler
 from piecework.foundation.torch_private.scheduled_kernels import OnKernels, watching_kernels
 from piecework.foundation.torch_private.stock import stock_inductor
-from piecework.foundation.torch_private.symbolic import Guard, SymbolicSession, size_oblivious
+from piecework.foundation.torch_private.symbolic import (
+    Guard,
+    SymbolicSession,
+    holds_within,
+    size_oblivious,
+    unanswered,
+)
 from piecework.foundation.torch_private.tracing import (
     Tracer,
     current_tracer,
@@ -104,6 +110,7 @@ __all__ = [
     "functionalized",
     "has_reference_types",
     "holds",
+    "holds_within",
     "intercept_calls",
     "is_python_object",
     "is_stand_in",
@@ -133,6 +140,7 @@ __all__ = [
     "storage_key",
     "thread_wide_profiler",
     "trace",
+    "unanswered",
     "warm_up_inductor",
     "watching_kernels",
     "withdraw",

@@ -30,6 +30,9 @@ class SymbolicSession:
 
     Args:
         is_users: says of a file's name whether it is the user's code; a guard's location is the innermost such line.
+
+    Attributes:
+        assumed: what `general_answer` was asked and answered; no guards.
     """
 
     def __init__(self, *, is_users: Callable[[str], bool] = lambda filename: True) -> None:
@@ -43,6 +46,7 @@ class SymbolicSession:
             return _innermost_line(is_users)
 
         self.shape_env._get_sloc = location  # type: ignore[method-assign]
+        self.assumed: list[Guard] = []
         self._symbols: dict[str, Any] = {}
         self._declared: dict[Any, tuple[str, Any]] = {}  # symbol → its name and its declared range
 
@@ -82,6 +86,31 @@ class SymbolicSession:
         value: torch.SymInt | int = self.shape_env.create_symintnode(expr, hint=int(hint))
         return value
 
+    def general_answer(self, expr: Any) -> bool | None:
+        """Return whether a condition holds for all values of its one size but 1, or None where that can't be said.
+
+        Only where 1 is the least value declared and would be answered otherwise. The answer is noted in `assumed`.
+        """
+        import sympy
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+        from torch.utils._sympy.value_ranges import ValueRanges
+
+        if len(expr.free_symbols) != 1:
+            return None
+        (symbol,) = expr.free_symbols
+        name, bounds = self._declared.get(symbol, ("", None))
+        if bounds is None or bounds.lower != 1:
+            return None
+        above = ((symbol, ValueRanges(2, bounds.upper)),)
+        rest = ShapeEnv(specialize_zero_one=False, duck_shape=False)._maybe_evaluate_static(
+            expr, axioms=(), var_to_range=above
+        )
+        one = expr.subs(symbol, 1)
+        if rest not in (sympy.true, sympy.false) or one not in (sympy.true, sympy.false) or one == rest:
+            return None
+        self.assumed.append(Guard(str(expr.subs(symbol, sympy.Symbol(name))), str(self.shape_env._get_sloc() or "")))
+        return bool(rest)
+
     def symbol_names(self) -> dict[str, str]:
         """Map the session's internal symbol names (as they appear in shapes) to the names given to `size`."""
         return {str(symbol): name for symbol, (name, _) in self._declared.items()}
@@ -109,6 +138,24 @@ class SymbolicSession:
         return found
 
 
+def holds_within(condition: str, size: str, *, low: int, high: int) -> bool:
+    """Whether a condition on one size, as a `Guard` has it, can be shown to hold for all its values in [low, high]."""
+    import sympy
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.utils._sympy.value_ranges import ValueRanges
+
+    symbol = sympy.Symbol(size, integer=True, positive=low > 0, nonnegative=low >= 0)
+    try:
+        expr = parse_expression(condition, {size: symbol})
+    except ValueError:
+        return False
+    if expr in (sympy.true, sympy.false):
+        return bool(expr)
+    env = ShapeEnv(specialize_zero_one=False, duck_shape=False)
+    found = env._maybe_evaluate_static(expr, axioms=(), var_to_range=((symbol, ValueRanges(low, high)),))
+    return bool(found is sympy.true)
+
+
 def _innermost_line(is_users: Callable[[str], bool]) -> str:
     """Return "file:line" of the innermost frame whose file `is_users`, or ""."""
     frame = sys._getframe(1)
@@ -119,9 +166,17 @@ def _innermost_line(is_users: Callable[[str], bool]) -> str:
     return ""
 
 
+def unanswered(expr: object) -> bool | None:
+    """Leave a condition to torch."""
+    return None
+
+
 @contextlib.contextmanager
-def size_oblivious() -> Iterator[None]:
+def size_oblivious(answer: Callable[[Any], bool | None] = unanswered) -> Iterator[None]:
     """Let backed sizes be treated as if unknown where torch offers a general answer (broadcasting, contiguity).
+
+    Args:
+        answer: answers a condition that code asks otherwise, without a guard; None leaves it to torch.
 
     torch 2.11-2.13: `torch.fx.experimental._config.backed_size_oblivious`. It leaves out `size == 1` and `size == 0` in
     C++ (contiguity above all, equal strides), which arrive at `SymNode.guard_bool` with the name of c10/core/SymInt.h.
@@ -137,9 +192,10 @@ def size_oblivious() -> Iterator[None]:
     def guard_bool(self: Any, file: str, line: int) -> bool:
         expr = self.expr
         if file.endswith("c10/core/SymInt.h") and isinstance(expr, (sympy.Eq, sympy.Ne)) and _tells_one_apart(expr):
-            answer = self.guard_or_false if isinstance(expr, sympy.Eq) else self.guard_or_true
-            return bool(answer(file, line))
-        return bool(original(self, file, line))
+            guarded = self.guard_or_false if isinstance(expr, sympy.Eq) else self.guard_or_true
+            return bool(guarded(file, line))
+        given = answer(expr)
+        return bool(original(self, file, line)) if given is None else given
 
     SymNode.guard_bool = guard_bool  # type: ignore[method-assign]
     try:

@@ -1,0 +1,168 @@
+"""Whether what code does for all sizes but 1 is right for 1 as well: found out by running both, once, on small inputs.
+
+Code that asks `size == 1` often means a shortcut: no mask for one token, no loop for one step. A trace then takes the
+general way (foundation/torch_private/symbolic.py) and notes it; here its graph and the module are run with that size
+1. The weights are random: trained or freshly made ones may hide a difference (a gate that is zero), random ones don't.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from piecework.capture.request import CaptureRequest, Dim, SizeInput, TensorInput
+from piecework.capture.structure import flatten
+from piecework.foundation.torch_private import holds_within
+
+if TYPE_CHECKING:
+    from piecework.capture.capture import CapturedGraph
+
+_MOST_BYTES: Final = 2 << 30
+_SEED: Final = 20
+_TOLERANCE: Final = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+def holds_for_one(captured: CapturedGraph, sizes: Iterable[str]) -> bool:
+    """Return whether a graph computes what its module does where each of some sizes is 1, and all are.
+
+    Args:
+        captured: the graph; its request has an example of each input.
+        sizes: names of declared sizes.
+
+    False also where it can't be tried: tensors without values, states, objects, weights of more than 2 GiB.
+    """
+    request = captured.request
+    names = sorted(set(sizes))
+    if request.states or request.objects or {i.name for i in request.inputs} - set(request.values):
+        return False
+    weights = _random_weights(request.module)
+    if weights is None:
+        return False
+    chosen = [{name} for name in names] + ([set(names)] if len(names) > 1 else [])
+    return all(_same(captured, weights, ones=ones) for ones in chosen)
+
+
+def least_apart(conditions: Sequence[str], sizes: Mapping[str, Dim]) -> str | None:
+    """Return a size of which a trace's conditions exclude the least value and nothing else, or None.
+
+    Args:
+        conditions: over sizes, as `ShapeContractError` has them.
+        sizes: the ranges that were traced.
+    """
+    ranges = working_ranges(conditions, sizes)
+    return next((n for n, dim in ranges.items() if (dim.min, dim.max) == (sizes[n].min + 1, sizes[n].max)), None)
+
+
+def working_ranges(conditions: Sequence[str], sizes: Mapping[str, Dim]) -> dict[str, Dim]:
+    """Return the part of each size's range in which a trace's conditions on it alone hold, where there is one.
+
+    Of two parts it is the one with the greatest values; a part has at least two values.
+    """
+    found: dict[str, Dim] = {}
+    for name, dim in sizes.items():
+        own = [c for c in conditions if [n for n in sizes if mentions(c, n)] == [name]]
+        part = _part(own, name, dim) if own else None
+        if part is not None:
+            found[name] = part
+    return found
+
+
+def _part(conditions: Sequence[str], name: str, dim: Dim) -> Dim | None:
+    def above(least: int) -> bool:
+        return all(holds_within(c, name, low=least, high=dim.max) for c in conditions)
+
+    def below(cut: int) -> bool:
+        return all(holds_within(c, name, low=dim.min, high=dim.max - cut) for c in conditions)
+
+    least = _least(above, dim.min, dim.max - 1)
+    if least is not None:
+        return replace(dim, min=least)
+    cut = _least(below, 1, dim.max - dim.min - 1)
+    return None if cut is None else replace(dim, max=dim.max - cut)
+
+
+def _least(holds: Callable[[int], bool], low: int, high: int) -> int | None:
+    """Return the least number in [low, high] from which on something holds, or None where it doesn't for `high`."""
+    if low > high or not holds(high):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low
+
+
+def mentions(condition: str, size: str) -> bool:
+    """Whether a condition's text names a size."""
+    return re.search(rf"\b{re.escape(size)}\b", condition) is not None
+
+
+def _random_weights(module: nn.Module) -> dict[str, Tensor] | None:
+    """Return random values for a module's parameters, scaled to keep what they multiply in range, and its buffers."""
+    parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+    num_bytes = sum(p.numel() * p.element_size() for p in parameters.values())
+    if num_bytes > _MOST_BYTES or any(b.is_meta for b in buffers.values()):
+        return None
+    generator = torch.Generator().manual_seed(_SEED)
+    made = dict(buffers)
+    for name, parameter in parameters.items():
+        fan_in = math.prod(parameter.shape[1:]) if parameter.dim() > 1 else 1
+        device = "cpu" if parameter.is_meta else parameter.device
+        values = torch.randn(parameter.shape, generator=generator) / max(1.0, fan_in**0.5)
+        made[name] = (values if parameter.dim() > 1 else 1 + values / 4).to(device, parameter.dtype)
+    return made
+
+
+def _same(captured: CapturedGraph, weights: Mapping[str, Tensor], *, ones: set[str]) -> bool:
+    request = captured.request
+    given = {i.name: _example(i, request, ones) for i in request.inputs}
+    module = torch.fx.GraphModule(nn.Module(), captured.graph)
+    known = {**weights, **captured.literals, **given}
+    names = {i.node: i.name for i in captured.inputs}
+    nodes = [node for node in captured.graph.nodes if node.op == "placeholder"]
+    ran = _Forward(request)
+    with torch.no_grad():
+        try:
+            wanted = torch.func.functional_call(ran, {f"module.{n}": t for n, t in weights.items()}, (given,))
+            found = torch.fx.Interpreter(module).run(*(known[names[n]] for n in nodes))
+        except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
+            return False
+    return len(wanted) == len(found) and all(_close(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+class _Forward(nn.Module):
+    """A request's call as a module, so that it can be run with other weights."""
+
+    def __init__(self, request: CaptureRequest) -> None:
+        super().__init__()
+        self.module = request.module
+        self._call = request.call
+
+    def forward(self, values: Mapping[str, Any]) -> list[Tensor]:
+        return flatten(self._call(self.module, values))[0]
+
+
+def _example(given: TensorInput | SizeInput, request: CaptureRequest, ones: set[str]) -> Any:
+    if isinstance(given, SizeInput):
+        return 1 if given.size in ones else request.sizes[given.size].max
+    value = request.values[given.name]
+    for axis, size in enumerate(given.shape):
+        if size in ones:
+            value = value.narrow(axis, 0, 1)
+    return value.contiguous() if given.stride is None else value
+
+
+def _close(wanted: Tensor, found: Tensor) -> bool:
+    if wanted.shape != found.shape or wanted.dtype != found.dtype:
+        return False
+    if not wanted.is_floating_point():
+        return torch.equal(wanted, found)
+    scale = float(wanted.abs().max()) if wanted.numel() else 0.0
+    if not math.isfinite(scale):
+        return False
+    return torch.allclose(wanted, found, rtol=0.0, atol=_TOLERANCE.get(wanted.dtype, 1e-1) * max(scale, 1e-6))
