@@ -152,6 +152,7 @@ def _traced(
         answer = session.general_answer if general else torch_private.unanswered
         stack.enter_context(torch_private.size_oblivious(answer))
         stack.enter_context(_one_convolution())
+        stack.enter_context(torch_private.grouped_products_of_any_type())
         if templates:
             fake_mode, opaque = session.fake_mode, request.opaque
             stamped = stack.enter_context(

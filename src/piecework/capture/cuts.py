@@ -1,9 +1,10 @@
 """Where a graph is cut: at every operator that is not torch's own, at attention, and at those that the caller names.
 
 Compilers can look into torch's operators only. Any other one is a call of its own anyway, so it is a step of the plan,
-where its constants (a layer's name, a window) are data and tell no pieces apart. Torch's own attention kernels are such
-calls too, whoever compiles; between two of them lies what layers have in common. Ops of the IR stay inside: a compile
-lowers them there (compiler/passes/lower.py). Where blocks have none of these, compiler/repeats.py finds where they end.
+where its constants (a layer's name, a window) are data and tell no pieces apart. Torch's own kernels for attention and
+for experts are such calls too; between two of them lies what layers have in common. Ops of the IR stay inside: a
+compile lowers them there (compiler/passes/lower.py). Where blocks have none of these, compiler/repeats.py finds where
+they end.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from piecework.ops.linear import LINEAR_OP
 _INSIDE: Final = frozenset({LINEAR_OP, HEAD_MATMUL_OP})
 """Operators of other namespaces that stay inside pieces."""
 
-_ATTENTION: Final = frozenset(
+_KERNELS: Final = frozenset(
     f"aten::_{name}"
     for name in (
+        "grouped_mm",
         "scaled_dot_product_flash_attention_for_cpu",
         "scaled_dot_product_flash_attention",
         "scaled_dot_product_efficient_attention",
@@ -30,7 +32,8 @@ _ATTENTION: Final = frozenset(
         "scaled_dot_product_fused_attention_overrideable",
     )
 )
-"""What `torch.nn.functional.scaled_dot_product_attention` becomes where it isn't plain products and a softmax."""
+"""Operators of torch's own that no compiler looks into: what `torch.nn.functional.scaled_dot_product_attention` becomes
+where it isn't plain products and a softmax, and products of experts."""
 
 
 def is_opaque(node: torch.fx.Node, opaque: frozenset[str]) -> bool:
@@ -41,6 +44,6 @@ def is_opaque(node: torch.fx.Node, opaque: frozenset[str]) -> bool:
 
 def is_opaque_name(name: str, opaque: frozenset[str]) -> bool:
     """Whether the graph is cut at the operator "namespace::name"."""
-    if name in opaque or name in _ATTENTION:
+    if name in opaque or name in _KERNELS:
         return True
     return name not in _INSIDE and name.partition("::")[0] not in TORCHS_NAMESPACES and ir_op(name) is None

@@ -10,10 +10,12 @@ import torch
 
 from piecework.capture.capture import CapturedGraph
 from piecework.errors import CaptureError, InternalError
-from piecework.foundation.torch_private import operator_of
+from piecework.foundation.torch_private import operator_name, operator_of
 from piecework.ops.ir.program import Call, Program, TensorSpec, encode_float
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")
+_ARITHMETIC = {"Add": "operator.add", "Mul": "operator.mul", "FloorDiv": "operator.floordiv", "Mod": "operator.mod"}
+"""What torch's expressions over sizes are made of, and the functions that compute it."""
 
 
 class ProgramBuilder:
@@ -125,10 +127,33 @@ class ProgramBuilder:
         else:
             if node.op != "call_function":
                 raise InternalError(f"the size {expr} is an input of its own")
+            if operator_name(node.target) == "aten::sym_size" and node.args[0] not in self._refs:
+                computed = self._computed(node.meta["val"].node.expr, node)
+                if computed is not None:
+                    self._sizes[expr] = computed
+                    return computed
             args = tuple(self._encode(a) for a in node.args)
             kwargs = {k: self._encode(v) for k, v in node.kwargs.items()}
             made = self._append(node, target_name(node.target), args, kwargs)
         self._sizes[expr] = made
+        return made
+
+    def _computed(self, expr: Any, node: torch.fx.Node) -> Any:
+        """Return a reference to calls that compute a size from others, or None where it takes more than arithmetic.
+
+        It is the size of a tensor that another piece makes, and need not hand over for that.
+        """
+        if expr.is_Integer:
+            return int(expr)
+        if expr.is_Symbol:
+            return self._size(str(expr), node)
+        target = _ARITHMETIC.get(type(expr).__name__)
+        parts = [self._computed(part, node) for part in expr.args] if target is not None else []
+        if not parts or any(part is None for part in parts):
+            return None
+        made, *rest = parts
+        for part in rest:
+            made = self._append(node, str(target), (made, part), {})
         return made
 
     def _input_or_weight(self, node: torch.fx.Node) -> dict[str, int]:

@@ -6,8 +6,8 @@ torch/library.py (`Library._destroy`), torch/_C (`_dispatch_has_kernel_for_dispa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -66,6 +66,36 @@ def fake_results(overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     fake_args, fake_kwargs = tree_map_only(torch.Tensor, stand_in, (tuple(args), dict(kwargs)))
     with mode:
         return overload(*fake_args, **fake_kwargs)
+
+
+@contextmanager
+def grouped_products_of_any_type() -> Iterator[None]:
+    """Let fake tensors go through `aten::_grouped_mm` in types other than bfloat16, which CPUs compute as well.
+
+    torch 2.11-2.13: torch/_meta_registrations.py checks for what the CUDA kernel takes.
+    """
+    from torch import _meta_registrations
+    from torch._subclasses import fake_impls
+
+    overload = torch.ops.aten._grouped_mm.default
+    known: dict[Any, Any] = fake_impls.op_implementations_dict
+    if overload in known:
+        yield
+        return
+
+    def shape(
+        mode: Any, function: Any, a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None
+    ) -> Any:
+        if a.dtype is torch.bfloat16 or a.dtype is not b.dtype or a.device.type != "cpu" or bias is not None:
+            return NotImplemented
+        with mode:
+            return _meta_registrations._create_grouped_mm_output_tensor(a, b, offs, out_dtype or a.dtype)
+
+    known[overload] = shape
+    try:
+        yield
+    finally:
+        del known[overload]
 
 
 def is_stand_in(tensor: torch.Tensor) -> bool:

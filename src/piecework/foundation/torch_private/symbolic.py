@@ -92,7 +92,6 @@ class SymbolicSession:
         Only where 1 is the least value declared and would be answered otherwise. The answer is noted in `assumed`.
         """
         import sympy
-        from torch.fx.experimental.symbolic_shapes import ShapeEnv
         from torch.utils._sympy.value_ranges import ValueRanges
 
         if len(expr.free_symbols) != 1:
@@ -101,10 +100,7 @@ class SymbolicSession:
         name, bounds = self._declared.get(symbol, ("", None))
         if bounds is None or bounds.lower != 1:
             return None
-        above = ((symbol, ValueRanges(2, bounds.upper)),)
-        rest = ShapeEnv(specialize_zero_one=False, duck_shape=False)._maybe_evaluate_static(
-            expr, axioms=(), var_to_range=above
-        )
+        rest = _known(expr, {symbol: ValueRanges(2, bounds.upper)})
         one = expr.subs(symbol, 1)
         if rest not in (sympy.true, sympy.false) or one not in (sympy.true, sympy.false) or one == rest:
             return None
@@ -118,15 +114,13 @@ class SymbolicSession:
     def narrowing_guards(self) -> list[Guard]:
         """Return the guards that do not hold for the whole of every declared range."""
         import sympy
-        from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-        # the session's own environment takes each guard for granted once made; a new one knows the declaration only
-        unguarded = ShapeEnv(specialize_zero_one=False, duck_shape=False)
-        declared = tuple((symbol, bounds) for symbol, (_, bounds) in self._declared.items())
+        # the session's own environment takes each guard for granted once made
+        declared = {symbol: bounds for symbol, (_, bounds) in self._declared.items()}
         names = self.symbol_names()
         found = []
         for guard in self.shape_env.guards:
-            if unguarded._maybe_evaluate_static(guard.expr, axioms=(), var_to_range=declared) is sympy.true:
+            if _known(guard.expr, declared) is sympy.true:
                 continue
             text = re.sub(r"\bs\d+\b", lambda m: names.get(m.group(0), m.group(0)), str(guard.expr))
             found.append(Guard(expr=text, location=str(getattr(guard, "sloc", None) or "")))
@@ -141,7 +135,6 @@ class SymbolicSession:
 def holds_within(condition: str, size: str, *, low: int, high: int) -> bool:
     """Whether a condition on one size, as a `Guard` has it, can be shown to hold for all its values in [low, high]."""
     import sympy
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
     from torch.utils._sympy.value_ranges import ValueRanges
 
     symbol = sympy.Symbol(size, integer=True, positive=low > 0, nonnegative=low >= 0)
@@ -149,11 +142,19 @@ def holds_within(condition: str, size: str, *, low: int, high: int) -> bool:
         expr = parse_expression(condition, {size: symbol})
     except ValueError:
         return False
+    return bool(_known(expr, {symbol: ValueRanges(low, high)}) is sympy.true)
+
+
+def _known(expr: Any, ranges: Mapping[Any, Any]) -> Any:
+    """Return what a condition is for all values in the ranges of its symbols, in sympy's terms; None: that depends."""
+    import sympy
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     if expr in (sympy.true, sympy.false):
-        return bool(expr)
+        return expr
     env = ShapeEnv(specialize_zero_one=False, duck_shape=False)
-    found = env._maybe_evaluate_static(expr, axioms=(), var_to_range=((symbol, ValueRanges(low, high)),))
-    return bool(found is sympy.true)
+    env.var_to_range.update(ranges)
+    return env._maybe_evaluate_static(expr, axioms=(), var_to_range=tuple(ranges.items()))
 
 
 def _innermost_line(is_users: Callable[[str], bool]) -> str:
