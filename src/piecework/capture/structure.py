@@ -43,6 +43,12 @@ def _flatten(value: Any, leaves: list[torch.Tensor]) -> Structure:
         return {"class": _class_name(value), "fields": fields}
     if type(value) in (dict, OrderedDict) or isinstance(value, Mapping):
         return {"dict": [[k, _flatten(v, leaves)] for k, v in value.items()]}
+    if "Cache" in type(value).__name__:
+        raise CaptureError(
+            asked="a module that returns tensors",
+            found=f"a cache in its result, a {type(value).__name__}",
+            try_="pass use_cache=False; `piecework serve` and `LLM` have a cache of their own",
+        )
     raise CaptureError(
         asked="a module that returns nested tuples, lists, dicts and dataclasses of tensors",
         found=f"a {type(value).__module__}.{type(value).__qualname__} in its result",

@@ -158,6 +158,7 @@ def module_request(
         opaque=frozenset(_operator_name(o) for o in opaque),
         device=next(iter(devices), "cpu"),
         values=values,
+        notes=_training_notes(module),
     )
     return request, {"parameters": parameters, "given": structures, "defaults": defaults}
 
@@ -169,6 +170,18 @@ def _check_kinds(module: object, dynamic: Mapping[str, object]) -> None:
             asked="compile a module",
             found=f"a {type(module).__name__}",
             try_="a torch.nn.Module; a function can be the `forward` of one",
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise CaptureError(
+            asked="compile a module",
+            found="a scripted one, whose code torch.jit runs",
+            try_="the module that it was made of",
+        )
+    if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+        raise CaptureError(
+            asked="compile a module",
+            found="one that torch.compile has wrapped already",
+            try_="the module itself, `module._orig_mod`",
         )
     if not isinstance(dynamic, Mapping):
         raise CaptureError(
@@ -185,6 +198,17 @@ def _check_kinds(module: object, dynamic: Mapping[str, object]) -> None:
                 found=f"a {type(dim).__module__}.{type(dim).__name__}",
                 try_=f"piecework.Dim({bounds}), which says where it is by `axes`",
             )
+
+
+def _training_notes(module: nn.Module) -> tuple[str, ...]:
+    """Say that a module in training mode is compiled as such, where that changes what it computes."""
+    kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+    found = {
+        type(m).__name__ for m in module.modules() if m.training and isinstance(m, kinds) and getattr(m, "p", True)
+    }
+    if not found:
+        return ()
+    return (f"in training mode, which {' and '.join(sorted(found))} compute otherwise in: call .eval() first",)
 
 
 def _bind(
@@ -237,7 +261,7 @@ def _shifted(structure: Any, by: int) -> Any:
 def _tensor_input(label: str, tensor: torch.Tensor, *, argument: str, dynamic: Mapping[str, Dim]) -> TensorInput:
     shape: list[int | str] = list(tensor.shape)
     for name, dim in dynamic.items():
-        for axis in _axes(name, dim, argument=argument, label=label, rank=tensor.dim(), alone=len(dynamic) == 1):
+        for axis in _axes(name, dim, argument=argument, label=label, tensor=tensor, alone=len(dynamic) == 1):
             if not -tensor.dim() <= axis < tensor.dim():
                 raise CaptureError(
                     asked=f"{name} as axis {axis} of {label}",
@@ -251,29 +275,43 @@ def _tensor_input(label: str, tensor: torch.Tensor, *, argument: str, dynamic: M
                     try_="give an example inside the range",
                 )
             shape[axis] = name
-    symbolic = any(isinstance(d, str) for d in shape)
-    if symbolic and not tensor.is_contiguous():
+    dynamic_axes = [axis for axis, size in enumerate(shape) if isinstance(size, str)]
+    keeps_strides = not dynamic_axes or not tensor.is_contiguous()
+    if dynamic_axes and keeps_strides and dynamic_axes != [_outermost(tensor)]:
         raise CaptureError(
-            asked=f"a dynamic size in {label}", found="an example that is not contiguous", try_="pass it contiguous"
+            asked=f"a dynamic size in {label}",
+            found="an example that is not contiguous, whose strides depend on that size",
+            try_="pass it contiguous",
         )
     return TensorInput(
         name=label,
         shape=tuple(shape),
         dtype=str(tensor.dtype).removeprefix("torch."),
         device=tensor.device.type if not tensor.is_meta else "cpu",
-        stride=None if symbolic else tuple(tensor.stride()),
+        stride=tuple(tensor.stride()) if keeps_strides else None,
     )
 
 
-def _axes(name: str, dim: Dim, *, argument: str, label: str, rank: int, alone: bool) -> tuple[int, ...]:
+def _outermost(tensor: torch.Tensor) -> int:
+    """Return the axis on whose size no stride depends: the batch of a tensor in channels-last layout."""
+    return max(range(tensor.dim()), key=lambda axis: (tensor.stride(axis), -axis))
+
+
+def _axes(name: str, dim: Dim, *, argument: str, label: str, tensor: torch.Tensor, alone: bool) -> tuple[int, ...]:
     if dim.axes is None:
+        if tensor.dim() == 2 and not tensor.is_floating_point() and tensor.shape[0] == 1 < tensor.shape[1]:
+            raise CaptureError(
+                asked=f"the dynamic size {name} as the first axis of every argument, because it has no `axes`",
+                found=f"{label} of shape {list(tensor.shape)}, which looks like one sequence of tokens",
+                try_=f'Dim({dim.min}, {dim.max}, axes={{"{argument}": 1}}) for its length, or 0 for the batch',
+            )
         if not alone:
             raise CaptureError(
                 asked=f"the dynamic size {name}",
                 found="several dynamic sizes, of which this one doesn't say where it is",
                 try_=f'Dim({dim.min}, {dim.max}, axes={{"{argument}": 0}})',
             )
-        return (0,) if rank else ()
+        return (0,) if tensor.dim() else ()
     found = dim.axes.get(label, dim.axes.get(argument, ()))
     return (found,) if isinstance(found, int) else tuple(found)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from piecework.compiler.passes.native_matmul import native_paths
 from piecework.compiler.planning import make_plan
 from piecework.compiler.setup import CompileSetup
 from piecework.compiler.split import Piece, split
-from piecework.errors import ShapeContractError
+from piecework.errors import CaptureError, ShapeContractError
 from piecework.foundation.process import garbage_collection_off
+from piecework.foundation.torch_private import operator_name
 from piecework.providers.discovery import Providers, load_providers
 
 
@@ -64,6 +65,7 @@ def compile_request(
     setup.on_progress("capturing", 0, 0)
     with garbage_collection_off(), setup.recorder.phase("capture"):
         captures = capture_variants(request)
+        _require_cuts(request.opaque, captures)
     built = build(captures, setup, arguments=arguments)
     with setup.recorder.phase("plan"):
         all_facts = (
@@ -191,6 +193,20 @@ def _also(equal: tuple[str, int], variant: Variant | None, request: CaptureReque
     if variant is None:
         return Variant(name, (equal,), request.call)
     return Variant(f"{name},{variant.name}", (equal, *variant.equal), request.call)
+
+
+def _require_cuts(wanted: Collection[str], captures: Iterable[tuple[CapturedGraph, Variant | None]]) -> None:
+    """Raise CaptureError where a graph was to be cut at an operator that it doesn't have."""
+    there = {
+        name for made, _ in captures for node in made.graph.nodes if (name := operator_name(node.target)) is not None
+    }
+    missing = sorted(set(wanted) - there)
+    if missing:
+        raise CaptureError(
+            asked=f"cut the graph at {', '.join(missing)}",
+            found="no call of it in the module's graph",
+            try_=f"one of {', '.join(sorted(there))}",
+        )
 
 
 def _facts(built: Built) -> list[Fact]:

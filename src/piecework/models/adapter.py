@@ -22,7 +22,6 @@ from piecework.models.adapted import AdaptedModel
 from piecework.models.batch import BLOCK_SIZE, ForwardBatch
 from piecework.models.deepseek import adapt_deepseek
 from piecework.models.paged_attention import adapt_paged
-from piecework.ops.attention import ATTENTION_OP
 from piecework.ops.mla.core import Regime
 from piecework.spec.config import ModelConfig
 from piecework.spec.model_spec import ModelSpec
@@ -63,7 +62,6 @@ def build_causal_lm(spec: ModelSpec) -> CaptureRequest:
         inputs=tuple(inputs),
         sizes=sizes,
         states=model.states,
-        opaque=frozenset({ATTENTION_OP}),
         device=device,
         variants=_VARIANTS if regimes else (),
         sources=model.sources,

@@ -64,7 +64,6 @@ def test_the_request_declares_one_cache_per_layer(tmp_path: Path) -> None:
     assert request.states["model.layers.0.self_attn.kv_cache"].shape == (2, "blocks", 16, 2, 32)
     assert next(iter(request.sizes)) == "tokens"
     assert (request.sizes["tokens"].min, request.sizes["tokens"].max) == (1, 77)
-    assert request.opaque == {"piecework::attention"}
 
 
 @pytest.mark.parametrize(("tied", "num_parameters"), [(True, 29), (False, 30)])

@@ -74,7 +74,7 @@ def test_an_encoder_over_its_whole_range() -> None:
 @pytest.mark.parametrize("rows", [1, 9])
 def test_opaque_ops_with_the_handles_of_their_layers(rows: int) -> None:
     module = Stack([NamedBlock(LayerName("x" * i)) for i in range(4)])
-    model = loaded(module, torch.randn(3, 8), opaque=["pwtest::named"])
+    model = loaded(module, torch.randn(3, 8), opaque=["pwgraph::by_layer"])
     x = torch.randn(rows, 8)
     with torch.no_grad():
         assert torch.equal(model(x), module(x))
@@ -367,3 +367,60 @@ def test_constants_that_are_none_are_our_error(write_sample: Callable[..., Any],
     bundle = write_sample(tmp_path / "bundle", constants=b"\x08\x00\x00\x00\x00\x00\x00\x00not json")
     with pytest.raises(CorruptBundle, match=r"constants\.safetensors"):
         piecework.load(bundle.path, weights={})
+
+
+@pytest.mark.parametrize(
+    ("module", "example", "said"),
+    [
+        (torch.jit.script(nn.Linear(8, 8)), torch.randn(3, 8), "the module that it was made of"),
+        (torch.compile(nn.Linear(8, 8)), torch.randn(3, 8), "_orig_mod"),
+        (nn.Embedding(9, 8), torch.zeros(1, 5, dtype=torch.long), 'axes={"input": 1}) for its length'),
+    ],
+    ids=["scripted", "compiled", "tokens"],
+)
+def test_what_can_be_said_before_it_is_traced(module: Any, example: Tensor, said: str) -> None:
+    with pytest.raises(CaptureError) as caught:
+        piecework.compile(module, (example,), dynamic=ROWS, options=EAGER)
+    assert said in caught.value.try_
+
+
+class DynamicCache:
+    """Named as transformers' is."""
+
+
+def test_a_cache_in_the_result_has_its_own_words() -> None:
+    module = Forward(lambda m, x, *_: (x, DynamicCache()))
+    with pytest.raises(CaptureError) as caught:
+        piecework.compile(module, (torch.randn(3, 8),), dynamic=ROWS, options=EAGER)
+    assert "use_cache=False" in caught.value.try_
+
+
+def test_a_cut_at_what_is_not_there_lists_what_is(tmp_path: Path) -> None:
+    with pytest.raises(CaptureError) as caught:
+        piecework.compile(Mlp(), (torch.randn(3, 8),), dynamic=ROWS, options=EAGER, opaque=["aten::relu", "no::such"])
+    assert "no::such" in caught.value.asked
+    assert "piecework::linear" in caught.value.try_
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_training_mode_is_noted(training: bool, tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.BatchNorm1d(8, track_running_stats=False)).train(
+        training
+    )
+    bundle = piecework.compile(module, (torch.randn(3, 8),), dynamic={"rows": Dim(2, 64)}, options=EAGER)
+    assert any("Dropout" in note and ".eval()" in note for note in bundle.record().notes) is training
+
+
+def test_channels_last_with_a_dynamic_batch() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()).eval()
+    module = module.to(memory_format=torch.channels_last)
+
+    def images(count: int) -> Tensor:
+        return torch.randn(count, 3, 6, 6).to(memory_format=torch.channels_last)
+
+    model = loaded(module, images(3))
+    for count in (1, 2, 40):
+        x = images(count)
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), module(x))
+            torch.testing.assert_close(model(x.contiguous()), module(x))
