@@ -16,6 +16,7 @@ from piecework.bundle.record import Recorder
 from piecework.bundle.store.interface import Artifact
 from piecework.capture.capture import CapturedGraph, capture
 from piecework.capture.general import least_apart
+from piecework.capture.locations import source_of
 from piecework.capture.request import CaptureRequest, Dim, Variant
 from piecework.compiler.artifacts import compile_artifacts
 from piecework.compiler.deduplicate import Deduplicated, Forward, deduplicate
@@ -27,11 +28,12 @@ from piecework.compiler.passes.lower import Lowering
 from piecework.compiler.passes.native_matmul import native_paths
 from piecework.compiler.planning import make_plan
 from piecework.compiler.setup import CompileSetup
-from piecework.compiler.split import Piece, split
+from piecework.compiler.split import Piece, has_unknown_size, split
 from piecework.errors import CaptureError, ShapeContractError
 from piecework.foundation.process import garbage_collection_off
 from piecework.foundation.torch_private import operator_name
 from piecework.providers.discovery import Providers, load_providers
+from piecework.spec.compile_options import BackendName
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ def build(
     request = captures[-1][0].request
     called = set[Path]()
     with garbage_collection_off(), recorder.phase("split"):
+        if options.backend is not BackendName.EAGER:
+            _require_known_sizes(captured for captured, _ in captures)
         paths = tuple(Forward(captured, split(captured), variant) for captured, variant in captures)
         packing = packing_of(options, target=target, device=request.device)
         pieces = deduplicate(paths, passes=options.passes, packing=packing, lowering=lowering)
@@ -193,6 +197,19 @@ def _also(equal: tuple[str, int], variant: Variant | None, request: CaptureReque
     if variant is None:
         return Variant(name, (equal,), request.call)
     return Variant(f"{name},{variant.name}", (equal, *variant.equal), request.call)
+
+
+def _require_known_sizes(graphs: Iterable[CapturedGraph]) -> None:
+    """Raise CaptureError where a tensor's size depends on values: no code is generated for that."""
+    for captured in graphs:
+        for node in captured.graph.nodes:
+            if has_unknown_size(node):
+                raise CaptureError(
+                    asked="code for tensors whose sizes follow from those of the inputs",
+                    found=f"the size of what {operator_name(node.target)} gives depends on values",
+                    try_="use a mask (torch.where), hide it in an opaque op, or compile with the eager backend",
+                    location=source_of([node]),
+                )
 
 
 def _require_cuts(wanted: Collection[str], captures: Iterable[tuple[CapturedGraph, Variant | None]]) -> None:

@@ -9,6 +9,7 @@ that reads one makes it itself, and for a step that takes one it is a step befor
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -82,6 +83,12 @@ def split(captured: CapturedGraph) -> list[Step]:
             )
             steps += [piece for piece in made if piece is not None]
     return steps
+
+
+def has_unknown_size(node: torch.fx.Node) -> bool:
+    """Whether the size of what a node gives depends on values: torch calls such sizes u0, u1, …"""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and re.search(r"\bu\d+\b", str(list(value.shape))) is not None
 
 
 def _views_for(

@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 
 from piecework.bundle.sizes import size_expression
-from piecework.foundation.torch_private import storage_key
+from piecework.foundation.torch_private import is_one, storage_key
 from piecework.ops.ir.decode import decode
 from piecework.ops.ir.program import Call, Program, TensorSpec
 from piecework.ops.ir.resolve import resolve_target
@@ -44,7 +44,7 @@ Form = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 def form(tensor: torch.Tensor) -> Form:
     """Return shape, strides (0 for axes of length 1, whose strides mean nothing) and dtype."""
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    return tuple(tensor.shape), tuple(0 if size == 1 else stride for size, stride in sizes), tensor.dtype
+    return tuple(tensor.shape), tuple(0 if is_one(size) else stride for size, stride in sizes), tensor.dtype
 
 
 def place(tensor: torch.Tensor) -> tuple[Any, ...]:

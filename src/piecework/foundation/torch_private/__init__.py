@@ -65,6 +65,7 @@ from piecework.foundation.torch_private.symbolic import (
     Guard,
     SymbolicSession,
     holds_within,
+    is_one,
     size_oblivious,
     unanswered,
 )
@@ -114,6 +115,7 @@ __all__ = [
     "holds",
     "holds_within",
     "intercept_calls",
+    "is_one",
     "is_python_object",
     "is_stand_in",
     "is_static_input",

@@ -132,6 +132,15 @@ class SymbolicSession:
         return found
 
 
+def is_one(size: int | torch.SymInt) -> bool:
+    """Whether a size is 1; False for one that depends on values, of which nothing is known."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    if isinstance(size, int):
+        return size == 1
+    return not free_unbacked_symbols(size) and bool(size == 1)
+
+
 def holds_within(condition: str, size: str, *, low: int, high: int) -> bool:
     """Whether a condition on one size, as a `Guard` has it, can be shown to hold for all its values in [low, high]."""
     import sympy

@@ -424,3 +424,21 @@ def test_channels_last_with_a_dynamic_batch() -> None:
         with torch.no_grad():
             torch.testing.assert_close(model(x), module(x))
             torch.testing.assert_close(model(x.contiguous()), module(x))
+
+
+def test_sizes_that_depend_on_values_are_for_the_eager_backend() -> None:
+    module = Forward(lambda m, x, *_: x[x > 0] * 2)
+    x = torch.randn(3, 8)
+    assert torch.equal(loaded(module, x)(x), module(x))
+    with pytest.raises(CaptureError) as caught:
+        piecework.compile(module, (x,), dynamic=ROWS)
+    assert "depends on values" in caught.value.found
+    assert "test_api.py" in caught.value.location
+
+
+def test_a_number_read_from_a_tensor_is_our_error() -> None:
+    module = Forward(lambda m, x, *_: x[int(x[0, 0])])
+    with pytest.raises(CaptureError) as caught:
+        piecework.compile(module, (torch.randn(3, 8),), dynamic=ROWS, options=EAGER)
+    assert "depends on the values of a tensor" in caught.value.found
+    assert "test_api.py" in caught.value.location
