@@ -100,7 +100,7 @@ def _write(
     ):
         content = compile_request(
             request,
-            CompileSetup(options, backend, store, target, on_progress=on_progress),
+            CompileSetup(options, backend, store, target, on_progress=on_progress, overtake_s=environment.overtake_s),
             identity={"module": type(request.module).__qualname__},
             arguments=arguments,
         ).content

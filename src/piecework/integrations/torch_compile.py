@@ -105,12 +105,14 @@ class DynamoBackend:
         chosen = CompileOptions(backend=options.backend, device=captured.request.device)
         store, toolchain = self._places(options, recorder)
         self._target = self._target or read_target()
+        overtake_s = read_environment().overtake_s
         with store.scratch() as scratch:
             backend: Backend = LateBackend(store, root=toolchain, target=self._target, device=captured.request.device)
             if options.backend is BackendName.EAGER:
                 backend = EagerBackend(scratch=scratch)
             try:
-                built = build([(captured, None)], CompileSetup(chosen, backend, store, self._target, recorder))
+                setup = CompileSetup(chosen, backend, store, self._target, recorder, overtake_s=overtake_s)
+                built = build([(captured, None)], setup)
             finally:
                 backend.close()
         self._hint(built.plan, recorder)

@@ -35,8 +35,9 @@ from piecework.bundle.store.interface import (
     tree_size,
 )
 from piecework.errors import BundleError, CorruptBundle
-from piecework.foundation import files
+from piecework.foundation import files, leases
 from piecework.foundation.digests import canonical_json, digest_file
+from piecework.foundation.leases import Holder, Lease
 
 _REASON: Final = "reason.txt"
 _IN_USE_S: Final = 600.0
@@ -235,13 +236,10 @@ class DirectoryStore(Store):
         with contextlib.suppress(OSError):
             os.utime(self._bundle_place(key))
 
-    @contextlib.contextmanager
-    def lock(self, key: str, *, timeout_s: float | None = None) -> Iterator[None]:
-        """See `Store.lock`."""
-        with contextlib.ExitStack() as stack:
-            with files.store_errors(f"lock {key} in the store {self.root}"):
-                stack.enter_context(files.lock(self.root / "locks" / f"{check_key(key)}.lock", timeout_s=timeout_s))
-            yield
+    def lease(self, key: str, *, over: Holder | None = None) -> Lease | Holder:
+        """See `Store.lease`."""
+        with files.store_errors(f"lock {key} in the store {self.root}"):
+            return leases.take(self.root / "locks" / f"{check_key(key)}.lock", over=over)
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
