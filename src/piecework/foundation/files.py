@@ -158,11 +158,11 @@ def remove_stale_scratch(parent: Path) -> int:
     return removed
 
 
-def oldest_scratch_s(parent: Path, *, but: Path) -> float | None:
+def oldest_scratch_s(parent: Path, *, but: Path | None = None) -> float | None:
     """Return when the oldest scratch directory under `parent` other than `but` was made, in seconds since 1970."""
     made = []
     for guard in parent.glob(f"{_MARK}*{_GUARD}"):
-        if guard != _guard_of(but):
+        if but is None or guard != _guard_of(but):
             with contextlib.suppress(FileNotFoundError):
                 made.append(guard.stat().st_mtime)
     return min(made, default=None)

@@ -119,6 +119,10 @@ class Store(ABC):
         No other method needs it. `over` is a holder from whom it is taken although it lives.
         """
 
+    def in_use(self) -> contextlib.AbstractContextManager[None]:
+        """Let nothing be collected that is used during a block, however long that takes."""
+        return contextlib.nullcontext()
+
     @abstractmethod
     def scratch(self) -> contextlib.AbstractContextManager[Path]:
         """Make an empty directory that is removed when the block is left, or at the next opening after a crash."""
