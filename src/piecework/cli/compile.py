@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from piecework.cli import console
-from piecework.foundation.environment import read_environment
+from piecework.foundation.environment import let_torch_cache_in, read_environment
 from piecework.foundation.process import end_with_parent, garbage_collection_off, seconds_since_start
 from piecework.spec.command_line import add_spec_options, spec_of
 from piecework.spec.model_spec import ModelSpec
@@ -53,10 +53,12 @@ def run(args: argparse.Namespace) -> int:
     environment = read_environment()
     spec = ModelSpec.from_json(args.spec) if args.spec is not None else spec_of(args, source=args.model)
     recorder = Recorder()
-    with console.progress() as progress:
+    store = DirectoryStore(environment.store_root)
+    with store.scratch() as scratch, console.progress() as progress:
+        let_torch_cache_in(scratch)
         compiled = compile_model(
             spec,
-            store=DirectoryStore(environment.store_root),
+            store=store,
             environment=environment,
             check_weights=args.weights == "real",
             out=args.out,

@@ -75,6 +75,14 @@ def child_variables(changes: Mapping[str, str | None]) -> dict[str, str]:
     return variables
 
 
+def let_torch_cache_in(directory: Path) -> None:
+    """Have torch make its cache's directory there, and not among temporary files, unless the user has said where.
+
+    Has an effect before Inductor is imported.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(directory / "inductor"))
+
+
 def compiler_settings(variables: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the variables that change what Inductor generates, with their values, sorted by name.
 

@@ -8,6 +8,7 @@ directories are removed after a day.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import fcntl
@@ -140,6 +141,19 @@ def scratch(parent: Path, *, name: str = "") -> Iterator[Path]:
             yield directory
         finally:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def lasting_scratch(parent: Path) -> Path:
+    """Make a directory as `scratch` does that is removed when this process ends. Raises OSError."""
+    stack, owner = contextlib.ExitStack(), os.getpid()
+    directory = stack.enter_context(scratch(parent))
+
+    def remove() -> None:
+        if os.getpid() == owner:  # and not a fork of it, which runs what is registered as well
+            stack.close()
+
+    atexit.register(remove)
+    return directory
 
 
 def remove_stale_scratch(parent: Path) -> int:
