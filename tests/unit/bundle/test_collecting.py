@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from piecework.bundle import Artifact, Bundle, BundleContent, DirectoryStore, Kind, find_artifact, find_bundle
-from piecework.bundle.store import directory
 from piecework.bundle.store.collecting import Limits, to_remove
 from piecework.bundle.store.interface import StoredItem, bundle_key
 
@@ -107,9 +106,8 @@ def test_room_is_counted_as_the_disk_does() -> None:
 
 
 def test_who_looks_up_while_room_is_made_finds_it_whole_or_not_at_all(
-    store: DirectoryStore, sample_content: BundleContent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: DirectoryStore, sample_content: BundleContent, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(directory, "_IN_USE_S", 0.0)  # so that only marks and locks keep it
     over = threading.Event()
     failed: list[BaseException] = []
     reports: list[str] = []
@@ -131,7 +129,7 @@ def test_who_looks_up_while_room_is_made_finds_it_whole_or_not_at_all(
                 done["found"] += 1
 
     def collect(_: str) -> None:
-        done["collected"] += len(store.collect(max_bytes=0))
+        done["collected"] += len(store.collect(max_bytes=0, grace_s=0.0))  # only marks and locks keep it
 
     def work(step: Callable[[str], None]) -> None:
         names = itertools.cycle(f"n{n}" for n in range(6))

@@ -192,10 +192,15 @@ class DirectoryStore(Store):
         """Delete what `items` listed; what has gone meanwhile is no error."""
         asked = f"remove {item.key} from the store {self.root}"
         with files.store_errors(asked), self.scratch() as directory, self._alone():
-            self._move_out([item], directory)
+            self._move_out([item], directory, since=self._in_use_since(_IN_USE_S, but=directory))
 
     def collect(
-        self, *, max_bytes: int | None = None, older_than_s: float | None = None, dry_run: bool = False
+        self,
+        *,
+        max_bytes: int | None = None,
+        older_than_s: float | None = None,
+        dry_run: bool = False,
+        grace_s: float = _IN_USE_S,
     ) -> tuple[StoredItem, ...]:
         """Delete what was set aside, and what wasn't used for long; return it.
 
@@ -203,26 +208,26 @@ class DirectoryStore(Store):
             max_bytes: what wasn't used for longest goes until the rest takes no more of the disk.
             older_than_s: what was last used longer ago than this goes.
             dry_run: delete nothing.
+            grace_s: what was used in the last so many seconds stays.
 
-        What was used in the last minutes stays, and all that was used since the oldest compile or load that still goes
-        on began.
+        All that was used since the oldest compile or load that still goes on began stays as well.
         """
         now = time.time()
         with files.store_errors(f"collect the store {self.root}"):
             before_s = None if older_than_s is None else now - older_than_s
-            limits = Limits(self._in_use_since(but=None), max_bytes=max_bytes, before_s=before_s)
+            limits = Limits(self._in_use_since(grace_s), max_bytes=max_bytes, before_s=before_s)
             gone = to_remove(self.items(), limits, files_of=self._files_of)
             if gone and not dry_run:
                 with self.scratch() as directory, self._alone():
-                    since = self._in_use_since(but=directory)
+                    since = self._in_use_since(grace_s, but=directory)
                     gone = [item for item in gone if item.aside or self._used_s(item) < since]
-                    self._move_out(gone, directory)
+                    self._move_out(gone, directory, since=since)
         return tuple(gone)
 
-    def _in_use_since(self, *, but: Path | None) -> float:
+    def _in_use_since(self, grace_s: float, *, but: Path | None = None) -> float:
         """Return since when what was used may be in use; `but` is a scratch directory that doesn't count."""
         oldest = files.oldest_scratch_s(self.root / "scratch", but=but)
-        recent = time.time() - _IN_USE_S
+        recent = time.time() - grace_s
         return recent if oldest is None else min(recent, oldest)
 
     def _used_s(self, item: StoredItem) -> float:
@@ -245,8 +250,8 @@ class DirectoryStore(Store):
             return {}
         return inodes(place)
 
-    def _move_out(self, items: Iterable[StoredItem], directory: Path) -> None:
-        """Move items, and content that no key names any more, into a directory that is about to be removed."""
+    def _move_out(self, items: Iterable[StoredItem], directory: Path, *, since: float) -> None:
+        """Move items into a directory that is about to be removed; delete content that no key names any more."""
         for number, item in enumerate(items):
             with contextlib.suppress(FileNotFoundError):
                 os.rename(self._place_of(item), directory / str(number))
@@ -254,7 +259,6 @@ class DirectoryStore(Store):
         for index in self._entries("artifacts"):
             with contextlib.suppress(FileNotFoundError, CorruptBundle):
                 named.add(self._parse(index.read_bytes(), key=index.name.removesuffix(".json")).name)
-        since = self._in_use_since(but=directory)
         for content in self._entries("files"):
             with contextlib.suppress(FileNotFoundError):
                 if content.name not in named and content.stat().st_mtime < since:

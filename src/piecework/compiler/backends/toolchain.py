@@ -24,6 +24,7 @@ from pathlib import Path
 from piecework.errors import CompileError, StoreError
 from piecework.foundation import files, leases
 from piecework.foundation.digests import digest_json
+from piecework.foundation.environment import child_variables
 from piecework.foundation.flight import OVERTAKE_S, leading
 from piecework.foundation.leases import Holder, Lease
 from piecework.foundation.target import Target
@@ -223,6 +224,7 @@ class Toolchain:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=on_start is not None,
+            env=child_variables({"TMPDIR": str(cwd)}),  # where what is left after a kill is removed
         )
         if on_start is not None:
             on_start(process)
