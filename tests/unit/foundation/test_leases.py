@@ -128,21 +128,21 @@ def test_who_has_just_begun_is_let_alone(tmp_path: Path, content: bytes) -> None
     lease_of(tmp_path / "k").release()
 
 
-def test_of_many_that_take_one_has_it(tmp_path: Path, run_in_processes: Callable[[str, int], list[str]]) -> None:
+def test_of_many_that_take_one_has_it(tmp_path: Path, run_in_processes: Callable[[str, int], None]) -> None:
     code = f"""
 import time
 from pathlib import Path
 from piecework.foundation.leases import Lease, take
 inside = Path({str(tmp_path)!r}) / "inside"
 taken = 0
-for _ in range(300):
+while taken < 100:
     lease = take(Path({str(tmp_path)!r}) / "k")
     if isinstance(lease, Lease):
         inside.mkdir()  # fails where another one is inside
         inside.rmdir()
         taken += 1
         lease.release()
-print(taken)
+    time.sleep(0.0005)
 """
-    assert all(int(printed) > 0 for printed in run_in_processes(code, 3))
+    run_in_processes(code, 3)
     assert os.listdir(tmp_path) == []
