@@ -218,8 +218,14 @@ def write_bundle(path: str | Path, content: BundleContent, *, extract_root: Path
     return open_bundle(place, extract_root=extract_root, verify=False)
 
 
-def build_directory(directory: Path, content: BundleContent) -> Manifest:
+def build_directory(directory: Path, content: BundleContent, *, shared: Path | None = None) -> Manifest:
     """Write the directory form of a bundle into a new `directory`, not atomically.
+
+    Args:
+        directory: where to.
+        content: what it is made of.
+        shared: a directory whose files nobody writes to: artifacts that lie there are linked where that can be done,
+            so that they are on the disk once. Others are copied.
 
     Raises OSError, InternalError where an artifact's name isn't its content's digest.
     """
@@ -227,7 +233,8 @@ def build_directory(directory: Path, content: BundleContent) -> Manifest:
     entries: dict[str, FileEntry] = {}
     for name, source in sorted(content.artifacts.items()):
         copy = directory / ARTIFACTS / name
-        shutil.copyfile(source, copy)
+        if source.parent != shared or not _linked(source, copy):
+            shutil.copyfile(source, copy)
         entries[f"{ARTIFACTS}/{name}"] = FileEntry(sha256=digest_file(copy), size=copy.stat().st_size)
         if artifact_digest(name) != entries[f"{ARTIFACTS}/{name}"].sha256:
             raise InternalError(f"the artifact {name} is not named by its content's digest")
@@ -247,6 +254,14 @@ def build_directory(directory: Path, content: BundleContent) -> Manifest:
     manifest = Manifest(facts=facts, files=entries, identity=dict(content.identity))
     (directory / MANIFEST).write_bytes(manifest.to_bytes())
     return manifest
+
+
+def _linked(source: Path, link: Path) -> bool:
+    try:
+        os.link(source, link)
+    except OSError:  # no such thing here, or as many as there may be; what is wrong with the file, copying tells
+        return False
+    return True
 
 
 def _open_directory(path: Path, *, root: Path, verify: bool) -> Bundle:

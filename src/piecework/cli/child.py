@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -28,7 +29,7 @@ def run_command(words: Sequence[str], *, what: str, variables: Mapping[str, str 
     # The child shares our stderr, so that its own progress display is what the user sees. It has its own process group,
     # so that an interrupt comes to it once, from us, however it came to us.
     child = subprocess.Popen(
-        python_command("piecework", *words, "--json"),
+        python_command("piecework", *words, "--json", "--parent", str(os.getpid())),
         stdout=subprocess.PIPE,
         text=True,
         env=child_variables(variables or {}),

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from piecework.cli import console
-from piecework.foundation.environment import read_environment
-from piecework.foundation.process import end_with_parent, garbage_collection_off, seconds_since_start
+from piecework.foundation.environment import let_torch_cache_in, read_environment
+from piecework.foundation.process import garbage_collection_off, seconds_since_start
 from piecework.spec.command_line import add_spec_options, spec_of
 from piecework.spec.model_spec import ModelSpec
 
@@ -30,8 +30,6 @@ def add_parser(subparsers: Any) -> None:
                       "safetensors)")  # fmt: skip
     what.add_argument("--spec", metavar="JSON", help="the model and all of its options in one, as "
                       "piecework.ModelSpec.to_json writes them")  # fmt: skip
-    parser.add_argument("--parent", type=int, metavar="PID", help="end when this process, which started the compile, "
-                        "ends")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="BUNDLE", help="where to write the bundle: a directory, or an "
                         "archive if it ends in .pwb (default: the local store)")  # fmt: skip
     add_spec_options(parser)
@@ -48,15 +46,15 @@ def run(args: argparse.Namespace) -> int:
     from piecework.bundle.store.directory import DirectoryStore  # noqa: PLC0415
     from piecework.compiler.model import compile_model  # noqa: PLC0415
 
-    if args.parent is not None:
-        end_with_parent(args.parent)
     environment = read_environment()
     spec = ModelSpec.from_json(args.spec) if args.spec is not None else spec_of(args, source=args.model)
     recorder = Recorder()
-    with console.progress() as progress:
+    store = DirectoryStore(environment.store_root)
+    with store.scratch() as scratch, console.progress() as progress:
+        let_torch_cache_in(scratch)
         compiled = compile_model(
             spec,
-            store=DirectoryStore(environment.store_root),
+            store=store,
             environment=environment,
             check_weights=args.weights == "real",
             out=args.out,

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from piecework.bundle.store.directory import DirectoryStore
 from piecework.cli import console
 from piecework.cli.child import run_command
 from piecework.errors import StoreError
+from piecework.foundation.environment import read_environment
 
 PROMPT = 'The "for" statement is used to'
 
@@ -28,14 +29,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "demo",
         help="compile the model that ships with piecework, start it again warm, and show the figures",
         description="Compile the model that ships with piecework on an empty store, start it again in a new process, "
-        "continue a prompt and show the figures. Needs no network. What was compiled stays where the table says.",
+        "continue a prompt and show the figures. Needs no network. Leaves nothing behind unless --keep says where.",
     )
     place = parser.add_mutually_exclusive_group()
     place.add_argument(
         "--keep",
         type=Path,
         metavar="DIR",
-        help="make the demo's store in DIR, which must be empty (default: temporary)",
+        help="make the demo's store in DIR, which must be empty, and leave it there (default: it is removed)",
     )
     place.add_argument(
         "--store", type=Path, metavar="DIR", help="use the store in DIR as it is; the compile may then find its bundle"
@@ -62,7 +63,9 @@ def run(args: argparse.Namespace) -> int:
         console.out_json({"prompt": PROMPT, "store": str(store), "compile": compiled, "generate": generated})
         return 0
     console.out(f"\n{PROMPT}{generated['text']}\n")
-    console.out(console.format_table(rows(compiled, generated)))
+    is_kept = args.keep is not None or args.store is not None
+    bundle = str(compiled["bundle"]) if is_kept else "removed; --keep DIR keeps it"
+    console.out(console.format_table([*rows(compiled, generated), ("bundle", bundle)]))
     return 0
 
 
@@ -80,13 +83,12 @@ def rows(compiled: Mapping[str, Any], generated: Mapping[str, Any]) -> list[tupl
         ("warm: load", f"{generated['load_ms']:.1f} ms"),
         ("warm: process start to first token", f"{generated['first_token_s']:.2f} s"),
         ("tokens per second", f"{generated['tokens_per_s']:.0f}"),
-        ("bundle", str(compiled["bundle"])),
     ]
 
 
 @contextmanager
 def _demo_store(*, keep: Path | None, store: Path | None) -> Iterator[Path]:
-    """Yield the directory of the demo's store; a directory that was made here is removed again if the demo fails."""
+    """Yield the directory of the demo's store; one that was made here is removed, unless it is to be kept."""
     if store is not None:
         yield store.absolute()
         return
@@ -97,10 +99,12 @@ def _demo_store(*, keep: Path | None, store: Path | None) -> Iterator[Path]:
             try_=f"another directory, or --store {keep} to use what is in it",
         )
     if keep is None:
-        made = Path(tempfile.mkdtemp(prefix="piecework-demo-"))
-    else:
-        made = keep.absolute()
-        made.mkdir(parents=True, exist_ok=True)
+        # precompiled headers alone are 160 MB: what is left after a kill, the next start removes from there
+        with DirectoryStore(read_environment().store_root).scratch() as made:
+            yield made
+        return
+    made = keep.absolute()
+    made.mkdir(parents=True, exist_ok=True)
     try:
         yield made
     except BaseException:

@@ -22,7 +22,7 @@ from typing import Final, NoReturn
 from piecework.cli import console
 from piecework.errors import PieceworkError
 from piecework.foundation.files import as_store_error
-from piecework.foundation.process import exit_at_once
+from piecework.foundation.process import end_with_parent, exit_at_once
 from piecework.foundation.version import VERSION
 
 EXIT_FAILED: Final = 1
@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _terminate_as_interrupt():
             args = make_parser(arguments).parse_args(arguments)
+            if args.parent is not None:
+                end_with_parent(args.parent)
             return int(importlib.import_module(f"piecework.cli.{args.command}").run(args))
     except KeyboardInterrupt:
         if debug:
@@ -99,6 +101,9 @@ def make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
             # SUPPRESS: where it isn't given here, what was given before the command stays
             subparsers.choices[name].add_argument(
                 "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
+            )
+            subparsers.choices[name].add_argument(
+                "--parent", type=int, metavar="PID", help="end when this process, which started the command, ends"
             )
         else:
             subparsers.add_parser(name, help=summary)

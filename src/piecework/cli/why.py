@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from piecework.cli import console
-from piecework.foundation.environment import read_environment
+from piecework.foundation.environment import let_torch_cache_in, read_environment
 from piecework.spec.command_line import add_spec_options, spec_of
 
 
@@ -51,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
     if found is None and not args.no_pieces:
         from piecework.compiler.dry_run import dry_run  # noqa: PLC0415  it imports transformers
 
-        made = dry_run(spec, store=store)
+        with store.scratch() as scratch:
+            let_torch_cache_in(scratch)
+            made = dry_run(spec, store=store)
         answer["pieces"] = {"of_model": made.pieces, "unique": made.unique_pieces}
         answer["artifacts"] = {"stored": made.stored, "to_compile": len(made.missing), "operators": made.missing}
     if args.json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from piecework.compiler.model import started_backend
 from piecework.compiler.setup import CompileSetup, OnProgress, unheard
 from piecework.errors import CaptureError
 from piecework.foundation.environment import Environment, read_environment
+from piecework.foundation.files import lasting_scratch, store_errors
 from piecework.foundation.target import read_target
 from piecework.foundation.torch_private import is_stand_in, operator_name
 from piecework.spec.compile_options import CompileOptions
@@ -50,7 +50,8 @@ def compile(
         opaque: operators of torch's own at which the graph is cut as well: "namespace::name" or an operator such as
             `torch.ops.ns.name`. At any other operator it is cut anyway.
         states: buffers that opaque ops read and write between calls, by name, with shapes that may name dynamic sizes.
-        out: where to write the bundle (".pwb" for an archive); default: a new temporary directory.
+        out: where to write the bundle (".pwb" for an archive); default: a directory that is removed when this process
+            ends.
         options: see CompileOptions.
         on_progress: is told what is done.
 
@@ -70,9 +71,8 @@ def compile(
     request, arguments = module_request(
         module, example_args, example_kwargs or {}, dynamic=dynamic or {}, opaque=opaque, states=states or {}
     )
-    place = Path(out) if out is not None else Path(tempfile.mkdtemp(prefix="piecework-")) / "bundle"
     return _write(
-        place,
+        None if out is None else Path(out),
         request,
         arguments=arguments,
         options=options or CompileOptions(),
@@ -82,7 +82,7 @@ def compile(
 
 
 def _write(
-    place: Path,
+    place: Path | None,
     request: CaptureRequest,
     *,
     arguments: Mapping[str, Any],
@@ -92,6 +92,9 @@ def _write(
 ) -> Bundle:
     """Compile a request and write its bundle; `arguments` say how a caller's map to the graph's inputs."""
     store, target = DirectoryStore(environment.store_root), read_target()
+    if place is None:
+        with store_errors(f"write to the store {store.root}"):
+            place = lasting_scratch(store.root / "scratch") / "bundle"
     with (
         store.scratch() as scratch,
         started_backend(
@@ -100,7 +103,7 @@ def _write(
     ):
         content = compile_request(
             request,
-            CompileSetup(options, backend, store, target, on_progress=on_progress),
+            CompileSetup(options, backend, store, target, on_progress=on_progress, overtake_s=environment.overtake_s),
             identity={"module": type(request.module).__qualname__},
             arguments=arguments,
         ).content

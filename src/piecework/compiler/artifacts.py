@@ -21,6 +21,7 @@ from piecework.compiler.setup import CompileSetup, OnProgress
 from piecework.errors import CompileError, ShapeContractError
 from piecework.foundation.digests import digest_file, digest_json
 from piecework.foundation.environment import compiler_settings
+from piecework.foundation.flight import Flight
 from piecework.foundation.target import Target
 from piecework.foundation.torch_private import inductor, scheduled_kernels, symbolic
 from piecework.ops.ir import decode, resolve
@@ -100,21 +101,38 @@ def compile_artifacts(
 def _found_or_compiled(
     jobs: Sequence[Job], setup: CompileSetup, progress: _Progress
 ) -> tuple[dict[str, Artifact], Mapping[str, ShapeContractError]]:
-    """Return the artifacts by key, and why the code of the others would hold for a part of its range only."""
-    missing: dict[str, Job] = {}
+    """Return the artifacts by key, and why the code of the others would hold for a part of its range only.
+
+    Each is put into the store as soon as it is there. What another process compiles is waited for when all else is
+    done.
+    """
+    wanted = {job.key(): job for job in jobs}
     found: dict[str, Artifact] = {}
-    for job in jobs:
-        key = job.key()
-        stored = found.get(key) or find_artifact(setup.store, key, report=setup.recorder.note)
-        if stored is None:
-            missing[key] = job
-        else:
+    narrowed: dict[str, ShapeContractError] = {}
+
+    def is_made(key: str) -> bool:
+        stored = find_artifact(setup.store, key, report=setup.recorder.note)
+        if stored is not None:
             found[key] = stored
-    progress.begin(missing, hits=len(found))
-    outcome = setup.backend.compile(missing, on_event=progress.on_event)
-    for key, path in outcome.paths.items():
-        found[key] = setup.store.put_artifact(key, content=path)
-    return found, outcome.narrowed
+            progress.found()
+        return stored is not None
+
+    progress.begin(wanted)
+    missing = {key: job for key, job in wanted.items() if not is_made(key)}
+    if not missing:
+        return found, narrowed
+    setup.backend.expect(missing)
+    with Flight(setup.store.lease, overtake_s=setup.overtake_s) as flight:
+
+        def put(key: str, path: Path) -> None:
+            found[key] = setup.store.put_artifact(key, content=path)
+            flight.landed(key)
+
+        for led in flight.rounds(missing, is_made=is_made):
+            mine = {key: missing[key] for key in led}
+            progress.compiling(mine)
+            narrowed |= setup.backend.compile(mine, on_event=progress.on_event, on_made=put)
+    return found, narrowed
 
 
 def _split_at_1(form: _Form, piece: Compiled, setup: CompileSetup, *, why: ShapeContractError) -> list[_Form]:
@@ -139,13 +157,21 @@ class _Progress:
         self._done = 0
         self._total = 0
 
-    def begin(self, jobs: Mapping[str, Job], *, hits: int) -> None:
-        """Say what is about to be compiled, and how many artifacts the store had."""
-        self._jobs.update(jobs)
-        self._recorder.count("store_hits", by=hits)
+    def begin(self, wanted: Mapping[str, Job]) -> None:
+        """Say which artifacts are needed."""
+        self._jobs.update(wanted)
+        self._total += len(wanted)
+        for count in ("store_hits", "compiled"):
+            self._recorder.count(count, by=0)
+
+    def found(self) -> None:
+        """Say that the store has one of them, from before or from another process."""
+        self._recorder.count("store_hits")
+        self._done += 1
+
+    def compiling(self, jobs: Mapping[str, Job]) -> None:
+        """Say what is about to be compiled here."""
         self._recorder.count("compiled", by=len(jobs))
-        self._done += hits
-        self._total += hits + len(jobs)
         self._on_progress("compiling", self._done, self._total)
 
     def on_event(self, event: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ def build(
     steps = [step for path in paths for step in path.steps]
     jobs = kernel_jobs(steps, options=options, target=target, device=request.device)
     kernels = KernelBuilds(jobs, setup)
-    with recorder.phase("compile"):
+    with recorder.phase("compile"), contextlib.closing(kernels):
         kernels.start()
         artifacts = compile_artifacts(
             [*pieces.unique, *bodies],

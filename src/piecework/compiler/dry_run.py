@@ -9,11 +9,11 @@ from typing import final
 
 from piecework.bundle.record import Recorder
 from piecework.bundle.store.interface import Store
-from piecework.compiler.backends.backend import Backend, OnEvent
-from piecework.compiler.backends.pool import Outcome
+from piecework.compiler.backends.backend import Backend, OnEvent, OnMade
 from piecework.compiler.driver import build, capture_variants
 from piecework.compiler.job import Job
 from piecework.compiler.setup import CompileSetup
+from piecework.errors import ShapeContractError
 from piecework.foundation.target import read_target
 from piecework.models.adapter import build_causal_lm
 from piecework.spec.model_spec import ModelSpec
@@ -57,8 +57,13 @@ class _Dry(Backend):
     def __init__(self) -> None:
         self.missing: dict[str, int] = {}
 
-    def compile(self, jobs: Mapping[str, Job], *, on_event: OnEvent) -> Outcome:
+    def expect(self, jobs: Mapping[str, Job]) -> None:
         self.missing = {key: len(job.program.calls) for key, job in jobs.items()}
+        raise _StopHere
+
+    def compile(
+        self, jobs: Mapping[str, Job], *, on_event: OnEvent, on_made: OnMade
+    ) -> Mapping[str, ShapeContractError]:
         raise _StopHere
 
     def close(self) -> None:

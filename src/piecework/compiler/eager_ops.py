@@ -209,12 +209,9 @@ class _Maker:
                 if previous is not None:
                     previous.close()
             backend = self._backend
-        (found,) = compile_artifacts(
-            [made.piece],
-            CompileSetup(CompileOptions(providers=order), backend, store, self._target, self._recorder),
-            declared=None,
-            optional=1,
-        )
+        options, overtake_s = CompileOptions(providers=order), environment.overtake_s
+        setup = CompileSetup(options, backend, store, self._target, self._recorder, overtake_s=overtake_s)
+        (found,) = compile_artifacts([made.piece], setup, declared=None, optional=1)
         for artifact in found.values():
             copies = SealedFiles()
             path = copies.path(artifact.path, digest=artifact.digest)

@@ -19,6 +19,7 @@ from piecework.compiler.setup import CompileSetup
 from piecework.compiler.split import OpaqueCall, Step
 from piecework.errors import CompileError
 from piecework.foundation.digests import digest_file, digest_json
+from piecework.foundation.flight import Flight
 from piecework.foundation.target import Target
 from piecework.foundation.torch_private import operator_of
 from piecework.providers.libraries import KERNELS, Kernel
@@ -77,19 +78,20 @@ class KernelBuilds:
     _made: dict[str, Artifact] = field(default_factory=dict)
     _errors: list[Exception] = field(default_factory=list)
     _thread: threading.Thread | None = None
+    _flight: Flight | None = None
 
     def start(self) -> None:
         """Look the kernels up, and start to build those that are missing."""
-        missing = []
-        for job in self.jobs:
-            found = find_artifact(self.setup.store, job.key(self.setup.target), report=self.setup.recorder.note)
-            if found is None:
-                missing.append(job)
-            else:
-                self._made[job.kernel.name] = found
+        missing = {job.key(self.setup.target): job for job in self.jobs if not self._find(job)}
         if missing:
-            self._thread = threading.Thread(target=self._build, args=(missing,), daemon=True)
+            self._flight = Flight(self.setup.store.lease, overtake_s=self.setup.overtake_s)
+            self._thread = threading.Thread(target=self._build, args=(missing, self._flight), daemon=True)
             self._thread.start()
+
+    def close(self) -> None:
+        """Wait for no other process any more; a compiler that runs is ended by closing the backend."""
+        if self._flight is not None:
+            self._flight.end()
 
     def finish(self) -> Mapping[str, Artifact]:
         """Return the artifacts by their kernel's name, when they are there. Raises StoreError."""
@@ -106,16 +108,29 @@ class KernelBuilds:
         """Return the facts of the sources that were built."""
         return source_facts(path for job in self.jobs if job.kernel.name in self._made for path in job.kernel.sources)
 
-    def _build(self, jobs: Iterable[KernelJob]) -> None:
-        for job in jobs:
-            try:
-                library = self.setup.backend.build_kernel(job.kernel.main, macros=_macros(job))
-                if library is not None:
-                    self._made[job.kernel.name] = self.setup.store.put_artifact(
-                        job.key(self.setup.target), content=library
-                    )
-            except Exception as error:  # noqa: BLE001  told by `finish`, in the thread that asks
-                self._errors.append(error)
+    def _find(self, job: KernelJob) -> bool:
+        found = find_artifact(self.setup.store, job.key(self.setup.target), report=self.setup.recorder.note)
+        if found is not None:
+            self._made[job.kernel.name] = found
+        return found is not None
+
+    def _build(self, jobs: Mapping[str, KernelJob], flight: Flight) -> None:
+        try:
+            with flight:
+                for led in flight.rounds(jobs, is_made=lambda key: self._find(jobs[key])):
+                    for key in led:
+                        self._build_one(key, jobs[key])
+                        flight.landed(key)
+        except Exception as error:  # noqa: BLE001  told by `finish`, in the thread that asks
+            self._errors.append(error)
+
+    def _build_one(self, key: str, job: KernelJob) -> None:
+        try:
+            library = self.setup.backend.build_kernel(job.kernel.main, macros=_macros(job))
+            if library is not None:
+                self._made[job.kernel.name] = self.setup.store.put_artifact(key, content=library)
+        except CompileError as error:
+            self._errors.append(error)
 
 
 def _macros(job: KernelJob) -> tuple[str, ...]:

@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from piecework.bundle.bundle import Bundle, write_bundle
+from piecework.bundle.bundle import Bundle, BundleContent, write_bundle
 from piecework.bundle.facts import making_facts
 from piecework.bundle.recipes import Take, resolved, takes
 from piecework.bundle.record import Recorder
 from piecework.bundle.store.interface import Store, bundle_key
 from piecework.bundle.store.lookup import find_bundle
 from piecework.compiler.backends.backend import AotiBackend, Backend, EagerBackend
+from piecework.compiler.backends.toolchain import find_toolchain
 from piecework.compiler.setup import CompileSetup, OnProgress, unheard
 from piecework.foundation.environment import Environment
+from piecework.foundation.flight import leading
 from piecework.foundation.target import Target, read_target
 from piecework.spec.compile_options import BackendName, CompileOptions
 from piecework.spec.model_spec import ModelSpec
@@ -55,20 +57,49 @@ def compile_model(
 
     Raises UnsupportedModelError, WeightsError, CaptureError, ShapeContractError, CompileError, StoreError.
     """
-    recorder = recorder or Recorder()
+    recorder, found = recorder or Recorder(), list[Bundle]()
+    content = _compiled(
+        spec,
+        store=store,
+        environment=environment,
+        recorder=recorder,
+        check_weights=check_weights,
+        on_progress=on_progress,
+    )
+    if out is not None:
+        with content as made, recorder.phase("seal"):
+            return CompiledModel(write_bundle(out, made), cached=False)
     target = read_target()
-    key = spec.key
+
+    def is_made() -> bool:
+        bundle = find_bundle(store, spec.key, report=recorder.note, asked=spec.asked, target=target)
+        found.extend([] if bundle is None else [bundle])
+        return bundle is not None
+
+    # of those that start with the same model one captures it, which takes memory; pieces would be shared without this
+    with leading(spec.key, store.lease, is_made=is_made, overtake_s=environment.overtake_s) as leads:
+        if not leads:
+            return CompiledModel(found[-1], cached=True)
+        with content as made, recorder.phase("seal"):
+            return CompiledModel(store.put_bundle(bundle_key(spec.key, made.facts), content=made), cached=False)
+
+
+@contextlib.contextmanager
+def _compiled(
+    spec: ModelSpec,
+    *,
+    store: Store,
+    environment: Environment,
+    recorder: Recorder,
+    check_weights: bool,
+    on_progress: OnProgress,
+) -> Iterator[BundleContent]:
+    """Compile what a bundle is made of; it is kept from being collected during the block. See `compile_model`."""
+    target, device = read_target(), spec.options.device
     with contextlib.ExitStack() as stack:
-        if out is None:
-            stack.enter_context(store.lock(key))
-            found = find_bundle(store, key, report=recorder.note, asked=spec.asked, target=target)
-            if found is not None:
-                return CompiledModel(found, cached=True)
         scratch = stack.enter_context(store.scratch())
         backend = stack.enter_context(
-            started_backend(
-                spec.options, scratch=scratch, environment=environment, target=target, device=spec.options.device
-            )
+            started_backend(spec.options, scratch=scratch, environment=environment, target=target, device=device)
         )
         with recorder.phase("import"):
             # heavy imports, while the backend prepares in other processes
@@ -80,17 +111,13 @@ def compile_model(
             request = build_causal_lm(spec)
             if check_weights:
                 _check_weights(spec, request)
-        content = compile_request(
+        setup = CompileSetup(spec.options, backend, store, target, recorder, on_progress, environment.overtake_s)
+        yield compile_request(
             request,
-            CompileSetup(spec.options, backend, store, target, recorder, on_progress),
+            setup,
             facts=lambda: (*spec.facts, *making_facts(), *reads.facts()),
             identity=spec.identity,
         ).content
-        with recorder.phase("seal"):
-            if out is not None:
-                return CompiledModel(write_bundle(out, content), cached=False)
-            bundle = store.put_bundle(bundle_key(key, content.facts), content=content)
-        return CompiledModel(bundle, cached=False)
 
 
 @contextlib.contextmanager
@@ -102,13 +129,9 @@ def started_backend(
     if options.backend is BackendName.EAGER:
         backend = EagerBackend(scratch=scratch)
     else:
-        backend = AotiBackend(
-            root=environment.toolchain_root,
-            scratch=scratch,
-            compiler=environment.compiler,
-            target=target,
-            device=device,
-        )
+        root, command = environment.toolchain_root, environment.compiler
+        toolchain = find_toolchain(root, compiler=command, overtake_s=environment.overtake_s)
+        backend = AotiBackend(toolchain, scratch=scratch, target=target, device=device)
     try:
         yield backend
     finally:

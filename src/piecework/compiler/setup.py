@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from piecework.bundle.record import Recorder
 from piecework.bundle.store.interface import Store
 from piecework.compiler.backends.backend import Backend
+from piecework.foundation.flight import OVERTAKE_S
 from piecework.foundation.target import Target
 from piecework.spec.compile_options import CompileOptions
 
@@ -30,6 +31,7 @@ class CompileSetup:
         target: the CPU that the artifacts run on.
         recorder: is told phases ("capture", "split", "compile", "plan"), counts and notes.
         on_progress: is told what is done.
+        overtake_s: how long to wait for another process that makes no progress with what is needed here, in seconds.
     """
 
     options: CompileOptions
@@ -38,3 +40,4 @@ class CompileSetup:
     target: Target
     recorder: Recorder = field(default_factory=Recorder)
     on_progress: OnProgress = unheard
+    overtake_s: float = OVERTAKE_S

@@ -123,6 +123,12 @@ def open_engine(
     """
     root = environment.store_root
     start = _Start(spec, options, DirectoryStore(root), root, on_event, hears_compile)
+    with start.store.in_use():
+        return _open(start, tokenizer)
+
+
+def _open(start: _Start, tokenizer: Callable[[], Tokenizer | None] | None) -> OpenEngine:
+    spec, options, on_event = start.spec, start.options, start.on_event
     pool = ThreadPoolExecutor(3, thread_name_prefix="piecework-start")
     try:
         # importing torch is the longest part; the rest waits for the disk, or computes without Python's lock
@@ -161,8 +167,9 @@ def open_compiled(opened: OpenEngine) -> OpenEngine:
     The engine is the same: its runner is to be swapped for the model that is returned.
     """
     start = opened._start
-    found = _run_compile(start, start.spec, reason=opened.reason)
-    loaded = _load(start, _Chosen(found, start.spec))
+    with start.store.in_use():
+        found = _run_compile(start, start.spec, reason=opened.reason)
+        loaded = _load(start, _Chosen(found, start.spec))
     return replace(opened, model=loaded.model, found=found, spec=start.spec)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import tempfile
@@ -10,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
+
+from piecework.errors import PieceworkError
+from piecework.foundation.flight import OVERTAKE_S
 
 _COMPILERS: Final = re.compile(r"(TORCHINDUCTOR|TORCHDYNAMO|AOT_INDUCTOR|TORCH_COMPILE)_[A-Z0-9_]+")
 _WITHOUT_EFFECT: Final = re.compile(
@@ -28,12 +32,15 @@ class Environment:
         compiler: the C++ compiler's command (`CXX`), or None where it is to be searched for.
         layer_names: whether layer names are objects that compilers lift (`PIECEWORK_LAYERNAME`, "0" for strings).
         api_key: what clients of a server must send (`PIECEWORK_API_KEY`), or None.
+        overtake_s: after how many seconds without progress of another process that compiles what is needed here, it
+            is compiled here (`PIECEWORK_OVERTAKE_S`; "inf" for never).
     """
 
     store_root: Path
     compiler: str | None = None
     layer_names: bool = True
     api_key: str | None = field(default=None, repr=False)
+    overtake_s: float = OVERTAKE_S
 
     @property
     def toolchain_root(self) -> Path:
@@ -44,7 +51,8 @@ class Environment:
 def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     """Read the variables that piecework knows, from `variables` or else from this process's environment.
 
-    An empty variable counts as not set. A relative `XDG_CACHE_HOME` is ignored, as its specification says.
+    An empty variable counts as not set. A relative `XDG_CACHE_HOME` is ignored, as its specification says. Raises
+    PieceworkError for what is no value of a variable.
     """
     given = os.environ if variables is None else variables
     return Environment(
@@ -52,6 +60,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         compiler=given.get("CXX") or None,
         layer_names=given.get("PIECEWORK_LAYERNAME") != "0",
         api_key=given.get("PIECEWORK_API_KEY") or None,
+        overtake_s=_seconds(given, "PIECEWORK_OVERTAKE_S", default=OVERTAKE_S),
     )
 
 
@@ -64,6 +73,14 @@ def child_variables(changes: Mapping[str, str | None]) -> dict[str, str]:
         else:
             variables[name] = value
     return variables
+
+
+def let_torch_cache_in(directory: Path) -> None:
+    """Have torch make its cache's directory there, and not among temporary files, unless the user has said where.
+
+    Has an effect before Inductor is imported.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(directory / "inductor"))
 
 
 def compiler_settings(variables: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -86,6 +103,19 @@ def _torchs_config() -> str:
     roots = [Path(place) for place in (spec.submodule_search_locations or ())] if spec is not None else []
     files = [root / part / "config.py" for root in roots for part in ("_inductor", "_dynamo", "_functorch", "compiler")]
     return "\n".join(file.read_text("utf-8", errors="replace") for file in files if file.is_file())
+
+
+def _seconds(given: Mapping[str, str], name: str, *, default: float) -> float:
+    text = given.get(name)
+    try:
+        seconds = float(text) if text else default
+    except ValueError:
+        seconds = math.nan
+    if not seconds >= 0:
+        raise PieceworkError(
+            asked=f"{name}={text}", found="no number of seconds", try_=f'a number such as {default:g}, or "inf"'
+        )
+    return seconds
 
 
 def _store_root(given: Mapping[str, str]) -> Path:

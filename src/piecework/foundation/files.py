@@ -1,12 +1,14 @@
-"""Files that are there whole or not at all: scratch directories, atomic writes, and locks between processes.
+"""Files that are there whole or not at all: scratch directories and atomic writes.
 
 A scratch directory is guarded by a lock file that its owner holds. The kernel lets go of the lock when the owner
 dies, however it dies, so a directory whose lock can be taken is a dead process's and may be removed. Process ids
-can't tell that, because containers that share a directory count theirs apart.
+can't tell that, because containers that share a directory count theirs apart. Locks may not reach other hosts: their
+directories are removed after a day.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import fcntl
@@ -22,12 +24,17 @@ from pathlib import Path
 from typing import Final
 
 from piecework.errors import StoreError
+from piecework.foundation.process import kernel_id
 
 _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
 _NO_PERMISSION: Final = (errno.EACCES, errno.EPERM)
 _OCCUPIED: Final = (errno.ENOTEMPTY, errno.EEXIST)
 _MARK: Final = ".piecework-"
+_GUARD: Final = ".lock"
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
+_NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
+_BEGINNING_S: Final = 5.0
+_FORGOTTEN_S: Final = 86400.0
 
 
 class Existing(Enum):
@@ -128,13 +135,25 @@ def scratch(parent: Path, *, name: str = "") -> Iterator[Path]:
     """
     make_directory(parent)
     directory = parent / f"{_MARK}{name}{os.urandom(8).hex()}"
-    guard = directory.with_name(directory.name + ".lock")
-    with lock(guard):
+    with _guarding(_guard_of(directory)):
         directory.mkdir(0o700)
         try:
             yield directory
         finally:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def lasting_scratch(parent: Path) -> Path:
+    """Make a directory as `scratch` does that is removed when this process ends. Raises OSError."""
+    stack, owner = contextlib.ExitStack(), os.getpid()
+    directory = stack.enter_context(scratch(parent))
+
+    def remove() -> None:
+        if os.getpid() == owner:  # and not a fork of it, which runs what is registered as well
+            stack.close()
+
+    atexit.register(remove)
+    return directory
 
 
 def remove_stale_scratch(parent: Path) -> int:
@@ -144,12 +163,86 @@ def remove_stale_scratch(parent: Path) -> int:
     """
     removed = 0
     with contextlib.suppress(OSError):
-        for guard in sorted(parent.glob(f"{_MARK}*.lock")):
-            with contextlib.suppress(OSError), _try_lock(guard) as held:
-                if held:
-                    shutil.rmtree(guard.with_name(guard.name.removesuffix(".lock")), ignore_errors=True)
+        for guard in sorted(parent.glob(f"{_MARK}*{_GUARD}")):
+            with contextlib.suppress(OSError), _taken_from_dead(guard) as is_dead:
+                if is_dead:
+                    shutil.rmtree(guard.with_name(guard.name.removesuffix(_GUARD)), ignore_errors=True)
+                    guard.unlink()
                     removed += 1
     return removed
+
+
+def oldest_scratch_s(parent: Path, *, but: Path | None = None) -> float | None:
+    """Return when the oldest scratch directory under `parent` other than `but` was made, in seconds since 1970."""
+    made = []
+    for guard in parent.glob(f"{_MARK}*{_GUARD}"):
+        if but is None or guard != _guard_of(but):
+            with contextlib.suppress(FileNotFoundError):
+                made.append(guard.stat().st_mtime)
+    return min(made, default=None)
+
+
+@contextlib.contextmanager
+def _guarding(guard: Path) -> Iterator[None]:
+    """Hold a new guard's lock, and say in it which kernel knows of that."""
+    descriptor = os.open(guard, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with contextlib.suppress(OSError):  # a file system may have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.write(descriptor, kernel_id().encode())
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            guard.unlink()
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _taken_from_dead(guard: Path) -> Iterator[bool]:
+    """Hold the lock of a guard whose owner is dead; False where it lives, or may live on another host."""
+    descriptor = os.open(guard, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        locked = try_lock(descriptor)
+        owner = os.read(descriptor, 256).decode(errors="replace")
+        age_s = time.time() - os.fstat(descriptor).st_mtime
+        known = locked is True and (owner == kernel_id() or (not owner and age_s > _BEGINNING_S))
+        yield locked is not False and (known or age_s > _FORGOTTEN_S) and is_at(descriptor, path=guard)
+    finally:
+        os.close(descriptor)
+
+
+def try_lock(descriptor: int) -> bool | None:
+    """Lock an open file and return True; False where another has it locked, None where its file system has no locks.
+
+    Raises OSError for anything else.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None
+    return True
+
+
+@contextlib.contextmanager
+def directory_lock(path: Path, *, shared: bool) -> Iterator[None]:
+    """Hold the lock of a directory, alone or with others, for the length of the block.
+
+    Holds nothing where there is no directory, or no locks: what it keeps apart must be unlikely without it.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+
+
+def _guard_of(directory: Path) -> Path:
+    return directory.with_name(directory.name + _GUARD)
 
 
 def is_scratch_name(name: str) -> bool:
@@ -227,71 +320,8 @@ def _rename_over(unfinished: Path, *, to: Path) -> None:
             os.rename(to, directory / "old")
 
 
-@contextlib.contextmanager
-def lock(path: Path, *, timeout_s: float | None = None) -> Iterator[None]:
-    """Hold an exclusive lock between processes (and threads) for the length of the block.
-
-    Args:
-        path: the lock file; it is made, and removed when the lock is let go.
-        timeout_s: how long to wait, in seconds; None waits for ever.
-
-    Raises StoreError when the time is over, OSError where the file can't be made.
-    """
-    make_directory(path.parent)
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            _wait_for_lock(descriptor, path=path, deadline=deadline)
-            if _is_at(descriptor, path=path):
-                try:
-                    yield
-                    return
-                finally:
-                    # removed before the lock is let go; whoever waits for this file sees that and opens a new one
-                    with contextlib.suppress(OSError):
-                        path.unlink()
-        finally:
-            os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _try_lock(path: Path) -> Iterator[bool]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        held = _is_at(descriptor, path=path)
-        yield held
-        if held:
-            path.unlink()
-    finally:
-        os.close(descriptor)
-
-
-def _wait_for_lock(descriptor: int, *, path: Path, deadline: float | None) -> None:
-    if deadline is None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        return
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise StoreError(
-                    asked=f"lock {path}",
-                    found="another process holds it for longer than the time allowed",
-                    try_="wait for the other piecework process to finish, or end it",
-                ) from None
-        time.sleep(0.02)
-
-
-def _is_at(descriptor: int, *, path: Path) -> bool:
-    """Whether the open file is still the one at `path`, and not one that its last owner has removed."""
+def is_at(descriptor: int, *, path: Path) -> bool:
+    """Whether an open file is still the one at `path`, and not one that its last owner has removed."""
     try:
         there = path.stat()
     except FileNotFoundError:

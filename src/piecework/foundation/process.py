@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -40,6 +42,30 @@ def end_with_parent(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # it went before the call
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+@functools.cache
+def kernel_id() -> str:
+    """Return what tells this running kernel from others: containers of one machine have the same."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Return the processes that a process has started, directly or not, with their names; none where that isn't Linux.
+
+    What ends meanwhile is left out.
+    """
+    found: dict[int, str] = {}
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in map(int, (task / "children").read_text().split()):
+                with contextlib.suppress(OSError):
+                    found[child] = Path(f"/proc/{child}/comm").read_text().strip()
+                    found |= descendants(child)
+    return found
 
 
 def seconds_since_start() -> float:

@@ -6,8 +6,9 @@ breaks graphs as for any backend; this file is called with each of its graphs.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import shutil
+import os
 import tempfile
 import weakref
 from collections import Counter
@@ -31,6 +32,7 @@ from piecework.compiler.backends.late import LateBackend
 from piecework.compiler.driver import build
 from piecework.compiler.setup import CompileSetup
 from piecework.errors import CaptureError, CompileError, PieceworkError, StoreError
+from piecework.foundation import files
 from piecework.foundation.digests import digest_json
 from piecework.foundation.environment import read_environment
 from piecework.foundation.target import Target, read_target
@@ -105,12 +107,14 @@ class DynamoBackend:
         chosen = CompileOptions(backend=options.backend, device=captured.request.device)
         store, toolchain = self._places(options, recorder)
         self._target = self._target or read_target()
+        overtake_s = read_environment().overtake_s
         with store.scratch() as scratch:
             backend: Backend = LateBackend(store, root=toolchain, target=self._target, device=captured.request.device)
             if options.backend is BackendName.EAGER:
                 backend = EagerBackend(scratch=scratch)
             try:
-                built = build([(captured, None)], CompileSetup(chosen, backend, store, self._target, recorder))
+                setup = CompileSetup(chosen, backend, store, self._target, recorder, overtake_s=overtake_s)
+                built = build([(captured, None)], setup)
             finally:
                 backend.close()
         self._hint(built.plan, recorder)
@@ -138,9 +142,12 @@ class DynamoBackend:
             recorder.note(f"the store can't be used: {error.found}")
             usable = False
         if self._memory is None:
-            root = Path(tempfile.mkdtemp(prefix="piecework-"))
+            place = home / "scratch" if usable else Path(tempfile.gettempdir()) / f"piecework-{os.getuid()}"
+            files.remove_stale_scratch(place)
+            stack = contextlib.ExitStack()
+            root = stack.enter_context(files.scratch(place))
             self._memory = root, MemoryStore(root)
-            weakref.finalize(self._memory[1], shutil.rmtree, root, ignore_errors=True)
+            weakref.finalize(self._memory[1], stack.close)
         root, memory = self._memory
         return memory, (home if usable else root) / "toolchain"
 

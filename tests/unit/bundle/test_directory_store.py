@@ -17,6 +17,7 @@ import pytest
 
 from piecework.bundle import BundleContent, DirectoryStore, Kind, StoredItem, find_bundle
 from piecework.errors import CorruptBundle, StoreError
+from piecework.foundation.leases import Lease
 
 # torch's threads may be running in this process; what the children do doesn't touch them
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -30,8 +31,9 @@ def store_many(root: Path, content: BundleContent, library: Path, start: Any, re
     store = DirectoryStore(root)
     start.wait()
     for number in range(10):
-        with store.lock(f"k{number}"):
-            pass
+        lease = store.lease(f"k{number}")
+        if isinstance(lease, Lease):
+            lease.release()
         digest = store.put_artifact(f"k{number}", content=library).digest
         results.put((digest, store.put_bundle(f"k{number}", content=content).digest))
 
@@ -135,8 +137,8 @@ def test_a_file_where_the_store_should_be(tmp_path: Path, sample_content: Bundle
     store = DirectoryStore(tmp_path / "home")
     with pytest.raises(StoreError):
         store.put_bundle("k", content=sample_content)
-    with pytest.raises(StoreError), store.lock("k"):
-        pass
+    with pytest.raises(StoreError):
+        store.lease("k")
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"name":"../x.so","sha256":"ab","size":1}', b"\xff", b"{ }"])
@@ -249,7 +251,8 @@ def test_nobody_else_can_write_whatever_the_umask(tmp_path: Path, sample_content
         store.put_artifact("k", content=tmp_path / "made.so")
         store.put_bundle("k", content=sample_content)
         store.set_aside(Kind.ARTIFACT, "k", reason="r")
-        with store.lock("k"), store.scratch():
+        assert isinstance(store.lease("k"), Lease)
+        with store.scratch():
             pass
     finally:
         os.umask(before)

@@ -1,7 +1,7 @@
 """What every store does, tried on each of them."""
 
 import dataclasses
-import threading
+import os
 from pathlib import Path
 
 import pytest
@@ -21,8 +21,9 @@ from piecework.bundle import (
 )
 from piecework.bundle.record import Record
 from piecework.bundle.store.interface import bundle_key
-from piecework.errors import CorruptBundle, InternalError, StoreError
+from piecework.errors import CorruptBundle, InternalError
 from piecework.foundation.digests import digest_bytes
+from piecework.foundation.leases import Holder, Lease
 
 
 @pytest.fixture(params=["directory", "memory"])
@@ -170,8 +171,8 @@ def test_impossible_keys_are_our_bug(store: Store, key: str) -> None:
         store.get_bundle(key)
     with pytest.raises(InternalError):
         store.get_artifact(key)
-    with pytest.raises(InternalError), store.lock(key):
-        pass
+    with pytest.raises(InternalError):
+        store.lease(key)
 
 
 def test_scratch_is_removed(store: Store) -> None:
@@ -181,23 +182,17 @@ def test_scratch_is_removed(store: Store) -> None:
     assert store.items() == ()
 
 
-def test_lock(store: Store) -> None:
-    inside = threading.Event()
-    leave = threading.Event()
-
-    def hold() -> None:
-        with store.lock("k"):
-            inside.set()
-            leave.wait(10)
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    inside.wait(10)
-    with store.lock("other", timeout_s=5):
-        pass
-    with pytest.raises(StoreError, match="holds it"), store.lock("k", timeout_s=0.05):
-        pass
-    leave.set()
-    thread.join()
-    with store.lock("k", timeout_s=5):
-        pass
+def test_a_lease_is_had_by_one_at_a_time(store: Store) -> None:
+    lease = store.lease("k")
+    assert isinstance(lease, Lease)
+    other = store.lease("other")
+    assert isinstance(other, Lease)
+    holder = store.lease("k")
+    assert isinstance(holder, Holder)
+    assert f"process {os.getpid()} on " in str(holder)
+    lease.release()
+    again = store.lease("k")
+    assert isinstance(again, Lease)
+    for taken in (again, other):
+        taken.release()
+    assert store.items() == ()

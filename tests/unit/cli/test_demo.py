@@ -48,13 +48,16 @@ print({{"compile": {json.dumps(COMPILED)!r}, "generate": {json.dumps(GENERATED)!
     )
     stub.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(stub))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("PIECEWORK_HOME", str(tmp_path / "home"))
     return tmp_path
 
 
 def calls(commands: Path) -> list[str]:
     return (commands / "calls").read_text().splitlines()
+
+
+def left(commands: Path) -> list[Path]:
+    return list((commands / "home" / "scratch").iterdir())
 
 
 def test_it_compiles_then_generates_on_one_new_store(commands, capsys):
@@ -66,15 +69,17 @@ def test_it_compiles_then_generates_on_one_new_store(commands, capsys):
     assert first.startswith("-P -m piecework compile ")
     assert second.startswith("-P -m piecework generate ")
     assert first.rsplit("@ ", 1)[1] == second.rsplit("@ ", 1)[1] == printed["store"]
-    assert Path(printed["store"]).parent == commands / "tmp"
+    assert Path(printed["store"]).parent == commands / "home" / "scratch"
+    assert left(commands) == []
 
 
 def test_the_table_has_every_figure(commands, capsys):
     assert main(["demo"]) == 0
     shown = capsys.readouterr().out
     assert demo.PROMPT + " iterate" in shown
-    for value in ("6", "7", "3", "0.25 s", "1.00 s", "2.00 s", "0.50 s", "3.50 s", "4.2 ms", "1.50 s", "640", "/b"):
+    for value in ("6", "7", "3", "0.25 s", "1.00 s", "2.00 s", "0.50 s", "3.50 s", "4.2 ms", "1.50 s", "640"):
         assert f" {value}\n" in shown
+    assert "removed; --keep DIR keeps it" in shown
 
 
 @pytest.mark.parametrize("what", ["compile", "generate"])
@@ -82,14 +87,14 @@ def test_a_failed_command_leaves_no_store_behind(commands, capsys, what):
     (commands / f"{what}.fail").touch()
     assert main(["demo"]) == 1
     assert CompileError.__name__ in capsys.readouterr().err
-    assert list((commands / "tmp").iterdir()) == []
+    assert left(commands) == []
 
 
 def test_an_interrupt_ends_the_command_and_removes_the_store(commands):
     (commands / "compile.wait").touch()
     code = (
-        f"import sys, tempfile; from piecework.cli.main import main; sys.executable = {str(commands / 'python')!r}; "
-        f"tempfile.tempdir = {str(commands / 'tmp')!r}; sys.exit(main(['demo']))"
+        f"import sys; from piecework.cli.main import main; sys.executable = {str(commands / 'python')!r}; "
+        "sys.exit(main(['demo']))"
     )
     child = subprocess.Popen([PYTHON, "-c", code], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 30
@@ -99,13 +104,14 @@ def test_an_interrupt_ends_the_command_and_removes_the_store(commands):
     _, said = child.communicate(timeout=30)
     assert child.returncode == 1
     assert "interrupted" in said
-    assert list((commands / "tmp").iterdir()) == []
+    assert left(commands) == []
 
 
 def test_keep_wants_an_empty_directory(commands, tmp_path, capsys):
     place = tmp_path / "mine"
     assert main(["demo", "--keep", str(place), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["store"] == str(place)
+    assert place.exists()
     (place / "something").touch()
     assert main(["demo", "--keep", str(place)]) == 1
     assert StoreError.__name__ in capsys.readouterr().err

@@ -13,12 +13,11 @@ import torch
 from piecework.bundle.record import Recorder
 from piecework.bundle.store.interface import MemoryStore
 from piecework.compiler.backends.backend import Backend
-from piecework.compiler.backends.pool import Outcome
 from piecework.compiler.job import Job
 from piecework.compiler.kernel_builds import KernelBuilds, KernelJob, kernel_jobs
 from piecework.compiler.setup import CompileSetup
 from piecework.compiler.split import OpaqueCall
-from piecework.errors import CompileError, StoreError
+from piecework.errors import CompileError, ShapeContractError, StoreError
 from piecework.foundation.target import make_target
 from piecework.providers.libraries import CPU_ATTENTION
 from piecework.spec.compile_options import BackendName, CompileOptions
@@ -35,8 +34,8 @@ class FakeBackend(Backend):
         self.error = error
         self.built: list[tuple[str, ...]] = []
 
-    def compile(self, jobs: Mapping[str, Job], *, on_event: Any) -> Outcome:
-        return Outcome({}, {})
+    def compile(self, jobs: Mapping[str, Job], *, on_event: Any, on_made: Any) -> Mapping[str, ShapeContractError]:
+        return {}
 
     def build_kernel(self, source: Path, *, macros: tuple[str, ...]) -> Path | None:
         self.built.append(macros)

@@ -109,6 +109,10 @@ def start(tmp_path: Path) -> Iterator[Callable[[Path], WorkerPool]]:
         assert eventually(lambda pool=pool: members(pool._process.pid) == [])
 
 
+def ignore(*_: object) -> None:
+    pass
+
+
 def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(CompileError, match=r"none of g\+\+"):
@@ -147,7 +151,7 @@ def test_a_compiler_that_fails_is_our_error_and_leaves_nothing(
 def test_a_bad_program_is_reported(start: Callable[[Path], WorkerPool], broken: Path) -> None:
     pool = start(broken)
     with pytest.raises((PieceworkError, AssertionError), match="no_such_op"):
-        pool.run({"bad": Job(program=BAD)}, on_event=lambda event: None)
+        pool.run({"bad": Job(program=BAD)}, on_event=ignore, on_made=ignore)
 
 
 def test_a_worker_that_is_killed_is_our_error(start: Callable[[Path], WorkerPool], slow: Path, tmp_path: Path) -> None:
@@ -159,7 +163,7 @@ def test_a_worker_that_is_killed_is_our_error(start: Callable[[Path], WorkerPool
 
     begun = time.monotonic()
     with pytest.raises(CompileError, match="ended early"):
-        pool.run({"good": Job(program=GOOD)}, on_event=on_event)
+        pool.run({"good": Job(program=GOOD)}, on_event=on_event, on_made=ignore)
     assert time.monotonic() - begun < 45
 
 

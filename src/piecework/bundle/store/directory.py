@@ -2,12 +2,16 @@
 
     artifacts/<key>.json      which file is the artifact of a compile key, with its digest and size
     files/<sha256>.so         the artifacts' content
-    bundles/<asked>.<facts>/  bundles in their directory form: what was asked for, and the digest of the facts
+    bundles/<asked>.<facts>/  bundles in their directory form: what was asked for, and the digest of the facts; their
+                              artifacts are the same files, by hard links where there are such
     extracted/<sha256>/       archives that were opened, by their digest
     aside/<kind>-<key>-<n>/   what was stale or damaged, with reason.txt
     locks/, scratch/          nothing that lasts
 
-Everything comes to its place by a rename, so a reader sees it whole or not at all and takes no lock.
+Everything comes to its place by a rename, so a reader sees it whole or not at all. Files are never written to in place.
+What is looked up is marked as used, and `collect` removes nothing that was used since the oldest compile or load that
+still goes on began (each has a directory in scratch/). Looking up and marking hold the directory's lock with others,
+`collect` holds it alone; where locks don't reach, that is a matter of microseconds.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, cast, final
@@ -24,6 +28,7 @@ from typing import Final, cast, final
 from piecework.bundle.bundle import Bundle, BundleContent, build_directory, open_bundle
 from piecework.bundle.format import artifact_digest
 from piecework.bundle.manifest import corrupt
+from piecework.bundle.store.collecting import Inodes, Limits, inodes, to_remove
 from piecework.bundle.store.interface import (
     Artifact,
     Kind,
@@ -34,9 +39,10 @@ from piecework.bundle.store.interface import (
     sort_items,
     tree_size,
 )
-from piecework.errors import BundleError, CorruptBundle
-from piecework.foundation import files
+from piecework.errors import BundleError, CorruptBundle, StoreError
+from piecework.foundation import files, leases
 from piecework.foundation.digests import canonical_json, digest_file
+from piecework.foundation.leases import Holder, Lease
 
 _REASON: Final = "reason.txt"
 _IN_USE_S: Final = 600.0
@@ -60,21 +66,18 @@ class DirectoryStore(Store):
     def get_artifact(self, key: str) -> Artifact | None:
         """See `Store.get_artifact`."""
         index = self._index(key)
-        with files.store_errors(f"read the artifact {key} from the store {self.root}"):
+        with files.store_errors(f"read the artifact {key} from the store {self.root}"), self._shared():
             try:
                 data = index.read_bytes()
             except FileNotFoundError:
                 return None
             artifact = self._parse(data, key=key)
-            try:
-                intact = artifact.path.stat().st_size == artifact.size and digest_file(artifact.path) == artifact.digest
-            except FileNotFoundError:
-                intact = False
-        if not intact:
-            raise self._corrupt(artifact.name, key=key, found="is missing or doesn't match its digest")
-        with contextlib.suppress(OSError):
-            os.utime(index)  # when it was last used
-        return artifact
+            if _is_intact(artifact.path, digest=artifact.digest, size=artifact.size):
+                _mark_used(index, artifact.path)
+                return artifact
+            if not index.exists():  # it was removed meanwhile
+                return None
+        raise self._corrupt(artifact.name, key=key, found="is missing or doesn't match its digest")
 
     def put_artifact(self, key: str, *, content: Path) -> Artifact:
         """See `Store.put_artifact`."""
@@ -86,11 +89,15 @@ class DirectoryStore(Store):
             name = digest + content.suffix
             place = self.root / "files" / name
             files.make_directory(place.parent)
-            # also where the file is there already: it may be damaged, and whoever has the old one open keeps it
-            os.replace(copy, place)
-            files.sync_directory(place.parent)
-            entry = canonical_json({"name": name, "sha256": digest, "size": size})
-            files.write_file(index, entry, scratch_parent=directory)
+            files.sync_file(copy)
+            with self._shared():
+                if _is_intact(place, digest=digest, size=size):  # bundles that have it go on sharing it
+                    _mark_used(place)
+                else:
+                    os.replace(copy, place)
+                    files.sync_directory(place.parent)
+                entry = canonical_json({"name": name, "sha256": digest, "size": size})
+                files.write_file(index, entry, scratch_parent=directory)
         return Artifact(key=key, name=name, digest=digest, size=size, path=place)
 
     def bundles(self, asked: str) -> tuple[str, ...]:
@@ -114,7 +121,7 @@ class DirectoryStore(Store):
         place = self._bundle_place(key)
         with files.store_errors(f"store the bundle {key} in {self.root}"), self.scratch() as directory:
             unfinished = directory / "bundle"
-            build_directory(unfinished, content)
+            build_directory(unfinished, content, shared=self.root / "files")
             facts = open_bundle(unfinished, verify=False).facts
             while not files.publish_directory(unfinished, to=place, existing=files.Existing.KEEP):
                 try:
@@ -123,13 +130,15 @@ class DirectoryStore(Store):
                     self.set_aside(Kind.BUNDLE, key, reason=str(error))
                     continue
                 if kept is not None and kept.facts == facts:
+                    self.used(key)
                     return kept
                 self.set_aside(Kind.BUNDLE, key, reason="a bundle with other facts was stored under the same key")
         return open_bundle(place, extract_root=self.root, verify=False)
 
     def set_aside(self, kind: Kind, key: str, *, reason: str) -> bool:
         """See `Store.set_aside`."""
-        with files.store_errors(f"set aside the {kind.value} {key} of {self.root}"), self.scratch() as directory:
+        asked = f"set aside the {kind.value} {key} of {self.root}"
+        with files.store_errors(asked), self.scratch() as directory, self._alone():
             unfinished = directory / "aside"
             unfinished.mkdir()
             files.write_and_sync(unfinished / _REASON, reason.encode("utf-8"))
@@ -181,67 +190,103 @@ class DirectoryStore(Store):
 
     def remove(self, item: StoredItem) -> None:
         """Delete what `items` listed; what has gone meanwhile is no error."""
-        if item.aside and item.place:
-            place = self.root / "aside" / item.place
-        else:
-            place = self._index(item.key) if item.kind is Kind.ARTIFACT else self._bundle_place(item.key)
         asked = f"remove {item.key} from the store {self.root}"
-        with files.store_errors(asked), self.scratch() as directory, contextlib.suppress(FileNotFoundError):
-            os.rename(place, directory / "removed")
-        self._remove_unreferenced()
+        with files.store_errors(asked), self.scratch() as directory, self._alone():
+            self._move_out([item], directory, since=self._in_use_since(_IN_USE_S, but=directory))
 
     def collect(
-        self, *, max_bytes: int | None = None, older_than_s: float | None = None, dry_run: bool = False
+        self,
+        *,
+        max_bytes: int | None = None,
+        older_than_s: float | None = None,
+        dry_run: bool = False,
+        grace_s: float = _IN_USE_S,
     ) -> tuple[StoredItem, ...]:
         """Delete what was set aside, and what wasn't used for long; return it.
 
         Args:
-            max_bytes: what wasn't used for longest goes until the rest is no larger.
+            max_bytes: what wasn't used for longest goes until the rest takes no more of the disk.
             older_than_s: what was last used longer ago than this goes.
             dry_run: delete nothing.
+            grace_s: what was used in the last so many seconds stays.
 
-        What was used in the last minutes stays, because it may be being loaded.
+        All that was used since the oldest compile or load that still goes on began stays as well.
         """
         now = time.time()
-        items = sorted(self.items(), key=lambda item: item.used_s)
-        gone = [item for item in items if item.aside]
-        idle = [item for item in items if not item.aside and now - item.used_s > _IN_USE_S]
-        if older_than_s is not None:
-            gone += [item for item in idle if now - item.used_s > older_than_s]
-        if max_bytes is not None:
-            left = sum(item.size for item in items) - sum(item.size for item in gone)
-            for item in idle:
-                if left > max_bytes and item not in gone:
-                    gone.append(item)
-                    left -= item.size
-        if not dry_run:
-            for item in gone:
-                self.remove(item)
+        with files.store_errors(f"collect the store {self.root}"):
+            before_s = None if older_than_s is None else now - older_than_s
+            limits = Limits(self._in_use_since(grace_s), max_bytes=max_bytes, before_s=before_s)
+            gone = to_remove(self.items(), limits, files_of=self._files_of)
+            if gone and not dry_run:
+                with self.scratch() as directory, self._alone():
+                    since = self._in_use_since(grace_s, but=directory)
+                    gone = [item for item in gone if item.aside or self._used_s(item) < since]
+                    self._move_out(gone, directory, since=since)
         return tuple(gone)
 
-    def _remove_unreferenced(self) -> None:
-        """Delete artifacts' content that no key names any more, but for what may be about to be named."""
+    def _in_use_since(self, grace_s: float, *, but: Path | None = None) -> float:
+        """Return since when what was used may be in use; `but` is a scratch directory that doesn't count."""
+        oldest = files.oldest_scratch_s(self.root / "scratch", but=but)
+        recent = time.time() - grace_s
+        return recent if oldest is None else min(recent, oldest)
+
+    def _used_s(self, item: StoredItem) -> float:
+        try:
+            return self._place_of(item).stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    def _place_of(self, item: StoredItem) -> Path:
+        if item.aside and item.place:
+            return self.root / "aside" / item.place
+        return self._index(item.key) if item.kind is Kind.ARTIFACT else self._bundle_place(item.key)
+
+    def _files_of(self, item: StoredItem) -> Inodes:
+        """Return the files that an item keeps on the disk."""
+        place = self._place_of(item)
+        if item.kind is Kind.ARTIFACT and not item.aside:
+            with contextlib.suppress(OSError, CorruptBundle):
+                return inodes(self._parse(place.read_bytes(), key=item.key).path)
+            return {}
+        return inodes(place)
+
+    def _move_out(self, items: Iterable[StoredItem], directory: Path, *, since: float) -> None:
+        """Move items into a directory that is about to be removed; delete content that no key names any more."""
+        for number, item in enumerate(items):
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(self._place_of(item), directory / str(number))
         named = set()
         for index in self._entries("artifacts"):
             with contextlib.suppress(FileNotFoundError, CorruptBundle):
                 named.add(self._parse(index.read_bytes(), key=index.name.removesuffix(".json")).name)
         for content in self._entries("files"):
-            with contextlib.suppress(OSError):
-                if content.name not in named and time.time() - content.stat().st_mtime > _IN_USE_S:
+            with contextlib.suppress(FileNotFoundError):
+                if content.name not in named and content.stat().st_mtime < since:
                     content.unlink()
 
     def used(self, key: str) -> None:
         """See `Store.used`."""
-        with contextlib.suppress(OSError):
-            os.utime(self._bundle_place(key))
+        with self._shared():
+            _mark_used(self._bundle_place(key))
 
     @contextlib.contextmanager
-    def lock(self, key: str, *, timeout_s: float | None = None) -> Iterator[None]:
-        """See `Store.lock`."""
+    def in_use(self) -> Iterator[None]:
+        """See `Store.in_use`."""
         with contextlib.ExitStack() as stack:
-            with files.store_errors(f"lock {key} in the store {self.root}"):
-                stack.enter_context(files.lock(self.root / "locks" / f"{check_key(key)}.lock", timeout_s=timeout_s))
+            with contextlib.suppress(StoreError):  # who can't write here can't remove anything either
+                stack.enter_context(self.scratch())
             yield
+
+    def _shared(self) -> contextlib.AbstractContextManager[None]:
+        return files.directory_lock(self.root, shared=True)
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        return files.directory_lock(self.root, shared=False)
+
+    def lease(self, key: str, *, over: Holder | None = None) -> Lease | Holder:
+        """See `Store.lease`."""
+        with files.store_errors(f"lock {key} in the store {self.root}"):
+            return leases.take(self.root / "locks" / f"{check_key(key)}.lock", over=over)
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -286,3 +331,16 @@ class DirectoryStore(Store):
             return sorted(path for path in (self.root / name).iterdir() if not files.is_scratch_name(path.name))
         except FileNotFoundError:
             return []
+
+
+def _is_intact(path: Path, *, digest: str, size: int) -> bool:
+    try:
+        return path.stat().st_size == size and digest_file(path) == digest
+    except FileNotFoundError:
+        return False
+
+
+def _mark_used(*paths: Path) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.utime(path)

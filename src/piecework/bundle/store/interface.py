@@ -10,7 +10,6 @@ import contextlib
 import re
 import shutil
 import tempfile
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,8 +20,10 @@ from typing import Final, final
 from piecework.bundle.bundle import Bundle, BundleContent, build_directory, open_bundle
 from piecework.bundle.facts import Fact
 from piecework.bundle.manifest import corrupt
-from piecework.errors import InternalError, StoreError
+from piecework.errors import InternalError
+from piecework.foundation import leases
 from piecework.foundation.digests import digest_file, digest_json
+from piecework.foundation.leases import Holder, Lease
 
 _KEY: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 
@@ -112,11 +113,15 @@ class Store(ABC):
         """Return what is stored and what was set aside, sorted."""
 
     @abstractmethod
-    def lock(self, key: str, *, timeout_s: float | None = None) -> contextlib.AbstractContextManager[None]:
-        """Hold a key for the length of a block, so that two processes needn't compile the same.
+    def lease(self, key: str, *, over: Holder | None = None) -> Lease | Holder:
+        """Take the lease of a key, so that two processes needn't compile the same, or return who has it.
 
-        No other method needs it. Raises StoreError when it takes longer than `timeout_s` seconds.
+        No other method needs it. `over` is a holder from whom it is taken although it lives.
         """
+
+    def in_use(self) -> contextlib.AbstractContextManager[None]:
+        """Let nothing be collected that is used during a block, however long that takes."""
+        return contextlib.nullcontext()
 
     @abstractmethod
     def scratch(self) -> contextlib.AbstractContextManager[Path]:
@@ -157,8 +162,6 @@ class MemoryStore(Store):
         self._artifacts: dict[str, Artifact] = {}
         self._bundles: dict[str, Path] = {}
         self._aside: list[StoredItem] = []
-        self._locks: dict[str, threading.Lock] = {}
-        self._mutex = threading.Lock()
 
     def get_artifact(self, key: str) -> Artifact | None:
         """See `Store.get_artifact`."""
@@ -221,17 +224,9 @@ class MemoryStore(Store):
         bundles = [StoredItem(Kind.BUNDLE, key, tree_size(path)) for key, path in self._bundles.items()]
         return sort_items([*artifacts, *bundles, *self._aside])
 
-    @contextlib.contextmanager
-    def lock(self, key: str, *, timeout_s: float | None = None) -> Iterator[None]:
-        """See `Store.lock`; holds between threads."""
-        with self._mutex:
-            mutex = self._locks.setdefault(check_key(key), threading.Lock())
-        if not mutex.acquire(timeout=-1 if timeout_s is None else timeout_s):
-            raise StoreError(asked=f"lock {key}", found="another thread holds it for longer than the time allowed")
-        try:
-            yield
-        finally:
-            mutex.release()
+    def lease(self, key: str, *, over: Holder | None = None) -> Lease | Holder:
+        """See `Store.lease`."""
+        return leases.take(self._root / f"{check_key(key)}.lock", over=over)
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:

@@ -16,8 +16,8 @@ def find_artifact(store: Store, key: str, *, report: Callable[[str], None]) -> A
     try:
         return store.get_artifact(key)
     except CorruptBundle as error:
-        store.set_aside(Kind.ARTIFACT, key, reason=error.found)
-        report(f"set aside the artifact {key}: {error.found}")
+        if store.set_aside(Kind.ARTIFACT, key, reason=error.found):
+            report(f"set aside the artifact {key}: {error.found}")
         return None
 
 
@@ -47,8 +47,10 @@ def find_bundle(
             bundle = store.get_bundle(candidate, verify=False)
             if bundle is not None and not check(bundle.facts, asked=asked, target=target):
                 store.used(candidate)
-                return store.get_bundle(candidate)
+                found = store.get_bundle(candidate)
+                if found is not None:
+                    return found
         except BundleError as error:
-            store.set_aside(Kind.BUNDLE, candidate, reason=error.found)
-            report(f"set aside the bundle {candidate}: {error.found}")
+            if store.set_aside(Kind.BUNDLE, candidate, reason=error.found):  # else it was removed meanwhile
+                report(f"set aside the bundle {candidate}: {error.found}")
     return None

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from piecework.compiler.backends.pool import Outcome, WorkerPool, end_group
-from piecework.compiler.backends.toolchain import find_toolchain
+from piecework.compiler.backends.pool import WorkerPool, end_group
+from piecework.compiler.backends.toolchain import Toolchain
+from piecework.errors import ShapeContractError
 from piecework.foundation import files
 from piecework.foundation.target import Target
 
@@ -20,14 +21,25 @@ if TYPE_CHECKING:
     from piecework.compiler.job import Job  # it imports torch, and workers start before that
 
 OnEvent = Callable[[Mapping[str, Any]], None]
+OnMade = Callable[[str, Path], None]
+"""Is given a job's name and the file that was made of it, as soon as it is there."""
 
 
 class Backend(ABC):
     """Compiles jobs. Made before there are any, so that it can prepare meanwhile; closed whatever happens."""
 
     @abstractmethod
-    def compile(self, jobs: Mapping[str, Job], *, on_event: OnEvent) -> Outcome:
-        """Compile jobs by name. Raises CompileError, StoreError."""
+    def compile(
+        self, jobs: Mapping[str, Job], *, on_event: OnEvent, on_made: OnMade
+    ) -> Mapping[str, ShapeContractError]:
+        """Compile jobs by name; return, by name, why the code of some would hold for a part of their range only.
+
+        Raises CompileError, StoreError.
+        """
+
+    def expect(self, jobs: Mapping[str, Job]) -> None:
+        """Hear of jobs by name that will be compiled, by this backend or by another process; nothing need be done."""
+        return None
 
     def build_kernel(self, source: Path, *, macros: tuple[str, ...]) -> Path | None:
         """Build a C++ file of ours into a library, in any thread; None where the backend has no C++ compiler.
@@ -46,16 +58,15 @@ class AotiBackend(Backend):
     """AOTInductor libraries, compiled in parallel worker processes.
 
     Args:
-        root: directory for what is kept between compiles (the toolchain's prefix and runtime).
+        toolchain: the C++ compiler, and where it keeps what it makes once per machine.
         scratch: directory for this compile's files.
-        compiler: the C++ compiler's command, or None to search for one. Raises CompileError where there is none.
         target: the CPU.
         device: device type of the pieces.
     """
 
-    def __init__(self, *, root: Path, scratch: Path, compiler: str | None, target: Target, device: str) -> None:
-        files.make_directory(root)
-        toolchain = find_toolchain(root, compiler=compiler)
+    def __init__(self, toolchain: Toolchain, *, scratch: Path, target: Target, device: str) -> None:
+        files.make_directory(toolchain.root)
+        files.remove_stale_scratch(toolchain.root)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         jobs = cores + 2  # pieces are few and of unequal length: with one per core, the last one leaves the others idle
         self._toolchain = toolchain
@@ -63,9 +74,11 @@ class AotiBackend(Backend):
         self._compilers: list[subprocess.Popen[str]] = []
         self._pool = WorkerPool(toolchain=toolchain, scratch=scratch, target=target, jobs=jobs, device=device)
 
-    def compile(self, jobs: Mapping[str, Job], *, on_event: OnEvent) -> Outcome:
+    def compile(
+        self, jobs: Mapping[str, Job], *, on_event: OnEvent, on_made: OnMade
+    ) -> Mapping[str, ShapeContractError]:
         """See `Backend.compile`."""
-        return self._pool.run(jobs, on_event=on_event) if jobs else Outcome({}, {})
+        return self._pool.run(jobs, on_event=on_event, on_made=on_made)
 
     def build_kernel(self, source: Path, *, macros: tuple[str, ...]) -> Path | None:
         """See `Backend.build_kernel`."""
@@ -88,15 +101,17 @@ class EagerBackend(Backend):
     def __init__(self, *, scratch: Path) -> None:
         self._scratch = scratch
 
-    def compile(self, jobs: Mapping[str, Job], *, on_event: OnEvent) -> Outcome:
+    def compile(
+        self, jobs: Mapping[str, Job], *, on_event: OnEvent, on_made: OnMade
+    ) -> Mapping[str, ShapeContractError]:
         """See `Backend.compile`."""
-        made = {}
         for name, job in jobs.items():
             on_event({"event": "start", "job": name})
-            made[name] = self._scratch / f"{name}.json"
-            made[name].write_text(json.dumps(job.program.to_json(), sort_keys=True, separators=(",", ":")))
+            made = self._scratch / f"{name}.json"
+            made.write_text(json.dumps(job.program.to_json(), sort_keys=True, separators=(",", ":")))
+            on_made(name, made)
             on_event({"event": "done", "job": name, "seconds": 0.0})
-        return Outcome(made, {})
+        return {}
 
     def close(self) -> None:
         """See `Backend.close`."""

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 from piecework.bundle.store.interface import Store
-from piecework.compiler.backends.backend import AotiBackend, Backend, OnEvent
-from piecework.compiler.backends.pool import Outcome
+from piecework.compiler.backends.backend import AotiBackend, Backend, OnEvent, OnMade
+from piecework.compiler.backends.toolchain import find_toolchain
+from piecework.errors import ShapeContractError
 from piecework.foundation.environment import read_environment
 from piecework.foundation.target import Target
 
@@ -38,11 +39,11 @@ class LateBackend(Backend):
         self._backend: Backend | None = None
         self._mutex = threading.Lock()
 
-    def compile(self, jobs: Mapping[str, Job], *, on_event: OnEvent) -> Outcome:
+    def compile(
+        self, jobs: Mapping[str, Job], *, on_event: OnEvent, on_made: OnMade
+    ) -> Mapping[str, ShapeContractError]:
         """See `Backend.compile`."""
-        if not jobs:
-            return Outcome({}, {})
-        return self._started().compile(jobs, on_event=on_event)
+        return self._started().compile(jobs, on_event=on_event, on_made=on_made)
 
     def build_kernel(self, source: Path, *, macros: tuple[str, ...]) -> Path | None:
         """See `Backend.build_kernel`."""
@@ -58,10 +59,10 @@ class LateBackend(Backend):
     def _started(self) -> Backend:
         with self._mutex:
             if self._backend is None:
+                environment = read_environment()
                 self._backend = AotiBackend(
-                    root=self._root,
+                    find_toolchain(self._root, compiler=environment.compiler, overtake_s=environment.overtake_s),
                     scratch=self._stack.enter_context(self._store.scratch()),
-                    compiler=read_environment().compiler,
                     target=self._target,
                     device=self.device,
                 )

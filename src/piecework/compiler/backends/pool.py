@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,19 +17,12 @@ from piecework import errors
 from piecework.compiler.backends.toolchain import Toolchain, likely_flags, likely_interface
 from piecework.errors import CompileError, InternalError, PieceworkError, ShapeContractError
 from piecework.foundation.environment import child_variables
-from piecework.foundation.process import python_command
+from piecework.foundation.process import descendants, python_command
 from piecework.foundation.target import Target
+from piecework.foundation.watch import watched
 
 if TYPE_CHECKING:
     from piecework.compiler.job import Job  # it imports torch, and the worker starts before that
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of jobs, by name: artifact files, and those whose code would hold for a part of their range only."""
-
-    paths: Mapping[str, Path]
-    narrowed: Mapping[str, ShapeContractError]
 
 
 class WorkerPool:
@@ -41,7 +33,7 @@ class WorkerPool:
         self._scratch = scratch
         command = python_command("piecework.compiler.backends.worker", "--toolchain", str(toolchain.root))
         command += ["--compiler", toolchain.compiler, "--compiler-version", toolchain.version]
-        command += ["--scratch", str(scratch), "--jobs", str(jobs)]
+        command += ["--scratch", str(scratch), "--jobs", str(jobs), "--overtake-s", str(toolchain.overtake_s)]
         variables = child_variables(
             {
                 "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
@@ -78,8 +70,14 @@ class WorkerPool:
         if self._closed:
             end_group(process)
 
-    def run(self, jobs: Mapping[str, Job], *, on_event: Callable[[Mapping[str, Any]], None]) -> Outcome:
-        """Compile all `jobs` (name → job), the longest first; their libraries lie in the scratch directory.
+    def run(
+        self,
+        jobs: Mapping[str, Job],
+        *,
+        on_event: Callable[[Mapping[str, Any]], None],
+        on_made: Callable[[str, Path], None],
+    ) -> Mapping[str, ShapeContractError]:
+        """Compile all `jobs` (name → job), the longest first; arguments and result are as for `Backend.compile`.
 
         Raises the first error of a job as what it was: CompileError, StoreError …
         """
@@ -91,20 +89,42 @@ class WorkerPool:
             self._process.stdin.flush()
         except BrokenPipeError:
             raise self._died() from None
-        done: dict[str, Path] = {}
         narrowed: dict[str, ShapeContractError] = {}
-        for event in self._events():
-            on_event(event)
-            if event["event"] == "failed":
-                error = _error(event)
-                if not isinstance(error, ShapeContractError):
-                    raise error
-                narrowed[event["job"]] = error
-            if event["event"] == "done":
-                done[event["job"]] = Path(event["path"])
-            if len(done) + len(narrowed) == len(jobs):
-                return Outcome(done, narrowed)
+        left, running = set(jobs), dict[str, int]()
+        with watched(lambda: self._doing(jobs, running)) as progress:
+            for event in self._events():
+                progress()
+                if event["event"] == "start":
+                    running[event["job"]] = event["pid"]
+                elif event["event"] == "failed":
+                    error = _error(event)
+                    if not isinstance(error, ShapeContractError):
+                        raise error
+                    narrowed[event["job"]] = error
+                elif event["event"] == "done":
+                    on_made(event["job"], Path(event["path"]))
+                on_event(event)
+                if event["event"] in ("failed", "done"):
+                    left.remove(event["job"])
+                    del running[event["job"]]
+                if not left:
+                    return narrowed
         raise self._died()
+
+    def _doing(self, jobs: Mapping[str, Job], running: Mapping[str, int]) -> str:
+        """Say what the worker is doing, for people."""
+        if not running:
+            return f"the compiler is being imported in process {self._process.pid}"
+        pieces = [
+            f"a piece of {len(jobs[name].program.calls)} operators is being compiled in process {pid}"
+            + "".join(f", by {command} (process {child})" for child, command in descendants(pid).items())
+            for name, pid in list(running.items())
+        ]
+        return "; ".join([*pieces, *self._last_words()[-1:]])
+
+    def _last_words(self) -> list[str]:
+        """Return the last lines that the worker and its children have written."""
+        return Path(self._log.name).read_text(errors="replace").strip().splitlines()[-3:]
 
     def _events(self) -> Iterator[dict[str, Any]]:
         assert self._process.stdout is not None
@@ -112,11 +132,9 @@ class WorkerPool:
             yield json.loads(line)
 
     def _died(self) -> CompileError:
-        self._log.seek(0)
-        lines = self._log.read().strip().splitlines()
         return CompileError(
             asked="compile the model's pieces in a worker process",
-            found=f"it ended early: {' / '.join(lines[-3:])[:500] or 'without a word'}",
+            found=f"it ended early: {' / '.join(self._last_words())[:500] or 'without a word'}",
             try_="run `piecework doctor`",
         )
 

@@ -17,14 +17,18 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from piecework.errors import CompileError, StoreError
-from piecework.foundation import files
+from piecework.foundation import files, leases
 from piecework.foundation.digests import digest_json
+from piecework.foundation.environment import child_variables
+from piecework.foundation.flight import OVERTAKE_S, leading
+from piecework.foundation.leases import Holder, Lease
 from piecework.foundation.target import Target
+from piecework.foundation.watch import watched
 
 # `model_base.h` parses "cpu" or "cuda:1" with std::regex, whose templates are most of a wrapper's compile time. With
 # libstdc++ the header is kept out, and a class with the same interface stands in for those three names.
@@ -94,6 +98,7 @@ sys.exit(subprocess.call(sys.argv[2:]) if os.getppid() == int(sys.argv[1]) else 
 """
 """Runs a command as the leader of a group, and ends the group with the process that asked for it, however that went."""
 
+_MOST_SHOWN = 300
 _TORCH = "-ltorch_cpu"  # has all that a piece calls
 _KEPT = ("-D", "-f", "-m", "-std=")
 _DROPPED = frozenset({"-fno-omit-frame-pointer", "-fPIC"})
@@ -106,6 +111,7 @@ class Toolchain:
     root: Path
     compiler: str
     version: str
+    overtake_s: float = OVERTAKE_S
 
     def prefix(
         self, flags: tuple[str, ...], *, on_start: Callable[[subprocess.Popen[str]], None] | None = None
@@ -116,16 +122,11 @@ class Toolchain:
         fails on torch's headers.
         """
         place = self._place(flags) / "prefix"
-        if not place.exists():
-            with self._lock(flags, "prefix"), files.scratch(self.root) as scratch:
-                if not place.exists():
-                    made = scratch / "prefix"
-                    made.mkdir()
-                    (made / "prefix.h").write_text(_PREFIX)
-                    command = [*flags, "-O3", "-x", "c++-header", "prefix.h", "-o", "prefix.h.gch"]
-                    self._run(command, cwd=made, on_start=on_start)
-                    files.make_directory(place.parent)
-                    files.publish_directory(made, to=place, existing=files.Existing.KEEP)
+        with self._making(place) as made:
+            if made is not None:
+                (made / "prefix.h").write_text(_PREFIX)
+                command = [*flags, "-O3", "-x", "c++-header", "prefix.h", "-o", "prefix.h.gch"]
+                self._run(command, cwd=made, on_start=on_start)
         return place / "prefix.h"
 
     def runtime(
@@ -140,17 +141,12 @@ class Toolchain:
         `on_start` is as for `prefix`.
         """
         place = self._place(flags) / f"runtime-{digest_json([interface, _RUNTIME_LEVEL])[:16]}"
-        if not place.exists():
-            with self._lock(flags, "runtime"), files.scratch(self.root) as scratch:
-                if not place.exists():
-                    made = scratch / "runtime"
-                    made.mkdir()
-                    (made / "stand_in.h").write_text(_STAND_IN)
-                    (made / "runtime.cpp").write_text(interface)
-                    source = ["-include", "stand_in.h", "-c", "runtime.cpp"]
-                    command = [*flags, _RUNTIME_LEVEL, *source, "-o", "runtime.o"]
-                    self._run(command, cwd=made, on_start=on_start)
-                    files.publish_directory(made, to=place, existing=files.Existing.KEEP)
+        with self._making(place) as made:
+            if made is not None:
+                (made / "stand_in.h").write_text(_STAND_IN)
+                (made / "runtime.cpp").write_text(interface)
+                source = ["-include", "stand_in.h", "-c", "runtime.cpp"]
+                self._run([*flags, _RUNTIME_LEVEL, *source, "-o", "runtime.o"], cwd=made, on_start=on_start)
         return place / "runtime.o"
 
     def compile(self, source: Path, *, flags: tuple[str, ...], target: Path) -> None:
@@ -175,14 +171,11 @@ class Toolchain:
     def _stand_ins(self) -> Path:
         """Return a directory with a library that has the name of torch's and no symbols."""
         place = self.root / f"stand-ins-{digest_json([self.compiler, self.version])[:16]}"
-        if not place.exists():
-            with files.scratch(self.root) as scratch:
-                made = scratch / "stand-ins"
-                made.mkdir()
+        with self._making(place) as made:
+            if made is not None:
                 name = f"lib{_TORCH.removeprefix('-l')}.so"
                 command = ["-shared", "-nostdlib", f"-Wl,-soname,{name}", "-x", "c++", os.devnull, "-o", name]
                 self._run(command, cwd=made)
-                files.publish_directory(made, to=place, existing=files.Existing.KEEP)
         return place
 
     def compile_kernel(
@@ -201,9 +194,22 @@ class Toolchain:
     def _place(self, flags: tuple[str, ...]) -> Path:
         return self.root / digest_json([self.compiler, self.version, flags, _PREFIX])[:24]
 
-    def _lock(self, flags: tuple[str, ...], what: str) -> contextlib.AbstractContextManager[None]:
-        files.make_directory(self._place(flags))
-        return files.lock(self._place(flags) / f"{what}.lock", timeout_s=600)
+    @contextlib.contextmanager
+    def _making(self, place: Path) -> Iterator[Path | None]:
+        """Give an empty directory, which becomes `place` after the block, to the one process that is to fill it."""
+
+        def take(key: str, *, over: Holder | None = None) -> Lease | Holder:
+            return leases.take(place.with_name(f"{key}.lock"), over=over)
+
+        with leading(place.name, take, is_made=place.exists, overtake_s=self.overtake_s) as leads:
+            if not leads:
+                yield None
+                return
+            with files.scratch(self.root) as scratch:
+                made = scratch / place.name
+                made.mkdir()
+                yield made
+                files.publish_directory(made, to=place, existing=files.Existing.KEEP)
 
     def _run(
         self, arguments: list[str], *, cwd: Path, on_start: Callable[[subprocess.Popen[str]], None] | None = None
@@ -218,10 +224,12 @@ class Toolchain:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=on_start is not None,
+            env=child_variables({"TMPDIR": str(cwd)}),  # where what is left after a kill is removed
         )
         if on_start is not None:
             on_start(process)
-        _, said = process.communicate()
+        with watched(lambda: f"the C++ compiler, process {process.pid}: {shlex.join(command)[:_MOST_SHOWN]}"):
+            _, said = process.communicate()
         if process.returncode:
             if "No space left" in said:
                 raise StoreError(asked="compile a piece", found="no space left on the disk", try_="free some space")
@@ -233,7 +241,7 @@ class Toolchain:
             )
 
 
-def find_toolchain(root: Path, *, compiler: str | None) -> Toolchain:
+def find_toolchain(root: Path, *, compiler: str | None, overtake_s: float = OVERTAKE_S) -> Toolchain:
     """Find the C++ compiler (`compiler`, else g++ or clang++ on PATH).
 
     `compiler` may have arguments, as CXX may ("ccache g++").
@@ -263,7 +271,7 @@ def find_toolchain(root: Path, *, compiler: str | None) -> Toolchain:
             found=f"`{found} --version` fails: {(done.stderr or done.stdout).strip()[:200]}",
             try_="repair it, or name another compiler with CXX",
         )
-    return Toolchain(root=root, compiler=found, version=done.stdout.splitlines()[0])
+    return Toolchain(root=root, compiler=found, version=done.stdout.splitlines()[0], overtake_s=overtake_s)
 
 
 def flags_of(command: str) -> tuple[str, ...]:

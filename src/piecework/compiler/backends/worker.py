@@ -51,13 +51,14 @@ def main() -> int:
     parser.add_argument("--compiler-version", required=True)
     parser.add_argument("--scratch", type=Path, required=True)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--overtake-s", type=float, required=True)
     parser.add_argument("--single", action="store_true", help="compile the one job on stdin and answer on stdout")
     args = parser.parse_args()
     if not args.single:
         _end_with_input()
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what torch or the compiler print must not mix with the events
-    toolchain = Toolchain(root=args.toolchain, compiler=args.compiler, version=args.compiler_version)
+    toolchain = Toolchain(args.toolchain, args.compiler, args.compiler_version, args.overtake_s)
     gc.disable()  # collecting walks all of torch and Inductor in vain while they are imported: a quarter of that time
     # they import torch, which must come after that
     from piecework.compiler.backends.aoti import warm_up  # noqa: PLC0415
@@ -110,7 +111,7 @@ def _serve(events: TextIO, *, toolchain: Toolchain, limit: int) -> None:
             child = _start(request, toolchain=toolchain, events=events)
             running[child.pipe] = child
             selector.register(child.pipe, selectors.EVENT_READ)
-            _send(events, {"event": "start", "job": child.job})
+            _send(events, {"event": "start", "job": child.job, "pid": child.pid})
         for key, _ in selector.select():
             if key.fd == 0:
                 chunk = os.read(0, 1 << 16)
