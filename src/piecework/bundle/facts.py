@@ -19,6 +19,7 @@ from piecework.bundle.format import FORMAT
 from piecework.errors import StaleBundle
 from piecework.foundation.digests import JsonScalar, canonical_json, digest_file
 from piecework.foundation.environment import compiler_settings
+from piecework.foundation.gpu import gpu_architecture
 from piecework.foundation.own_code import own_code_digest
 from piecework.foundation.target import Target, missing_flags, read_target
 
@@ -72,14 +73,17 @@ class Difference:
         return f"{self.fact.label}: bundle {bundle}, here {here}" + (f" ({self.why})" if self.why else "")
 
 
-def environment_facts(*, target: Target | None = None) -> tuple[Fact, ...]:
+def environment_facts(*, target: Target | None = None, device: str = "cpu") -> tuple[Fact, ...]:
     """Return the facts of this machine and its packages that every compiled artifact depends on.
 
     Args:
         target: the CPU that was compiled for; default: this one.
+        device: the type of device that was compiled for; code for "cuda" is that of one GPU architecture.
     """
     cpu = target or read_target()
+    gpu = (Fact("target", "gpu", gpu_architecture()),) if device == "cuda" else ()
     return (
+        *gpu,
         Fact("piecework", "format", FORMAT),
         Fact("target", "isa", cpu.fact),
         Fact("target", "machine", cpu.machine),
@@ -212,6 +216,8 @@ def _look_up(fact: Fact, *, cpu: Target) -> Difference | None:
             missing = missing_flags(str(fact.value), target=cpu)
             why = f"this CPU lacks {', '.join(missing)}"
             return Difference(fact, cpu.fact, why=why) if missing else None
+        case "target", "gpu":
+            return _compare(fact, gpu_architecture())
         case "provider", name:
             return _compare(fact, package_version(name))
         case "source", name:

@@ -22,6 +22,7 @@ from piecework.errors import CompileError, ShapeContractError
 from piecework.foundation.digests import digest_file, digest_json
 from piecework.foundation.environment import compiler_settings
 from piecework.foundation.flight import Flight
+from piecework.foundation.gpu import gpu_architecture
 from piecework.foundation.target import Target
 from piecework.foundation.torch_private import inductor, scheduled_kernels, symbolic
 from piecework.ops.ir import decode, resolve
@@ -228,6 +229,7 @@ def _job(piece: Compiled, *, bounds: Bounds | None, options: CompileOptions, tar
         target={
             "isa": target.fact,
             "machine": target.machine,
+            **({"gpu": gpu_architecture()} if any(i.device == "cuda" for i in piece.program.inputs) else {}),
             "torch": package_version("torch"),
             "generator": _generator_digest(),
             **compiler_settings(),

@@ -72,7 +72,7 @@ def compile_request(
     built = build(captures, setup, arguments=arguments)
     with setup.recorder.phase("plan"):
         all_facts = (
-            *environment_facts(target=setup.target),
+            *environment_facts(target=setup.target, device=request.device),
             *option_facts(setup.options.facts()),
             *facts(),
             *_facts(built),
