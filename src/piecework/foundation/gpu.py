@@ -22,12 +22,10 @@ def gpu_architecture(*, driver: str = "libcuda.so.1") -> str:
     except OSError:
         return NO_GPU
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    calls = (
-        lambda: cuda.cuInit(0),
-        lambda: cuda.cuDeviceGet(ctypes.byref(device), 0),
-        lambda: cuda.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device),
-        lambda: cuda.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device),
+    codes = (
+        cuda.cuInit(0),
+        cuda.cuDeviceGet(ctypes.byref(device), 0),
+        cuda.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device),
+        cuda.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device),
     )
-    if any(call() != 0 for call in calls):
-        return NO_GPU
-    return f"sm_{major.value}{minor.value}"
+    return f"sm_{major.value}{minor.value}" if codes == (0, 0, 0, 0) else NO_GPU
