@@ -72,7 +72,9 @@ def load_operators(operators: Iterable[str]) -> None:
     names = sorted({provider_of(name) for name in qualified if provider_of(name) and find_overload(name) is None})
     for name, why in load_providers(names).absent.items():
         raise OpError(
-            asked=f"run pieces that call the provider {name}", found=why, try_="install it, or compile without it"
+            asked=f"run pieces that call the provider {name}",
+            found=why,
+            try_="install it, declare its entry point (docs/providers.md), or compile without it",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import schemathesis
 from schemathesis.config import SchemathesisConfig
 
@@ -13,7 +14,7 @@ CONFIG = """
 seed = 1
 
 [generation]
-max-examples = 8
+max-examples = {examples}
 deterministic = true
 no-shrink = true
 database = "none"
@@ -25,11 +26,26 @@ expected-statuses = [200, 400, 404]
 APP = make_app(
     ready(FakeService(max_positions=64)), ServerSettings(model_names=("fake",), api_key="key", hosts=("testserver",))
 )
-SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", APP, config=SchemathesisConfig.from_str(CONFIG))
+FEW, MANY = (
+    schemathesis.openapi.from_asgi(
+        "/openapi.json", APP, config=SchemathesisConfig.from_str(CONFIG.format(examples=examples))
+    )
+    for examples in (8, 150)
+)
 
 
-@SCHEMA.parametrize()
+@FEW.parametrize()
 def test_every_operation_keeps_to_the_schema(case):
+    check(case)
+
+
+@pytest.mark.slow
+@MANY.parametrize()
+def test_every_operation_keeps_to_the_schema_for_long(case):
+    check(case)
+
+
+def check(case):
     _make_answerable(case.body)
     case.call_and_validate(headers={"Authorization": "Bearer key"})
 
