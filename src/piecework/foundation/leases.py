@@ -64,6 +64,7 @@ class Lease:
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
         self._descriptor = descriptor
+        self._owner = os.getpid()
 
     def renew(self) -> None:
         """Tell other hosts that the owner lives."""
@@ -75,7 +76,8 @@ class Lease:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             with contextlib.suppress(OSError):
-                if files.is_at(descriptor, path=self._path):  # else somebody has taken it over
+                # else it is a fork that ends, or somebody has taken the lease over
+                if os.getpid() == self._owner and files.is_at(descriptor, path=self._path):
                     self._path.unlink()
             os.close(descriptor)
 
