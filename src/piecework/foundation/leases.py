@@ -13,7 +13,6 @@ import fcntl
 import json
 import os
 import shlex
-import socket
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -102,7 +101,7 @@ def take(path: Path, *, over: Holder | None = None) -> Lease | Holder:
             continue
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)  # others hold it for the instant in which they look
-        own = Holder(os.getpid(), socket.gethostname(), _command(), kernel_id(), os.urandom(8).hex())
+        own = Holder(os.getpid(), os.uname().nodename, _command(), kernel_id(), os.urandom(8).hex())
         os.write(descriptor, json.dumps(asdict(own)).encode())
         return Lease(path, descriptor)
 
