@@ -106,7 +106,15 @@ def take(path: Path, *, over: Holder | None = None) -> Lease | Holder:
         return Lease(path, descriptor)
 
 
-def _living(path: Path, *, over: Holder | None) -> Holder | None:
+def remove_dead(parent: Path, *, pattern: str = "*.lock") -> None:
+    """Remove the files of leases under `parent` whose owners are dead; does nothing where that can't be done."""
+    with contextlib.suppress(OSError):
+        for path in parent.glob(pattern):
+            if not files.is_scratch_name(path.name):
+                _living(path)
+
+
+def _living(path: Path, *, over: Holder | None = None) -> Holder | None:
     """Return the lease's owner if it lives, else remove the file; None says to try again."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
