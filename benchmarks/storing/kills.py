@@ -59,7 +59,8 @@ def measure(run: Run, *, kills: int, seed: int) -> None:
             invalid |= {(item.kind.value, item.key) for item in store.damaged()}
             run.progress(f"{len(killed)} killed after {time.monotonic() - begun:.0f} s")
     DirectoryStore(store.root)  # as the next start does, it removes what was left unfinished
-    unfinished = [*_entries(store.root / "scratch"), *_entries(caches.root / "tmp")]
+    places = (store.root / "scratch", store.root / "locks", caches.root / "tmp")
+    unfinished = [path for place in places for path in _entries(place)]
     part = {"system": "piecework", "part": "kills"}
     run.add(time.monotonic() - begun, **part, metric="wall_s")
     run.add(kills, **part, metric="started")

@@ -102,9 +102,8 @@ def make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
             subparsers.choices[name].add_argument(
                 "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
             )
-            subparsers.choices[name].add_argument(
-                "--parent", type=int, metavar="PID", help="end when this process, which started the command, ends"
-            )
+            # given by processes of ours that start others: end when that one does
+            subparsers.choices[name].add_argument("--parent", type=int, help=argparse.SUPPRESS)
         else:
             subparsers.add_parser(name, help=summary)
     return parser

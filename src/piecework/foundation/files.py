@@ -3,7 +3,7 @@
 A scratch directory is guarded by a lock file that its owner holds. The kernel lets go of the lock when the owner
 dies, however it dies, so a directory whose lock can be taken is a dead process's and may be removed. Process ids
 can't tell that, because containers that share a directory count theirs apart. Locks may not reach other hosts: their
-directories are removed after a day.
+directories are removed after a week.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _GUARD: Final = ".lock"
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 _NO_LOCKS: Final = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 _BEGINNING_S: Final = 5.0
-_FORGOTTEN_S: Final = 86400.0
+_FORGOTTEN_S: Final = 7 * 86400.0
 
 
 class Existing(Enum):
@@ -134,26 +134,21 @@ def scratch(parent: Path, *, name: str = "") -> Iterator[Path]:
     Its name starts with a dot, so that it is never taken for content. Raises OSError where it can't be made.
     """
     make_directory(parent)
-    directory = parent / f"{_MARK}{name}{os.urandom(8).hex()}"
+    directory, owner = parent / f"{_MARK}{name}{os.urandom(8).hex()}", os.getpid()
     with _guarding(_guard_of(directory)):
         directory.mkdir(0o700)
         try:
             yield directory
         finally:
-            shutil.rmtree(directory, ignore_errors=True)
+            if os.getpid() == owner:  # and not a fork of it, whose interpreter unwinds as well when it ends
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 def lasting_scratch(parent: Path) -> Path:
     """Make a directory as `scratch` does that is removed when this process ends. Raises OSError."""
-    stack, owner = contextlib.ExitStack(), os.getpid()
-    directory = stack.enter_context(scratch(parent))
-
-    def remove() -> None:
-        if os.getpid() == owner:  # and not a fork of it, which runs what is registered as well
-            stack.close()
-
-    atexit.register(remove)
-    return directory
+    stack = contextlib.ExitStack()
+    atexit.register(stack.close)
+    return stack.enter_context(scratch(parent))
 
 
 def remove_stale_scratch(parent: Path) -> int:
@@ -185,6 +180,7 @@ def oldest_scratch_s(parent: Path, *, but: Path | None = None) -> float | None:
 @contextlib.contextmanager
 def _guarding(guard: Path) -> Iterator[None]:
     """Hold a new guard's lock, and say in it which kernel knows of that."""
+    owner = os.getpid()
     descriptor = os.open(guard, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with contextlib.suppress(OSError):  # a file system may have no locks
@@ -193,7 +189,8 @@ def _guarding(guard: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            guard.unlink()
+            if os.getpid() == owner:
+                guard.unlink()
         os.close(descriptor)
 
 

@@ -13,7 +13,6 @@ import fcntl
 import json
 import os
 import shlex
-import socket
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -64,6 +63,7 @@ class Lease:
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
         self._descriptor = descriptor
+        self._owner = os.getpid()
 
     def renew(self) -> None:
         """Tell other hosts that the owner lives."""
@@ -75,7 +75,8 @@ class Lease:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             with contextlib.suppress(OSError):
-                if files.is_at(descriptor, path=self._path):  # else somebody has taken it over
+                # else it is a fork that ends, or somebody has taken the lease over
+                if os.getpid() == self._owner and files.is_at(descriptor, path=self._path):
                     self._path.unlink()
             os.close(descriptor)
 
@@ -100,12 +101,20 @@ def take(path: Path, *, over: Holder | None = None) -> Lease | Holder:
             continue
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)  # others hold it for the instant in which they look
-        own = Holder(os.getpid(), socket.gethostname(), _command(), kernel_id(), os.urandom(8).hex())
+        own = Holder(os.getpid(), os.uname().nodename, _command(), kernel_id(), os.urandom(8).hex())
         os.write(descriptor, json.dumps(asdict(own)).encode())
         return Lease(path, descriptor)
 
 
-def _living(path: Path, *, over: Holder | None) -> Holder | None:
+def remove_dead(parent: Path, *, pattern: str = "*.lock") -> None:
+    """Remove the files of leases under `parent` whose owners are dead; does nothing where that can't be done."""
+    with contextlib.suppress(OSError):
+        for path in parent.glob(pattern):
+            if not files.is_scratch_name(path.name):
+                _living(path)
+
+
+def _living(path: Path, *, over: Holder | None = None) -> Holder | None:
     """Return the lease's owner if it lives, else remove the file; None says to try again."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)

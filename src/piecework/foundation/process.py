@@ -8,7 +8,6 @@ import functools
 import gc
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -50,7 +49,7 @@ def kernel_id() -> str:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
-        return socket.gethostname()
+        return os.uname().nodename
 
 
 def descendants(pid: int) -> dict[int, str]:

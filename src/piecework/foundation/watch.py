@@ -31,10 +31,11 @@ def watched(describe: Callable[[], str], *, report_s: float = REPORT_S) -> Itera
 
     def watch() -> None:
         nonlocal next_s
-        while not over.wait(max(0.0, since + next_s - time.monotonic())):
-            if time.monotonic() - since >= next_s:
-                _LOG.warning("no progress for %.0f s: %s", time.monotonic() - since, describe())
-                next_s *= 2
+        while not over.wait(max(0.0, min(since + next_s - time.monotonic(), report_s))):
+            passed_s = time.monotonic() - since
+            if passed_s >= next_s:
+                _LOG.warning("no progress for %.0f s: %s", passed_s, describe())
+                next_s = 2 * max(next_s, passed_s)
 
     thread = threading.Thread(target=watch, name="piecework-watch", daemon=True)
     thread.start()

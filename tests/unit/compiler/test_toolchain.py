@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ from piecework.compiler.backends.toolchain import Toolchain, find_toolchain, fla
 from piecework.compiler.job import Job
 from piecework.errors import CompileError, PieceworkError
 from piecework.foundation.target import read_target
+from piecework.foundation.watch import watched
 from piecework.ops.ir.program import Call, Program, TensorSpec
 from piecework.spec.compile_options import CompileOptions
 from tests.choice import slow_but
@@ -146,6 +149,28 @@ def test_a_compiler_that_fails_is_our_error_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
     left = [p for p in home.rglob("*") if p.is_file()]
     assert left == []
+
+
+@pytest.mark.slow
+def test_a_compiler_that_hangs_is_reported(
+    start: Callable[[Path], WorkerPool],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("piecework.compiler.backends.pool.watched", functools.partial(watched, report_s=0.2))
+    pool = start(script(tmp_path / "g++", "sleep 1000\n"))
+
+    def run() -> None:
+        with pytest.raises(CompileError, match="ended early"):
+            pool.run({"good": Job(program=GOOD)}, on_event=ignore, on_made=ignore)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert eventually(lambda: "a piece of 1 operators is being compiled in process" in caplog.text, seconds=60)
+    assert f"imported in process {pool._process.pid}" in caplog.text
+    pool.close()
+    thread.join()
 
 
 def test_a_bad_program_is_reported(start: Callable[[Path], WorkerPool], broken: Path) -> None:

@@ -1,9 +1,12 @@
+import math
 import os
 from pathlib import Path
 
 import pytest
 
-from piecework.foundation.environment import Environment, child_variables, read_environment
+from piecework.errors import PieceworkError
+from piecework.foundation.environment import Environment, child_variables, let_torch_cache_in, read_environment
+from piecework.foundation.flight import OVERTAKE_S
 
 
 @pytest.mark.parametrize(
@@ -31,6 +34,25 @@ def test_without_home_the_user_database_says() -> None:
 def test_compiler() -> None:
     assert read_environment({"HOME": "/h", "CXX": "clang++ -v"}).compiler == "clang++ -v"
     assert read_environment({"HOME": "/h", "CXX": ""}).compiler is None
+
+
+def test_seconds_until_another_is_overtaken() -> None:
+    assert read_environment({"HOME": "/h", "PIECEWORK_OVERTAKE_S": "7.5"}).overtake_s == 7.5
+    assert read_environment({"HOME": "/h", "PIECEWORK_OVERTAKE_S": "inf"}).overtake_s == math.inf
+    assert read_environment({"HOME": "/h", "PIECEWORK_OVERTAKE_S": ""}).overtake_s == OVERTAKE_S
+
+
+@pytest.mark.parametrize("text", ["-1", "nan", "soon"])
+def test_what_is_no_number_of_seconds(text: str) -> None:
+    with pytest.raises(PieceworkError, match="PIECEWORK_OVERTAKE_S"):
+        read_environment({"HOME": "/h", "PIECEWORK_OVERTAKE_S": text})
+
+
+def test_torchs_cache_lies_where_we_say_unless_the_user_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    for place in (tmp_path / "one", tmp_path / "two"):
+        let_torch_cache_in(place)
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "one" / "inductor")
 
 
 def test_reads_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,11 @@
 import errno
+import fcntl
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,6 +138,75 @@ def test_scratch_of_the_living_stays_and_of_the_dead_goes(tmp_path: Path) -> Non
         assert len(scratches()) == 1
     assert files.remove_stale_scratch(tmp_path) == 1
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("days", "left"), [(6, 2), (8, 0)])
+def test_scratch_of_another_host_goes_when_it_is_long_forgotten(tmp_path: Path, days: int, left: int) -> None:
+    """Its lock may not reach this host."""
+    with files.scratch(tmp_path) as directory:
+        name = directory.name
+    (tmp_path / name).mkdir()
+    guard = tmp_path / f"{name}.lock"
+    guard.write_text("another kernel")
+    then = time.time() - days * 86400
+    os.utime(guard, (then, then))
+    files.remove_stale_scratch(tmp_path)
+    assert len(os.listdir(tmp_path)) == left
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_scratch_without_locks(tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with files.scratch(tmp_path) as directory:
+        assert files.remove_stale_scratch(tmp_path) == 0
+        assert directory.is_dir()
+    with files.directory_lock(tmp_path, shared=True), files.directory_lock(tmp_path, shared=False):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_lasting_scratch_is_removed_at_the_end_and_not_by_a_fork(tmp_path: Path) -> None:
+    code = f"""
+import os, sys
+from pathlib import Path
+from piecework.foundation.files import lasting_scratch
+place = lasting_scratch(Path({str(tmp_path)!r}))
+if os.fork() == 0:
+    sys.exit()
+os.wait()
+assert place.is_dir()
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_oldest_scratch(tmp_path: Path) -> None:
+    assert files.oldest_scratch_s(tmp_path) is None
+    with files.scratch(tmp_path) as first, files.scratch(tmp_path) as second:
+        os.utime(f"{first}.lock", (5, 5))
+        assert files.oldest_scratch_s(tmp_path) == 5
+        assert files.oldest_scratch_s(tmp_path, but=first) == os.stat(f"{second}.lock").st_mtime
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_who_has_a_directory_alone_keeps_others_out(tmp_path: Path, shared: bool) -> None:
+    inside = threading.Event()
+
+    def wait() -> None:
+        with files.directory_lock(tmp_path, shared=shared):
+            inside.set()
+
+    thread = threading.Thread(target=wait)
+    with files.directory_lock(tmp_path, shared=False):
+        thread.start()
+        assert not inside.wait(0.1)
+    assert inside.wait(10)
+    thread.join()
+    with files.directory_lock(tmp_path, shared=True), files.directory_lock(tmp_path, shared=True):
+        pass
 
 
 def test_remove_stale_scratch_of_a_missing_directory(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from piecework.foundation import leases
-from piecework.foundation.leases import Holder, Lease, take
+from piecework.foundation import files, leases
+from piecework.foundation.leases import Holder, Lease, remove_dead, take
 
 HOLD = """
 import sys
@@ -69,6 +69,22 @@ def test_a_process_that_is_killed_has_none(tmp_path: Path, other_process: subpro
     other_process.kill()
     other_process.wait()
     lease_of(tmp_path / "k").release()
+
+
+def test_files_of_the_dead_are_removed_and_those_of_the_living_stay(
+    tmp_path: Path, other_process: subprocess.Popen[str]
+) -> None:
+    foreign(tmp_path / "far.lock", age_s=1)
+    foreign(tmp_path / "stale.lock", age_s=leases.STALE_S + 1)
+    remove_dead(tmp_path, pattern="*")
+    assert sorted(os.listdir(tmp_path)) == ["far.lock", "k"]
+    other_process.kill()
+    other_process.wait()
+    with files.scratch(tmp_path):
+        before = set(os.listdir(tmp_path))
+        remove_dead(tmp_path, pattern="*")
+        assert set(os.listdir(tmp_path)) == before - {"k"}
+    remove_dead(tmp_path / "none")
 
 
 def test_a_process_that_is_stopped_is_overtaken(tmp_path: Path, other_process: subprocess.Popen[str]) -> None:

@@ -62,6 +62,7 @@ class DirectoryStore(Store):
         self.root = root.absolute()
         files.require_own(self.root)
         files.remove_stale_scratch(self.root / "scratch")
+        leases.remove_dead(self.root / "locks")
 
     def get_artifact(self, key: str) -> Artifact | None:
         """See `Store.get_artifact`."""

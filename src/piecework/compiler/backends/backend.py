@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, final
 from piecework.compiler.backends.pool import WorkerPool, end_group
 from piecework.compiler.backends.toolchain import Toolchain
 from piecework.errors import ShapeContractError
-from piecework.foundation import files
+from piecework.foundation import files, leases
 from piecework.foundation.target import Target
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class AotiBackend(Backend):
     def __init__(self, toolchain: Toolchain, *, scratch: Path, target: Target, device: str) -> None:
         files.make_directory(toolchain.root)
         files.remove_stale_scratch(toolchain.root)
+        leases.remove_dead(toolchain.root, pattern="**/*.lock")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         jobs = cores + 2  # pieces are few and of unequal length: with one per core, the last one leaves the others idle
         self._toolchain = toolchain

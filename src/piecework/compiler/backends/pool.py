@@ -120,7 +120,8 @@ class WorkerPool:
             + "".join(f", by {command} (process {child})" for child, command in descendants(pid).items())
             for name, pid in list(running.items())
         ]
-        return "; ".join([*pieces, *self._last_words()[-1:]])
+        waits = [line for line in self._last_words() if line.startswith("waiting for ")]
+        return "; ".join([*pieces, *waits[-1:]])
 
     def _last_words(self) -> list[str]:
         """Return the last lines that the worker and its children have written."""

@@ -98,7 +98,7 @@ sys.exit(subprocess.call(sys.argv[2:]) if os.getppid() == int(sys.argv[1]) else 
 """
 """Runs a command as the leader of a group, and ends the group with the process that asked for it, however that went."""
 
-_MOST_SHOWN = 300
+_MOST_SHOWN = 160
 _TORCH = "-ltorch_cpu"  # has all that a piece calls
 _KEPT = ("-D", "-f", "-m", "-std=")
 _DROPPED = frozenset({"-fno-omit-frame-pointer", "-fPIC"})
@@ -215,6 +215,7 @@ class Toolchain:
         self, arguments: list[str], *, cwd: Path, on_start: Callable[[subprocess.Popen[str]], None] | None = None
     ) -> None:
         command = [*shlex.split(self.compiler), "-w", "-fPIC", *arguments]
+        shown = f"… {shlex.join(command)[-_MOST_SHOWN:]}"  # its end names the files
         if on_start is not None and sys.platform == "linux":
             command = [sys.executable, "-I", "-S", "-c", _ENDS_WITH_PARENT, str(os.getpid()), *command]
         process = subprocess.Popen(
@@ -228,7 +229,7 @@ class Toolchain:
         )
         if on_start is not None:
             on_start(process)
-        with watched(lambda: f"the C++ compiler, process {process.pid}: {shlex.join(command)[:_MOST_SHOWN]}"):
+        with watched(lambda: f"the C++ compiler, process {process.pid}: {shown}"):
             _, said = process.communicate()
         if process.returncode:
             if "No space left" in said:
