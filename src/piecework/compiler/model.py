@@ -12,7 +12,8 @@ from piecework.bundle.bundle import Bundle, write_bundle
 from piecework.bundle.facts import making_facts
 from piecework.bundle.recipes import Take, resolved, takes
 from piecework.bundle.record import Recorder
-from piecework.bundle.store.interface import Store, bundle_key
+from piecework.bundle.signatures import read_trust
+from piecework.bundle.store.interface import ASKED, Store, bundle_key
 from piecework.bundle.store.lookup import find_bundle
 from piecework.compiler.backends.backend import AotiBackend, Backend, EagerBackend
 from piecework.compiler.setup import CompileSetup, OnProgress, unheard
@@ -61,7 +62,8 @@ def compile_model(
     with contextlib.ExitStack() as stack:
         if out is None:
             stack.enter_context(store.lock(key))
-            found = find_bundle(store, key, report=recorder.note, asked=spec.asked, target=target)
+            trust = read_trust(environment.trust, is_own=store.made_here)
+            found = find_bundle(store, key, report=recorder.note, asked=spec.asked, target=target, trust=trust)
             if found is not None:
                 return CompiledModel(found, cached=True)
         scratch = stack.enter_context(store.scratch())
@@ -84,7 +86,7 @@ def compile_model(
             request,
             CompileSetup(spec.options, backend, store, target, recorder, on_progress),
             facts=lambda: (*spec.facts, *making_facts(), *reads.facts()),
-            identity=spec.identity,
+            identity={**spec.identity, ASKED: key},
         ).content
         with recorder.phase("seal"):
             if out is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+TRUST_VARIABLE: Final = "PIECEWORK_TRUST"
 _COMPILERS: Final = re.compile(r"(TORCHINDUCTOR|TORCHDYNAMO|AOT_INDUCTOR|TORCH_COMPILE)_[A-Z0-9_]+")
 _WITHOUT_EFFECT: Final = re.compile(
     r"CACHE|WORKER|THREADS|TRACE|LOG|DUMP|PROFIL|BENCHMARK|DEBUG|VERBOSE|PROGRESS|SUPPRESS|SAVE_ARGS|PRINT"
@@ -28,12 +29,16 @@ class Environment:
         compiler: the C++ compiler's command (`CXX`), or None where it is to be searched for.
         layer_names: whether layer names are objects that compilers lift (`PIECEWORK_LAYERNAME`, "0" for strings).
         api_key: what clients of a server must send (`PIECEWORK_API_KEY`), or None.
+        trust: the file of public keys of which a bundle from elsewhere needs a signature (`PIECEWORK_TRUST`), or None.
+        remote: the URL where bundles are looked for that the store hasn't (`PIECEWORK_REMOTE`), or None.
     """
 
     store_root: Path
     compiler: str | None = None
     layer_names: bool = True
     api_key: str | None = field(default=None, repr=False)
+    trust: Path | None = None
+    remote: str | None = None
 
     @property
     def toolchain_root(self) -> Path:
@@ -52,6 +57,8 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         compiler=given.get("CXX") or None,
         layer_names=given.get("PIECEWORK_LAYERNAME") != "0",
         api_key=given.get("PIECEWORK_API_KEY") or None,
+        trust=Path(trust).absolute() if (trust := given.get(TRUST_VARIABLE)) else None,
+        remote=given.get("PIECEWORK_REMOTE") or None,
     )
 
 
