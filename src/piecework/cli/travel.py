@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from piecework.bundle.bundle import Bundle
     from piecework.bundle.signatures import Trust
     from piecework.bundle.store.interface import Store
+    from piecework.bundle.store.remote import Remote
 
 COMMANDS: Final = ("show", "export", "import", "push", "pull", "keygen", "sign")
 _URL_HELP: Final = "s3://BUCKET/PATH, gs://BUCKET/PATH, file:///PATH, oci://HOST/NAME or oci://HOST/NAME:TAG"
@@ -90,21 +91,35 @@ def _answer(args: argparse.Namespace, *, store: Store, environment: Environment)
 
 
 def _travel(args: argparse.Namespace, *, store: Store, environment: Environment) -> dict[str, Any]:
-    from piecework.bundle.store.travel import open_remote, pull, push  # noqa: PLC0415
+    from piecework.bundle.store.travel import open_remote, pull  # noqa: PLC0415
 
-    remote = open_remote(args.url)
-    done: list[dict[str, Any]] = []
-    if args.store_command == "push":
-        for key in [_one(store, beginning) for beginning in args.keys] or _keys(store):
-            push(remote, key, store=store)
-            done.append({"key": key})
-    else:
-        there, trust = remote.keys(), _trust(args, store=store, environment=environment)
-        for key in [_chosen(there, beginning, where=remote.url) for beginning in args.keys] or there:
-            done.append({"key": key, "fresh": pull(remote, key, store=store, trust=trust).fresh})
+    with open_remote(args.url) as remote:
+        if args.store_command == "push":
+            done = _push(remote, args.keys, store=store)
+        else:
+            there, trust = remote.keys(), _trust(args, store=store, environment=environment)
+            if not there:
+                raise StoreError(asked=f"pull from {remote.url}", found="no bundle there", try_="another address")
+            keys = [_chosen(there, beginning, where=remote.url) for beginning in args.keys] or there
+            done = [{"key": key, "fresh": pull(remote, key, store=store, trust=trust).fresh} for key in keys]
     words = ["was there already" if one.get("fresh") is False else f"{args.store_command}ed" for one in done]
     lines = [f"{one['key']} {word}" for one, word in zip(done, words, strict=True)]
-    return {"url": remote.url, "bundles": done, "lines": lines}
+    return {"url": args.url, "bundles": done, "lines": lines}
+
+
+def _push(remote: Remote, beginnings: Sequence[str], *, store: Store) -> list[dict[str, Any]]:
+    from piecework.bundle.store.travel import push  # noqa: PLC0415
+
+    keys = [_one(store, beginning) for beginning in beginnings] or _keys(store)
+    if remote.holds_one and len(keys) > 1:
+        raise StoreError(
+            asked=f"push {len(keys)} bundles to {remote.url}",
+            found="an address for one bundle",
+            try_="give one KEY, or an address without a tag",
+        )
+    for key in keys:
+        push(remote, key, store=store)
+    return [{"key": key} for key in keys]
 
 
 def _sign(args: argparse.Namespace, *, store: Store) -> dict[str, Any]:
@@ -184,5 +199,5 @@ def _chosen(keys: Sequence[str], beginning: str, *, where: str) -> str:
     raise StoreError(
         asked=f"the bundle {beginning}",
         found=f"{several if found else 'no such bundle'} in {where}",
-        try_="give more of its key" if found else "`piecework store ls`, or the path of a file that exists",
+        try_="give more of its key" if found else "another key, or the path of something that exists",
     )

@@ -90,12 +90,13 @@ def _fetch(
 ) -> Bundle | None:
     from piecework.bundle.store.travel import find_remote, open_remote  # noqa: PLC0415  only where a remote is set
 
+    asked = spec.asked
     try:
-        remote = open_remote(url)
+        with open_remote(url) as remote:
+            found = find_remote(remote, spec.key, store=store, asked=asked, report=on_note, target=target, trust=trust)
     except StoreError as error:
         on_note(f"the remote {url} is not used: {error.found}")
         return None
-    found = find_remote(remote, spec.key, store=store, asked=spec.asked, report=on_note, target=target, trust=trust)
     if found is not None:
         on_note(f"took the bundle from {url}")
     return found

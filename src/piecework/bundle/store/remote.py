@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Self
 
 from piecework.bundle.manifest import FileEntry, Manifest
 from piecework.bundle.signatures import Head
@@ -18,12 +19,29 @@ from piecework.errors import InternalError, PieceworkError, StoreError
 
 
 class Remote(ABC):
-    """A place with bundles. All methods raise StoreError where it can't be reached, and may run in several threads."""
+    """A place with bundles; a context manager that closes its connections.
+
+    All methods raise StoreError where it can't be reached, and may run in several threads.
+    """
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:  # noqa: B027  most have none of their own
+        """Close the connections."""
 
     @property
     @abstractmethod
     def url(self) -> str:
         """Where it is, for people."""
+
+    @property
+    def holds_one(self) -> bool:
+        """Whether the address is that of a single bundle, which the next one replaces."""
+        return False
 
     @abstractmethod
     def keys(self, asked: str | None = None) -> tuple[str, ...]:
@@ -34,7 +52,7 @@ class Remote(ABC):
         """Return the manifest and the signatures of a bundle, neither checked, or None where there is none."""
 
     @abstractmethod
-    def chunks(self, entry: FileEntry) -> Iterator[bytes]:
+    def chunks(self, entry: FileEntry) -> Generator[bytes, None, None]:
         """Yield the content of a file of some bundle, neither checked nor cut off where it should end."""
 
     @abstractmethod

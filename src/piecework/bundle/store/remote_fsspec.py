@@ -8,7 +8,7 @@ bundles/<key>/manifest.json       written last
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -69,7 +69,7 @@ class FsspecRemote(Remote):
                 return None
             return Head(manifest, self._read(self._of(key, SIGNATURES), most=MAX_SIGNATURES_BYTES))
 
-    def chunks(self, entry: FileEntry) -> Iterator[bytes]:
+    def chunks(self, entry: FileEntry) -> Generator[bytes, None, None]:
         """See `Remote.chunks`."""
         path = f"{self._root}/files/{entry.sha256}"
         with remote_errors(f"read a file of {self._url}"):

@@ -10,7 +10,7 @@ import functools
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any, Final, cast, final
 from urllib.parse import urljoin
@@ -78,6 +78,11 @@ class OciRemote(Remote):
         """See `Remote.url`."""
         return self._url
 
+    @property
+    def holds_one(self) -> bool:
+        """See `Remote.holds_one`."""
+        return self._tag is not None
+
     def keys(self, asked: str | None = None) -> tuple[str, ...]:
         """See `Remote.keys`."""
         if self._tag is not None:
@@ -90,23 +95,23 @@ class OciRemote(Remote):
     def head(self, key: str) -> Head | None:
         """See `Remote.head`."""
         with remote_errors(f"read the bundle {key} of {self._url}"):
-            response = self._ask("GET", f"manifests/{self._tag or key}", headers={"Accept": OCI_MANIFEST}, stream=True)
-            if response.status_code == 404:
-                return None
-            _require_success(response)
-            manifest, signatures = _parse(_content(response, most=_MAX_ANSWER_BYTES), bundle=f"{key} of {self._url}")
+            path, headers = f"manifests/{self._tag or key}", {"Accept": OCI_MANIFEST}
+            with self._ask("GET", path, headers=headers, stream=True) as response:
+                if response.status_code == 404:
+                    return None
+                data = _content(response, most=_MAX_ANSWER_BYTES)
+            manifest, signatures = _parse(data, bundle=f"{key} of {self._url}")
             return Head(
                 self._blob(manifest, most=MAX_MANIFEST_BYTES),
                 None if signatures is None else self._blob(signatures, most=MAX_SIGNATURES_BYTES),
             )
 
-    def chunks(self, entry: FileEntry) -> Iterator[bytes]:
+    def chunks(self, entry: FileEntry) -> Generator[bytes, None, None]:
         """See `Remote.chunks`."""
-        with remote_errors(f"read a file of {self._url}"):
-            response = self._ask("GET", f"blobs/sha256:{entry.sha256}", stream=True)
-            with response:
-                _require_success(response)
-                yield from response.iter_content(_CHUNK)
+        path = f"blobs/sha256:{entry.sha256}"
+        with remote_errors(f"read a file of {self._url}"), self._ask("GET", path, stream=True) as response:
+            _require_success(response)
+            yield from response.iter_content(_CHUNK)
 
     def put_file(self, path: Path, entry: FileEntry) -> None:
         """See `Remote.put_file`."""
@@ -138,6 +143,10 @@ class OciRemote(Remote):
             data, headers = json.dumps(content).encode(), {"Content-Type": OCI_MANIFEST}
             _require_success(self._ask("PUT", f"manifests/{self._tag or key}", data=data, headers=headers))
 
+    def close(self) -> None:
+        """See `Remote.close`."""
+        self._registry.session.close()
+
     def _tags(self) -> list[str]:
         tags: list[str] = []
         url: str | None = f"{self._api}/tags/list"
@@ -145,20 +154,18 @@ class OciRemote(Remote):
             for _ in range(_MAX_PAGES):
                 if url is None:
                     break
-                response = self._registry.do_request(url, "GET", stream=True)
-                if response.status_code == 404:
-                    break
-                _require_success(response)
-                answer = json.loads(_content(response, most=_MAX_ANSWER_BYTES))
+                with self._registry.do_request(url, "GET", stream=True) as response:
+                    if response.status_code == 404:
+                        break
+                    answer = json.loads(_content(response, most=_MAX_ANSWER_BYTES))
                 tags += [str(tag) for tag in answer.get("tags") or ()]
                 following = response.links.get("next", {}).get("url")
                 url = urljoin(url, following) if following else None
         return tags
 
     def _blob(self, entry: FileEntry, *, most: int) -> bytes:
-        response = self._ask("GET", f"blobs/sha256:{entry.sha256}", stream=True)
-        _require_success(response)
-        return _content(response, most=most)
+        with self._ask("GET", f"blobs/sha256:{entry.sha256}", stream=True) as response:
+            return _content(response, most=most)
 
     def _ask(self, method: str, path: str, **options: Any) -> Any:
         return self._registry.do_request(f"{self._api}/{path}", method, **options)
@@ -223,13 +230,13 @@ def _no_bundle(bundle: str) -> CorruptBundle:
 
 
 def _content(response: Any, *, most: int) -> bytes:
-    """Return an answer's content, of which no more than a little over `most` bytes are read."""
+    """Return a good answer's content, of which no more than a little over `most` bytes are read."""
+    _require_success(response)
     data = bytearray()
-    with response:
-        for chunk in response.iter_content(_CHUNK):
-            data += chunk
-            if len(data) > most:
-                raise ValueError(f"an answer of more than {most} bytes")
+    for chunk in response.iter_content(_CHUNK):
+        data += chunk
+        if len(data) > most:
+            raise ValueError(f"an answer of more than {most} bytes")
     return bytes(data)
 
 

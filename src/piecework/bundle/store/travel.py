@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
@@ -97,8 +98,8 @@ def pull(remote: Remote, key: str, *, store: Store, trust: Trust | None = None, 
 
         def fetch(item: tuple[str, FileEntry]) -> None:
             name, entry = item
-            with (unfinished / name).open("wb") as out:
-                copy_verified(remote.chunks(entry), out, entry=entry, name=name, bundle=origin)
+            with (unfinished / name).open("wb") as out, closing(remote.chunks(entry)) as chunks:
+                copy_verified(chunks, out, entry=entry, name=name, bundle=origin)
 
         _each(fetch, manifest.files.items())
         return _take_in(unfinished, store=store, trust=trust, origin=origin)
@@ -133,13 +134,20 @@ def find_remote(
 
     Arguments as for `find_bundle`. A remote that fails is a miss, which `report` is told of: a start goes on without.
     """
+
+    def read(candidate: str) -> Head | None:
+        try:
+            return remote.head(candidate)
+        except (StoreError, BundleError) as error:
+            report(f"the bundle {candidate} of {remote.url} is not used: {error.found}")
+            return None
+
     try:
         keys = remote.keys(key)[:_MOST_CANDIDATES]
-        heads = _each(remote.head, keys)
-    except StoreError as error:
+    except (StoreError, BundleError) as error:
         report(f"the remote {remote.url} is not used: {error.found}")
         return None
-    for candidate, head in zip(keys, heads, strict=True):
+    for candidate, head in zip(keys, _each(read, keys), strict=True):
         origin = f"{candidate} of {remote.url}"
         try:
             if head is not None and not check(_manifest(head, bundle=origin).facts, asked=asked, target=target):
