@@ -11,11 +11,14 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 from piecework.bundle.manifest import FileEntry, Manifest
 from piecework.bundle.signatures import Head
 from piecework.errors import InternalError, PieceworkError, StoreError
+
+MAX_HEAD_BYTES: Final = 4 << 20
+"""Of a manifest in a remote, of which a start may read many: a hundred times what a model of 80 layers has."""
 
 
 class Remote(ABC):

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from piecework.bundle.format import MANIFEST, SIGNATURES
-from piecework.bundle.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest
+from piecework.bundle.manifest import FileEntry, Manifest
 from piecework.bundle.signatures import MAX_SIGNATURES_BYTES, Head
 from piecework.bundle.store.interface import is_key, is_of
-from piecework.bundle.store.remote import Remote, remote_errors
+from piecework.bundle.store.remote import MAX_HEAD_BYTES, Remote, remote_errors
 
 _CHUNK: Final = 64 << 20
 _LOCAL: Final = ("file", "local")
@@ -64,7 +64,7 @@ class FsspecRemote(Remote):
     def head(self, key: str) -> Head | None:
         """See `Remote.head`."""
         with remote_errors(f"read the bundle {key} of {self._url}"):
-            manifest = self._read(self._of(key, MANIFEST), most=MAX_MANIFEST_BYTES)
+            manifest = self._read(self._of(key, MANIFEST), most=MAX_HEAD_BYTES)
             if manifest is None:
                 return None
             return Head(manifest, self._read(self._of(key, SIGNATURES), most=MAX_SIGNATURES_BYTES))

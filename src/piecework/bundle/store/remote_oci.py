@@ -16,10 +16,10 @@ from typing import Any, Final, cast, final
 from urllib.parse import urljoin
 
 from piecework.bundle.format import MANIFEST, SIGNATURES
-from piecework.bundle.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest, corrupt, parse_manifest
+from piecework.bundle.manifest import FileEntry, Manifest, corrupt, parse_manifest
 from piecework.bundle.signatures import MAX_SIGNATURES_BYTES, Head
 from piecework.bundle.store.interface import ASKED, bundle_key, is_key, is_of
-from piecework.bundle.store.remote import Remote, remote_errors
+from piecework.bundle.store.remote import MAX_HEAD_BYTES, Remote, remote_errors
 from piecework.errors import CorruptBundle, StoreError
 from piecework.foundation.digests import digest_bytes, is_digest
 
@@ -102,7 +102,7 @@ class OciRemote(Remote):
                 data = _content(response, most=_MAX_ANSWER_BYTES)
             manifest, signatures = _parse(data, bundle=f"{key} of {self._url}")
             return Head(
-                self._blob(manifest, most=MAX_MANIFEST_BYTES),
+                self._blob(manifest, most=MAX_HEAD_BYTES),
                 None if signatures is None else self._blob(signatures, most=MAX_SIGNATURES_BYTES),
             )
 
@@ -161,6 +161,8 @@ class OciRemote(Remote):
                 tags += [str(tag) for tag in answer.get("tags") or ()]
                 following = response.links.get("next", {}).get("url")
                 url = urljoin(url, following) if following else None
+                if url is not None and not url.startswith(f"{self._api}/"):
+                    raise ValueError("the list goes on at another address")
         return tags
 
     def _blob(self, entry: FileEntry, *, most: int) -> bytes:

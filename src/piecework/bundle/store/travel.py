@@ -17,10 +17,10 @@ from typing import Final, TypeVar
 from piecework.bundle.bundle import Bundle, copy_bundle, open_bundle
 from piecework.bundle.facts import Asked, check
 from piecework.bundle.format import ARTIFACTS, MANIFEST, SIGNATURES
-from piecework.bundle.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest, corrupt, parse_manifest
+from piecework.bundle.manifest import FileEntry, Manifest, corrupt, parse_manifest
 from piecework.bundle.signatures import MAX_SIGNATURES_BYTES, Head, Trust, merged
 from piecework.bundle.store.interface import ASKED, Kind, Store, bundle_key
-from piecework.bundle.store.remote import Remote
+from piecework.bundle.store.remote import MAX_HEAD_BYTES, Remote
 from piecework.bundle.verified import check_total, copy_verified
 from piecework.errors import BundleError, StoreError, UntrustedBundle
 from piecework.foundation import files
@@ -114,6 +114,7 @@ def push(remote: Remote, key: str, *, store: Store) -> None:
     if bundle is None:
         raise StoreError(asked=f"push {key}", found="the store has no such bundle", try_="`piecework store ls`")
     head, there = bundle.head(), remote.head(key)
+    _manifest(head, bundle=key)  # one that is too large could be pushed and not pulled
     if there is not None and there.digest == head.digest:
         head = Head(head.manifest, merged(there.signatures, head.signatures, bundle=f"{key} of {remote.url}"))
     _each(lambda item: remote.put_file(bundle.root / item[0], item[1]), bundle.manifest.files.items())
@@ -180,7 +181,7 @@ def _checked(head: Head, key: str, *, origin: str, trust: Trust | None) -> Manif
 
 
 def _manifest(head: Head, *, bundle: str) -> Manifest:
-    if len(head.manifest) > MAX_MANIFEST_BYTES:
+    if len(head.manifest) > MAX_HEAD_BYTES:
         raise corrupt(MANIFEST, bundle=bundle, found="is too large")
     if head.signatures is not None and len(head.signatures) > MAX_SIGNATURES_BYTES:
         raise corrupt(SIGNATURES, bundle=bundle, found="is too large")
