@@ -35,23 +35,6 @@ class FoundBundle:
     verify_s: float
 
 
-def find_or_compile(spec: ModelSpec, *, store: Store, on_note: Callable[[str], None]) -> FoundBundle:
-    """Return the model's bundle from the store, or compile it there.
-
-    Args:
-        spec: which model, compiled how.
-        store: the local store, which the compile's process uses as well.
-        on_note: is told why a bundle was not used, and that one is being compiled.
-
-    Raises what the compile fails with, as CompileError where it says no more.
-    """
-    found = find(spec, store=store, on_note=on_note)
-    if found is not None:
-        return found
-    on_note(f"{why_missing(spec, store=store)}: compiling one")
-    return run_compile(CompileProcess(spec), on_line=None)
-
-
 def find(
     spec: ModelSpec,
     *,

@@ -17,7 +17,11 @@ Lie = Callable[[str, bytes], bytes | None]
 
 
 class Registry(ThreadingHTTPServer):
-    """What it holds by path below /v2/; `lie` makes another answer of a path's content, None for a broken one."""
+    """What it holds by path below /v2/.
+
+    `lie` makes another answer of a path's content, None for one that breaks off; `password` is what must follow
+    "Authorization: Basic", if it isn't empty.
+    """
 
     daemon_threads = True
 
@@ -28,6 +32,7 @@ class Registry(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.lie: Lie = lambda _path, data: data
         self.delay_s = 0.0
+        self.password = ""
 
     def handle_error(self, *_: object) -> None:
         """Say nothing of clients that go away."""
@@ -44,6 +49,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
+
+    def parse_request(self) -> bool:
+        """Refuse whoever has no password, before anything else."""
+        if not super().parse_request():
+            return False
+        wanted = self.server.password
+        if not wanted or self.headers["Authorization"] == f"Basic {wanted}":
+            return True
+        self.rfile.read(int(self.headers["Content-Length"] or 0))
+        self.send_response(401)
+        self.send_header("WWW-Authenticate", 'Basic realm="a registry"')
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+        return False
 
     def do_GET(self) -> None:
         path = self._begin()

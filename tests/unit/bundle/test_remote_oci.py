@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,6 +35,7 @@ def registry(server: Registry) -> Iterator[Registry]:
     server.manifests.clear()
     server.requests.clear()
     server.lie = lambda _path, data: data
+    server.password = ""
 
 
 @pytest.fixture
@@ -179,3 +181,19 @@ def test_nobody_is_there(there: DirectoryStore) -> None:
 )
 def test_plain_http_is_for_this_machine(url: str, start: str) -> None:
     assert open_remote(url)._api == start
+
+
+def test_name_and_password_of_docker_login(registry, here, there, key, tmp_path, monkeypatch) -> None:
+    registry.password = base64.b64encode(b"anna:secret").decode()
+    url = f"oci://{registry.host}/team/bundles"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with open_remote(url) as remote, pytest.raises(StoreError, match="authentication"):
+        push(remote, key, store=here)
+    assert registry.manifests == {}
+    (tmp_path / ".docker").mkdir()
+    (tmp_path / ".docker" / "config.json").write_text(
+        json.dumps({"auths": {registry.host: {"auth": registry.password}}})
+    )
+    with open_remote(url) as remote:
+        push(remote, key, store=here)
+        assert find_remote(remote, WANTED, store=there, asked=Asked(), report=pytest.fail) is not None

@@ -71,7 +71,9 @@ class OciRemote(Remote):
             # its own way waits up to two minutes for what can't be reached, and for ever for what doesn't answer
             self._registry.do_request = functools.partial(Registry.do_request.__wrapped__, self._registry)
             self._registry.session.request = functools.partial(self._registry.session.request, timeout=_PATIENCE_S)
-            self._registry.auth.load_configs(self._container)
+            auth = self._registry.auth
+            auth.load_configs(self._container)
+            auth.authenticate_request = functools.partial(_answer_challenge, auth, auth.authenticate_request)
 
     @property
     def url(self) -> str:
@@ -191,6 +193,17 @@ def describing(manifest: Manifest, *, key: str) -> dict[str, str]:
         "dev.piecework.digest": manifest.digest,
         **{f"dev.piecework.{name}": str(value) for name, value in {**facts, **said}.items()},
     }
+
+
+def _answer_challenge(auth: Any, by_token: Any, answer: Any, headers: Any, *, refresh: bool = False) -> Any:
+    """Answer a registry that wants name and password itself, as one with htpasswd does; oras asks others for a token.
+
+    Returns the headers to ask again with, and whether there is something new in them.
+    """
+    if not answer.headers.get("Www-Authenticate", "").lower().startswith("basic"):
+        return by_token(answer, headers, refresh=refresh)
+    secret = getattr(auth, "_basic_auth", None)
+    return ({**(headers or {}), "Authorization": f"Basic {secret}"}, True) if secret else (headers, False)
 
 
 def _key_of(head: Head, *, bundle: str) -> str:
