@@ -102,7 +102,7 @@ def _travel(args: argparse.Namespace, *, store: Store, environment: Environment)
                 raise StoreError(asked=f"pull from {remote.url}", found="no bundle there", try_="another address")
             keys = [_chosen(there, beginning, where=remote.url) for beginning in args.keys] or there
             done = [{"key": key, "fresh": pull(remote, key, store=store, trust=trust).fresh} for key in keys]
-    words = ["was there already" if one.get("fresh") is False else f"{args.store_command}ed" for one in done]
+    words = [f"{args.store_command}ed" if one["fresh"] else "was there already" for one in done]
     lines = [f"{one['key']} {word}" for one, word in zip(done, words, strict=True)]
     return {"url": args.url, "bundles": done, "lines": lines}
 
@@ -117,9 +117,7 @@ def _push(remote: Remote, beginnings: Sequence[str], *, store: Store) -> list[di
             found="an address for one bundle",
             try_="give one KEY, or an address without a tag",
         )
-    for key in keys:
-        push(remote, key, store=store)
-    return [{"key": key} for key in keys]
+    return [{"key": key, "fresh": push(remote, key, store=store)} for key in keys]
 
 
 def _sign(args: argparse.Namespace, *, store: Store) -> dict[str, Any]:

@@ -215,6 +215,21 @@ def test_pushing_again_uploads_nothing(here: DirectoryStore, key: str, tmp_path:
     assert len(before) == 5
 
 
+def test_another_build_stays_unless_this_one_is_signed(remote, here, there, key, content, signer) -> None:
+    there.put_bundle(key, content=replace(content, record=replace(content.record, notes=("another build",))))
+    first, second = here.get_bundle(key), there.get_bundle(key)
+    assert not push(remote, key, store=there)
+    assert remote.head(key).digest == first.digest
+    sign(there, key, signer)
+    assert push(remote, key, store=there)
+    assert remote.head(key).digest == second.digest
+    assert not push(remote, key, store=here)
+    assert remote.head(key).digest == second.digest
+    change(remote, f"bundles/{key}/{MANIFEST}", b"broken")
+    assert push(remote, key, store=here)
+    assert (remote.head(key).digest, remote.head(key).signatures) == (first.digest, None)
+
+
 def test_a_half_pushed_bundle_is_not_seen(here: DirectoryStore, there: Store, key: str, tmp_path: Path) -> None:
     bundle = here.get_bundle(key)
     assert bundle is not None

@@ -86,7 +86,7 @@ def test_signing_in_the_store(key: str, capsys: pytest.CaptureFixture[str], tmp_
 def test_push_and_pull(other_home, key: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     url = f"file://{tmp_path}/remote"
     assert call(capsys, "pull", url, code=1)["found"] == "no bundle there"
-    assert call(capsys, "push", url)["bundles"] == [{"key": key}]
+    assert call(capsys, "push", url)["bundles"] == [{"key": key, "fresh": True}]
     other_home.setenv("PIECEWORK_HOME", str(tmp_path / "second"))
     assert call(capsys, "pull", url, key[:5])["bundles"] == [{"key": key, "fresh": True}]
     assert call(capsys, "pull", url)["bundles"] == [{"key": key, "fresh": False}]

@@ -7,6 +7,7 @@ bundles/<key>/manifest.json       written last
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Generator
 from pathlib import Path
@@ -98,6 +99,9 @@ class FsspecRemote(Remote):
         with remote_errors(f"write the bundle {key} to {self._url}"):
             if head.signatures is not None:
                 self._replace(self._of(key, SIGNATURES), head.signatures)
+            else:
+                with contextlib.suppress(FileNotFoundError):  # of another build
+                    self._fs.rm_file(self._of(key, SIGNATURES))
             self._replace(self._of(key, MANIFEST), head.manifest)
 
     def _of(self, key: str, name: str) -> str:

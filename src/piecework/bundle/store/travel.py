@@ -18,7 +18,7 @@ from piecework.bundle.bundle import Bundle, copy_bundle, open_bundle
 from piecework.bundle.facts import Asked, check
 from piecework.bundle.format import ARTIFACTS, MANIFEST, SIGNATURES
 from piecework.bundle.manifest import FileEntry, Manifest, corrupt, parse_manifest
-from piecework.bundle.signatures import MAX_SIGNATURES_BYTES, Head, Trust, merged
+from piecework.bundle.signatures import MAX_SIGNATURES_BYTES, Head, Trust, merged, parse_signatures
 from piecework.bundle.store.interface import ASKED, Kind, Store, bundle_key
 from piecework.bundle.store.remote import MAX_HEAD_BYTES, Remote
 from piecework.bundle.verified import check_total, copy_verified
@@ -105,20 +105,28 @@ def pull(remote: Remote, key: str, *, store: Store, trust: Trust | None = None, 
         return _take_in(unfinished, store=store, trust=trust, origin=origin)
 
 
-def push(remote: Remote, key: str, *, store: Store) -> None:
+def push(remote: Remote, key: str, *, store: Store) -> bool:
     """Put a bundle of the store, with its signatures, where other machines find it.
+
+    Another build under the key, which is as good, stays, and False is returned: others may have signed it, and rely on
+    that. An unsigned one gives way to one that is signed, and that of an address for one bundle always does.
 
     Raises StoreError, CorruptBundle. Where it breaks off, the remote shows what it showed before.
     """
     bundle = store.get_bundle(key)
     if bundle is None:
         raise StoreError(asked=f"push {key}", found="the store has no such bundle", try_="`piecework store ls`")
-    head, there = bundle.head(), remote.head(key)
+    head, there = bundle.head(), _intact(remote, key)
     _manifest(head, bundle=key)  # one that is too large could be pushed and not pulled
-    if there is not None and there.digest == head.digest:
+    if there is not None and there.digest != head.digest:
+        gives_way = head.signatures is not None and there.signatures is None
+        if not (gives_way or remote.holds_one):
+            return False
+    elif there is not None:
         head = Head(head.manifest, merged(there.signatures, head.signatures, bundle=f"{key} of {remote.url}"))
     _each(lambda item: remote.put_file(bundle.root / item[0], item[1]), bundle.manifest.files.items())
     remote.put_head(key, head, bundle.manifest)
+    return True
 
 
 def find_remote(
@@ -178,6 +186,18 @@ def _checked(head: Head, key: str, *, origin: str, trust: Trust | None) -> Manif
     if key_of(manifest, bundle=origin) != key:
         raise corrupt(MANIFEST, bundle=origin, found="is that of another bundle")
     return manifest
+
+
+def _intact(remote: Remote, key: str) -> Head | None:
+    """Return what a remote has under a key, or None where that is nothing, or nothing that could be pulled."""
+    try:
+        head = remote.head(key)
+        if head is not None:
+            _manifest(head, bundle=key)
+            parse_signatures(head.signatures, bundle=key)
+    except BundleError:
+        return None
+    return head
 
 
 def _manifest(head: Head, *, bundle: str) -> Manifest:
