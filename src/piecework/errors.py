@@ -99,7 +99,7 @@ class UntrustedBundle(BundleError):
 
 
 class StoreError(PieceworkError):
-    """The store's directory can't be read or written."""
+    """The store's directory, a remote, or a file of keys can't be read or written."""
 
 
 class RequestError(PieceworkError):

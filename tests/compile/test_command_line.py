@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 import piecework
 
@@ -48,3 +51,39 @@ def test_generate_finds_what_was_compiled_with_the_same_options(
     missing = json.loads(run("why", *options, code=1).stdout)
     assert (missing["artifacts"]["stored"] > 0, missing["artifacts"]["to_compile"]) == (True, 0)
     run("store", "no-such-key", model="rm", code=1)
+
+
+@pytest.mark.slow
+def test_a_machine_starts_from_what_another_one_signed_and_pushed(
+    tmp_path: Path, new_home: Callable[[Path], Path]
+) -> None:
+    remote, secret = f"file://{tmp_path}/remote", tmp_path / "secret"
+    options = ["--backend", "eager", "--max-tokens", "64"]
+
+    def run(home: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PIECEWORK_HOME": str(new_home(tmp_path / home)), **variables}
+        command = [sys.executable, "-m", "piecework", *words, "--json"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    made = json.loads(run("first", "compile", str(MODEL), *options).stdout)
+    key = Path(made["bundle"]).name
+    run("first", "store", "keygen", str(secret))
+    run("first", "store", "push", remote)
+    generate = ["generate", str(MODEL), "--prompt", "The for statement", "--max-new-tokens", "2", *options]
+    elsewhere = {"PIECEWORK_REMOTE": remote, "PIECEWORK_TRUST": f"{secret}.pub"}
+
+    unsigned = run("second", *generate, **elsewhere)
+    assert "it is not signed" in unsigned.stderr.splitlines()[0]
+    assert "compiling one" in unsigned.stderr
+    own = run("second", *generate, **elsewhere)
+    assert (own.stderr, json.loads(own.stdout)["bundle"]) == ("", json.loads(unsigned.stdout)["bundle"])
+
+    run("first", "store", "sign", key, "--key", str(secret))
+    run("first", "store", "push", remote)
+    fetched = run("third", *generate, **elsewhere)
+    assert fetched.stderr == f"took the bundle from {remote}\n"
+    assert Path(json.loads(fetched.stdout)["bundle"]).name == key
+    shutil.rmtree(tmp_path / "remote")
+    assert run("third", *generate, **elsewhere).stderr == ""

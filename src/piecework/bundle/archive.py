@@ -13,16 +13,17 @@ import os
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Final
 
-from piecework.bundle.format import MANIFEST, is_member
-from piecework.bundle.manifest import MAX_MANIFEST_BYTES, FileEntry, corrupt, parse_manifest
+from piecework.bundle.format import MANIFEST, SIGNATURES, is_member
+from piecework.bundle.manifest import MAX_MANIFEST_BYTES, corrupt, parse_manifest
+from piecework.bundle.signatures import MAX_SIGNATURES_BYTES, Head
+from piecework.bundle.verified import MAX_BUNDLE_BYTES, check_total, chunks_of, copy_verified
 from piecework.errors import CorruptBundle
 from piecework.foundation import files
 
-MAX_EXTRACTED_BYTES: Final = 8 << 30
 _MARK: Final = b"piecework bundle sha256:"
 _DIGEST_BYTES: Final = 64
 _CHUNK: Final = 1 << 20
@@ -67,7 +68,7 @@ def archive_digest(path: Path) -> str:
     return digest
 
 
-def extract_archive(path: Path, *, to: Path, max_bytes: int = MAX_EXTRACTED_BYTES) -> None:
+def extract_archive(path: Path, *, to: Path, max_bytes: int = MAX_BUNDLE_BYTES) -> None:
     """Extract an archive into the existing, empty directory `to`, verifying every member on the way.
 
     Args:
@@ -79,22 +80,23 @@ def extract_archive(path: Path, *, to: Path, max_bytes: int = MAX_EXTRACTED_BYTE
     """
     with path.open("rb") as file, _zip_errors(path), zipfile.ZipFile(file) as archive:
         members = _members(archive, path=path)
-        if MANIFEST not in members:
-            raise corrupt(MANIFEST, bundle=str(path), found="is not in the archive")
-        if members[MANIFEST].file_size > MAX_MANIFEST_BYTES:
-            raise corrupt(MANIFEST, bundle=str(path), found="is too large")
-        data = archive.read(members[MANIFEST])
-        manifest = parse_manifest(data, bundle=str(path))
-        if differing := sorted(set(manifest.files) ^ (set(members) - {MANIFEST})):
+        head = _head(archive, members, path=path)
+        manifest = parse_manifest(head.manifest, bundle=str(path))
+        if differing := sorted(set(manifest.files) ^ (set(members) - {MANIFEST, SIGNATURES})):
             raise corrupt(differing[0], bundle=str(path), found="is in the archive or in its manifest, but not in both")
-        if sum(entry.size for entry in manifest.files.values()) > max_bytes:
-            raise corrupt(MANIFEST, bundle=str(path), found=f"lists files of more than {max_bytes} bytes")
-        (to / MANIFEST).write_bytes(data)
+        check_total(manifest, bundle=str(path), max_bytes=max_bytes)
+        head.write(to)
         for name, entry in manifest.files.items():
             target = to / name
             target.parent.mkdir(exist_ok=True)
             with archive.open(members[name]) as source, target.open("wb") as out:
-                _copy_verified(source, out, entry=entry, name=name, bundle=str(path))
+                copy_verified(chunks_of(source), out, entry=entry, name=name, bundle=str(path))
+
+
+def read_head(path: Path) -> Head:
+    """Return an archive's manifest and signatures, and read nothing else of it. Raises CorruptBundle, OSError."""
+    with path.open("rb") as file, _zip_errors(path), zipfile.ZipFile(file) as archive:
+        return _head(archive, _members(archive, path=path), path=path)
 
 
 def extracted_path(extract_root: Path, *, digest: str) -> Path:
@@ -116,6 +118,20 @@ def publish_extracted(path: Path, *, extract_root: Path, digest: str, existing: 
     return place
 
 
+def _head(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo], *, path: Path) -> Head:
+    content: dict[str, bytes] = {}
+    for name, most in ((MANIFEST, MAX_MANIFEST_BYTES), (SIGNATURES, MAX_SIGNATURES_BYTES)):
+        if name in members:
+            # what a zip says of a member's size is a claim
+            with archive.open(members[name]) as source:
+                content[name] = source.read(most + 1)
+            if len(content[name]) > most:
+                raise corrupt(name, bundle=str(path), found="is too large")
+    if MANIFEST not in content:
+        raise corrupt(MANIFEST, bundle=str(path), found="is not in the archive")
+    return Head(content[MANIFEST], content.get(SIGNATURES))
+
+
 def _members(archive: zipfile.ZipFile, *, path: Path) -> dict[str, zipfile.ZipInfo]:
     members: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
@@ -126,7 +142,7 @@ def _members(archive: zipfile.ZipFile, *, path: Path) -> dict[str, zipfile.ZipIn
             raise _refused(name, path=path, why="is a link or another thing that is no file")
         if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or name[1:2] == ":":
             raise _refused(name, path=path, why="leads out of the bundle")
-        if name != MANIFEST and not is_member(name):
+        if name not in (MANIFEST, SIGNATURES) and not is_member(name):
             raise _refused(name, path=path, why="is not a name that a bundle contains")
         if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise _refused(name, path=path, why="is encrypted or compressed in a way that bundles aren't")
@@ -141,20 +157,6 @@ def _refused(name: str, *, path: Path, why: str) -> CorruptBundle:
         try_="don't trust this archive; get the bundle from its maker, or compile the model again",
         file=name,
     )
-
-
-def _copy_verified(source: IO[bytes], out: IO[bytes], *, entry: FileEntry, name: str, bundle: str) -> None:
-    """Copy a member, stopping as soon as it's longer than it should be."""
-    digest = hashlib.sha256()
-    left = entry.size
-    while chunk := source.read(min(_CHUNK, left + 1)):
-        left -= len(chunk)
-        if left < 0:
-            break
-        digest.update(chunk)
-        out.write(chunk)
-    if left != 0 or digest.hexdigest() != entry.sha256:
-        raise corrupt(name, bundle=bundle, found="doesn't match its digest in the manifest")
 
 
 def _digest_but_end(file: IO[bytes]) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -21,11 +22,13 @@ from piecework.bundle.format import (
     MANIFEST,
     PLAN,
     RECORD,
+    SIGNATURES,
     artifact_digest,
 )
 from piecework.bundle.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest, corrupt, parse_manifest
 from piecework.bundle.record import Record
 from piecework.bundle.sealed import SealedFiles
+from piecework.bundle.signatures import MAX_SIGNATURES_BYTES, Head, Trust
 from piecework.errors import BundleError, InternalError, StoreError
 from piecework.foundation import files
 from piecework.foundation.digests import canonical_json, digest_bytes, digest_file
@@ -132,6 +135,11 @@ class Bundle:
         found = "is needed by the plan and not in the bundle"
         raise corrupt(f"{ARTIFACTS}/{name}", bundle=str(self.path), found=found)
 
+    def head(self) -> Head:
+        """Return its manifest and its signatures. Raises CorruptBundle, StoreError."""
+        with files.store_errors(f"open the bundle {self.path}"):
+            return Head(self.manifest.to_bytes(), _read_signatures(self.root, bundle=str(self.path)))
+
     def verify(self) -> None:
         """Check that the bundle's files are those of the manifest, and no others. Raises CorruptBundle, StoreError."""
         with files.store_errors(f"open the bundle {self.path}"):
@@ -161,7 +169,9 @@ class Bundle:
         return value
 
 
-def open_bundle(path: str | Path, *, extract_root: Path | None = None, verify: bool = True) -> Bundle:
+def open_bundle(
+    path: str | Path, *, extract_root: Path | None = None, verify: bool = True, trust: Trust | None = None
+) -> Bundle:
     """Open a bundle, a directory or an archive.
 
     Args:
@@ -169,9 +179,10 @@ def open_bundle(path: str | Path, *, extract_root: Path | None = None, verify: b
         extract_root: the directory in which archives are extracted, once each; default: the user's store.
         verify: whether every file's digest is checked now. Without, `Bundle.plan` and `Bundle.record` still check
             their own files, and the artifacts must be checked by `Bundle.verify` before they are loaded.
+        trust: whose signature it must have; of one that has none, nothing but the manifest is read.
 
     Raises BundleError where there is none or its format is of another version, CorruptBundle where a file is
-    missing, changed or too many, StoreError where it can't be read or an archive can't be extracted.
+    missing, changed or too many, UntrustedBundle, StoreError where it can't be read or an archive can't be extracted.
     """
     place = Path(path)
     with files.store_errors(f"open the bundle {place}"):
@@ -184,10 +195,15 @@ def open_bundle(path: str | Path, *, extract_root: Path | None = None, verify: b
                 try_="check the path, or make a bundle with `piecework compile MODEL --out BUNDLE`",
             ) from error
         if stat.S_ISDIR(mode):
-            return _open_directory(place, root=place, verify=verify)
+            return _open_directory(place, root=place, verify=verify, trust=trust)
         if not stat.S_ISREG(mode):
             raise corrupt(place.name, bundle=str(place), found="is neither a directory nor a file")
-        return _open_archive(place, extract_root=extract_root or read_environment().store_root, verify=verify)
+        if trust is not None:
+            trust.require(archive.read_head(place), bundle=str(place))
+        bundle = _open_archive(place, extract_root=extract_root or read_environment().store_root, verify=verify)
+        if trust is not None:  # it may have been exchanged meanwhile
+            trust.require(bundle.head(), bundle=str(place))
+        return bundle
 
 
 def write_bundle(path: str | Path, content: BundleContent, *, extract_root: Path | None = None) -> Bundle:
@@ -201,21 +217,46 @@ def write_bundle(path: str | Path, content: BundleContent, *, extract_root: Path
     Raises StoreError where `path` can't be written or holds something that is no bundle.
     """
     place = Path(path)
-    with files.store_errors(f"write the bundle {place}"):
-        _refuse_foreign(place)
-        place.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with files.scratch(place.absolute().parent) as directory:
-            unfinished = directory / "bundle"
-            build_directory(unfinished, content)
-            if place.suffix == ARCHIVE_SUFFIX:
-                packed = directory / place.name
-                archive.write_archive(unfinished, to=packed)
-                files.sync_file(packed)
-                os.replace(packed, place)
-                files.sync_directory(place.absolute().parent)
-            else:
-                files.publish_directory(unfinished, to=place.absolute(), existing=files.Existing.REPLACE)
+    with files.store_errors(f"write the bundle {place}"), _unfinished(place) as directory:
+        build_directory(directory, content)
     return open_bundle(place, extract_root=extract_root, verify=False)
+
+
+def copy_bundle(bundle: Bundle, *, to: Path, head: Head | None = None) -> None:
+    """Write a copy of a bundle atomically, as an archive or a directory; what is verified is what was copied.
+
+    Args:
+        bundle: which.
+        to: where to, as for `write_bundle`; may be the bundle's own path.
+        head: its manifest with other signatures; None copies those that it has.
+
+    Raises CorruptBundle, StoreError.
+    """
+    with files.store_errors(f"write the bundle {to}"), _unfinished(to) as directory:
+        (directory / ARTIFACTS).mkdir(parents=True)
+        for name in bundle.manifest.files:
+            shutil.copyfile(bundle.root / name, directory / name, follow_symlinks=False)
+        (head or bundle.head()).write(directory)
+        open_bundle(directory)
+
+
+@contextlib.contextmanager
+def _unfinished(place: Path) -> Iterator[Path]:
+    """Give a directory to be made and filled, which becomes the bundle at `place`. Raises StoreError, OSError."""
+    _refuse_foreign(place)
+    parent = place.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with files.scratch(parent) as scratch:
+        directory = scratch / "bundle"
+        yield directory
+        if place.suffix == ARCHIVE_SUFFIX:
+            packed = scratch / place.name
+            archive.write_archive(directory, to=packed)
+            files.sync_file(packed)
+            os.replace(packed, place)
+            files.sync_directory(parent)
+        else:
+            files.publish_directory(directory, to=place.absolute(), existing=files.Existing.REPLACE)
 
 
 def build_directory(directory: Path, content: BundleContent, *, shared: Path | None = None) -> Manifest:
@@ -264,11 +305,13 @@ def _linked(source: Path, link: Path) -> bool:
     return True
 
 
-def _open_directory(path: Path, *, root: Path, verify: bool) -> Bundle:
+def _open_directory(path: Path, *, root: Path, verify: bool, trust: Trust | None = None) -> Bundle:
     data = _read_file(root, name=MANIFEST, bundle=str(path), max_bytes=MAX_MANIFEST_BYTES)
     bundle = Bundle(
         path=path, root=root.absolute(), manifest=parse_manifest(data, bundle=str(path)), digest=digest_bytes(data)
     )
+    if trust is not None:
+        trust.require(bundle.head(), bundle=str(path))
     if verify:
         bundle.verify()
     return bundle
@@ -292,7 +335,7 @@ def _open_archive(path: Path, *, extract_root: Path, verify: bool) -> Bundle:
 def _verify(root: Path, *, manifest: Manifest, bundle: str) -> None:
     """Compare the directory with the manifest: no file too few, too many, of another kind, size or content."""
     found = _list_files(root, bundle=bundle)
-    for name in sorted(found - set(manifest.files) - {MANIFEST}):
+    for name in sorted(found - set(manifest.files) - {MANIFEST, SIGNATURES}):
         raise corrupt(name, bundle=bundle, found="is not in the manifest and must not be there")
     for name, entry in manifest.files.items():
         if name not in found:
@@ -319,6 +362,12 @@ def _list_files(root: Path, *, bundle: str) -> set[str]:
                     raise corrupt(name, bundle=bundle, found="is a link, or a directory, where a file belongs")
                 names.add(name)
     return names
+
+
+def _read_signatures(root: Path, *, bundle: str) -> bytes | None:
+    if not os.path.lexists(root / SIGNATURES):
+        return None
+    return _read_file(root, name=SIGNATURES, bundle=bundle, max_bytes=MAX_SIGNATURES_BYTES)
 
 
 def _read_file(root: Path, *, name: str, bundle: str, max_bytes: int | None = None) -> bytes:

@@ -12,6 +12,7 @@ PLAN: Final = "plan.json"
 RECORD: Final = "record.json"
 CONSTANTS: Final = "constants.safetensors"
 EXPLANATION: Final = "explain.json"
+SIGNATURES: Final = "signatures.json"
 ARTIFACTS: Final = "artifacts"
 ARCHIVE_SUFFIX: Final = ".pwb"
 

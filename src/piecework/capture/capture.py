@@ -19,7 +19,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from piecework.capture.cuts import is_opaque
-from piecework.capture.general import holds_for_one, mentions, working_ranges
+from piecework.capture.general import Forward, holds_for_one, mentions, working_ranges
 from piecework.capture.locations import KeepLines, is_models, note_lines
 from piecework.capture.memory import (
     bases_of,
@@ -104,7 +104,8 @@ def capture(request: CaptureRequest, *, templates: bool = True) -> CapturedGraph
             continue
         captured = _captured(graph, trace)
         assumed = {size for guard in trace.session.assumed for size in request.sizes if mentions(guard.expr, size)}
-        if not assumed or holds_for_one(captured, assumed):
+        names = {i.node: i.name for i in captured.inputs}
+        if not assumed or holds_for_one(Forward(captured.graph, names, captured.literals, request), assumed):
             return captured
         general = False
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -20,24 +20,38 @@ from piecework.capture.request import CaptureRequest, Dim, SizeInput, TensorInpu
 from piecework.capture.structure import flatten
 from piecework.foundation.torch_private import holds_within
 
-if TYPE_CHECKING:
-    from piecework.capture.capture import CapturedGraph
-
 _MOST_BYTES: Final = 2 << 30
 _SEED: Final = 20
 _TOLERANCE: Final = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
-def holds_for_one(captured: CapturedGraph, sizes: Iterable[str]) -> bool:
+@dataclass(frozen=True)
+class Forward:
+    """A graph of a module's forward.
+
+    Attributes:
+        graph: the graph.
+        names: its placeholders → names of inputs, weights and literals.
+        literals: tensors that are none of the module's, by name.
+        request: what was captured.
+    """
+
+    graph: torch.fx.Graph
+    names: Mapping[torch.fx.Node, str]
+    literals: Mapping[str, Tensor]
+    request: CaptureRequest
+
+
+def holds_for_one(forward: Forward, sizes: Iterable[str]) -> bool:
     """Return whether a graph computes what its module does where each of some sizes is 1, and all are.
 
     Args:
-        captured: the graph; its request has an example of each input.
+        forward: the graph; its request has an example of each input.
         sizes: names of declared sizes.
 
     False also where it can't be tried: tensors without values, states, objects, weights of more than 2 GiB.
     """
-    request = captured.request
+    request = forward.request
     names = sorted(set(sizes))
     if request.states or request.objects or {i.name for i in request.inputs} - set(request.values):
         return False
@@ -45,7 +59,7 @@ def holds_for_one(captured: CapturedGraph, sizes: Iterable[str]) -> bool:
     if weights is None:
         return False
     chosen = [{name} for name in names] + ([set(names)] if len(names) > 1 else [])
-    return all(_same(captured, weights, ones=ones) for ones in chosen)
+    return all(_same(forward, weights, ones=ones) for ones in chosen)
 
 
 def least_apart(conditions: Sequence[str], sizes: Mapping[str, Dim]) -> str | None:
@@ -118,24 +132,23 @@ def _random_weights(module: nn.Module) -> dict[str, Tensor] | None:
     return made
 
 
-def _same(captured: CapturedGraph, weights: Mapping[str, Tensor], *, ones: set[str]) -> bool:
-    request = captured.request
+def _same(forward: Forward, weights: Mapping[str, Tensor], *, ones: set[str]) -> bool:
+    request = forward.request
     given = {i.name: _example(i, request, ones) for i in request.inputs}
-    module = torch.fx.GraphModule(nn.Module(), captured.graph)
-    known = {**weights, **captured.literals, **given}
-    names = {i.node: i.name for i in captured.inputs}
-    nodes = [node for node in captured.graph.nodes if node.op == "placeholder"]
-    ran = _Forward(request)
+    module = torch.fx.GraphModule(nn.Module(), forward.graph)
+    known = {**weights, **forward.literals, **given}
+    nodes = [node for node in forward.graph.nodes if node.op == "placeholder"]
+    ran = _Called(request)
     with torch.no_grad():
         try:
             wanted = torch.func.functional_call(ran, {f"module.{n}": t for n, t in weights.items()}, (given,))
-            found = torch.fx.Interpreter(module).run(*(known[names[n]] for n in nodes))
+            found = torch.fx.Interpreter(module).run(*(known[forward.names[n]] for n in nodes))
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
             return False
     return len(wanted) == len(found) and all(_close(a, b) for a, b in zip(wanted, found, strict=True))
 
 
-class _Forward(nn.Module):
+class _Called(nn.Module):
     """A request's call as a module, so that it can be run with other weights."""
 
     def __init__(self, request: CaptureRequest) -> None:

@@ -50,7 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         parser.add_argument(name, type=_from(1), default=default, metavar="N", help=f"{text} (default: {default})")
     parser.add_argument("--starts", type=_from(0), default=3, metavar="N", help="timed starts; 0: none (default: 3)")
     add_spec_options(parser)
-    add_options(parser, engine_options("kv_cache_memory", "bundle", "random_weights"))
+    add_options(parser, engine_options("kv_cache_memory", "bundle", "trust", "random_weights"))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
             kv_cache_memory=args.kv_cache_memory,
             prefix_caching=False,
             bundle=args.bundle,
+            trust=args.trust,
             random_weights=args.random_weights,
             on_note=notes.append,
         ) as llm:
@@ -98,6 +99,8 @@ def _starts(args: argparse.Namespace, bundle: Path, notes: list[str]) -> dict[st
     words = ["generate", str(args.model), "--bundle", str(bundle), "--prompt", _PROMPT, "--max-new-tokens", "1"]
     if args.random_weights is not None:
         words += ["--random-weights", str(args.random_weights)]
+    if args.trust is not None:
+        words += ["--trust", str(args.trust)]
     found: dict[str, list[float]] = {"first_token_s": [], "load_ms": []}
     with console.progress() as progress:
         for number in range(args.starts + 1):

@@ -33,7 +33,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "generate": "continue a prompt, from a stored bundle or after compiling one",
     "serve": "serve a model over HTTP, as OpenAI does",
     "why": "say whether a start would find its bundle, and why not",
-    "store": "list, check and tidy the store",
+    "store": "list, check, tidy and share the store",
     "inspect": "show what a bundle contains and check its digests",
     "explain": "say which layers share their pieces, and why others don't",
     "bench": "measure a model here: its start, and tokens per second",

@@ -1,4 +1,4 @@
-"""`piecework store`: what the store holds, whether it is whole, and making room."""
+"""`piecework store`: what the store holds, whether it is whole, and making room; `cli/travel.py` has the rest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from piecework.cli import console
+from piecework.cli import console, travel
 from piecework.cli.console import size_argument
 from piecework.errors import StoreError
 from piecework.foundation.environment import read_environment
@@ -23,7 +23,7 @@ def add_parser(subparsers: Any) -> None:
     """Register the command and its own commands."""
     parser = subparsers.add_parser(
         "store",
-        help="list, check and tidy the store",
+        help="list, check, tidy and share the store",
         description="The store holds bundles, the artifacts of their pieces, and what was set aside as damaged.",
     )
     commands = parser.add_subparsers(dest="store_command", metavar="COMMAND", required=True)
@@ -40,15 +40,18 @@ def add_parser(subparsers: Any) -> None:
     )
     collect.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    for one in (listing, verify, remove, collect):
+    for one in (listing, verify, remove, collect, *travel.add_parsers(commands)):
         one.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do it, and return the exit code. Raises StoreError."""
+    """Do it, and return the exit code. Raises StoreError, BundleError."""
     from piecework.bundle.store.directory import DirectoryStore  # noqa: PLC0415  `piecework --help` must not pay for it
 
-    store = DirectoryStore(read_environment().store_root)
+    environment = read_environment()
+    store = DirectoryStore(environment.store_root)
+    if args.store_command in travel.COMMANDS:
+        return travel.run(args, store=store, environment=environment)
     match args.store_command:
         case "ls":
             items = tuple(sorted(store.items(), key=lambda item: -item.used_s))

@@ -29,12 +29,15 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Say it, and return the exit code. Raises UnsupportedModelError, CaptureError, StoreError."""
-    from piecework.bundle.store.directory import DirectoryStore  # noqa: PLC0415  `piecework --help` must not pay for it
+    from piecework.bundle.signatures import read_trust  # noqa: PLC0415  `piecework --help` must not pay for these
+    from piecework.bundle.store.directory import DirectoryStore  # noqa: PLC0415
     from piecework.engine.bundles import find, nearest_bundles  # noqa: PLC0415
 
-    spec, store = spec_of(args, source=args.model), DirectoryStore(read_environment().store_root)
+    environment = read_environment()
+    spec, store = spec_of(args, source=args.model), DirectoryStore(environment.store_root)
     notes: list[str] = []
-    found = find(spec, store=store, on_note=notes.append)
+    trust = read_trust(environment.trust, is_own=store.made_here)
+    found = find(spec, store=store, on_note=notes.append, trust=trust, remote=environment.remote)
     near = () if found is not None else nearest_bundles(spec, store=store)[: max(0, args.nearest)]
     answer: dict[str, Any] = {
         "hit": found is not None,

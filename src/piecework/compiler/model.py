@@ -12,7 +12,8 @@ from piecework.bundle.bundle import Bundle, BundleContent, write_bundle
 from piecework.bundle.facts import making_facts
 from piecework.bundle.recipes import Take, resolved, takes
 from piecework.bundle.record import Recorder
-from piecework.bundle.store.interface import Store, bundle_key
+from piecework.bundle.signatures import read_trust
+from piecework.bundle.store.interface import ASKED, Store, bundle_key
 from piecework.bundle.store.lookup import find_bundle
 from piecework.compiler.backends.backend import AotiBackend, Backend, EagerBackend
 from piecework.compiler.backends.toolchain import find_toolchain
@@ -70,9 +71,10 @@ def compile_model(
         with content as made, recorder.phase("seal"):
             return CompiledModel(write_bundle(out, made), cached=False)
     target = read_target()
+    trust = read_trust(environment.trust, is_own=store.made_here)
 
     def is_made() -> bool:
-        bundle = find_bundle(store, spec.key, report=recorder.note, asked=spec.asked, target=target)
+        bundle = find_bundle(store, spec.key, report=recorder.note, asked=spec.asked, target=target, trust=trust)
         found.extend([] if bundle is None else [bundle])
         return bundle is not None
 
@@ -116,7 +118,7 @@ def _compiled(
             request,
             setup,
             facts=lambda: (*spec.facts, *making_facts(), *reads.facts()),
-            identity=spec.identity,
+            identity={**spec.identity, ASKED: spec.key},
         ).content
 
 

@@ -9,11 +9,12 @@ from typing import Final
 
 from piecework.bundle.bundle import Bundle, open_bundle
 from piecework.bundle.facts import Difference, check
+from piecework.bundle.signatures import Trust
 from piecework.bundle.store.interface import Kind, Store
 from piecework.bundle.store.lookup import find_bundle
 from piecework.engine.compile_process import CompileProcess
-from piecework.errors import BundleError
-from piecework.foundation.target import read_target
+from piecework.errors import BundleError, StoreError
+from piecework.foundation.target import Target, read_target
 from piecework.spec.model_spec import ModelSpec
 
 _MOST_SHOWN: Final = 6
@@ -34,29 +35,54 @@ class FoundBundle:
     verify_s: float
 
 
-def find_or_compile(spec: ModelSpec, *, store: Store, on_note: Callable[[str], None]) -> FoundBundle:
-    """Return the model's bundle from the store, or compile it there.
+def find(
+    spec: ModelSpec,
+    *,
+    store: Store,
+    on_note: Callable[[str], None],
+    trust: Trust | None = None,
+    remote: str | None = None,
+) -> FoundBundle | None:
+    """Return the bundle that is wanted from the store, or None.
 
     Args:
         spec: which model, compiled how.
-        store: the local store, which the compile's process uses as well.
-        on_note: is told why a bundle was not used, and that one is being compiled.
+        store: the local store.
+        on_note: is told of a bundle that was set aside or isn't trusted, and of a remote that fails.
+        trust: whose signature a bundle must have that wasn't compiled into the store.
+        remote: the URL of where the bundle is looked for as well; one that fits comes into the store.
 
-    Raises what the compile fails with, as CompileError where it says no more.
+    Raises StoreError where the store can't be read.
     """
-    found = find(spec, store=store, on_note=on_note)
-    if found is not None:
-        return found
-    on_note(f"{why_missing(spec, store=store)}: compiling one")
-    return run_compile(CompileProcess(spec), on_line=None)
-
-
-def find(spec: ModelSpec, *, store: Store, on_note: Callable[[str], None]) -> FoundBundle | None:
-    """Return the bundle that is wanted from the store, or None; `on_note` is told of one that was set aside."""
     begun = time.perf_counter()
     target = read_target()
-    found = find_bundle(store, spec.key, report=on_note, asked=spec.asked, target=target)
+    found = find_bundle(store, spec.key, report=on_note, asked=spec.asked, target=target, trust=trust)
+    if found is None and remote is not None:
+        found = _fetch(remote, spec, store=store, on_note=on_note, target=target, trust=trust)
     return None if found is None else FoundBundle(found, compiled=False, verify_s=time.perf_counter() - begun)
+
+
+def _fetch(
+    url: str,
+    spec: ModelSpec,
+    *,
+    store: Store,
+    on_note: Callable[[str], None],
+    target: Target,
+    trust: Trust | None,
+) -> Bundle | None:
+    from piecework.bundle.store.travel import find_remote, open_remote  # noqa: PLC0415  only where a remote is set
+
+    asked = spec.asked
+    try:
+        with open_remote(url) as remote:
+            found = find_remote(remote, spec.key, store=store, asked=asked, report=on_note, target=target, trust=trust)
+    except StoreError as error:
+        on_note(f"the remote {url} is not used: {error.found}")
+        return None
+    if found is not None:
+        on_note(f"took the bundle from {url}")
+    return found
 
 
 def why_missing(spec: ModelSpec, *, store: Store) -> str:

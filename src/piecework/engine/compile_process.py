@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final, final
 
 from piecework.errors import CompileError, PieceworkError
+from piecework.foundation.environment import TRUST_VARIABLE, child_variables
 from piecework.foundation.process import python_command
 from piecework.spec.model_spec import ModelSpec
 
@@ -42,9 +43,11 @@ class CompileProcess:
 
     Args:
         spec: which model, compiled how.
+        trust: the file of keys of which a bundle needs a signature that it finds; None for the environment's.
     """
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, *, trust: Path | None = None) -> None:
+        self._variables = child_variables({} if trust is None else {TRUST_VARIABLE: str(trust)})
         options = ["--spec", spec.to_json(), "--weights", "none", "--json", "--parent", str(os.getpid())]
         self._command = python_command("piecework", "compile", *options)
         self._mutex = threading.Lock()
@@ -80,7 +83,11 @@ class CompileProcess:
             if self._stopped:
                 raise _failed({"found": "it was stopped"})
             self._process = subprocess.Popen(
-                self._command, stdout=subprocess.PIPE, stderr=subprocess.PIPE if piped else None, text=True
+                self._command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE if piped else None,
+                text=True,
+                env=self._variables,
             )
             return self._process
 

@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from piecework.bundle.bundle import open_bundle
 from piecework.bundle.facts import require
+from piecework.bundle.signatures import Trust, read_trust
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.bundle.store.interface import Store
 from piecework.engine.bundles import FoundBundle, find, run_compile, why_missing
@@ -54,7 +54,8 @@ class _Start:
     spec: ModelSpec
     options: EngineOptions
     store: Store
-    extract_root: Path
+    environment: Environment
+    trust: Trust | None
     on_event: OnEvent
     hears_compile: bool
 
@@ -111,7 +112,7 @@ def open_engine(
     Args:
         spec: which model, compiled how.
         options: the engine's.
-        environment: where the store is.
+        environment: where the store is, which remote stands behind it, and whose bundles are trusted.
         tokenizer: loads the tokenizer, in a thread; None loads the directory's, if it has one.
         on_event: hears how it goes, from several threads.
         hears_compile: whether a compile's progress comes as events; else its process writes it to stderr.
@@ -119,11 +120,12 @@ def open_engine(
     With `WhileCompiling.EAGER` and without a bundle, the engine runs one of the eager backend; `open_compiled` then
     compiles and loads the other, to be swapped in.
 
-    Raises BundleError, WeightsError, CompileError, CapacityError, UnsupportedModelError, StoreError.
+    Raises BundleError, UntrustedBundle, WeightsError, CompileError, CapacityError, UnsupportedModelError, StoreError.
     """
-    root = environment.store_root
-    start = _Start(spec, options, DirectoryStore(root), root, on_event, hears_compile)
-    with start.store.in_use():
+    store = DirectoryStore(environment.store_root)
+    trust = read_trust(options.trust or environment.trust, is_own=store.made_here)
+    start = _Start(spec, options, store, environment, trust, on_event, hears_compile)
+    with store.in_use():
         return _open(start, tokenizer)
 
 
@@ -216,15 +218,18 @@ def _find(start: _Start) -> FoundBundle | None:
     with phase("bundle", on_event=start.on_event):
         path, spec = start.options.bundle, start.spec
         if path is None:
-            return _find_stored(start, spec)
+            return _find_stored(start, spec, remote=start.environment.remote)
         begun = time.perf_counter()
-        bundle = open_bundle(path, extract_root=start.extract_root)
+        bundle = open_bundle(path, extract_root=start.environment.store_root, trust=start.trust)
         require(bundle.facts, what=f"run {spec.source} from {path}", asked=spec.named)
         return FoundBundle(bundle, compiled=False, verify_s=time.perf_counter() - begun)
 
 
-def _find_stored(start: _Start, spec: ModelSpec) -> FoundBundle | None:
-    return find(spec, store=start.store, on_note=lambda text: start.on_event(Note(text)))
+def _find_stored(start: _Start, spec: ModelSpec, *, remote: str | None = None) -> FoundBundle | None:
+    def note(text: str) -> None:
+        start.on_event(Note(text))
+
+    return find(spec, store=start.store, on_note=note, trust=start.trust, remote=remote)
 
 
 def _compile(start: _Start) -> _Chosen:
@@ -247,7 +252,7 @@ def eager_form(spec: ModelSpec) -> ModelSpec:
 
 def _run_compile(start: _Start, spec: ModelSpec, *, reason: str) -> FoundBundle:
     """Compile a bundle in a process, and report how far it is."""
-    process, backend = CompileProcess(spec), spec.options.backend.value
+    process, backend = CompileProcess(spec, trust=start.options.trust), spec.options.backend.value
     is_last = spec == start.spec
 
     def hear(line: str) -> None:
@@ -256,6 +261,9 @@ def _run_compile(start: _Start, spec: ModelSpec, *, reason: str) -> FoundBundle:
     start.on_event(CompileBegins(process, backend, reason))
     try:
         with phase("compile" if is_last else f"compile ({backend})", on_event=start.on_event):
-            return run_compile(process, on_line=hear if start.hears_compile else None)
+            found = run_compile(process, on_line=hear if start.hears_compile else None)
+        if start.trust is not None:
+            start.trust.require(found.bundle.head(), bundle=str(found.bundle.path))
+        return found
     finally:
         start.on_event(CompileEnds(backend, last=is_last))

@@ -15,6 +15,7 @@ from typing import Final
 from piecework.errors import PieceworkError
 from piecework.foundation.flight import OVERTAKE_S
 
+TRUST_VARIABLE: Final = "PIECEWORK_TRUST"
 _COMPILERS: Final = re.compile(r"(TORCHINDUCTOR|TORCHDYNAMO|AOT_INDUCTOR|TORCH_COMPILE)_[A-Z0-9_]+")
 _WITHOUT_EFFECT: Final = re.compile(
     r"CACHE|WORKER|THREADS|TRACE|LOG|DUMP|PROFIL|BENCHMARK|DEBUG|VERBOSE|PROGRESS|SUPPRESS|SAVE_ARGS|PRINT"
@@ -34,6 +35,8 @@ class Environment:
         api_key: what clients of a server must send (`PIECEWORK_API_KEY`), or None.
         overtake_s: after how many seconds without progress of another process that compiles what is needed here, it
             is compiled here (`PIECEWORK_OVERTAKE_S`; "inf" for never).
+        trust: the file of public keys of which a bundle from elsewhere needs a signature (`PIECEWORK_TRUST`), or None.
+        remote: the URL where bundles are looked for that the store hasn't (`PIECEWORK_REMOTE`), or None.
     """
 
     store_root: Path
@@ -41,6 +44,8 @@ class Environment:
     layer_names: bool = True
     api_key: str | None = field(default=None, repr=False)
     overtake_s: float = OVERTAKE_S
+    trust: Path | None = None
+    remote: str | None = None
 
     @property
     def toolchain_root(self) -> Path:
@@ -61,6 +66,8 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         layer_names=given.get("PIECEWORK_LAYERNAME") != "0",
         api_key=given.get("PIECEWORK_API_KEY") or None,
         overtake_s=_seconds(given, "PIECEWORK_OVERTAKE_S", default=OVERTAKE_S),
+        trust=Path(trust).absolute() if (trust := given.get(TRUST_VARIABLE)) else None,
+        remote=given.get("PIECEWORK_REMOTE") or None,
     )
 
 

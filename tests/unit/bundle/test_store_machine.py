@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from piecework.bundle import BundleContent, DirectoryStore, Fact, Kind, MemoryStore, Store, find_artifact, find_bundle
+from piecework.bundle.bundle import build_directory
 from piecework.bundle.record import Record
 from piecework.errors import CorruptBundle
 
@@ -32,6 +34,7 @@ class Stores(RuleBasedStateMachine):
         self.is_directory = not in_memory
         self.artifacts: dict[str, bytes] = {}
         self.bundles: dict[str, bytes] = {}
+        self.foreign: set[str] = set()
         self.damaged: set[tuple[Kind, str]] = set()
         self.num_aside = 0
 
@@ -66,10 +69,22 @@ class Stores(RuleBasedStateMachine):
     def put_bundle(self, key: str, data: bytes) -> None:
         if (Kind.BUNDLE, key) in self.damaged:
             return
-        replaced = key in self.bundles and self.bundles[key] != data
-        self.num_aside += replaced
+        self.num_aside += key in self.bundles and (self.bundles[key] != data or key in self.foreign)
         self.put(Kind.BUNDLE, key, data)
         self.bundles[key] = data
+        self.foreign.discard(key)
+
+    @rule(key=KEYS, data=CONTENTS)
+    def adopt(self, key: str, data: bytes) -> None:
+        if (Kind.BUNDLE, key) in self.damaged:
+            return
+        with self.store.scratch() as scratch:
+            build_directory(scratch / "bundle", replace(self.content(data), record=Record(notes=("elsewhere",))))
+            self.store.adopt(key, unfinished=scratch / "bundle")
+        if self.bundles.get(key) != data:
+            self.num_aside += key in self.bundles
+            self.bundles[key] = data
+            self.foreign.add(key)
 
     @rule(key=KEYS, kind=st.sampled_from(Kind))
     def set_aside(self, key: str, kind: Kind) -> None:
@@ -79,6 +94,8 @@ class Stores(RuleBasedStateMachine):
         assert self.store.set_aside(kind, key, reason="a rule") == (key in there)
         self.num_aside += key in there
         there.pop(key, None)
+        if kind is Kind.BUNDLE:
+            self.foreign.discard(key)
 
     @rule(key=KEYS)
     def damage_bundle(self, key: str) -> None:
@@ -110,6 +127,8 @@ class Stores(RuleBasedStateMachine):
             self.num_aside += 1
             self.damaged.remove((kind, key))
             del there[key]
+            if kind is Kind.BUNDLE:
+                self.foreign.discard(key)
         assert (found is not None) == (key in there)
 
     @rule(key=KEYS, kind=st.sampled_from(Kind), data=CONTENTS, nth=st.integers(1, 8))
@@ -140,6 +159,12 @@ class Stores(RuleBasedStateMachine):
         found = self.store.get_artifact(key) if kind is Kind.ARTIFACT else self.store.get_bundle(key)
         if found is not None:
             there[key] = data
+
+    @rule(key=KEYS)
+    def only_what_was_put_was_made_here(self, key: str) -> None:
+        bundle = self.store.get_bundle(key, verify=False)
+        if bundle is not None:
+            assert self.store.made_here(bundle.digest) == (key not in self.foreign)
 
     @rule()
     def open_again(self) -> None:

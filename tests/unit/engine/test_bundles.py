@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import threading
 import time
@@ -13,7 +14,10 @@ import pytest
 
 from piecework.bundle.facts import Fact, config_facts, environment_facts, making_facts
 from piecework.bundle.record import Record
-from piecework.bundle.store.interface import BundleContent, MemoryStore
+from piecework.bundle.signatures import make_key, read_trust
+from piecework.bundle.store.directory import DirectoryStore
+from piecework.bundle.store.interface import ASKED, BundleContent, MemoryStore, Store, bundle_key
+from piecework.bundle.store.travel import open_remote, push
 from piecework.engine.bundles import find, run_compile, why_missing
 from piecework.engine.compile_process import CompileProcess, CompileStep, parse_step
 from piecework.errors import CompileError
@@ -41,15 +45,15 @@ def store(tmp_path: Path) -> MemoryStore:
     return MemoryStore(root)
 
 
-def _put(store: MemoryStore, wanted: ModelSpec, *changed: Fact, key: str | None = None) -> None:
+def _put(store: Store, wanted: ModelSpec, *changed: Fact, key: str | None = None) -> None:
     target = read_target()
     config = config_facts(wanted.config.raw, wanted.config.raw)
     made = (*wanted.facts, *config, *making_facts(), *environment_facts(target=target))
     facts = {(fact.kind, fact.name): fact for fact in made}
     facts.update({(fact.kind, fact.name): fact for fact in changed})
     content = BundleContent(plan=PLAN, artifacts={}, facts=tuple(facts.values()), record=Record())
-    content = replace(content, identity=wanted.identity)
-    store.put_bundle(key or wanted.key, content=content)
+    content = replace(content, identity={**wanted.identity, ASKED: wanted.key})
+    store.put_bundle(key or bundle_key(wanted.key, content.facts), content=content)
 
 
 def test_a_bundle_with_the_facts_is_found(store, wanted):
@@ -103,6 +107,50 @@ def test_the_nearest_bundle_says_what_differs(store, wanted):
     why = why_missing(wanted, store=store)
     assert "torch version: bundle 1.0, here " in why
     assert "dtype" not in why
+
+
+@pytest.fixture
+def remote(tmp_path: Path, wanted: ModelSpec) -> str:
+    """Return the URL of a remote with the bundle, and with one for another torch."""
+    there, url = DirectoryStore(tmp_path / "there"), f"file://{tmp_path}/remote"
+    _put(there, wanted, Fact("torch", "version", "1.0"))
+    _put(there, wanted)
+    with open_remote(url) as made:
+        for key in there.bundles(wanted.key):
+            push(made, key, store=there)
+        assert len(made.keys()) == 2
+    return url
+
+
+def test_a_remote_fills_the_store_with_what_fits(store, wanted, remote):
+    notes: list[str] = []
+    found = find(wanted, store=store, on_note=notes.append, remote=remote)
+    assert found is not None
+    assert notes == [f"took the bundle from {remote}"]
+    assert len(store.bundles(wanted.key)) == 1
+    shutil.rmtree(remote.removeprefix("file://"))
+    assert find(wanted, store=store, on_note=pytest.fail, remote=remote) is not None
+
+
+def test_a_remote_is_not_asked_for_what_is_here(store, wanted):
+    _put(store, wanted)
+    assert find(wanted, store=store, on_note=pytest.fail, remote="nothing://there") is not None
+
+
+@pytest.mark.parametrize("url", ["nothing://there", "nowhere", "oci://127.0.0.1:9/x"])
+def test_a_remote_that_fails_is_a_note(store, wanted, url):
+    notes: list[str] = []
+    assert find(wanted, store=store, on_note=notes.append, remote=url) is None
+    assert [note.startswith(f"the remote {url} is not used: ") for note in notes] == [True]
+
+
+def test_what_a_remote_has_must_be_signed(store, wanted, remote, tmp_path):
+    make_key(tmp_path / "key")
+    trust = read_trust(tmp_path / "key.pub")
+    notes: list[str] = []
+    assert find(wanted, store=store, on_note=notes.append, remote=remote, trust=trust) is None
+    assert ["it is not signed" in note for note in notes] == [True]
+    assert store.items() == ()
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,21 @@ from typing import Any
 import pytest
 
 import piecework
+from piecework.bundle.bundle import copy_bundle
+from piecework.bundle.signatures import Head, add_signature, make_key, read_key
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.engine.llm import LLM
 from piecework.engine.request import FinishReason
 from piecework.engine.sampling_params import SamplingParams
-from piecework.errors import CapacityError, CompileError, EngineError, RequestError, StaleBundle, WeightsError
+from piecework.errors import (
+    CapacityError,
+    CompileError,
+    EngineError,
+    RequestError,
+    StaleBundle,
+    UntrustedBundle,
+    WeightsError,
+)
 from piecework.spec.model_spec import ModelSpec
 from tests.unit.engine.next_letter import (
     BLOCK_BYTES,
@@ -201,3 +211,31 @@ def test_its_names_are_public_and_need_no_compiler() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_bundle_that_is_named_must_be_signed_where_keys_are_trusted(
+    make: Make, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_key(tmp_path / "key")
+    trust = tmp_path / "key.pub"
+    with pytest.raises(UntrustedBundle, match="it is not signed"):
+        make(trust=trust)
+    bundle = write_letter_bundle(model_dir)
+    with pytest.raises(UntrustedBundle, match="it is not signed"):
+        piecework.load(bundle.path, weights={}, trust=trust)
+    monkeypatch.setenv("PIECEWORK_TRUST", str(trust))
+    with pytest.raises(UntrustedBundle, match="it is not signed"):
+        make()
+    with pytest.raises(UntrustedBundle, match="it is not signed"):
+        piecework.load(bundle.path, weights={})
+    head = bundle.head()
+    signed = Head(head.manifest, add_signature(head, read_key(tmp_path / "key"), bundle="b"))
+    copy_bundle(bundle, to=tmp_path / "signed.pwb", head=signed)
+    assert make(bundle=tmp_path / "signed.pwb").generate("a", SamplingParams(max_tokens=2))[0].text == "bc"
+
+
+def test_what_travels_is_imported_only_where_it_is_wanted() -> None:
+    names = "fsspec", "oras", "requests", "s3fs", "cryptography"
+    code = f"import sys, piecework.engine.opening, piecework.cli.store; print(set({names}) & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

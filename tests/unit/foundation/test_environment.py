@@ -55,6 +55,13 @@ def test_torchs_cache_lies_where_we_say_unless_the_user_does(monkeypatch: pytest
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "one" / "inductor")
 
 
+def test_trust_and_remote() -> None:
+    read = read_environment({"HOME": "/h", "PIECEWORK_TRUST": "/keys", "PIECEWORK_REMOTE": "s3://bucket/x"})
+    assert (read.trust, read.remote) == (Path("/keys"), "s3://bucket/x")
+    read = read_environment({"HOME": "/h", "PIECEWORK_TRUST": "", "PIECEWORK_REMOTE": ""})
+    assert (read.trust, read.remote) == (None, None)
+
+
 def test_reads_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIECEWORK_HOME", "/somewhere")
     assert read_environment().store_root == Path("/somewhere")

@@ -66,11 +66,11 @@ class World:
         self.loaded: list[PagedModel] = []
         self.num_blocks = 40
 
-    def find(self, wanted: ModelSpec, *, store: Any, on_note: Any) -> FoundBundle | None:
+    def find(self, wanted: ModelSpec, **_: Any) -> FoundBundle | None:
         backend = wanted.options.backend.value
         return self._bundle(backend, compiled=False) if backend in self.stored else None
 
-    def compile_process(self, wanted: ModelSpec) -> ScriptedProcess:
+    def compile_process(self, wanted: ModelSpec, **_: Any) -> ScriptedProcess:
         backend = wanted.options.backend.value
         process = self.processes[backend]
         process.backend = backend

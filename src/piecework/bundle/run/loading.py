@@ -22,6 +22,7 @@ from piecework.bundle.run.model import LoadedModel, RangeForm
 from piecework.bundle.run.natives import open_natives
 from piecework.bundle.run.step_calls import Run
 from piecework.bundle.sealed import SealedFiles
+from piecework.bundle.signatures import read_trust
 from piecework.errors import BundleError, CorruptBundle
 from piecework.foundation import torch_private
 from piecework.foundation.environment import read_environment
@@ -38,22 +39,25 @@ def load(
     weights: object,
     check_facts: bool = True,
     providers: ProviderOrder | str | Sequence[str] | None = None,
+    trust: str | Path | None = None,
 ) -> LoadedModel:
     """Load a bundle and bind `weights` to it.
 
     Args:
-        bundle: a bundle's directory or archive, or one that is open (its files verified).
+        bundle: a bundle's directory or archive, or one that is open (its files, and who signed it, verified).
         weights: the module, a mapping of names to tensors, paths of safetensors files, or anything with `names()` and
             `get(name)`.
         check_facts: whether facts about the environment must hold (they should).
         providers: the order of providers that the bundle must have been compiled with; None takes what it has.
+        trust: a file of public keys of which a bundle that is named by its path needs a signature; None takes
+            `PIECEWORK_TRUST`'s, if that is set.
 
     Returns a model to call. Its `record` has the seconds of "verify", "plan", "weights", "pack", "open" and "bind".
-    Raises CorruptBundle, StaleBundle, WeightsError.
+    Raises CorruptBundle, StaleBundle, UntrustedBundle, WeightsError.
     """
     phases: dict[str, float] = {}
     begun = time.perf_counter()
-    opened = bundle if isinstance(bundle, Bundle) else _open(Path(bundle))
+    opened = bundle if isinstance(bundle, Bundle) else _open(Path(bundle), trust=trust)
     if providers is not None:
         wanted = option_facts({"providers": as_order(providers).text()})
         options = [f for f in opened.facts if f.kind == "option"]
@@ -119,8 +123,10 @@ def open_plan(
 _ORDER = ("option", "providers")
 
 
-def _open(path: Path) -> Bundle:
-    return open_bundle(path, extract_root=read_environment().store_root)
+def _open(path: Path, *, trust: str | Path | None) -> Bundle:
+    environment = read_environment()
+    policy = read_trust(environment.trust if trust is None else Path(trust))
+    return open_bundle(path, extract_root=environment.store_root, trust=policy)
 
 
 def _lap(begun: float) -> float:

@@ -4,6 +4,7 @@
     files/<sha256>.so         the artifacts' content
     bundles/<asked>.<facts>/  bundles in their directory form: what was asked for, and the digest of the facts; their
                               artifacts are the same files, by hard links where there are such
+    made/<sha256>             that the bundle with this digest was compiled into this store
     extracted/<sha256>/       archives that were opened, by their digest
     aside/<kind>-<key>-<n>/   what was stale or damaged, with reason.txt
     locks/, scratch/          nothing that lasts
@@ -26,17 +27,20 @@ from pathlib import Path
 from typing import Final, cast, final
 
 from piecework.bundle.bundle import Bundle, BundleContent, build_directory, open_bundle
-from piecework.bundle.format import artifact_digest
+from piecework.bundle.format import MANIFEST, SIGNATURES, artifact_digest
 from piecework.bundle.manifest import corrupt
 from piecework.bundle.store.collecting import Inodes, Limits, inodes, to_remove
 from piecework.bundle.store.interface import (
+    OTHER_FACTS,
     Artifact,
     Kind,
     Store,
     StoredItem,
     check_key,
     is_of,
+    join_signatures,
     sort_items,
+    stays,
     tree_size,
 )
 from piecework.errors import BundleError, CorruptBundle, StoreError
@@ -119,22 +123,44 @@ class DirectoryStore(Store):
 
     def put_bundle(self, key: str, *, content: BundleContent) -> Bundle:
         """See `Store.put_bundle`."""
-        place = self._bundle_place(key)
         with files.store_errors(f"store the bundle {key} in {self.root}"), self.scratch() as directory:
             unfinished = directory / "bundle"
-            build_directory(unfinished, content, shared=self.root / "files")
-            facts = open_bundle(unfinished, verify=False).facts
-            while not files.publish_directory(unfinished, to=place, existing=files.Existing.KEEP):
-                try:
-                    kept = self.get_bundle(key)
-                except BundleError as error:
-                    self.set_aside(Kind.BUNDLE, key, reason=str(error))
-                    continue
-                if kept is not None and kept.facts == facts:
-                    self.used(key)
-                    return kept
-                self.set_aside(Kind.BUNDLE, key, reason="a bundle with other facts was stored under the same key")
+            manifest = build_directory(unfinished, content, shared=self.root / "files")
+            files.write_file(self._made_mark(manifest.digest), b"", scratch_parent=directory)
+            return self._publish(key, unfinished)
+
+    def adopt(self, key: str, *, unfinished: Path) -> Bundle:
+        """See `Store.adopt`."""
+        with files.store_errors(f"store the bundle {key} in {self.root}"):
+            return self._publish(key, unfinished)
+
+    def _publish(self, key: str, unfinished: Path) -> Bundle:
+        place = self._bundle_place(key)
+        other = open_bundle(unfinished, verify=False)
+        while not files.publish_directory(unfinished, to=place, existing=files.Existing.KEEP):
+            try:
+                kept = self.get_bundle(key)
+            except BundleError as error:
+                self.set_aside(Kind.BUNDLE, key, reason=str(error))
+                continue
+            if kept is not None and kept.facts == other.facts and stays(self, kept, beside=other):
+                join_signatures(self, key, kept=kept, other=other)
+                self.used(key)
+                return kept
+            self.set_aside(Kind.BUNDLE, key, reason=OTHER_FACTS)
         return open_bundle(place, extract_root=self.root, verify=False)
+
+    def made_here(self, digest: str) -> bool:
+        """See `Store.made_here`."""
+        return self._made_mark(digest).is_file()
+
+    def put_signatures(self, key: str, *, content: bytes) -> None:
+        """See `Store.put_signatures`."""
+        with files.store_errors(f"sign the bundle {key} of the store {self.root}"), self.scratch() as directory:
+            files.write_file(self._bundle_place(key) / SIGNATURES, content, scratch_parent=directory)
+
+    def _made_mark(self, digest: str) -> Path:
+        return self.root / "made" / check_key(digest)
 
     def set_aside(self, kind: Kind, key: str, *, reason: str) -> bool:
         """See `Store.set_aside`."""
@@ -255,6 +281,8 @@ class DirectoryStore(Store):
         """Move items into a directory that is about to be removed; delete content that no key names any more."""
         for number, item in enumerate(items):
             with contextlib.suppress(FileNotFoundError):
+                if item.kind is Kind.BUNDLE and not item.aside:
+                    self._made_mark(digest_file(self._place_of(item) / MANIFEST)).unlink(missing_ok=True)
                 os.rename(self._place_of(item), directory / str(number))
         named = set()
         for index in self._entries("artifacts"):

@@ -19,12 +19,17 @@ from typing import Final, final
 
 from piecework.bundle.bundle import Bundle, BundleContent, build_directory, open_bundle
 from piecework.bundle.facts import Fact
+from piecework.bundle.format import SIGNATURES
 from piecework.bundle.manifest import corrupt
+from piecework.bundle.signatures import merged
 from piecework.errors import InternalError
 from piecework.foundation import leases
 from piecework.foundation.digests import digest_file, digest_json
 from piecework.foundation.leases import Holder, Lease
 
+ASKED: Final = "asked"
+"""The field of a bundle's identity with the key of what was asked for, under which stores keep it."""
+OTHER_FACTS: Final = "a bundle with other facts was stored under the same key"
 _KEY: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 
 
@@ -102,7 +107,26 @@ class Store(ABC):
 
     @abstractmethod
     def put_bundle(self, key: str, *, content: BundleContent) -> Bundle:
-        """Store a bundle. Where a good one with the same facts is there already, that one stays and is returned."""
+        """Store a bundle that was made here. Where a good one with the same facts was made here before, that one stays.
+
+        Returns the one that is stored now.
+        """
+
+    @abstractmethod
+    def adopt(self, key: str, *, unfinished: Path) -> Bundle:
+        """Store a bundle from elsewhere: a directory in `scratch`, verified.
+
+        A good one with the same facts that is there stays and is returned; where it has the same manifest, it gets
+        the other's signatures.
+        """
+
+    @abstractmethod
+    def made_here(self, digest: str) -> bool:
+        """Whether the bundle with this digest was stored by `put_bundle`, and so needs nobody's signature."""
+
+    @abstractmethod
+    def put_signatures(self, key: str, *, content: bytes) -> None:
+        """Replace the signatures of a stored bundle."""
 
     @abstractmethod
     def set_aside(self, kind: Kind, key: str, *, reason: str) -> bool:
@@ -128,9 +152,14 @@ class Store(ABC):
         """Make an empty directory that is removed when the block is left, or at the next opening after a crash."""
 
 
+def is_key(text: str) -> bool:
+    """Whether a text is written like a key: a plain file's name."""
+    return _KEY.fullmatch(text) is not None
+
+
 def check_key(key: str) -> str:
     """Return `key`, or raise InternalError where it can't be a file's name."""
-    if not _KEY.fullmatch(key):
+    if not is_key(key):
         raise InternalError(f"no key of a store: {key!r}")
     return key
 
@@ -143,6 +172,21 @@ def bundle_key(asked: str, facts: Iterable[Fact]) -> str:
 def is_of(key: str, asked: str) -> bool:
     """Whether a key is that of a bundle for what was asked for."""
     return key.partition(".")[0] == asked
+
+
+def stays(store: Store, kept: Bundle, *, beside: Bundle) -> bool:
+    """Whether a stored bundle stays when another one with its facts comes: what was made here is never held back."""
+    return store.made_here(kept.digest) or not store.made_here(beside.digest)
+
+
+def join_signatures(store: Store, key: str, *, kept: Bundle, other: Bundle) -> None:
+    """Give a stored bundle the signatures of another copy of it; of another bundle it gets none."""
+    if kept.digest != other.digest:
+        return
+    has = kept.head().signatures
+    joined = merged(has, other.head().signatures, bundle=str(kept.path))
+    if joined is not None and joined != has:
+        store.put_signatures(key, content=joined)
 
 
 def _by_name(fact: Fact) -> tuple[str, str]:
@@ -161,6 +205,7 @@ class MemoryStore(Store):
         self._root = root
         self._artifacts: dict[str, Artifact] = {}
         self._bundles: dict[str, Path] = {}
+        self._made: set[str] = set()
         self._aside: list[StoredItem] = []
 
     def get_artifact(self, key: str) -> Artifact | None:
@@ -196,15 +241,34 @@ class MemoryStore(Store):
     def put_bundle(self, key: str, *, content: BundleContent) -> Bundle:
         """See `Store.put_bundle`."""
         path = Path(tempfile.mkdtemp(dir=self._root)) / check_key(key)
-        build_directory(path, content)
+        self._made.add(build_directory(path, content).digest)
+        return self._publish(key, path)
+
+    def adopt(self, key: str, *, unfinished: Path) -> Bundle:
+        """See `Store.adopt`."""
+        path = Path(tempfile.mkdtemp(dir=self._root)) / check_key(key)
+        shutil.copytree(unfinished, path)
+        return self._publish(key, path)
+
+    def _publish(self, key: str, path: Path) -> Bundle:
         bundle = open_bundle(path)
         present = self._bundles.get(key)
         if present is not None:
-            if (kept := open_bundle(present)).facts == bundle.facts:
+            kept = open_bundle(present)
+            if kept.facts == bundle.facts and stays(self, kept, beside=bundle):
+                join_signatures(self, key, kept=kept, other=bundle)
                 return kept
-            self.set_aside(Kind.BUNDLE, key, reason="a bundle with other facts was stored under the same key")
+            self.set_aside(Kind.BUNDLE, key, reason=OTHER_FACTS)
         self._bundles[key] = path
         return bundle
+
+    def made_here(self, digest: str) -> bool:
+        """See `Store.made_here`."""
+        return digest in self._made
+
+    def put_signatures(self, key: str, *, content: bytes) -> None:
+        """See `Store.put_signatures`."""
+        (self._bundles[check_key(key)] / SIGNATURES).write_bytes(content)
 
     def set_aside(self, kind: Kind, key: str, *, reason: str) -> bool:
         """See `Store.set_aside`."""

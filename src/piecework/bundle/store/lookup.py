@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from piecework.bundle.bundle import Bundle
 from piecework.bundle.facts import NOTHING, Asked, check
+from piecework.bundle.signatures import Trust
 from piecework.bundle.store.interface import Artifact, Kind, Store
-from piecework.errors import BundleError, CorruptBundle
+from piecework.errors import BundleError, CorruptBundle, UntrustedBundle
 from piecework.foundation.target import Target
 
 
@@ -28,6 +29,7 @@ def find_bundle(
     report: Callable[[str], None],
     asked: Asked = NOTHING,
     target: Target | None = None,
+    trust: Trust | None = None,
 ) -> Bundle | None:
     """Return a bundle that was stored under a key, whose facts hold here and whose files are intact, or None.
 
@@ -39,6 +41,7 @@ def find_bundle(
         report: is told why a bundle was set aside.
         asked: what must hold beside what the machine and its packages are; see `facts.check`.
         target: the CPU to run on; default: this one.
+        trust: whose signature a bundle must have; others stay, unused.
 
     Raises StoreError.
     """
@@ -46,10 +49,14 @@ def find_bundle(
         try:
             bundle = store.get_bundle(candidate, verify=False)
             if bundle is not None and not check(bundle.facts, asked=asked, target=target):
+                if trust is not None:
+                    trust.require(bundle.head(), bundle=candidate)
                 store.used(candidate)
-                found = store.get_bundle(candidate)
-                if found is not None:
+                found = store.get_bundle(candidate)  # until it was marked as used, it may have been removed
+                if found is not None and found.digest == bundle.digest:
                     return found
+        except UntrustedBundle as error:
+            report(f"the bundle {candidate} is not used: {error.found}")
         except BundleError as error:
             if store.set_aside(Kind.BUNDLE, candidate, reason=error.found):  # else it was removed meanwhile
                 report(f"set aside the bundle {candidate}: {error.found}")
