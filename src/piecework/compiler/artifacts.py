@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from piecework.bundle.facts import package_version
+from piecework.bundle.format import FORMAT
 from piecework.bundle.record import Recorder
 from piecework.bundle.store.interface import Artifact
 from piecework.bundle.store.lookup import find_artifact
 from piecework.capture.request import Dim
-from piecework.compiler.backends import aoti, rebuild, toolchain, vector_exp
+from piecework.compiler.backends import aoti, interfaces, rebuild, toolchain, vector_exp
 from piecework.compiler.job import Job
 from piecework.compiler.passes import native_matmul, pack_linear
 from piecework.compiler.rewrite import fakes
@@ -23,7 +24,7 @@ from piecework.foundation.digests import digest_file, digest_json
 from piecework.foundation.environment import compiler_settings
 from piecework.foundation.target import Target
 from piecework.foundation.torch_private import inductor, scheduled_kernels, symbolic
-from piecework.ops.ir import decode, resolve
+from piecework.ops.ir import decode, interface, resolve
 from piecework.ops.ir.program import Program
 from piecework.spec.compile_options import BackendName, CompileOptions
 
@@ -179,14 +180,26 @@ def _ranges(piece: Compiled, *, declared: Dim | None, options: CompileOptions) -
 @functools.cache
 def _generator_digest() -> str:
     """Return the digest of our own code between a program and its library: an artifact of other code is another one."""
-    own = (aoti, rebuild, fakes, toolchain, vector_exp, pack_linear, native_matmul, decode, resolve)
+    own = (
+        aoti,
+        interfaces,
+        interface,
+        rebuild,
+        fakes,
+        toolchain,
+        vector_exp,
+        pack_linear,
+        native_matmul,
+        decode,
+        resolve,
+    )
     sources = [Path(module.__file__ or "") for module in (*own, inductor, scheduled_kernels, symbolic)]
     return digest_json([digest_file(source) for source in sources])
 
 
 def _job(piece: Compiled, *, bounds: Bounds | None, options: CompileOptions, target: Target) -> Job:
     if options.backend is BackendName.EAGER:
-        return Job(program=piece.program, options={"backend": "eager"})
+        return Job(program=piece.program, options={"backend": "eager", "format": FORMAT})
     return Job(
         program=piece.program,
         ranges={piece.primary: bounds} if piece.primary is not None and bounds is not None else {},

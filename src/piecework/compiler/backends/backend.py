@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import tempfile
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, final
 from piecework.compiler.backends.pool import Outcome, WorkerPool, end_group
 from piecework.compiler.backends.toolchain import find_toolchain
 from piecework.foundation import files
+from piecework.foundation.digests import canonical_json
 from piecework.foundation.target import Target
 
 if TYPE_CHECKING:
@@ -90,11 +90,15 @@ class EagerBackend(Backend):
 
     def compile(self, jobs: Mapping[str, Job], *, on_event: OnEvent) -> Outcome:
         """See `Backend.compile`."""
+        from piecework.compiler.backends.interfaces import interface_of  # noqa: PLC0415  it imports torch
+
         made = {}
         for name, job in jobs.items():
             on_event({"event": "start", "job": name})
             made[name] = self._scratch / f"{name}.json"
-            made[name].write_text(json.dumps(job.program.to_json(), sort_keys=True, separators=(",", ":")))
+            made[name].write_bytes(
+                canonical_json({"program": job.program.to_json(), "interface": interface_of(job).to_json()})
+            )
             on_event({"event": "done", "job": name, "seconds": 0.0})
         return Outcome(made, {})
 
