@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, TypeVar
 
 from piecework.bundle.recipes import renamed, source_from_json, source_to_json
 from piecework.foundation.reading import items, mapping, text, whole
+
+Item = TypeVar("Item")
+Rename = Callable[[str], str]
 
 _NUMBER = re.compile(r"\.(0|[1-9]\d*)\.")
 _MOST_ITEMS: Final = 200_000
@@ -35,21 +38,36 @@ def compact(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def expand(given: object, what: str) -> list[dict[str, Any]]:
-    """Read what `compact` wrote; raises ValueError where it is something else, or more than 200,000 items."""
-    out: list[dict[str, Any]] = []
+def expand(
+    given: object, what: str, *, read: Callable[[object], Item], renamed: Callable[[Item, Rename], Item]
+) -> tuple[Item, ...]:
+    """Read what `compact` wrote.
+
+    Args:
+        given: the items.
+        what: what they are, for errors.
+        read: reads one; of a run it is read once.
+        renamed: returns an item with its names changed.
+
+    Raises ValueError where it is something else, or more than 200,000 items.
+    """
+    out: list[Item] = []
     for item in items(given, what):
-        rest = {k: v for k, v in mapping(item, what).items() if k != "run"}
+        made = read({k: v for k, v in mapping(item, what).items() if k != "run"})
         if "run" not in item:
-            out.append(rest)
+            out.append(made)
             continue
         start, end = (whole(n, f"a run of {what}") for n in items(item["run"], f"a run of {what}", length=2))
         if not 0 < end - start <= _MOST_ITEMS - len(out):
             raise ValueError(f"a run of {end - start} {what}")
-        if "#" not in text(rest.get("name"), "a run's name"):
+        if "#" not in text(item["name"], "a name", most=1 << 16):
             raise ValueError(f"a run of {what} of one name")
-        out.extend(_renamed(rest, old="#", new=str(i)) for i in range(start, end))
-    return out
+        out.extend(renamed(made, _number(str(number))) for number in range(start, end))
+    return tuple(out)
+
+
+def _number(number: str) -> Rename:
+    return lambda name: name.replace("#", number, 1)
 
 
 def _renamed(item: Mapping[str, Any], *, old: str, new: str) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from piecework.bundle.compact import compact, expand
+from piecework.bundle.compact import Rename, compact, expand
 from piecework.bundle.packings import PACKINGS
-from piecework.bundle.recipes import Concat, Source, Take, label, source_from_json, source_to_json, takes
+from piecework.bundle.recipes import Concat, Source, Take, label, renamed, source_from_json, source_to_json, takes
 from piecework.errors import CorruptBundle
 from piecework.foundation.digests import is_digest
 from piecework.foundation.reading import fields, flag, items, mapping, one_of, text, whole, wholes
@@ -257,8 +257,8 @@ def _plan(given: object) -> Plan:
         sizes={text(n, "a size"): _bounds(r, f"the size {n}") for n, r in mapping(data["sizes"], "sizes").items()},
         primary=text(data["primary"], "primary", empty=True),
         inputs=tuple(_plan_input(i) for i in items(data["inputs"], "inputs")),
-        states=tuple(_state(s) for s in expand(data["states"], "states")),
-        recipes=tuple(_recipe_from_json(r) for r in expand(data["recipes"], "recipes")),
+        states=expand(data["states"], "states", read=_state, renamed=_renamed_state),
+        recipes=expand(data["recipes"], "recipes", read=_recipe_from_json, renamed=_renamed_recipe),
         pieces=tuple(_piece_from_json(p) for p in items(data["pieces"], "pieces")),
         instances=tuple(_instance(i) for i in items(data["instances"], "instances")),
         steps=tuple(_step_from_json(s, ops) for s in items(data["steps"], "steps")),
@@ -295,6 +295,15 @@ def _state(given: object) -> State:
         dtype=one_of(data["dtype"], "a state's dtype", DTYPES),
         device=one_of(data["device"], "a state's device", DEVICES),
     )
+
+
+def _renamed_state(state: State, change: Rename) -> State:
+    return State(change(state.name), state.shape, state.dtype, state.device)
+
+
+def _renamed_recipe(recipe: Recipe, change: Rename) -> Recipe:
+    source = None if recipe.source is None else renamed(recipe.source, change)
+    return Recipe(change(recipe.name), recipe.shape, recipe.dtype, recipe.literal, recipe.pack, source)
 
 
 def _instance(given: object) -> Instance:

@@ -120,7 +120,7 @@ def renamed(source: Source, change: Callable[[str], str]) -> Source:
     """Return the source with every tensor's name changed."""
     match source:
         case Take(name):
-            return replace(source, name=change(name))
+            return Take(change(name), source.shape)
         case Concat(parts):
             return Concat(tuple(renamed(part, change) for part in parts))
         case Stack(of, _, whole):

@@ -7,6 +7,7 @@ equal layers cost as much as one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -80,8 +81,9 @@ class _AbstractRun:
         self._shaped: list[Shaped] = []
         self._expressions: dict[str, Size] = {}
         self._seen: dict[Any, tuple[int, ...]] = {}
-        self._recipes = [self._constant(recipe) for recipe in plan.recipes]
-        self._states = [self._given(s.shape, None, s.dtype, s.device) for s in plan.states]
+        given: Any = functools.cache(self._given)
+        self._recipes = [given(r.shape, None, r.dtype, self._device) for r in plan.recipes]
+        self._states = [given(s.shape, None, s.dtype, s.device) for s in plan.states]
 
     def check(self, path: PlanVariant) -> None:
         inputs = [
@@ -118,9 +120,6 @@ class _AbstractRun:
         shapes = tuple(tuple(self._value(d, point) for d in shape) for point in self._points)
         strides = tuple(_packed(s) if stride is None else tuple(stride) for s in shapes)
         return self._number(Shaped(shapes, strides, dtype, device))
-
-    def _constant(self, recipe: Recipe) -> int:
-        return self._given(recipe.shape, None, recipe.dtype, self._device)
 
     def _piece(self, step: PieceStep, slots: Sequence[int]) -> tuple[int, ...]:
         instance = self._plan.instances[step.instance]
@@ -226,9 +225,10 @@ class _AbstractRun:
                 return self._argument(argument, slots, at)
 
             args, kwargs = [read(a) for a in step.args], {n: read(a) for n, a in step.kwargs.items()}
-            check_arguments(op.overload, args, kwargs)
-            tensors = list(_tensors([*args, *kwargs.values()]))
-            unknown = unknown or op.run is None or not tensors or any(s == _NOT_KNOWN for s in _slots_in(step, slots))
+            if point == 0:  # types are the same at all points
+                check_arguments(op.overload, args, kwargs)
+                tensors = _tensors([*args, *kwargs.values()])
+                unknown = op.run is None or not tensors or any(s == _NOT_KNOWN for s in _slots_in(step, slots))
             if not unknown and op.run is not None:
                 made = _called(op.run, args, kwargs)
                 unknown = made is None

@@ -13,7 +13,7 @@ Point = Mapping[str, int]
 """A value for each of a plan's sizes."""
 
 _POINTS: Final = 4
-_TRIES: Final = 64
+_TRIES: Final = 24
 _GREATEST: Final = 1 << 22
 """Shapes of greater sizes have more elements than torch counts."""
 
@@ -40,7 +40,7 @@ def sample_sizes(plan: Plan, path: PlanVariant, *, bounds: tuple[int, int], seed
     computed = [[_is_size(size, point) for point in candidates] for size in _computed(path)]
     sizes = [each for each in computed if any(each)]  # a number that is never a size is no size
     points = [point for i, point in enumerate(candidates) if all(each[i] for each in sizes)]
-    if len(points) < (1 if len(candidates) < _TRIES // 4 else 3):
+    if len(points) < (1 if len(candidates) < _TRIES // 2 else 3):
         raise ValueError("sizes that are computed from the others are below 0 nearly everywhere")
     return points[:_POINTS]
 
@@ -76,10 +76,11 @@ def _candidates(plan: Plan, ranges: list[_Group], *, seed: str) -> Iterator[Poin
         return {name: value for (names, _, _), value in zip(ranges, values, strict=True) for name in names}
 
     chosen = random.Random(seed)
+    spans = [(low, max(low, min(high, _GREATEST)) - low + 1) for _, low, high in ranges]
     yield point([low for _, low, _ in ranges])
     yield point([max(low, min(high, _GREATEST)) for _, low, high in ranges])
     for _ in range(_TRIES if plan.sizes else 0):
-        yield point([chosen.randint(low, max(low, min(high, _GREATEST))) for _, low, high in ranges])
+        yield point([low + int(chosen.random() * span) for low, span in spans])
 
 
 def _computed(path: PlanVariant) -> list[Size]:
