@@ -1,7 +1,8 @@
-"""Small bundles that differ in what their plans hold, each with its weights and a forward whose results are compared."""
+"""Small bundles that differ in what their plans hold, each with its weights and a forward that gives results."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import piecework
-from piecework.bundle.bundle import Bundle, write_bundle
+from piecework.bundle.bundle import Bundle, open_bundle, write_bundle
 from piecework.bundle.run import LoadedModel, load
 from piecework.bundle.run.loading import read_plan
 from piecework.bundle.store.directory import DirectoryStore
@@ -35,6 +36,7 @@ class Sample:
     bundle: Bundle
     weights: Mapping[str, Tensor]
     run: Callable[[LoadedModel], list[Tensor]]
+    run_reference: Callable[[Any], list[Tensor]]
 
     def load(self, path: Path | None = None) -> LoadedModel:
         """Load a bundle with these weights: this one, or one that was made of it."""
@@ -67,29 +69,51 @@ def stack(root: Path, backend: BackendName, *, size: int = 8) -> Sample:
     """Return a stack of three blocks with an opaque op after each, a literal, and a nested result."""
     torch.manual_seed(0)
     module = _Blocks(3, size).eval()
-    bundle = piecework.compile(
-        module,
-        (torch.randn(3, size),),
-        dynamic={"rows": Dim(1, 64)},
-        options=CompileOptions(backend=backend),
-        out=root / f"stack-{backend.value}",
+    out = root / f"stack-{backend.value}"
+    example = torch.randn(3, size)
+    bundle = _opened(out) or piecework.compile(
+        module, (example,), dynamic={"rows": Dim(1, 64)}, options=CompileOptions(backend=backend), out=out
     )
     batches = [torch.randn(rows, size) for rows in ROWS]
 
     def run(model: LoadedModel) -> list[Tensor]:
         found: list[Tensor] = []
         for x in batches:
-            whole, rest = model(x)
-            found += [whole, rest["sums"]]
+            found += _flat(model(x))
         return found
 
+    def run_reference(reference: Any) -> list[Tensor]:
+        return [tensor for x in batches for tensor in reference.run({reference.plan.inputs[0].name: x})]
+
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    return Sample(bundle, {name: tensor.detach() for name, tensor in tensors.items()}, run)
+    return Sample(bundle, {name: tensor.detach() for name, tensor in tensors.items()}, run, run_reference)
+
+
+def _flat(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return [tensor for part in parts for tensor in _flat(part)]
 
 
 def language_model(root: Path, model_dir: Path, backend: BackendName) -> Sample:
     """Return the bundle of a tiny language model: states, recipes of several tensors, opaque ops with constants."""
     spec = ModelSpec.of(model_dir, max_tokens=64)
+    out = root / f"{spec.config.raw['model_type']}-{backend.value}"
+    bundle = _opened(out) or _compiled(spec, backend, out)
+    generator = torch.Generator().manual_seed(0)
+    recipes = [recipe for recipe in read_plan(bundle).recipes if not recipe.literal]
+    takes = {take.name: take.shape for recipe in recipes for take in recipe.takes}
+    weights = {name: torch.randn(takes[name], generator=generator) * 0.1 for name in sorted(takes)}
+    return Sample(bundle, weights, _run_language_model, _run_language_model)
+
+
+def _opened(path: Path) -> Bundle | None:
+    """Return a bundle that was compiled by a process before."""
+    return open_bundle(path) if path.is_dir() else None
+
+
+def _compiled(spec: ModelSpec, backend: BackendName, out: Path) -> Bundle:
     options = CompileOptions(backend=backend)
     request = build_causal_lm(spec)
     environment, target = read_environment(), read_target()
@@ -99,17 +123,10 @@ def language_model(root: Path, model_dir: Path, backend: BackendName) -> Sample:
         started_backend(options, scratch=scratch, environment=environment, target=target, device="cpu") as compiler,
     ):
         content = compile_request(request, CompileSetup(options, compiler, store, target)).content
-        bundle = write_bundle(root / f"{spec.config.raw['model_type']}-{backend.value}", content)
-    generator = torch.Generator().manual_seed(0)
-
-    takes = {
-        take.name: take.shape for recipe in read_plan(bundle).recipes if not recipe.literal for take in recipe.takes
-    }
-    weights = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in takes.items()}
-    return Sample(bundle, weights, _run_language_model)
+        return write_bundle(out, content)
 
 
-def _run_language_model(model: LoadedModel) -> list[Tensor]:
+def _run_language_model(model: Any) -> list[Tensor]:
     model.make_states({"blocks": 4})
     tokens = 5
     prompt: dict[str, Any] = {
@@ -135,3 +152,28 @@ def _run_language_model(model: LoadedModel) -> list[Tensor]:
         "num_prefill_tokens": 0,
     }
     return [*model.run(prompt), *model.run(step)]
+
+
+LLAMA: Final = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 131,
+    "max_position_embeddings": 512,
+}
+
+
+def llama(root: Path, backend: BackendName) -> Sample:
+    """Return a tiny Llama of three layers."""
+    model_dir = root / "llama"
+    model_dir.mkdir(exist_ok=True)
+    (model_dir / "config.json").write_text(json.dumps(LLAMA))
+    return language_model(root, model_dir, backend)
+
+
+SAMPLES: Final[Mapping[str, Callable[[Path, BackendName], Sample]]] = {"stack": stack, "llama": llama}
+"""By name; a bundle that is in the directory already is opened."""
