@@ -183,7 +183,8 @@ def _numel(shape: Sequence[int]) -> int:
 
 
 def _check_pieces(plan: Plan) -> None:
-    _require(len({p.device for p in plan.pieces}) < 2, "pieces on several devices")
+    tensors = (*plan.pieces, *plan.states, *(given for given in plan.inputs if given.shape is not None))
+    _require(len({tensor.device for tensor in tensors}) < 2, "tensors on several devices")
     low, high = plan.sizes.get(plan.primary, (0, 0))
     for piece in plan.pieces:
         for form in piece.ranges:
@@ -224,7 +225,8 @@ def _check_path(plan: Plan, path: PlanVariant) -> None:
     for size, other in path.equal:
         known = isinstance(other, int) or other in plan.sizes
         _require(size in plan.sizes and known, f"a forward for batches of equal {size} and {other}")
-    written = set(range(len(plan.inputs)))
+    sizes = [slot for slot, given in enumerate(plan.inputs) if given.shape is None]  # steps take sizes by name
+    written = set(range(len(plan.inputs))).difference(sizes)
     for number, step in enumerate(path.steps):
         where = f"step {number}" + (f" of the forward {path.name!r}" if path.name else "")
         read = step.inputs if isinstance(step, PieceStep) else _checked_arguments(step, plan, where)
@@ -237,7 +239,8 @@ def _check_path(plan: Plan, path: PlanVariant) -> None:
         written.update(kept)
     _require(written.issuperset(path.output_slots), "a result that is never computed")
     _require(len(path.output_slots) == len(plan.output_slots), "forwards with different numbers of results")
-    _require(path.num_slots == len(written), f"{path.num_slots} slots, of which {len(written)} are used")
+    used = len(written) + len(sizes)
+    _require(path.num_slots == used, f"{path.num_slots} slots, of which {used} are used")
 
 
 def _checked_arguments(step: OpStep, plan: Plan, where: str) -> list[int]:

@@ -31,6 +31,7 @@ from piecework.ops.opaque import operator_of_plan
 _NOT_KNOWN: Final = -1
 """In a slot whose shape nothing says."""
 
+_MOST_ELEMENTS: Final = 1 << 52
 _LAYER: Final = LayerName("")
 _WRONG: Final = (
     RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, AssertionError, PieceworkError,
@@ -119,6 +120,8 @@ class _AbstractRun:
     def _given(self, shape: Sequence[Dim], stride: Sequence[int] | None, dtype: str, device: str) -> int:
         shapes = tuple(tuple(self._value(d, point) for d in shape) for point in self._points)
         strides = tuple(_packed(s) if stride is None else tuple(stride) for s in shapes)
+        if any(prod(shape) > _MOST_ELEMENTS for shape in shapes) or any(s > _MOST_ELEMENTS for s in stride or ()):
+            raise ValueError(f"a tensor of shape {list(shape)}")
         return self._number(Shaped(shapes, strides, dtype, device))
 
     def _piece(self, step: PieceStep, slots: Sequence[int]) -> tuple[int, ...]:
