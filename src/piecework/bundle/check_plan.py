@@ -183,8 +183,9 @@ def _numel(shape: Sequence[int]) -> int:
 
 
 def _check_pieces(plan: Plan) -> None:
-    tensors = (*plan.pieces, *plan.states, *(given for given in plan.inputs if given.shape is not None))
-    _require(len({tensor.device for tensor in tensors}) < 2, "tensors on several devices")
+    devices = {p.device for p in plan.pieces} | {s.device for s in plan.states}
+    devices |= {given.device for given in plan.inputs if given.shape is not None}
+    _require(len(devices) < 2, "tensors on several devices")
     low, high = plan.sizes.get(plan.primary, (0, 0))
     for piece in plan.pieces:
         for form in piece.ranges:

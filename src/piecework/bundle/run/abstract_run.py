@@ -120,7 +120,8 @@ class _AbstractRun:
     def _given(self, shape: Sequence[Dim], stride: Sequence[int] | None, dtype: str, device: str) -> int:
         shapes = tuple(tuple(self._value(d, point) for d in shape) for point in self._points)
         strides = tuple(_packed(s) if stride is None else tuple(stride) for s in shapes)
-        if any(prod(shape) > _MOST_ELEMENTS for shape in shapes) or any(s > _MOST_ELEMENTS for s in stride or ()):
+        impossible = any(size < 0 for sizes in shapes for size in sizes)
+        if impossible or any(prod(s) > _MOST_ELEMENTS for s in shapes) or any(s > _MOST_ELEMENTS for s in stride or ()):
             raise ValueError(f"a tensor of shape {list(shape)}")
         return self._number(Shaped(shapes, strides, dtype, device))
 
