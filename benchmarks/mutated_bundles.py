@@ -1,9 +1,9 @@
 """What becomes of bundles that lie: parts of real ones are changed at random, and all digests computed anew.
 
 Each is loaded and, where that works, run. It must be refused with an error of ours, or give what the original gives,
-or what its plan means by a reference that runs it call by call: a plan that feeds another tensor of the same shape can't
-be told from an honest one, and is another model. Anything else is a fault: another exception, another result, the end of
-the process, or no end within a minute.
+or what its plan means by a reference that runs it call by call: a plan that feeds another tensor of the same shape
+can't be told from an honest one, and is another model. Anything else is a fault: another exception, another result,
+the end of the process, or no end within a minute.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,14 +38,17 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     add_option(parser, "--eager", 50_000, "changes of each kind that the eager backend runs")
     add_option(parser, "--native", 3000, "changes of each kind with native code")
+    add_option(parser, "--jobs", 1, "kinds at a time")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="number of the first change (default: 0)")
 
 
 def measure(args: argparse.Namespace, run: Run) -> dict[str, Any]:
     """Try them all."""
-    for kind in args.kinds:
-        count = args.native if kind.endswith(NATIVE) else args.eager
-        found, faults = tried(kind, first=args.first, count=count, run=run)
+    counts = {kind: args.native if kind.endswith(NATIVE) else args.eager for kind in args.kinds}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        tries = {kind: pool.submit(tried, kind, first=args.first, count=counts[kind], run=run) for kind in counts}
+    for kind, made in tries.items():
+        found, faults = made.result()
         for outcome in (*FINE, "fault"):
             run.add(found[outcome], system="piecework", metric="bundles", kind=kind, outcome=outcome)
         run.notes += [f"{kind}: {fault}" for fault in faults[:20]]
@@ -82,9 +86,8 @@ class _Cell:
     def __init__(self, root: Path, kind: str, *, first: int, count: int) -> None:
         words = [sys.executable, "-m", "benchmarks.cells.mutated", str(root), kind, str(first), str(count)]
         environment = {**os.environ, "PIECEWORK_HOME": str(root / "home")}
-        self._errors = (root / "errors.txt").open("wb")
+        self._errors = (root / f"{kind}-errors.txt").open("wb")
         self._process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=self._errors, env=environment, text=True)
-        self._root = root
         self._last = time.monotonic()
         self._started = False
         self.died = ""
@@ -103,7 +106,7 @@ class _Cell:
         self._errors.close()
         if code:
             self.died = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            self.said = "" if code < 0 else (self._root / "errors.txt").read_text(errors="replace")[-2000:]
+            self.said = "" if code < 0 else Path(self._errors.name).read_text(errors="replace")[-2000:]
 
     def _watch(self) -> None:
         while self._process.poll() is None:
