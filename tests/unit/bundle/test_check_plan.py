@@ -16,8 +16,12 @@ from tests.unit.models.tiny import write_config
 from benchmarks.common.forgery import forge, forge_artifact
 from benchmarks.common.sample_bundles import Sample, language_model, stack
 from piecework.bundle import Fact
-from piecework.errors import BundleError, CorruptBundle, PieceworkError
+from piecework.bundle.plan import OpStep
+from piecework.bundle.run.fake_ops import FakeOp
+from piecework.bundle.run.loading import read_plan
+from piecework.errors import BundleError, CorruptBundle, PieceworkError, RequestError
 from piecework.foundation.digests import canonical_json, digest_json
+from piecework.ops.attention import attention_fake
 from piecework.spec.compile_options import BackendName
 
 Change = Callable[[Any], None]
@@ -270,3 +274,44 @@ def test_a_result_class_runs_no_code(name: str, blocks: Sample, tmp_path: Path) 
     model = blocks.load(forge(blocks.bundle, tmp_path / "forged", plan=plan))
     with pytest.raises(BundleError):
         blocks.run(model)
+
+
+def test_what_fails_of_values_names_the_step(llama: Sample) -> None:
+    model = llama.load()
+    model.make_states({"blocks": 1})  # the sample's tokens go to block 1, which isn't there
+    with pytest.raises(RequestError, match=r"run step 1 of the loaded model, piecework::attention"):
+        model.run(LLAMA_PROMPT)
+
+
+LLAMA_PROMPT = {
+    "input_ids": torch.tensor([3]),
+    "positions": torch.tensor([0]),
+    "slot_mapping": torch.tensor([16]),
+    "block_tables": torch.tensor([[1]]),
+    "seq_lens": torch.tensor([1]),
+    "query_start": torch.tensor([0, 1]),
+    "logits_indices": torch.tensor([0]),
+    "num_decode_tokens": 0,
+}
+
+
+def test_states_of_sizes_that_are_not_given(llama: Sample) -> None:
+    with pytest.raises(RequestError, match="no size 'blocks'"):
+        llama.load().make_states({})
+
+
+def test_one_plan_is_looked_at_in_few_places(llama: Sample, blocks: Sample) -> None:
+    """Steps with the same shapes are looked at once, however many there are."""
+    plan = read_plan(llama.bundle)
+    ops = [step for step in plan.steps if isinstance(step, OpStep)]
+    calls: list[str] = []
+
+    def fake(*args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append("call")
+        return attention_fake(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("piecework.bundle.run.abstract_run.fake_op", lambda overload: FakeOp(overload, fake))
+        llama.load()
+    assert len(ops) == 3
+    assert 2 <= len(calls) <= 4, "a call for each of the sizes that it is looked at"

@@ -209,6 +209,8 @@ def test_eighty_layers_are_written_as_compactly_as_four(tmp_path: Path) -> None:
         ("(a + b)*2 - 1", 15),
         ("-a + b", -2),
         ("a - b - 1", 1),
+        ("Max(1, a)*b", 15),
+        ("Min(a, b, 2) + Mod(a, b)", 4),
     ],
 )
 def test_expressions_over_sizes(text: str, value: int) -> None:
@@ -217,7 +219,27 @@ def test_expressions_over_sizes(text: str, value: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "a +", "(a", "a)", "a b", "a**2", "a.b", "f(a)", "a/2", "a % 2", "1.5", "__import__('os')", "a;b", "2a"],
+    [
+        "",
+        "a +",
+        "(a",
+        "a)",
+        "a b",
+        "a**2",
+        "a.b",
+        "f(a)",
+        "a/2",
+        "a % 2",
+        "1.5",
+        "__import__('os')",
+        "a;b",
+        "2a",
+        "Max(a)",
+        "Mod a",
+        "(" * 40 + "a" + ")" * 40,
+        "-" * 40 + "a",
+        "a + " * 400 + "a",
+    ],
 )
 def test_anything_else_is_no_expression(text: str) -> None:
     with pytest.raises(ValueError, match="no expression"):
