@@ -70,6 +70,7 @@ def tried(kind: str, *, first: int, count: int, run: Run) -> tuple[Counter[str],
             found[outcome if outcome in FINE else "fault"] += 1
             if outcome not in FINE:
                 faults.append(json.dumps(line))
+                run.progress(f"{kind}: {faults[-1]}")
             number = int(line["number"]) + 1
         if process.died and number < end:
             if number == before and process.said:

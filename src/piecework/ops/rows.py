@@ -33,7 +33,4 @@ def rows_view(x: Tensor, begin: int, count: int) -> Tensor:
 
 @rows.fake
 def _rows_fake(x: Tensor, begin: int, count: int) -> Tensor:
-    known = isinstance(begin, int) and isinstance(count, int) and isinstance(x.shape[0], int)
-    if known and not 0 <= begin <= begin + count <= x.shape[0]:
-        raise IndexError(f"rows {begin} to {begin + count} of {x.shape[0]}")
     return x.new_empty((count, *x.shape[1:]))

@@ -110,8 +110,6 @@ LIES_OF_A_STACK: dict[str, Change] = {
     "an argument too few": lambda plan: plan["steps"][1][1].pop(),
     "an argument of another type": set_at("steps", 1, 1, 1, {"const": "0"}),
     "an argument of two kinds": set_at("steps", 1, 1, 1, {"const": 0, "slot": 0}),
-    "other rows": set_at("steps", 1, 1, 1, {"const": 1 << 40}),
-    "rows that the next piece doesn't take": set_at("steps", 1, 1, 2, {"size": "rows + 1"}),
     "rows that depend on nothing known": set_at("steps", 1, 1, 2, {"size": "columns"}),
     "rows that are Python": set_at("steps", 1, 1, 2, {"size": "__import__('os')"}),
     "rows in a thousand brackets": set_at("steps", 1, 1, 2, {"size": "(" * 1000 + "rows" + ")" * 1000}),
@@ -293,6 +291,16 @@ LLAMA_PROMPT = {
     "logits_indices": torch.tensor([0]),
     "num_decode_tokens": 0,
 }
+
+
+@pytest.mark.parametrize(("argument", "value"), [(1, {"const": 1 << 40}), (2, {"size": "rows + 1"})])
+def test_rows_that_are_not_there(argument: int, value: Any, blocks: Sample, tmp_path: Path) -> None:
+    """How many rows there are may depend on sizes that nothing relates: only a call tells."""
+    plan = copy.deepcopy(dict(blocks.bundle.plan()))
+    plan["steps"][1][1][argument] = value
+    model = blocks.load(forge(blocks.bundle, tmp_path / "forged", plan=plan))
+    with pytest.raises(RequestError, match=r"run step 1 of the loaded model, piecework::rows"):
+        blocks.run(model)
 
 
 def test_states_of_sizes_that_are_not_given(llama: Sample) -> None:

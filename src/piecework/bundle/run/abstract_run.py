@@ -223,6 +223,7 @@ class _AbstractRun:
         _check_packed(step, op.overload, self._plan.recipes)
         unknown = False
         results: list[list[torch.Tensor]] = []
+        refused: list[ValueError] = []
         for point in range(len(self._points)):
 
             def read(argument: Mapping[str, Any], at: int = point) -> Any:
@@ -234,10 +235,16 @@ class _AbstractRun:
                 tensors = _tensors([*args, *kwargs.values()])
                 unknown = op.run is None or not tensors or any(s == _NOT_KNOWN for s in _slots_in(step, slots))
             if not unknown and op.run is not None:
-                made = _called(op.run, args, kwargs)
+                try:
+                    made = _called(op.run, args, kwargs)
+                except ValueError as error:
+                    refused.append(error)
+                    continue
                 unknown = made is None
                 results.append(made or [])
-        if unknown:
+        if refused and (not results or step.op.startswith("piecework::")):
+            raise refused[0]
+        if unknown or refused:  # of sizes that don't go together, for which nothing in a plan relates them
             return (_NOT_KNOWN,) * len(step.outputs)
         return self._results(results, step)
 
