@@ -35,7 +35,8 @@ def _pieces(bundle: Bundle, plan: Plan, explained: Mapping[str, Any]) -> Iterato
             yield from (f"  pass {report['name']}: {match}" for match in report["matches"])
             yield from (f"  pass {report['name']}: not {miss}" for miss in report["near_misses"])
         for form in piece.ranges:
-            compiled = Program.from_json(json.loads(bundle.artifact_path(form.artifact).read_text()))
+            artifact = json.loads(bundle.artifact_path(form.artifact).read_text())
+            compiled = Program.from_json(artifact["program"])
             yield f"  compiled for {plan.primary} from {form.min} to {form.max}"
             yield from _program(Listing(compiled))
         yield ""

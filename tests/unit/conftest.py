@@ -31,8 +31,10 @@ def sample_plan(artifacts: Mapping[str, Path]) -> Plan:
             Recipe("inv_freq", (32,), "float32", literal=True),
         ),
         pieces=(
-            UniquePiece("ab" * 32, (ShapeRange(1, 1, first), ShapeRange(2, 8192, second)), num_ops=7, num_constants=1),
-            UniquePiece("cd" * 32, (ShapeRange(1, 8192, second),), num_ops=3, num_constants=2),
+            UniquePiece(
+                "ab" * 32, "ac" * 32, (ShapeRange(1, 1, first), ShapeRange(2, 8192, second)), num_ops=7, num_constants=1
+            ),
+            UniquePiece("cd" * 32, "ce" * 32, (ShapeRange(1, 8192, second),), num_ops=3, num_constants=2),
         ),
         instances=(Instance(0, (1,)), Instance(0, (2,)), Instance(1, (0, 3))),
         steps=(
@@ -44,7 +46,7 @@ def sample_plan(artifacts: Mapping[str, Path]) -> Plan:
         ),
         num_slots=6,
         output_slots=(5,),
-        structure={"slot": 0},
+        structure={"leaf": 0},
     )
 
 

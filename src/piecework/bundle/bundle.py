@@ -108,6 +108,8 @@ class Bundle:
 
     def plan(self) -> dict[str, Any]:
         """Return the content of plan.json. Raises CorruptBundle."""
+        if self.manifest.files[PLAN].size > MAX_MANIFEST_BYTES:
+            raise corrupt(PLAN, bundle=str(self.path), found="is too large")
         return self._read_object(PLAN)
 
     def record(self) -> Record:

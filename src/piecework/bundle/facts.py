@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import os
+import stat
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from typing import Final
 
 from piecework.bundle.format import FORMAT
 from piecework.errors import StaleBundle
-from piecework.foundation.digests import JsonScalar, canonical_json, digest_file
+from piecework.foundation.digests import JsonScalar, canonical_json, digest_bytes, digest_file
 from piecework.foundation.environment import compiler_settings
 from piecework.foundation.gpu import gpu_architecture
 from piecework.foundation.own_code import own_code_digest
@@ -25,6 +27,7 @@ from piecework.foundation.target import Target, missing_flags, read_target
 
 NOT_INSTALLED: Final = "not installed"
 ABSENT: Final = "not in config.json"
+_MOST_SOURCE_BYTES: Final = 16 << 20
 _RECOMPILE: Final = "compile the model again on this machine"
 
 
@@ -197,7 +200,7 @@ def package_version(name: str) -> str:
 
     try:
         return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+    except (importlib.metadata.PackageNotFoundError, ValueError):  # of which the latter is raised for ""
         return NOT_INSTALLED
 
 
@@ -237,13 +240,35 @@ def _check_source(fact: Fact, *, name: str) -> Difference | None:
     if not places:
         return None  # running the bundle doesn't need the package, so its absence changes nothing
     for place in places:
-        path = place / relative if relative else place
-        if path.is_file():
-            try:
-                return _compare(fact, digest_file(path))
-            except OSError as error:
-                return Difference(fact, None, why=f"can't be read: {error.strerror}")
+        try:
+            digest = _digest_of_source(place / relative if relative else place)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            return Difference(fact, None, why=f"can't be read: {error.strerror}")
+        return _compare(fact, digest)
     return Difference(fact, None, why="the package has no such file")
+
+
+def _digest_of_source(path: Path) -> str:
+    """Return the SHA-256 of a file; raises FileNotFoundError where it is no file, or more than a source can be.
+
+    The name comes from a bundle: a device or a pipe in its place must not be waited for.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_SOURCE_BYTES:
+            raise FileNotFoundError(path)
+        return digest_bytes(os.read(descriptor, _MOST_SOURCE_BYTES))
+    finally:
+        os.close(descriptor)
+
+
+def is_source_name(name: str) -> bool:
+    """Whether a fact about a source file may have this name: a package and a path that stays in it, or "module.py"."""
+    parts = name.split("/")
+    return parts[0].removesuffix(".py").isidentifier() and not {"", ".", ".."} & set(parts) and "\0" not in name
 
 
 def _field(config: Mapping[str, object], name: str) -> JsonScalar:

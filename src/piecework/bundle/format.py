@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 
 MANIFEST: Final = "manifest.json"
 PLAN: Final = "plan.json"

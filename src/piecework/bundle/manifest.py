@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, cast
 
-from piecework.bundle.facts import Fact
+from piecework.bundle.facts import Fact, is_source_name
 from piecework.bundle.format import FORMAT, MANIFEST, PLAN, RECORD, artifact_digest, is_member
 from piecework.errors import BundleError, CorruptBundle
 from piecework.foundation.digests import digest_bytes, digest_json, is_digest
@@ -116,6 +116,8 @@ def _parse_facts(value: object, *, bundle: str) -> tuple[Fact, ...]:
     facts = []
     for item in value if isinstance(value, list) else [None]:
         match item:
+            case ["source", str(name), _] if not is_source_name(name):
+                raise corrupt(MANIFEST, bundle=bundle, found=f"has a fact about {name!r}, which is no source file")
             case [str(kind), str(name), None | bool() | int() | float() | str() as content]:
                 facts.append(Fact(kind, name, content))
             case _:

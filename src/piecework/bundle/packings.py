@@ -15,3 +15,6 @@ HEAD_COLUMNS: Final = "head_columns"
 
 OWN: Final = frozenset({LINEAR_COLUMNS, HEAD_COLUMNS})
 """Those that code of ours reads (providers/cpu_common/products.h), in pieces and in native kernels."""
+
+PACKINGS: Final = OWN | {MKLDNN_LINEAR}
+"""All of them."""

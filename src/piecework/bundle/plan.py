@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Final
 
+from piecework.bundle.compact import Rename, compact, expand
+from piecework.bundle.packings import PACKINGS
 from piecework.bundle.recipes import Concat, Source, Take, label, renamed, source_from_json, source_to_json, takes
 from piecework.errors import CorruptBundle
+from piecework.foundation.digests import is_digest
+from piecework.foundation.reading import fields, flag, items, mapping, one_of, text, whole, wholes
 from piecework.ops.ir.call_form import CallForm
+from piecework.ops.ir.program import DEVICES, DTYPES, check_constant, check_tagged
+
+_REQUIRED: Final = (
+    "sizes", "primary", "inputs", "states", "recipes", "pieces", "instances", "ops", "steps", "num_slots",
+    "output_slots", "structure", "arguments",
+)  # fmt: skip
+_OPTIONAL: Final = ("kernels", "variants", "natives")
+_MOST_NESTED: Final = 4
 
 Dim = int | str
 
@@ -75,10 +86,12 @@ class ShapeRange:
 class UniquePiece:
     """A structurally different piece: fingerprint, artifacts by range of the primary size, numbers for people.
 
+    `program` is the digest of the program that its artifacts were made of, as they say themselves.
     `merged` says for each constant which of the captured piece's constants it is made of; () where they are the same.
     """
 
     fingerprint: str
+    program: str
     ranges: tuple[ShapeRange, ...]
     num_ops: int
     num_constants: int
@@ -208,8 +221,8 @@ class Plan:
             "sizes": {n: list(r) for n, r in self.sizes.items()},
             "primary": self.primary,
             "inputs": [_without_defaults(asdict(i)) for i in self.inputs],
-            "states": _compact([_without_defaults(asdict(s)) for s in self.states]),
-            "recipes": _compact([_recipe_to_json(r) for r in self.recipes]),
+            "states": compact([_without_defaults(asdict(s)) for s in self.states]),
+            "recipes": compact([_recipe_to_json(r) for r in self.recipes]),
             "pieces": [_without_defaults(asdict(p)) for p in self.pieces],
             "instances": [[i.piece, list(i.constants)] for i in self.instances],
             "ops": ops,
@@ -228,7 +241,7 @@ class Plan:
         """Read what `to_json` wrote. Raises CorruptBundle where it is no plan."""
         try:
             return _plan(data)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
             raise CorruptBundle(
                 asked="read the plan of a bundle",
                 found=f"it is malformed: {type(error).__name__} {error}",
@@ -237,47 +250,115 @@ class Plan:
             ) from error
 
 
-def _plan(data: Mapping[str, Any]) -> Plan:
+def _plan(given: object) -> Plan:
+    data = fields(given, "the plan", required=_REQUIRED, optional=_OPTIONAL)
+    ops = tuple(text(op, "an op") for op in items(data["ops"], "ops"))
     return Plan(
-        sizes={n: (int(lo), int(hi)) for n, (lo, hi) in data["sizes"].items()},
-        primary=data["primary"],
-        inputs=tuple(_plan_input(i) for i in data["inputs"]),
-        states=tuple(State(**{**s, "shape": tuple(s["shape"])}) for s in _expand(data["states"])),
-        recipes=tuple(_recipe_from_json(r) for r in _expand(data["recipes"])),
-        pieces=tuple(_piece_from_json(p) for p in data["pieces"]),
-        instances=tuple(Instance(int(piece), tuple(constants)) for piece, constants in data["instances"]),
-        steps=tuple(_step_from_json(s, data["ops"]) for s in data["steps"]),
-        num_slots=int(data["num_slots"]),
-        output_slots=tuple(data["output_slots"]),
+        sizes={text(n, "a size"): _bounds(r, f"the size {n}") for n, r in mapping(data["sizes"], "sizes").items()},
+        primary=text(data["primary"], "primary", empty=True),
+        inputs=tuple(_plan_input(i) for i in items(data["inputs"], "inputs")),
+        states=expand(data["states"], "states", read=_state, renamed=_renamed_state),
+        recipes=expand(data["recipes"], "recipes", read=_recipe_from_json, renamed=_renamed_recipe),
+        pieces=tuple(_piece_from_json(p) for p in items(data["pieces"], "pieces")),
+        instances=tuple(_instance(i) for i in items(data["instances"], "instances")),
+        steps=tuple(_step_from_json(s, ops) for s in items(data["steps"], "steps")),
+        num_slots=whole(data["num_slots"], "num_slots"),
+        output_slots=wholes(data["output_slots"], "output_slots"),
         structure=data["structure"],
         arguments=data["arguments"],
-        kernels={str(name): str(artifact) for name, artifact in dict(data.get("kernels", {})).items()},
-        variants=tuple(_variant_from_json(v, data["ops"]) for v in data.get("variants", ())),
-        natives=tuple(_native_from_json(n) for n in data.get("natives", ())),
+        kernels={
+            text(name, "a kernel"): text(artifact, "a kernel's artifact")
+            for name, artifact in mapping(data.get("kernels", {}), "kernels").items()
+        },
+        variants=tuple(_variant_from_json(v, ops) for v in items(data.get("variants", []), "variants")),
+        natives=tuple(_native_from_json(n) for n in items(data.get("natives", []), "natives")),
     )
 
 
+def _bounds(value: object, what: str) -> tuple[int, int]:
+    low, high = (whole(n, what) for n in items(value, what, length=2))
+    if low > high:
+        raise ValueError(f"{what}: from {low} to {high}")
+    return low, high
+
+
+def _dims(value: object, what: str) -> tuple[Dim, ...]:
+    found = items(value, what, most=64)
+    return tuple(d if type(d) is int and d >= 0 else text(d, what, most=256) for d in found)
+
+
+def _state(given: object) -> State:
+    data = fields(given, "a state", required=("name", "shape", "dtype", "device"))
+    return State(
+        name=text(data["name"], "a state's name"),
+        shape=_dims(data["shape"], "a state's shape"),
+        dtype=one_of(data["dtype"], "a state's dtype", DTYPES),
+        device=one_of(data["device"], "a state's device", DEVICES),
+    )
+
+
+def _renamed_state(state: State, change: Rename) -> State:
+    return State(change(state.name), state.shape, state.dtype, state.device)
+
+
+def _renamed_recipe(recipe: Recipe, change: Rename) -> Recipe:
+    source = None if recipe.source is None else renamed(recipe.source, change)
+    return Recipe(change(recipe.name), recipe.shape, recipe.dtype, recipe.literal, recipe.pack, source)
+
+
+def _instance(given: object) -> Instance:
+    piece, constants = items(given, "an instance", length=2)
+    return Instance(whole(piece, "an instance's piece"), wholes(constants, "an instance's constants"))
+
+
 def _recipe_to_json(recipe: Recipe) -> dict[str, Any]:
-    fields = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}
+    made = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}
     if recipe.source is not None:
-        fields["source"] = source_to_json(recipe.source)
-    return _without_defaults(fields)
+        made["source"] = source_to_json(recipe.source)
+    return _without_defaults(made)
 
 
-def _recipe_from_json(data: Mapping[str, Any]) -> Recipe:
-    made = Recipe(**{**data, "shape": tuple(data["shape"]), "source": None})
-    if "source" not in data:
-        return made
-    source = source_from_json(data["source"])
-    if source.shape != made.shape:
-        raise ValueError(f"a recipe of shape {made.shape} from a source of shape {source.shape}")
-    return dataclasses.replace(made, source=source)
+def _recipe_from_json(given: object) -> Recipe:
+    optional = ("literal", "pack", "source")
+    data = fields(given, "a recipe", required=("name", "shape", "dtype"), optional=optional)
+    shape = wholes(data["shape"], "a recipe's shape", most=1 << 40)
+    source = source_from_json(data["source"]) if "source" in data else None
+    if source is not None and source.shape != shape:
+        raise ValueError(f"a recipe of shape {shape} from a source of shape {source.shape}")
+    return Recipe(
+        name=text(data["name"], "a recipe's name", most=1 << 16),
+        shape=shape,
+        dtype=one_of(data["dtype"], "a recipe's dtype", DTYPES),
+        literal=flag(data.get("literal", False), "literal"),
+        pack=one_of(data["pack"], "a recipe's pack", PACKINGS) if "pack" in data else "",
+        source=source,
+    )
 
 
-def _piece_from_json(data: Mapping[str, Any]) -> UniquePiece:
-    ranges = tuple(ShapeRange(**r) for r in data.get("ranges", ()))
-    merged = tuple(tuple(int(i) for i in constants) for constants in data.get("merged", ()))
-    return UniquePiece(**{**data, "ranges": ranges, "merged": merged})
+def _piece_from_json(given: object) -> UniquePiece:
+    required = ("fingerprint", "program", "ranges", "num_ops", "num_constants", "device")
+    data = fields(given, "a piece", required=required, optional=("merged",))
+    return UniquePiece(
+        fingerprint=_digest(data["fingerprint"], "a piece's fingerprint"),
+        program=_digest(data["program"], "a piece's program"),
+        ranges=tuple(_range(r) for r in items(data["ranges"], "a piece's ranges")),
+        num_ops=whole(data["num_ops"], "num_ops"),
+        num_constants=whole(data["num_constants"], "num_constants"),
+        device=one_of(data["device"], "a piece's device", DEVICES),
+        merged=tuple(wholes(m, "merged") for m in items(data.get("merged", []), "merged")),
+    )
+
+
+def _range(given: object) -> ShapeRange:
+    data = fields(given, "a piece's range", required=("min", "max", "artifact"))
+    low, high = _bounds([data["min"], data["max"]], "a piece's range")
+    return ShapeRange(low, high, text(data["artifact"], "an artifact's name"))
+
+
+def _digest(value: object, what: str) -> str:
+    if not is_digest(text(value, what)):
+        raise ValueError(f"{what} is no digest")
+    return str(value)
 
 
 def _native_to_json(native: NativeCall) -> dict[str, Any]:
@@ -289,11 +370,13 @@ def _native_to_json(native: NativeCall) -> dict[str, Any]:
     }
 
 
-def _native_from_json(data: Mapping[str, Any]) -> NativeCall:
+def _native_from_json(given: object) -> NativeCall:
+    required = ("op", "arguments", "sizes", "ops", "provider")
+    data = fields(given, "a native", required=required, optional=("piece",))
     return NativeCall(
-        form=CallForm.from_json(data),
-        ops=tuple(str(op) for op in data["ops"]),
-        provider=str(data["provider"]),
+        form=CallForm.from_json({name: data[name] for name in ("op", "arguments", "sizes")}),
+        ops=tuple(text(op, "an op of a native") for op in items(data["ops"], "a native's ops")),
+        provider=text(data["provider"], "a provider"),
         piece=_piece_from_json(data["piece"]) if "piece" in data else None,
     )
 
@@ -308,19 +391,30 @@ def _variant_to_json(variant: PlanVariant, ops: Sequence[str]) -> dict[str, Any]
     }
 
 
-def _variant_from_json(data: Mapping[str, Any], ops: Sequence[str]) -> PlanVariant:
+def _variant_from_json(given: object, ops: Sequence[str]) -> PlanVariant:
+    data = fields(given, "a variant", required=("name", "equal", "steps", "num_slots", "output_slots"))
+    pairs = [items(pair, "equal", length=2) for pair in items(data["equal"], "equal")]
     return PlanVariant(
-        name=str(data["name"]),
-        equal=tuple((str(size), other if isinstance(other, int) else str(other)) for size, other in data["equal"]),
-        steps=tuple(_step_from_json(s, ops) for s in data["steps"]),
-        num_slots=int(data["num_slots"]),
-        output_slots=tuple(data["output_slots"]),
+        name=text(data["name"], "a variant's name"),
+        equal=tuple((text(size, "equal"), o if type(o) is int else text(o, "equal")) for size, o in pairs),
+        steps=tuple(_step_from_json(s, ops) for s in items(data["steps"], "a variant's steps")),
+        num_slots=whole(data["num_slots"], "num_slots"),
+        output_slots=wholes(data["output_slots"], "output_slots"),
     )
 
 
-def _plan_input(data: Mapping[str, Any]) -> PlanInput:
-    tuples = {k: tuple(data[k]) for k in ("shape", "stride") if data.get(k) is not None}
-    return PlanInput(**{**data, **tuples})
+def _plan_input(given: object) -> PlanInput:
+    optional = ("shape", "dtype", "device", "size", "stride", "written")
+    data = fields(given, "an input", required=("name",), optional=optional)
+    return PlanInput(
+        name=text(data["name"], "an input's name"),
+        shape=_dims(data["shape"], "an input's shape") if "shape" in data else None,
+        dtype=one_of(data["dtype"], "an input's dtype", DTYPES) if "dtype" in data else "",
+        device=one_of(data["device"], "an input's device", DEVICES) if "device" in data else "",
+        size=text(data["size"], "an input's size") if "size" in data else "",
+        stride=wholes(data["stride"], "an input's stride") if "stride" in data else None,
+        written=flag(data.get("written", False), "written"),
+    )
 
 
 def _step_to_json(step: Step, ops: Sequence[str]) -> list[Any]:
@@ -329,65 +423,47 @@ def _step_to_json(step: Step, ops: Sequence[str]) -> list[Any]:
     return [ops.index(step.op), list(step.args), dict(step.kwargs), list(step.outputs)]
 
 
-def _step_from_json(data: Sequence[Any], ops: Sequence[str]) -> Step:
+def _step_from_json(given: object, ops: Sequence[str]) -> Step:
+    data = items(given, "a step")
     if len(data) == 3:
         instance, inputs, outputs = data
-        return PieceStep(int(instance), tuple(inputs), tuple(outputs))
+        return PieceStep(
+            whole(instance, "a step's instance"), wholes(inputs, "a step's inputs"), wholes(outputs, "a step's outputs")
+        )
     op, args, kwargs, outputs = data
-    return OpStep(ops[op], tuple(args), kwargs, tuple(outputs))
+    return OpStep(
+        ops[whole(op, "a step's op")],
+        tuple(_argument(a) for a in items(args, "a step's arguments")),
+        {text(n, "an argument"): _argument(a) for n, a in mapping(kwargs, "a step's arguments by name").items()},
+        wholes(outputs, "a step's outputs", least=-1),
+    )
 
 
-def _without_defaults(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items() if not _is_default(k, v)}
+def _argument(given: object, *, depth: int = 0) -> Mapping[str, Any]:
+    """Check an argument of an opaque op, and return it as it is."""
+    if type(given) is not dict or len(given) != 1 or depth > _MOST_NESTED:
+        raise ValueError("a step's argument that is no object of one key")
+    ((kind, value),) = given.items()
+    match kind:
+        case "slot" | "state" | "recipe":
+            whole(value, kind)
+        case "size":
+            text(value, "a size", most=1024)
+        case "layer":
+            text(value, "a layer's name", empty=True)
+        case "list":
+            for part in items(value, "a list", most=4096):
+                _argument(part, depth=depth + 1)
+        case "const":
+            check_constant(value)
+        case _:
+            check_tagged(given)
+    return given
+
+
+def _without_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in given.items() if not _is_default(k, v)}
 
 
 def _is_default(name: str, value: Any) -> bool:
     return value is None or value is False or value == "" or (name == "merged" and value == ())
-
-
-_NUMBER = re.compile(r"\.(0|[1-9]\d*)\.")
-
-
-def _compact(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Write items whose names count up, "a.0.b", "a.1.b" …, as one item with `name` "a.#.b" and `run` [0, n]."""
-    out: list[dict[str, Any]] = []
-    for item in items:
-        match = _NUMBER.search(item["name"])
-        if match is None or "#" in item["name"]:
-            out.append(item)
-            continue
-        number, numbered = int(match.group(1)), match.group(0)
-        pattern = _renamed(item, old=numbered, new=".#.")
-        if _renamed(pattern, old=".#.", new=numbered) != item:
-            out.append(item)
-            continue
-        if out and "run" in out[-1]:
-            start, end = out[-1]["run"]
-            if number == end and {**out[-1], "run": None} == {**pattern, "run": None}:
-                out[-1] = {**pattern, "run": [start, end + 1]}
-                continue
-        out.append({**pattern, "run": [number, number + 1]})
-    return out
-
-
-def _expand(items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    out: list[dict[str, Any]] = []
-    for item in items:
-        rest = {k: v for k, v in item.items() if k != "run"}
-        if "run" not in item:
-            out.append(rest)
-            continue
-        start, end = item["run"]
-        if not 0 <= end - start <= 1_000_000:
-            raise ValueError(f"a run of {end - start} items")
-        out.extend(_renamed(rest, old="#", new=str(i)) for i in range(start, end))
-    return out
-
-
-def _renamed(item: Mapping[str, Any], *, old: str, new: str) -> dict[str, Any]:
-    """Return an item with the first `old` in its name, and in those of the tensors that it is made of, replaced."""
-    made = {**item, "name": item["name"].replace(old, new, 1)}
-    if "source" in item:
-        source = renamed(source_from_json(item["source"]), lambda name: name.replace(old, new, 1))
-        made["source"] = source_to_json(source)
-    return made

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
+
+from piecework.foundation.reading import flag, items, text, whole, wholes
+
+_MOST_NESTED: Final = 8
+_MOST_STACKED: Final = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ def renamed(source: Source, change: Callable[[str], str]) -> Source:
     """Return the source with every tensor's name changed."""
     match source:
         case Take(name):
-            return replace(source, name=change(name))
+            return Take(change(name), source.shape)
         case Concat(parts):
             return Concat(tuple(renamed(part, change) for part in parts))
         case Stack(of, _, whole):
@@ -156,29 +161,46 @@ def source_to_json(source: Source) -> list[Any]:
             return ["product", source_to_json(left), source_to_json(right), heads]
 
 
-def source_from_json(data: Any) -> Source:
-    """Read what `source_to_json` wrote. Raises ValueError, TypeError or IndexError where it is something else."""
-    kind, *rest = data
-    made: Source
-    if kind == "take":
-        name, shape = rest
-        made = Take(str(name), tuple(int(size) for size in shape))
-    elif kind == "concat" and rest:
-        made = Concat(tuple(source_from_json(part) for part in rest))
-    elif kind == "stack":
-        of, count, *whole = rest
-        made = Stack(source_from_json(of), int(count), *(str(name) for name in whole))
-    elif kind == "heads":
-        of, heads, begin, end, transpose = rest
-        made = HeadRows(source_from_json(of), int(heads), int(begin), int(end), transpose is True)
-    elif kind == "product":
-        left, right, heads = rest
-        made = HeadProduct(source_from_json(left), source_from_json(right), int(heads))
-    else:
-        raise ValueError(f"a weight's source of kind {kind!r}")
-    if not all(size >= 0 for size in made.shape):
-        raise ValueError(f"a weight's source of shape {made.shape}")
-    return made
+def source_from_json(data: object, *, depth: int = 0) -> Source:
+    """Read what `source_to_json` wrote. Raises ValueError where it is something else, or can't be made."""
+    kind, *rest = items(data, "a weight's source", most=1 << 14) or [None]
+    if depth > _MOST_NESTED:
+        raise ValueError(f"a weight's source in more than {_MOST_NESTED} levels")
+
+    def inner(given: object) -> Source:
+        return source_from_json(given, depth=depth + 1)
+
+    match kind, rest:
+        case "take", [name, shape]:
+            return Take(text(name, "a tensor's name"), wholes(shape, "a tensor's shape", most=1 << 40))
+        case "concat", [_, *_]:
+            return _checked(Concat(tuple(inner(part) for part in rest)))
+        case "stack", [of, count, *whole_name] if len(whole_name) < 2:
+            names = [text(name, "a tensor's name") for name in whole_name]
+            return Stack(inner(of), whole(count, "a stack's count", least=1, most=_MOST_STACKED), *names)
+        case "heads", [of, heads, begin, end, transpose]:
+            count, first, last = (whole(n, "heads", most=1 << 40) for n in (heads, begin, end))
+            return _checked(HeadRows(inner(of), count, first, last, flag(transpose, "transpose")))
+        case "product", [left, right, heads]:
+            return _checked(HeadProduct(inner(left), inner(right), whole(heads, "heads", most=1 << 40)))
+    raise ValueError(f"a weight's source of kind {kind!r}"[:80])
+
+
+def _checked(source: Concat | HeadRows | HeadProduct) -> Source:
+    """Return a source as it is; raises ValueError where its parts' shapes don't agree."""
+    match source:
+        case Concat(parts):
+            first = parts[0].shape
+            fits = len(first) > 0 and all(len(p.shape) > 0 and p.shape[1:] == first[1:] for p in parts)
+        case HeadRows(of, heads, begin, end):
+            fits = len(of.shape) == 2 and heads > 0 and of.shape[0] % heads == 0
+            fits = fits and begin <= end <= of.shape[0] // heads
+        case HeadProduct(left, right, heads):
+            fits = len(left.shape) == 2 and len(right.shape) == 3 and right.shape[0] == heads
+            fits = fits and left.shape[1] == heads * right.shape[1]
+    if not fits:
+        raise ValueError(f"a weight's source of parts that don't fit: {label(source)}"[:200])
+    return source
 
 
 def label(source: Source) -> str:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Mapping
+from typing import Final
 
 Size = Callable[[Mapping[str, int]], int]
 """Computes a number from sizes by name."""
 
 
 def size_expression(text: str) -> Size:
-    """Return a function that computes an expression over sizes: names, numbers, + - * // and parentheses.
+    """Return a function that computes an expression over sizes: names, numbers, + - * // Max Min Mod and parentheses.
 
-    Raises ValueError for anything else; nothing is evaluated as Python code.
+    Raises ValueError for anything else, and for more than 1024 characters or 32 levels; nothing is evaluated as Python
+    code. The function raises KeyError for a size that it isn't given, and ZeroDivisionError.
     """
     return _SizeParser(text).parse()
 
@@ -24,6 +26,12 @@ _OPERATIONS: Mapping[str, Callable[[int, int], int]] = {
     "*": operator.mul,
     "//": operator.floordiv,
 }
+_FUNCTIONS: Mapping[str, Callable[[int, int], int]] = {"Max": max, "Min": min, "Mod": operator.mod}
+"""As torch writes them."""
+
+
+_MOST_CHARACTERS: Final = 1024
+_MOST_NESTED: Final = 32
 
 
 class _SizeParser:
@@ -31,8 +39,9 @@ class _SizeParser:
 
     def __init__(self, text: str) -> None:
         self._text = text
-        self._tokens: list[str] = re.findall(r"[A-Za-z_]\w*|\d+|//|[-+*()]", text)
+        self._tokens: list[str] = re.findall(r"[A-Za-z_]\w*|\d+|//|[-+*(),]", text[:_MOST_CHARACTERS], re.ASCII)
         self._position = 0
+        self._depth = 0
 
     def parse(self) -> Size:
         if "".join(self._tokens) != self._text.replace(" ", ""):
@@ -43,7 +52,7 @@ class _SizeParser:
         return made
 
     def _error(self) -> ValueError:
-        return ValueError(f"no expression over sizes: {self._text!r}")
+        return ValueError(f"no expression over sizes: {self._text[:80]!r}")
 
     def _next(self) -> str:
         """Return the token that comes next, "" at the end."""
@@ -55,35 +64,64 @@ class _SizeParser:
         return token
 
     def _sum(self) -> Size:
+        self._depth += 1
+        if self._depth > _MOST_NESTED:
+            raise self._error()
         left = self._product()
         while self._next() in {"+", "-"}:
-            left = _combine(left, self._take(), self._product())
+            left = _combine(left, _OPERATIONS[self._take()], self._product())
+        self._depth -= 1
         return left
 
     def _product(self) -> Size:
         left = self._atom()
         while self._next() in {"*", "//"}:
-            left = _combine(left, self._take(), self._atom())
+            left = _combine(left, _OPERATIONS[self._take()], self._atom())
         return left
 
     def _atom(self) -> Size:
         token = self._take()
         if token == "(":
             inner = self._sum()
-            if self._take() != ")":
-                raise self._error()
+            self._expect(")")
             return inner
         if token == "-":
+            self._depth += 1
+            if self._depth > _MOST_NESTED:
+                raise self._error()
             negated = self._atom()
+            self._depth -= 1
             return lambda env: -negated(env)
         if token.isdigit():
             number = int(token)
             return lambda env: number
+        if token in _FUNCTIONS and self._next() == "(":
+            return self._call(_FUNCTIONS[token])
         if token.isidentifier():
             return lambda env: env[token]
         raise self._error()
 
+    def _call(self, function: Callable[[int, int], int]) -> Size:
+        """Read "(a, b)", or more arguments: the function of the first two, then of that and the third …"""
+        self._expect("(")
+        made = self._sum()
+        self._expect(",")
+        made = _combine(made, function, self._sum())
+        while self._next() == ",":
+            self._take()
+            made = _combine(made, function, self._sum())
+        self._expect(")")
+        return made
 
-def _combine(left: Size, sign: str, right: Size) -> Size:
-    operation = _OPERATIONS[sign]
+    def _expect(self, token: str) -> None:
+        if self._take() != token:
+            raise self._error()
+
+
+def _combine(left: Size, operation: Callable[[int, int], int], right: Size) -> Size:
     return lambda env: operation(left(env), right(env))
+
+
+def names_in(text: str) -> frozenset[str]:
+    """Return the sizes that an expression names."""
+    return frozenset(re.findall(r"[A-Za-z_]\w*", text, re.ASCII)) - _FUNCTIONS.keys()

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from piecework.bundle.facts import package_version
+from piecework.bundle.format import FORMAT
 from piecework.bundle.record import Recorder
 from piecework.bundle.store.interface import Artifact
 from piecework.bundle.store.lookup import find_artifact
 from piecework.capture.request import Dim
-from piecework.compiler.backends import aoti, rebuild, toolchain, vector_exp
+from piecework.compiler.backends import aoti, interfaces, rebuild, toolchain, vector_exp
 from piecework.compiler.job import Job
 from piecework.compiler.passes import native_matmul, pack_linear
 from piecework.compiler.rewrite import fakes
@@ -25,7 +26,7 @@ from piecework.foundation.flight import Flight
 from piecework.foundation.gpu import gpu_architecture
 from piecework.foundation.target import Target
 from piecework.foundation.torch_private import inductor, scheduled_kernels, symbolic
-from piecework.ops.ir import decode, resolve
+from piecework.ops.ir import decode, interface, resolve
 from piecework.ops.ir.program import Program
 from piecework.spec.compile_options import BackendName, CompileOptions
 
@@ -206,7 +207,19 @@ def _ranges(piece: Compiled, *, declared: Dim | None, options: CompileOptions) -
 @functools.cache
 def _generator_digest() -> str:
     """Return the digest of our own code between a program and its library: an artifact of other code is another one."""
-    own = (aoti, rebuild, fakes, toolchain, vector_exp, pack_linear, native_matmul, decode, resolve)
+    own = (
+        aoti,
+        interfaces,
+        interface,
+        rebuild,
+        fakes,
+        toolchain,
+        vector_exp,
+        pack_linear,
+        native_matmul,
+        decode,
+        resolve,
+    )
     sources = [Path(module.__file__ or "") for module in (*own, inductor, scheduled_kernels, symbolic)]
     return digest_json([digest_file(source) for source in sources])
 
@@ -219,7 +232,7 @@ def _inside(piece: Compiled, bounds: Bounds) -> Bounds:
 
 def _job(piece: Compiled, *, bounds: Bounds | None, options: CompileOptions, target: Target) -> Job:
     if options.backend is BackendName.EAGER:
-        return Job(program=piece.program, options={"backend": "eager"})
+        return Job(program=piece.program, options={"backend": "eager", "format": FORMAT})
     narrower = {} if piece.primary is None or bounds is None else {piece.primary: _inside(piece, bounds)}
     return Job(
         program=piece.program,

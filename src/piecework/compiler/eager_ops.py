@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 
 from piecework.bundle.record import Record, Recorder
-from piecework.bundle.run.instances import open_instance, read_calls
+from piecework.bundle.run.instances import load_calls, open_instance, read_library
 from piecework.bundle.sealed import SealedFiles
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.bundle.store.interface import Store
@@ -215,8 +215,9 @@ class _Maker:
         for artifact in found.values():
             copies = SealedFiles()
             path = copies.path(artifact.path, digest=artifact.digest)
-            calls = read_calls(path, name=artifact.name)
-            runner = open_instance(path, name=artifact.name, device=device, calls=calls)
+            library = read_library(path, name=artifact.name)
+            load_calls(library)
+            runner = open_instance(library, device=device)
             return NativeBody(made.form, provider=made.provider, run=runner.run)
         return None
 

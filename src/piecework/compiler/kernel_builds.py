@@ -12,14 +12,16 @@ from dataclasses import dataclass, field
 from typing import Any, final
 
 from piecework.bundle.facts import Fact, source_facts
+from piecework.bundle.format import FORMAT
 from piecework.bundle.store.interface import Artifact
 from piecework.bundle.store.lookup import find_artifact
 from piecework.compiler.backends.toolchain import KERNEL_FLAGS
 from piecework.compiler.setup import CompileSetup
 from piecework.compiler.split import OpaqueCall, Step
 from piecework.errors import CompileError
-from piecework.foundation.digests import digest_file, digest_json
+from piecework.foundation.digests import canonical_json, digest_file, digest_json
 from piecework.foundation.flight import Flight
+from piecework.foundation.notes import INTERFACE, append_note
 from piecework.foundation.target import Target
 from piecework.foundation.torch_private import operator_of
 from piecework.providers.libraries import KERNELS, Kernel
@@ -36,7 +38,13 @@ class KernelJob:
     def key(self, target: Target) -> str:
         """Return the key of its artifact: everything that the library depends on."""
         sources = {path.name: digest_file(path) for path in self.kernel.sources}
-        content = {"kernel": self.kernel.name, "dtypes": self.dtypes, "sources": sources, "flags": KERNEL_FLAGS}
+        content = {
+            "kernel": self.kernel.name,
+            "dtypes": self.dtypes,
+            "sources": sources,
+            "flags": KERNEL_FLAGS,
+            "format": FORMAT,
+        }
         return digest_json({**content, "isa": target.fact, "machine": target.machine, "system": target.system})
 
 
@@ -128,6 +136,7 @@ class KernelBuilds:
         try:
             library = self.setup.backend.build_kernel(job.kernel.main, macros=_macros(job))
             if library is not None:
+                append_note(library, canonical_json({"kernel": job.kernel.name}).decode(), mark=INTERFACE)
                 self._made[job.kernel.name] = self.setup.store.put_artifact(key, content=library)
         except CompileError as error:
             self._errors.append(error)

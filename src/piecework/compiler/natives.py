@@ -73,6 +73,7 @@ class Native:
         if self.piece is not None:
             piece = UniquePiece(
                 fingerprint=self.program.fingerprint(),
+                program=self.piece.program.fingerprint(),
                 ranges=tuple(ranges),
                 num_ops=len(self.piece.program.calls),
                 num_constants=0,

@@ -178,6 +178,7 @@ def _unique_piece(unique: Unique, ranges: Sequence[ShapeRange]) -> UniquePiece:
     made_of = unique.lowered.constants
     return UniquePiece(
         fingerprint=program.fingerprint(),
+        program=unique.program.fingerprint(),
         ranges=tuple(ranges),
         num_ops=len(program.calls),
         num_constants=len(program.constants),

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 
 from piecework.bundle.bundle import Bundle
+from piecework.bundle.check_plan import lie
 from piecework.bundle.plan import Plan
 from piecework.bundle.run import LoadedModel, load
+from piecework.bundle.run.loading import read_plan
 from piecework.engine.block_pool import DEFAULT_BLOCK_SIZE, num_blocks_for
 from piecework.engine.engine import Engine, EngineConfig, Runner, engine_for
 from piecework.engine.events import Note, OnEvent, Phase, phase
@@ -36,7 +38,8 @@ def load_model(bundle: Bundle, spec: ModelSpec, options: EngineOptions, *, on_ev
 
     Raises CorruptBundle, WeightsError, CapacityError.
     """
-    plan = Plan.from_json(bundle.plan())
+    plan = read_plan(bundle)
+    _check_model_plan(plan)
     num_blocks = num_blocks_for_cache(plan, spec, options)
     at = seconds_since_start()
     weights = open_weights(spec.source, plan, random_seed=options.random_weights)
@@ -80,6 +83,14 @@ def num_blocks_for_cache(plan: Plan, spec: ModelSpec, options: EngineOptions) ->
     device = spec.options.device
     fraction = DEFAULT_FRACTION[device] if options.memory_fraction is None else options.memory_fraction
     return num_blocks_in(read_memory(device), needs, fraction=fraction)
+
+
+def _check_model_plan(plan: Plan) -> None:
+    """Raise CorruptBundle where a plan is none of a language model, which has these sizes."""
+    missing = {"tokens", "seqs", "blocks"} - plan.sizes.keys()
+    if missing or not plan.states or len(plan.output_slots) != 1:
+        what = f"no size {min(missing)!r}" if missing else "no KV cache, or not one result"
+        raise lie(f"{what}, in the plan of a language model")
 
 
 def open_weights(model_dir: Path, plan: Plan, *, random_seed: int | None = None) -> Checkpoint:

@@ -15,7 +15,10 @@ CALLS: Final = b"piecework calls\n"
 KERNELS: Final = b"piecework count\n"
 """Which kernels the library consists of (foundation/torch_private/scheduled_kernels.py)."""
 
-_MARKS: Final = (CALLS, KERNELS)
+INTERFACE: Final = b"piecework needs\n"
+"""What the library takes and gives (ops/ir/interface.py), or which kernel it is (providers/libraries.py)."""
+
+_MARKS: Final = (CALLS, KERNELS, INTERFACE)
 _TAIL: Final = 8 + len(CALLS)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from piecework.errors import OpError
 from piecework.ops.attention_plain import Scores, attend_with
 from piecework.ops.ir.values import flattened
 from piecework.ops.sequences import Sequences
@@ -70,9 +71,40 @@ def attend(query: Tensor, kv_cache: Tensor, sequences: Sequences, scores: Scores
     return attend_with(query, kv_cache, sequences, scores)
 
 
-def attention_fake(query: Tensor, *_args: object, **_kwargs: object) -> Tensor:
-    """Return an empty tensor shaped like the op's output: [T, H, D], contiguous, dtype of the query."""
-    return query.new_empty(query.shape)
+@flattened
+def attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_cache: Tensor,
+    slot_mapping: Tensor,
+    sequences: Sequences,
+    scores: Scores,
+) -> Tensor:
+    """Return an empty tensor shaped like the op's output: [T, H, D], contiguous, dtype of the query.
+
+    Raises OpError where shapes or types, as far as a trace knows them as numbers, can't go together.
+    """
+    tables, lens, starts, _ = sequences
+    ranks = [t.dim() for t in (query, key, value, kv_cache, slot_mapping, tables, lens, starts)]
+    if ranks != [3, 3, 3, 5, 1, 2, 1, 1]:
+        raise _refused(f"tensors of {ranks} dimensions")
+    if any(t.dtype is not torch.int64 for t in (slot_mapping, tables, lens, starts)):
+        raise _refused("indices that are not int64")
+    if not (query.dtype.is_floating_point and key.dtype is value.dtype is kv_cache.dtype):
+        raise _refused(f"{query.dtype}, {key.dtype}, {value.dtype} and {kv_cache.dtype}")
+    tokens, heads, dim = query.shape
+    wanted = (tokens, *kv_cache.shape[3:])
+    together = [*zip((*key.shape, *value.shape), (*wanted, *wanted), strict=True)]
+    together += [(dim, kv_cache.shape[4]), (kv_cache.shape[0], 2), (slot_mapping.shape[0], tokens)]
+    together += [(tables.shape[0], lens.shape[0])]
+    if any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in together):
+        raise _refused("sizes that differ")
+    return query.new_empty((tokens, heads, dim))
+
+
+def _refused(found: str) -> OpError:
+    return OpError(asked="trace attention", found=found, try_="tensors as attention_native takes them")
 
 
 def register() -> None:

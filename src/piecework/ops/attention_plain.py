@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from piecework.errors import OpError
 from piecework.ops.sequences import Sequences
 
 _UNEVEN = 4  # sequences shorter than the longest by this factor are attended apart, so that padding stays small
@@ -98,10 +99,17 @@ def prefill(
 ) -> Tensor:
     """Attend the new tokens of sequences, [T, H, D] -> [T, H, D]; `query_start` begins with the first one's first.
 
-    Sequences with as many new and as many cached tokens are attended together.
+    Sequences with as many new and as many cached tokens are attended together. Raises OpError where `query_start`
+    doesn't divide the tokens among the sequences.
     """
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     starts, lengths = (query_start - query_start[0]).tolist(), seq_lens.tolist()
+    if len(starts) != len(lengths) + 1 or starts[-1] != query.shape[0]:  # rows would be left as they are in memory
+        raise OpError(
+            asked=f"attention of {query.shape[0]} new tokens in {len(lengths)} sequences",
+            found=f"{len(starts)} places in query_start, the last of which is {starts[-1]}",
+            try_="give where each sequence's tokens begin, and where the last one's end",
+        )
     alike: dict[tuple[int, int], list[int]] = {}
     for index, length in enumerate(lengths):
         if starts[index] < starts[index + 1]:

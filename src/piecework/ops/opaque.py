@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from piecework.errors import BundleError
-from piecework.foundation.torch_private import find_overload
+from piecework.foundation.torch_private import TORCHS_NAMESPACES, find_overload, is_computation
 from piecework.ops import moe_experts as _moe_experts  # noqa: F401  registers piecework::moe_experts
 from piecework.ops.attention import ATTENTION_OP, attention_native
 from piecework.ops.ir.opaque_op import declared_op
@@ -24,12 +24,24 @@ def implementation(name: str) -> Callable[..., Any]:
     qualified, _, overload = name.partition(".")
     if qualified in _DIRECT and overload in {"", "default"}:
         return _DIRECT[qualified]
-    found: Callable[..., Any] | None = find_overload(name)
-    if found is None:
-        raise BundleError(
-            asked=f"run a bundle that calls the opaque op {qualified}",
-            found="no op of that name is registered in this process",
-            try_="import the package that defines it before loading the bundle",
-        )
+    found: Callable[..., Any] = operator_of_plan(name)
     declared = declared_op(found)
     return found if declared is None else declared.function
+
+
+def operator_of_plan(name: str) -> Any:
+    """Return torch's object for an operator "namespace::name.overload" that is a step of a plan.
+
+    Of torch's own namespaces only aten's operators can be steps, and none that reads files. Raises BundleError where no
+    such operator is registered in this process.
+    """
+    found = find_overload(name)
+    namespace, _, rest = name.partition("::")
+    refused = namespace in TORCHS_NAMESPACES and (namespace != "aten" or not is_computation(rest))
+    if found is None or refused:
+        raise BundleError(
+            asked=f"run a bundle that calls the opaque op {name.partition('.')[0]}",
+            found="no step of a plan may call it" if refused else "no op of that name is registered in this process",
+            try_="import the package that defines it before loading the bundle",
+        )
+    return found

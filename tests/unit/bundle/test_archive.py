@@ -199,10 +199,10 @@ def test_another_format_version_says_so(archive: Path, tmp_path: Path) -> None:
     content = members(archive)
     manifest = json.loads(content["manifest.json"])
     del manifest["digest"]
-    manifest["format"] = 2
+    manifest["format"] = 1
     manifest["digest"] = digest_json(manifest)
     rewrite(archive, {**content, "manifest.json": json.dumps(manifest, sort_keys=True, indent=1).encode() + b"\n"})
-    with pytest.raises(BundleError, match="format version 2"):
+    with pytest.raises(BundleError, match="format version 1"):
         open_bundle(archive, extract_root=tmp_path / "home")
 
 

@@ -39,6 +39,7 @@ from piecework.models.adapter import build_causal_lm
 from piecework.spec.compile_options import CompileOptions
 from piecework.spec.model_spec import ModelSpec
 
+letters = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=3)
 names = st.lists(
     st.sampled_from(["layers", "0", "1", "2", "11", "w", "a#b", "01", "experts"]), min_size=1, max_size=5
 ).map(".".join)
@@ -60,7 +61,7 @@ composed = st.builds(
 )
 arguments = st.one_of(
     st.builds(lambda i: {"slot": i}, st.integers(0, 9)),
-    st.builds(lambda v: {"const": v}, st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=3))),
+    st.builds(lambda v: {"const": v}, st.one_of(st.none(), st.booleans(), st.integers(-(2**63), 2**63 - 1), letters)),
     st.builds(lambda i: {"state": i}, st.integers(0, 3)),
     st.just({"size": "tokens + 1"}),
 )
@@ -98,6 +99,7 @@ plans = st.builds(
         st.builds(
             UniquePiece,
             fingerprint=st.just("ab" * 32),
+            program=st.just("cd" * 32),
             ranges=st.lists(st.builds(ShapeRange, min=st.just(1), max=st.integers(1, 9), artifact=st.just("x.so"))).map(
                 tuple
             ),
@@ -207,6 +209,8 @@ def test_eighty_layers_are_written_as_compactly_as_four(tmp_path: Path) -> None:
         ("(a + b)*2 - 1", 15),
         ("-a + b", -2),
         ("a - b - 1", 1),
+        ("Max(1, a)*b", 15),
+        ("Min(a, b, 2) + Mod(a, b)", 4),
     ],
 )
 def test_expressions_over_sizes(text: str, value: int) -> None:
@@ -215,7 +219,27 @@ def test_expressions_over_sizes(text: str, value: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "a +", "(a", "a)", "a b", "a**2", "a.b", "f(a)", "a/2", "a % 2", "1.5", "__import__('os')", "a;b", "2a"],
+    [
+        "",
+        "a +",
+        "(a",
+        "a)",
+        "a b",
+        "a**2",
+        "a.b",
+        "f(a)",
+        "a/2",
+        "a % 2",
+        "1.5",
+        "__import__('os')",
+        "a;b",
+        "2a",
+        "Max(a)",
+        "Mod a",
+        "(" * 40 + "a" + ")" * 40,
+        "-" * 40 + "a",
+        "a + " * 400 + "a",
+    ],
 )
 def test_anything_else_is_no_expression(text: str) -> None:
     with pytest.raises(ValueError, match="no expression"):

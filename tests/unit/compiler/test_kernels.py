@@ -18,6 +18,7 @@ from piecework.compiler.kernel_builds import KernelBuilds, KernelJob, kernel_job
 from piecework.compiler.setup import CompileSetup
 from piecework.compiler.split import OpaqueCall
 from piecework.errors import CompileError, ShapeContractError, StoreError
+from piecework.foundation.notes import INTERFACE, read_note
 from piecework.foundation.target import make_target
 from piecework.providers.libraries import CPU_ATTENTION
 from piecework.spec.compile_options import BackendName, CompileOptions
@@ -87,7 +88,8 @@ def test_a_kernel_is_built_once_per_store(tmp_path: Path) -> None:
     store, backend, recorder = MemoryStore(tmp_path), FakeBackend(tmp_path), Recorder()
     first = builds(store, backend, recorder)
     artifact = first.finish()["cpu_attention"]
-    assert artifact.path.read_text() == "attention.cpp ('PIECEWORK_FLOAT32',)"
+    assert artifact.path.read_bytes().startswith(b"attention.cpp ('PIECEWORK_FLOAT32',)")
+    assert read_note(artifact.path, mark=INTERFACE) == '{"kernel":"cpu_attention"}'
     assert {fact.name.rpartition("/")[2] for fact in first.facts()} == {s.name for s in CPU_ATTENTION.sources}
     assert builds(store, backend, recorder).finish() == {"cpu_attention": artifact}
     assert len(backend.built) == 1

@@ -51,7 +51,7 @@ PLAN = Plan(
     steps=(OpStep("pwllm::next_letter", ({"slot": 0}, {"slot": 1}, {"recipe": 0}), {}, (2,)),),
     num_slots=3,
     output_slots=(2,),
-    structure={"slot": 0},
+    structure={"leaf": 0},
 )
 
 

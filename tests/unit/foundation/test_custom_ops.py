@@ -7,6 +7,7 @@ import torch
 from piecework.foundation.torch_private import (
     attach_declaration,
     attached_declaration,
+    can_run_on_meta,
     cuda_graph_unsafe_tags,
     fake_results,
     find_overload,
@@ -22,6 +23,27 @@ def define(name: str, by: int) -> torch.library.Library:
     library.define(f"{name}(Tensor x) -> Tensor")
     library.impl(name, lambda x: x + by, "CompositeExplicitAutograd")
     return library
+
+
+def test_only_operators_are_found() -> None:
+    """`torch.ops` has functions too, and gives a namespace for any name."""
+    for name in ("load_library::__call__", "load_library::x.default", "aten::__class__", "aten::add.op", "aten::add.x"):
+        assert find_overload(name) is None
+    for name in ("", "aten", "aten::", "aten::relu.default.x", "aten::relu default", "aten::add.__init__"):
+        assert find_overload(name) is None
+
+
+def test_what_tensors_on_the_meta_device_can_stand_for() -> None:
+    assert can_run_on_meta(find_overload("aten::mm"))
+    assert can_run_on_meta(find_overload("aten::linear")), "it is made of others"
+
+    @torch.library.custom_op("custom_ops_test::no_fake", mutates_args=())
+    def made(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    assert not can_run_on_meta(find_overload("custom_ops_test::no_fake"))
+    made.register_fake(torch.empty_like)
+    assert can_run_on_meta(find_overload("custom_ops_test::no_fake"))
 
 
 def test_operators_are_found_by_name() -> None:

@@ -30,7 +30,9 @@ def plan(steps: list[Any], *, names: list[str], pieces: list[int], states: int =
         inputs=(),
         states=tuple(State(f"layers.{i}.cache", (1,), "float32", "cpu") for i in range(states)),
         recipes=tuple(Recipe(name, (8,), "float32") for name in names),
-        pieces=tuple(UniquePiece(f"{n}" * 64, (), num_ops=1, num_constants=1) for n in sorted(set(pieces))),
+        pieces=tuple(
+            UniquePiece(f"{n}" * 64, f"{n}" * 64, (), num_ops=1, num_constants=1) for n in sorted(set(pieces))
+        ),
         instances=tuple(Instance(piece, (i,)) for i, piece in enumerate(pieces)),
         steps=tuple(steps),
         num_slots=1,

@@ -20,14 +20,14 @@ from piecework.report.ops import describe_ops
 
 X = TensorForm(("s0", 24), (None, None), "float32", "cpu")
 SILU = CallForm("piecework::silu_mul", (X, X), (("s0", 1, 768),))
-ROUTE = CallForm("mine::route", (X, 3))
+ROUTE = CallForm("mine::route", (X, 3), (("s0", 1, 768),))
 REJECTED = [["aten", "it has none"], ["triton", "no GPU"]]
 
 
 @pytest.fixture
 def bundle(write_sample: Callable[..., Bundle], sample_content: BundleContent, tmp_path: Path) -> Bundle:
     plan = Plan.from_json(sample_content.plan)
-    piece = UniquePiece("ef" * 32, (ShapeRange(1, 768, next(iter(sample_content.artifacts))),), 2, 0)
+    piece = UniquePiece("ef" * 32, "fe" * 32, (ShapeRange(1, 768, next(iter(sample_content.artifacts))),), 2, 0)
     natives = (
         NativeCall(SILU, ("piecework::moe_experts", "mine::experts"), "native", piece),
         NativeCall(ROUTE, ("mine::experts",), "mine"),
@@ -55,7 +55,7 @@ def test_text_and_json(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> No
     assert lines[start + 1 : start + 5] == [
         "  silu_mul(float32[s0, 24], float32[s0, 24]), s0 1 to 768",
         f"    in piecework::moe_experts, mine::experts: native, compiled, {artifact[:12]}…, 700 bytes",
-        "  mine::route(float32[s0, 24], 3)",
+        "  mine::route(float32[s0, 24], 3), s0 1 to 768",
         "    in mine::experts: mine, called",
     ]
     value = json.loads(json.dumps(describe(bundle, verified=False).to_json()))

@@ -13,7 +13,7 @@ from torch import nn
 
 from piecework.bundle.packings import HEAD_COLUMNS, LINEAR_COLUMNS, MKLDNN_LINEAR
 from piecework.bundle.plan import Recipe
-from piecework.bundle.recipes import Concat, HeadProduct, HeadRows, Source, Stack, Take, numbered, resolved
+from piecework.bundle.recipes import Concat, HeadProduct, HeadRows, Source, Stack, Take, numbered, resolved, takes
 from piecework.errors import WeightsError
 from piecework.foundation import torch_private
 from piecework.ops.packed import packed_linear, packed_matrices
@@ -153,6 +153,8 @@ def _compose(recipe: Recipe, *, source: TensorSource, names: frozenset[str], dev
     what = resolved(recipe.source, names)
     if isinstance(what, Take):
         return _whole(source.get(what.name), recipe, name=what.name, device=device)
+    for take in takes(what):  # what they are decides how much memory is taken for the whole
+        _check(source.get(take.name), name=take.name, shape=take.shape)
     made = torch.empty(recipe.shape, dtype=getattr(torch, recipe.dtype), device=device)
     _fill(made, what, source)
     return made

@@ -10,20 +10,22 @@ from typing import Any
 import torch
 
 from piecework.bundle.bundle import Bundle, open_bundle
+from piecework.bundle.check_plan import artifact_for, check_plan, forms
 from piecework.bundle.facts import Asked, option_facts, require
-from piecework.bundle.format import CONSTANTS
+from piecework.bundle.format import CONSTANTS, MANIFEST
 from piecework.bundle.manifest import corrupt
-from piecework.bundle.plan import Plan, UniquePiece
+from piecework.bundle.plan import Plan
 from piecework.bundle.record import Record
+from piecework.bundle.run.check_artifacts import check_artifacts
 from piecework.bundle.run.constants import TensorSource, as_source, make_constants, pack_constants
 from piecework.bundle.run.eager import EagerRunner
-from piecework.bundle.run.instances import open_instance, read_calls
+from piecework.bundle.run.instances import Library, load_calls, open_instance, read_library
 from piecework.bundle.run.model import LoadedModel, RangeForm
 from piecework.bundle.run.natives import open_natives
 from piecework.bundle.run.step_calls import Run
 from piecework.bundle.sealed import SealedFiles
 from piecework.bundle.signatures import read_trust
-from piecework.errors import BundleError, CorruptBundle
+from piecework.errors import BundleError, CorruptBundle, OpError
 from piecework.foundation import torch_private
 from piecework.foundation.environment import read_environment
 from piecework.foundation.process import garbage_collection_off
@@ -66,25 +68,35 @@ def load(
         require(opened.facts, what=f"load the bundle {opened.path}")
     phases["verify"] = _lap(begun)
     begun = time.perf_counter()
-    plan = Plan.from_json(opened.plan())
-    phases["plan"] = _lap(begun)
-    begun = time.perf_counter()
-    source = as_source(weights)
-    literals = _literals(opened)
+    plan = read_plan(opened)
     device = plan.pieces[0].device if plan.pieces else "cpu"
-    constants = make_constants(plan.recipes, source=source, literals=literals, device=device)
-    phases["weights"] = _lap(begun)
-    begun = time.perf_counter()
-    pack_constants(plan.recipes, constants)
-    phases["pack"] = _lap(begun)
-    order = ProviderOrder.from_json(next((str(f.value) for f in opened.facts if (f.kind, f.name) == _ORDER), "native"))
     copies = SealedFiles()
 
     def path_of(name: str) -> Path:
         # a library for CUDA looks for its kernels beside itself
         return opened.sealed(name, copies=copies) if device == "cpu" else opened.artifact_path(name)
 
-    return open_plan(plan, path_of=path_of, constants=constants, order=order, phases=phases, owned=opened)
+    libraries = check_artifacts(plan, path_of, seed=opened.digest)
+    order = _order(opened)
+    phases["plan"] = _lap(begun)
+    begun = time.perf_counter()
+    source = as_source(weights)
+    literals = _literals(opened, plan)
+    constants = make_constants(plan.recipes, source=source, literals=literals, device=device)
+    phases["weights"] = _lap(begun)
+    begun = time.perf_counter()
+    pack_constants(plan.recipes, constants)
+    phases["pack"] = _lap(begun)
+    return open_plan(
+        plan, path_of=path_of, constants=constants, order=order, phases=phases, owned=opened, libraries=libraries
+    )
+
+
+def read_plan(bundle: Bundle) -> Plan:
+    """Return a bundle's plan. Raises CorruptBundle where its numbers and names don't go together."""
+    plan = Plan.from_json(bundle.plan())
+    check_plan(plan)
+    return plan
 
 
 def open_plan(
@@ -95,6 +107,7 @@ def open_plan(
     order: ProviderOrder,
     phases: Mapping[str, float] | None = None,
     owned: object = None,
+    libraries: Mapping[str, Library] | None = None,
 ) -> LoadedModel:
     """Open a plan's artifacts and bind constants to them.
 
@@ -105,9 +118,10 @@ def open_plan(
         order: of providers, for what opaque ops call.
         phases: seconds of what came before.
         owned: what the model keeps alive.
+        libraries: artifacts that were read already, by name.
     """
     begun = time.perf_counter()
-    runners = _open_instances(plan, path_of)
+    runners = _open_instances(plan, path_of, dict(libraries or {}))
     seconds = {**(phases or {}), "open": _lap(begun)}
     begun = time.perf_counter()
     forms = [_bind(plan, low, high, made, constants) for (low, high), made in runners.items()]
@@ -133,52 +147,61 @@ def _lap(begun: float) -> float:
     return time.perf_counter() - begun
 
 
-def _literals(bundle: Bundle) -> Mapping[str, torch.Tensor]:
+def _order(bundle: Bundle) -> ProviderOrder:
+    """Return the order of providers that a bundle was compiled with. Raises CorruptBundle."""
+    said = next((f.value for f in bundle.facts if (f.kind, f.name) == _ORDER), "native")
+    try:
+        return ProviderOrder.from_json(str(said))
+    except OpError as error:
+        raise corrupt(MANIFEST, bundle=str(bundle.path), found=f"names no order of providers: {error.found}") from error
+
+
+def _literals(bundle: Bundle, plan: Plan) -> Mapping[str, torch.Tensor]:
+    """Return the tensors that the bundle itself holds. Raises CorruptBundle where they aren't those of the plan."""
     data = bundle.constants()
-    if data is None:
+    wanted = {recipe.name: recipe for recipe in plan.recipes if recipe.literal}
+    if data is None and not wanted:
         return {}
     from safetensors import SafetensorError  # noqa: PLC0415  only models with computed buffers need it
     from safetensors.torch import load as load_bytes  # noqa: PLC0415
 
     try:
-        made: dict[str, torch.Tensor] = load_bytes(data)
-    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        made: dict[str, torch.Tensor] = load_bytes(data or b"")
+    except (SafetensorError, ValueError, TypeError, LookupError, RuntimeError, OverflowError, MemoryError) as error:
         raise corrupt(CONSTANTS, bundle=str(bundle.path), found=f"can't be read: {error}") from error
+    for name, recipe in wanted.items():
+        if name not in made or tuple(made[name].shape) != recipe.shape or _name(made[name].dtype) != recipe.dtype:
+            found = f"has no tensor {name!r} {recipe.dtype}{list(recipe.shape)}"
+            raise corrupt(CONSTANTS, bundle=str(bundle.path), found=found)
     return made
 
 
-def _open_instances(plan: Plan, path_of: Callable[[str], Path]) -> dict[tuple[int, int], list[Any]]:
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _open_instances(
+    plan: Plan, path_of: Callable[[str], Path], libraries: dict[str, Library]
+) -> dict[tuple[int, int], list[Any]]:
     """Open one runner per instance, for every range of the primary size."""
-    bounds = sorted({(r.min, r.max) for p in plan.pieces for r in p.ranges})
-    split = [b for b in bounds if not any(b != o and b[0] <= o[0] and o[1] <= b[1] for o in bounds)]
     opened: dict[tuple[int, int], list[Any]] = {}
     shared: dict[tuple[int, str], Any] = {}
-    called: dict[str, str] = {}
-    for low, high in split or [plan.sizes.get(plan.primary, (0, 0))]:
+    loaded: set[str] = set()
+    for low, high in forms(plan):
         runners = []
         for number, instance in enumerate(plan.instances):
-            name = _artifact(plan.pieces[instance.piece], low, high)
+            name = artifact_for(plan.pieces[instance.piece], low, high)
             if (number, name) not in shared:
-                path = path_of(name)
-                if name not in called:
-                    called[name] = read_calls(path, name=name)
+                if name not in libraries:
+                    libraries[name] = read_library(path_of(name), name=name)
+                if name not in loaded:
+                    load_calls(libraries[name])
+                    loaded.add(name)
                 device = plan.pieces[instance.piece].device
-                shared[number, name] = open_instance(path, name=name, device=device, calls=called[name])
+                shared[number, name] = open_instance(libraries[name], device=device)
             runners.append(shared[number, name])
         opened[low, high] = runners
     return opened
-
-
-def _artifact(piece: UniquePiece, low: int, high: int) -> str:
-    for form in piece.ranges:
-        if form.min <= low and high <= form.max:
-            return form.artifact
-    raise CorruptBundle(
-        asked=f"an artifact of piece {piece.fingerprint[:12]} for {low} to {high}",
-        found="the plan has none",
-        try_="compile the model again",
-        file="plan.json",
-    )
 
 
 def _open_kernels(plan: Plan, path_of: Callable[[str], Path]) -> tuple[dict[str, Callable[..., Any]], tuple[str, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -15,7 +15,7 @@ from piecework.bundle.run.arguments import bind_arguments
 from piecework.bundle.run.states import zeros
 from piecework.bundle.run.step_calls import Run, StepCall, op_call, piece_call
 from piecework.bundle.run.structure import match, unflatten
-from piecework.bundle.sizes import size_expression
+from piecework.bundle.sizes import names_in, size_expression
 from piecework.errors import CapacityError, InternalError, RequestError, ShapeContractError
 from piecework.ops.ir.decode import decode
 from piecework.ops.ir.layer import LayerName
@@ -76,10 +76,18 @@ class LoadedModel:
     def make_states(self, sizes: Mapping[str, int]) -> None:
         """Allocate the states (KV caches), zeroed; `sizes` gives the declared sizes in their shapes, such as "blocks".
 
-        Raises CapacityError where memory does not suffice, ShapeContractError where a size is outside its range.
+        Raises CapacityError where memory does not suffice, ShapeContractError where a size is outside its range,
+        RequestError where one is missing.
         """
         for name, value in sizes.items():
             self._check_range(name, value)
+        missing = sorted({name for s in self.plan.states for d in s.shape for name in names_in(str(d))} - sizes.keys())
+        if missing:
+            raise RequestError(
+                asked=f"allocate {len(self.plan.states)} states with {dict(sizes)}",
+                found=f"no size {missing[0]!r}, which their shapes have",
+                try_="give all of them",
+            )
         try:
             self._states = [
                 zeros([size_expression(str(d))(sizes) for d in s.shape], dtype=getattr(torch, s.dtype), device=s.device)
@@ -162,8 +170,16 @@ class LoadedModel:
         self._arrange(values)
         path = self._path(sizes)
         slots: list[Any] = values + [None] * (path.num_slots - len(values))
-        for step in self._program(path, sizes.get(self.plan.primary, 0)):
-            step(slots, sizes)
+        steps = self._program(path, sizes.get(self.plan.primary, 0))
+        step: StepCall | None = None
+        try:
+            for step in steps:
+                step(slots, sizes)
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(asked=f"run with {sizes}", found=str(error), try_="run with smaller sizes") from error
+        except _FAILURES as error:
+            number = next(i for i, each in enumerate(steps) if each is step)
+            raise _failed(path.steps[number], number, error) from error
         return [slots[i] for i in path.output_slots]
 
     def _bodies(self) -> list[Bodies]:
@@ -284,6 +300,20 @@ class LoadedModel:
                 found=f"the bundle was compiled for {low} to {high}",
                 try_="split the input, or compile for a larger range",
             )
+
+
+_FAILURES: Final = (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+"""What a step raises of values that it doesn't take: its shapes and types were checked when the bundle was loaded."""
+
+
+def _failed(step: Step, number: int, error: Exception) -> RequestError:
+    what = f"piece instance {step.instance}" if isinstance(step, PieceStep) else step.op
+    first = str(error).strip().partition("\n")[0]
+    return RequestError(
+        asked=f"run step {number} of the loaded model, {what}",
+        found=f"{type(error).__name__}: {first[:300]}",
+        try_="check the values of the inputs, indices above all",
+    )
 
 
 def _calls(steps: Sequence[Step], form: RangeForm, ops: Mapping[int, StepCall]) -> list[StepCall]:

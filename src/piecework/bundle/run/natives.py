@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from piecework.bundle.plan import NativeCall, Plan
-from piecework.bundle.run.instances import open_instance, read_calls
+from piecework.bundle.run.instances import load_calls, open_instance, read_library
 from piecework.errors import OpError
 from piecework.foundation.torch_private import find_overload
 from piecework.ops.ir.native_bodies import NativeBodies, NativeBody
@@ -44,10 +44,10 @@ def open_natives(
 
 def _open(native: NativeCall, path_of: Callable[[str], Path]) -> NativeBody:
     if native.artifact:
-        path = path_of(native.artifact)
         assert native.piece is not None
-        calls = read_calls(path, name=native.artifact)
-        runner = open_instance(path, name=native.artifact, device=native.piece.device, calls=calls)
+        library = read_library(path_of(native.artifact), name=native.artifact)
+        load_calls(library)
+        runner = open_instance(library, device=native.piece.device)
         return NativeBody(native.form, provider=native.provider, run=runner.run)
     if native.piece is not None:
         raise OpError(

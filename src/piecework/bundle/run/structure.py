@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from piecework.errors import BundleError, RequestError
 
@@ -21,21 +22,32 @@ def unflatten(structure: Any, leaves: Sequence[Any]) -> Any:
         return [unflatten(s, leaves) for s in structure["list"]]
     if "dict" in structure:
         return {k: unflatten(s, leaves) for k, s in structure["dict"]}
-    return _find_class(structure["class"])(**{n: unflatten(s, leaves) for n, s in structure["fields"]})
+    name, values = structure["class"], {n: unflatten(s, leaves) for n, s in structure["fields"]}
+    try:
+        return _find_class(name)(**values)
+    except TypeError as error:
+        raise BundleError(asked=f"return a {name}", found=str(error), try_="compile the module again") from error
+
+
+_IMPORTED: Final = frozenset({"transformers.modeling_outputs"})
+"""Modules of result classes that are imported where a bundle names them; all others must be there already."""
 
 
 def _find_class(name: str) -> Callable[..., Any]:
-    """Import the result class of a module; only classes with declared fields are made."""
+    """Return the result class of a module; only classes with declared fields are made, and no code is imported.
+
+    A bundle must not choose which code runs: whoever calls a model has imported what defines its results.
+    """
     module_name, _, qualified = name.partition(":")
     try:
-        found: Any = importlib.import_module(module_name)
+        found: Any = importlib.import_module(module_name) if module_name in _IMPORTED else sys.modules[module_name]
         for part in qualified.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, KeyError) as error:
         raise BundleError(
             asked=f"return the module's own result, a {qualified}",
-            found=f"{module_name} can't be imported: {error}",
-            try_="install the package that defines it",
+            found=f"{module_name} is not imported, or has no such class",
+            try_=f"import {module_name} before the model is called",
         ) from error
     if not isinstance(found, type) or not (hasattr(found, "_fields") or hasattr(found, "__dataclass_fields__")):
         raise BundleError(asked=f"return a {name}", found="it is neither a dataclass nor a named tuple")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from piecework.bundle.packings import MKLDNN_LINEAR, OWN
+from piecework.compiler.backends.interfaces import interface_of
 from piecework.compiler.backends.rebuild import rebuild
 from piecework.compiler.backends.toolchain import Toolchain, flags_of, libraries_of, sources_of
 from piecework.compiler.backends.vector_exp import exp_source
@@ -19,7 +20,7 @@ from piecework.compiler.passes.pack_linear import pack_linear
 from piecework.errors import CompileError, InternalError, PieceworkError, ShapeContractError
 from piecework.foundation import torch_private
 from piecework.foundation.digests import canonical_json
-from piecework.foundation.notes import KERNELS, append_note
+from piecework.foundation.notes import INTERFACE, KERNELS, append_note
 from piecework.foundation.traffic import Kernel, kernels_to_json
 from piecework.ops.ir.program import Program
 from piecework.ops.ir.resolve import resolve_target
@@ -83,6 +84,7 @@ def compile_piece(job: Job, *, directory: Path, toolchain: Toolchain) -> Path:
     called = [path for path in directory.rglob("*.json") if not path.stem.endswith("_metadata")]
     if called:  # Inductor describes operators that are called; of several files, an attempt before left the others
         torch_private.append_calls(made, max(called, key=lambda path: path.stat().st_mtime_ns).read_text())
+    append_note(made, canonical_json(interface_of(job).to_json()).decode(), mark=INTERFACE)
     return made
 
 

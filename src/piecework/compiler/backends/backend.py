@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import tempfile
@@ -15,6 +14,7 @@ from piecework.compiler.backends.pool import WorkerPool, end_group
 from piecework.compiler.backends.toolchain import Toolchain
 from piecework.errors import ShapeContractError
 from piecework.foundation import files, leases
+from piecework.foundation.digests import canonical_json
 from piecework.foundation.target import Target
 
 if TYPE_CHECKING:
@@ -106,10 +106,14 @@ class EagerBackend(Backend):
         self, jobs: Mapping[str, Job], *, on_event: OnEvent, on_made: OnMade
     ) -> Mapping[str, ShapeContractError]:
         """See `Backend.compile`."""
+        from piecework.compiler.backends.interfaces import interface_of  # noqa: PLC0415  it imports torch
+
         for name, job in jobs.items():
             on_event({"event": "start", "job": name})
             made = self._scratch / f"{name}.json"
-            made.write_text(json.dumps(job.program.to_json(), sort_keys=True, separators=(",", ":")))
+            made.write_bytes(
+                canonical_json({"program": job.program.to_json(), "interface": interface_of(job).to_json()})
+            )
             on_made(name, made)
             on_event({"event": "done", "job": name, "seconds": 0.0})
         return {}

@@ -1,14 +1,16 @@
 """Declaring operators and looking at their calls. torch 2.11-2.13.
 
 torch/_ops.py (OpOverload takes attributes), torch/_subclasses/fake_tensor.py, torch/utils/_python_dispatch.py,
-torch/library.py (`Library._destroy`), torch/_C (`_dispatch_has_kernel_for_dispatch_key`).
+torch/library.py (`Library._destroy`), torch/_library/custom_ops.py (OPDEFS, `_abstract_fn`), torch/_C
+(`_dispatch_has_kernel_for_dispatch_key`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,12 +30,33 @@ def attached_declaration(target: object) -> Any:
     return getattr(target, _DECLARATION, None) if isinstance(target, torch._ops.OpOverload) else None
 
 
+_QUALIFIED: Final = re.compile(r"([A-Za-z_]\w*)::([A-Za-z_]\w*)(?:\.(\w+))?", re.ASCII)
+
+
 def find_overload(name: str) -> Any:
-    """Return the operator "namespace::name" or "namespace::name.overload", or None where none is registered."""
-    namespace, _, rest = name.partition("::")
-    op, _, overload = rest.partition(".")
+    """Return the operator "namespace::name" or "namespace::name.overload", or None where none is registered.
+
+    Only operators are found: `torch.ops` has functions of its own too, `load_library` among them.
+    """
+    match = _QUALIFIED.fullmatch(name)
+    if match is None:
+        return None
+    namespace, op, overload = match.groups()
     packet = getattr(getattr(torch.ops, namespace), op, None)
-    return getattr(packet, overload or "default", None)
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return None
+    found = getattr(packet, overload or "default", None)
+    return found if isinstance(found, torch._ops.OpOverload) else None
+
+
+def can_run_on_meta(overload: Any) -> bool:
+    """Whether tensors on the meta device can stand for an operator's arguments, and nothing is computed for them."""
+    name = overload.name()
+    made_by_decorator = torch._library.custom_ops.OPDEFS.get(overload._schema.name)
+    if made_by_decorator is not None:
+        return made_by_decorator._abstract_fn is not None
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has(name, "Meta") or has(name, "CompositeImplicitAutograd")
 
 
 def has_device_kernel(name: str, *, device: str) -> bool:

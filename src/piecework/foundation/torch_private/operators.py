@@ -178,6 +178,15 @@ TORCHS_NAMESPACES: Final = frozenset(
 )
 """Namespaces in which torch itself registers operators."""
 
+_OUTSIDE: Final = frozenset(
+    {"_print", "_resize_output_", "data", "from_file", "record_stream", "resize_", "resize_as_", "set_", "set_data"}
+)
+
+
+def is_computation(name: str) -> bool:
+    """Whether an operator of torch's, "name" or "name.overload", leaves files and tensors' memory as they are."""
+    return name.partition(".")[0] not in _OUTSIDE
+
 
 def call_arguments(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of an operator's call by name, defaults included."""

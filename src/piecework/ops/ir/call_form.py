@@ -6,11 +6,12 @@ differ have names and ranges.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from piecework.ops.ir.program import TensorSpec
+from piecework.foundation.reading import fields, items, one_of, text, whole
+from piecework.ops.ir.program import DEVICES, DTYPES, TensorSpec, check_constant, check_tagged, read_symbols
 
 Size = int | str
 """A number, or the name of one of the form's dynamic sizes."""
@@ -83,22 +84,33 @@ class CallForm:
         }
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> CallForm:
-        """Read what `to_json` wrote. Raises KeyError, TypeError, ValueError."""
+    def from_json(given: object) -> CallForm:
+        """Read what `to_json` wrote. Raises ValueError where it is something else."""
+        data = fields(given, "a call's form", required=("op", "arguments", "sizes"))
+        sizes = read_symbols(data["sizes"])
+        names = [name for name, _, _ in sizes]
         return CallForm(
-            op=str(data["op"]),
-            arguments=tuple(_argument(a) for a in data["arguments"]),
-            sizes=tuple((str(name), int(low), int(high)) for name, low, high in data["sizes"]),
+            op=text(data["op"], "an op"),
+            arguments=tuple(_argument(a, names) for a in items(data["arguments"], "arguments")),
+            sizes=sizes,
         )
 
 
-def _argument(data: Any) -> Any:
-    if not isinstance(data, Mapping) or "tensor" not in data:
-        return data
-    shape, stride, dtype, device = data["tensor"]
-    if len(shape) != len(stride):
-        raise ValueError(f"a tensor of {len(shape)} sizes and {len(stride)} strides")
-    return TensorForm(tuple(shape), tuple(stride), str(dtype), str(device))
+def _argument(given: Any, names: Collection[str]) -> Any:
+    if type(given) is not dict:
+        check_constant(given)
+        return given
+    if "tensor" not in given:
+        check_tagged(given)
+        return given
+    shape, stride, dtype, device = items(given["tensor"], "a tensor", length=4)
+    rank = len(items(shape, "a tensor's shape", most=64))
+    return TensorForm(
+        tuple(one_of(d, "a size", names) if type(d) is str else whole(d, "a size") for d in shape),
+        tuple(None if s is None else whole(s, "a stride") for s in items(stride, "strides", length=rank)),
+        one_of(dtype, "a tensor's dtype", DTYPES),
+        one_of(device, "a tensor's device", DEVICES),
+    )
 
 
 def _product(stride: Size, size: Size) -> Size:

@@ -89,6 +89,15 @@ class OpaqueOp:
     def __deepcopy__(self, memo: object) -> OpaqueOp:
         return self
 
+    @property
+    def has_fake(self) -> bool:
+        """Whether anything says what its results look like."""
+        return self._fake is not None or self._schema.returns_nothing
+
+    def results(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what its fake implementation gives for some arguments, called directly. Raises OpError without one."""
+        return self._run_fake(*args, **kwargs)
+
     def fake(self, function: _Fake) -> _Fake:
         """Take `function` as the fake implementation: same parameters, results of the same metadata, no work.
 

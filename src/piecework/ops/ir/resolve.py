@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from piecework.errors import InternalError
+from piecework.errors import OpError
+from piecework.foundation.torch_private import find_overload
 from piecework.ops import head_matmul as _head_matmul  # noqa: F401  registers piecework::head_matmul
 from piecework.ops import linear as _linear  # noqa: F401  registers piecework::linear
 
@@ -38,18 +39,22 @@ _PYTHON = {
 }
 _TORCH = {f"torch.{n}": getattr(torch, n) for n in ["sym_max", "sym_min", "sym_int", "sym_float", "sym_ite", "sym_not"]}
 _MATH = {f"math.{n}": getattr(math, n) for n in ["ceil", "floor", "trunc"]}
-_FUNCTIONS: Mapping[str, Callable[..., Any]] = {**_PYTHON, **_TORCH, **_MATH}
+FUNCTIONS: Mapping[str, Callable[..., Any]] = {**_PYTHON, **_TORCH, **_MATH}
+"""What programs call beside operators, on sizes."""
 
 
 def resolve_target(name: str) -> Callable[..., Any]:
-    """Return the operator that a program calls `name`: "aten.add.Tensor", "operator.mul", …"""
-    if name in _FUNCTIONS:
-        return _FUNCTIONS[name]
-    parts = name.split(".")
-    if len(parts) != 3:
-        raise InternalError(f"no operator of a program: {name!r}")
-    namespace, op, overload = parts
-    if namespace == "piecework" and not hasattr(torch.ops.piecework, op):
+    """Return the operator that a program calls `name`: "aten.add.Tensor", "operator.mul", …; raises OpError."""
+    if name in FUNCTIONS:
+        return FUNCTIONS[name]
+    namespace, _, rest = name.partition(".")
+    if namespace == "piecework" and find_overload(f"piecework::{rest}") is None:
         importlib.import_module("piecework.ops.catalogue")  # registers the IR's ops; a lowered program has none
-    found: Callable[..., Any] = getattr(getattr(getattr(torch.ops, namespace), op), overload)
+    found: Callable[..., Any] | None = find_overload(f"{namespace}::{rest}") if rest.count(".") == 1 else None
+    if found is None:
+        raise OpError(
+            asked=f"call the operator {name[:200]!r} of a piece",
+            found="none of that name is registered in this process",
+            try_="import the package that defines it",
+        )
     return found
