@@ -30,7 +30,6 @@ def check_plan(plan: Plan) -> None:
         _check_pieces(plan)
         for path in (*plan.variants, PlanVariant("", (), plan.steps, plan.num_slots, plan.output_slots)):
             _check_path(plan, path)
-        _check_uses(plan)
         for native in plan.natives:
             _check_native(native)
         check_structure(plan.structure, leaves=range(len(plan.output_slots)))
@@ -74,6 +73,7 @@ def _check_sizes(plan: Plan) -> None:
     for name in plan.sizes:
         _require(name.isidentifier() and name.isascii(), f"a size that is called {name!r}")
     _require(plan.primary in plan.sizes if plan.sizes else not plan.primary, f"the primary size {plan.primary!r}")
+    _require(len({s.name for s in plan.states}) == len(plan.states), "two states of one name")
     for state in plan.states:
         for dim in state.shape:
             _check_expression(dim, plan)
@@ -257,18 +257,6 @@ def _checked_arguments(step: OpStep, plan: Plan, where: str) -> list[int]:
             count = len(plan.states if kind == "state" else plan.recipes)
             _require(value < count, f"{where} takes {kind} {value} of {count}")
     return slots
-
-
-def _check_uses(plan: Plan) -> None:
-    """Raise ValueError where something is made that nothing reads: a compile writes down what is used."""
-    steps = plan.all_steps
-    instances = {step.instance for step in steps if isinstance(step, PieceStep)}
-    _require(len(instances) == len(plan.instances), "instances that no step runs")
-    _require({i.piece for i in plan.instances} == set(range(len(plan.pieces))), "pieces without an instance")
-    arguments = [a for step in steps if isinstance(step, OpStep) for a in _arguments(step)]
-    recipes = {c for i in plan.instances for c in i.constants} | {a["recipe"] for a in arguments if "recipe" in a}
-    _require(len(recipes) == len(plan.recipes), "constants that nothing reads")
-    _require(len({s.name for s in plan.states}) == len(plan.states), "two states of one name")
 
 
 def _check_native(native: NativeCall) -> None:

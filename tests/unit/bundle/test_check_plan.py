@@ -207,6 +207,16 @@ def test_a_program_whose_calls_fail_for_all_values(blocks: Sample, tmp_path: Pat
         blocks.run(model)
 
 
+@pytest.mark.parametrize("dim", ["-1", "0 - s0", "4611686018427387904", "s0 + 1", "s0 // 0", "x.y"])
+def test_a_program_that_says_that_it_gives_something_else(dim: str, blocks: Sample, tmp_path: Path) -> None:
+    name = blocks.bundle.plan()["pieces"][0]["ranges"][0]["artifact"]
+    data = json.loads(blocks.bundle.artifact_path(name).read_bytes())
+    data["interface"]["results"][0][0][0] = dim
+    forged = forge_artifact(blocks.bundle, tmp_path / "forged", name, json.dumps(data).encode())
+    with pytest.raises(CorruptBundle):
+        blocks.run(blocks.load(forged))
+
+
 @pytest.mark.parametrize("data", [b"", b"{}", b"[1]", b'{"interface":{},"program":{}}', b"\xff"])
 def test_an_artifact_that_is_none(data: bytes, blocks: Sample, tmp_path: Path) -> None:
     name = blocks.bundle.plan()["pieces"][0]["ranges"][0]["artifact"]

@@ -105,6 +105,9 @@ class _AbstractRun:
 
     def _number(self, shaped: Shaped) -> int:
         if shaped not in self._numbers:
+            numbers = [n for several in (*shaped.shapes, *shaped.strides) for n in several]
+            if min(numbers, default=0) < 0 or max([*numbers, *map(prod, shaped.shapes)]) > _MOST_ELEMENTS:
+                raise ValueError(f"a tensor of shape {list(shaped.shapes[-1])}")
             self._numbers[shaped] = len(self._shaped)
             self._shaped.append(shaped)
         return self._numbers[shaped]
@@ -120,9 +123,6 @@ class _AbstractRun:
     def _given(self, shape: Sequence[Dim], stride: Sequence[int] | None, dtype: str, device: str) -> int:
         shapes = tuple(tuple(self._value(d, point) for d in shape) for point in self._points)
         strides = tuple(_packed(s) if stride is None else tuple(stride) for s in shapes)
-        impossible = any(size < 0 for sizes in shapes for size in sizes)
-        if impossible or any(prod(s) > _MOST_ELEMENTS for s in shapes) or any(s > _MOST_ELEMENTS for s in stride or ()):
-            raise ValueError(f"a tensor of shape {list(shape)}")
         return self._number(Shaped(shapes, strides, dtype, device))
 
     def _piece(self, step: PieceStep, slots: Sequence[int]) -> tuple[int, ...]:
@@ -189,8 +189,10 @@ class _AbstractRun:
         try:
             shapes = tuple(tuple(self._value(d, env) for d in spec.shape) for env in envs)
             strides = tuple(tuple(self._value(d, env) for d in spec.stride) for env in envs)
-        except (KeyError, ZeroDivisionError):
+        except KeyError:
             return _NOT_KNOWN
+        except ZeroDivisionError:
+            raise ValueError("a result whose size is divided by 0") from None
         return self._number(Shaped(shapes, strides, spec.dtype, spec.device))
 
     def _op(self, step: OpStep, slots: Sequence[int]) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from piecework.bundle.check_plan import artifact_for, forms, lie
@@ -13,6 +13,7 @@ from piecework.bundle.run.abstract_run import run_abstractly
 from piecework.bundle.run.instances import Library, read_library
 from piecework.foundation.notes import INTERFACE, read_note
 from piecework.ops.ir.call_form import TensorForm
+from piecework.ops.ir.interface import Interface
 
 
 def check_artifacts(plan: Plan, path_of: Callable[[str], Path], *, seed: str) -> Mapping[str, Library]:
@@ -38,6 +39,7 @@ def check_artifacts(plan: Plan, path_of: Callable[[str], Path], *, seed: str) ->
     rest = PlanVariant("", (), plan.steps, plan.num_slots, plan.output_slots)
     for low, high in forms(plan):
         interfaces = [libraries[artifact_for(piece, low, high)].interface for piece in plan.pieces]
+        _check_instances(plan, interfaces)
         for path in (*plan.variants, rest):
             try:
                 run_abstractly(plan, path, bounds=(low, high), interfaces=interfaces, seed=seed)
@@ -50,6 +52,16 @@ def _check_programs(piece: UniquePiece, libraries: Mapping[str, Library]) -> Non
     for form in piece.ranges:
         if libraries[form.artifact].interface.program != piece.program:
             raise lie(f"piece {piece.fingerprint[:12]} has the artifact of another piece")
+
+
+def _check_instances(plan: Plan, interfaces: Sequence[Interface]) -> None:
+    """Check that each instance is bound to constants as its artifact takes them, whether a step runs it or not."""
+    for number, instance in enumerate(plan.instances):
+        wanted = interfaces[instance.piece]
+        recipes = [plan.recipes[index] for index in instance.constants]
+        taken = [(c.shape, c.dtype, pack) for c, pack in zip(wanted.constants, wanted.packs, strict=True)]
+        if [(recipe.shape, recipe.dtype, recipe.pack) for recipe in recipes] != taken:
+            raise lie(f"instance {number} has other constants than its artifact takes")
 
 
 def _check_body(native: NativeCall, libraries: Mapping[str, Library]) -> None:
