@@ -114,7 +114,7 @@ class DirectoryStore(Store):
     def get_bundle(self, key: str, *, verify: bool = True) -> Bundle | None:
         """See `Store.get_bundle`."""
         place = self._bundle_place(key)
-        with files.store_errors(f"read the bundle {key} from the store {self.root}"):
+        with files.store_errors(f"read the bundle {key} from the store {self.root}"), self._shared():
             return open_bundle(place, extract_root=self.root, verify=verify) if place.is_dir() else None
 
     def put_bundle(self, key: str, *, content: BundleContent) -> Bundle:
@@ -125,13 +125,15 @@ class DirectoryStore(Store):
             build_directory(unfinished, content, shared=self.root / "files")
             facts = open_bundle(unfinished, verify=False).facts
             while not files.publish_directory(unfinished, to=place, existing=files.Existing.KEEP):
+                self.used(key)  # before it is read: it may not have been for long
                 try:
                     kept = self.get_bundle(key)
                 except BundleError as error:
                     self.set_aside(Kind.BUNDLE, key, reason=str(error))
                     continue
-                if kept is not None and kept.facts == facts:
-                    self.used(key)
+                if kept is None:
+                    continue
+                if kept.facts == facts:
                     return kept
                 self.set_aside(Kind.BUNDLE, key, reason="a bundle with other facts was stored under the same key")
         return open_bundle(place, extract_root=self.root, verify=False)
