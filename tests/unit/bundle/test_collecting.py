@@ -139,7 +139,7 @@ def test_who_looks_up_while_room_is_made_finds_it_whole_or_not_at_all(
         except BaseException as error:  # noqa: BLE001  told by the test
             failed.append(error)
 
-    threads = [threading.Thread(target=work, args=(step,)) for step in (write, collect, load, load)]
+    threads = [threading.Thread(target=work, args=(step,)) for step in (write, write, collect, load, load)]
     for thread in threads:
         thread.start()
     time.sleep(1.5)

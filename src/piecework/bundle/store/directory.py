@@ -118,7 +118,7 @@ class DirectoryStore(Store):
     def get_bundle(self, key: str, *, verify: bool = True) -> Bundle | None:
         """See `Store.get_bundle`."""
         place = self._bundle_place(key)
-        with files.store_errors(f"read the bundle {key} from the store {self.root}"):
+        with files.store_errors(f"read the bundle {key} from the store {self.root}"), self._shared():
             return open_bundle(place, extract_root=self.root, verify=verify) if place.is_dir() else None
 
     def put_bundle(self, key: str, *, content: BundleContent) -> Bundle:
@@ -138,14 +138,16 @@ class DirectoryStore(Store):
         place = self._bundle_place(key)
         other = open_bundle(unfinished, verify=False)
         while not files.publish_directory(unfinished, to=place, existing=files.Existing.KEEP):
+            self.used(key)  # before it is read: it may not have been for long
             try:
                 kept = self.get_bundle(key)
             except BundleError as error:
                 self.set_aside(Kind.BUNDLE, key, reason=str(error))
                 continue
-            if kept is not None and kept.facts == other.facts and stays(self, kept, beside=other):
+            if kept is None:
+                continue
+            if kept.facts == other.facts and stays(self, kept, beside=other):
                 join_signatures(self, key, kept=kept, other=other)
-                self.used(key)
                 return kept
             self.set_aside(Kind.BUNDLE, key, reason=OTHER_FACTS)
         return open_bundle(place, extract_root=self.root, verify=False)
