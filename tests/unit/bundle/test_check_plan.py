@@ -133,6 +133,8 @@ def test_a_lying_plan_of_a_stack(lie: str, blocks: Sample, tmp_path: Path) -> No
 
 LIES_OF_A_MODEL: dict[str, Change] = {
     "another state": lambda plan: plan["states"][0].update(shape=[2, "blocks", 16, 2, 8]),
+    "a state of a size by 0": lambda plan: plan["states"][0].update(shape=[2, "blocks // 0", 16, 2, 16]),
+    "a state of no size": lambda plan: plan["states"][0].update(shape=[2, "-1", 16, 2, 16]),
     "a state that isn't there": set_at("steps", 1, 1, 3, {"state": 7}),
     "a state for a slot": set_at("steps", 1, 1, 0, {"state": 0}),
     "a text for a scale": set_at("steps", 1, 1, 9, {"const": "0.25"}),

@@ -113,12 +113,15 @@ class _AbstractRun:
         return self._numbers[shaped]
 
     def _value(self, dim: Dim, sizes: Point) -> int:
-        """Return a size; raises KeyError where it is made of one that is not known."""
+        """Return a size. Raises KeyError where it is made of an unknown one, ValueError where it divides by 0."""
         if isinstance(dim, int):
             return dim
         if dim not in self._expressions:
             self._expressions[dim] = size_expression(dim)
-        return self._expressions[dim](sizes)
+        try:
+            return self._expressions[dim](sizes)
+        except ZeroDivisionError:
+            raise ValueError(f"a size {dim!r} that divides by 0") from None
 
     def _given(self, shape: Sequence[Dim], stride: Sequence[int] | None, dtype: str, device: str) -> int:
         shapes = tuple(tuple(self._value(d, point) for d in shape) for point in self._points)
@@ -179,7 +182,7 @@ class _AbstractRun:
         try:
             shape = tuple(self._value(dim, sizes) for dim in spec.shape)
             strides = tuple(self._value(dim, sizes) for dim in spec.stride)
-        except (KeyError, ZeroDivisionError):
+        except KeyError:
             return False
         return shape == found and _same_layout(found, strides, shaped.strides[point])
 
@@ -191,8 +194,6 @@ class _AbstractRun:
             strides = tuple(tuple(self._value(d, env) for d in spec.stride) for env in envs)
         except KeyError:
             return _NOT_KNOWN
-        except ZeroDivisionError:
-            raise ValueError("a result whose size is divided by 0") from None
         return self._number(Shaped(shapes, strides, spec.dtype, spec.device))
 
     def _op(self, step: OpStep, slots: Sequence[int]) -> tuple[int, ...]:

@@ -93,7 +93,7 @@ class LoadedModel:
                 zeros([size_expression(str(d))(sizes) for d in s.shape], dtype=getattr(torch, s.dtype), device=s.device)
                 for s in self.plan.states
             ]
-        except (RuntimeError, MemoryError, OSError) as error:
+        except (RuntimeError, ArithmeticError, MemoryError, OSError) as error:
             raise CapacityError(
                 asked=f"allocate {len(self.plan.states)} states with {dict(sizes)}",
                 found=str(error).splitlines()[0],
