@@ -17,6 +17,7 @@ import piecework
 MODEL = Path(piecework.__file__).parent / "demo_model"
 
 
+@pytest.mark.slow
 def test_generate_finds_what_was_compiled_with_the_same_options(
     tmp_path: Path, new_home: Callable[[Path], Path]
 ) -> None:

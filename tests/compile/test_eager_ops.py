@@ -47,6 +47,7 @@ def close(found: Any, expected: Any) -> None:
         torch.testing.assert_close(a.float(), b.float(), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_results_are_the_native_ones_at_all_sizes(shared: piecework.EagerOps) -> None:
     weight = nn.Parameter(torch.randn(24))
     with shared, torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):

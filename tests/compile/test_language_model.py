@@ -19,6 +19,7 @@ from piecework.bundle.bundle import Bundle, BundleContent, write_bundle
 from piecework.bundle.run import LoadedModel, load
 from piecework.compiler.model import CompiledModel
 from piecework.errors import CorruptBundle, ShapeContractError, WeightsError
+from piecework.foundation.notes import INTERFACE, append_note
 
 Batch = list[tuple[Tensor, int, list[int]]]
 
@@ -229,7 +230,10 @@ def test_a_loaded_bundle_calls_its_kernel(float32: CompiledModel, reference: nn.
 def test_a_kernel_that_is_no_library_leaves_a_note_and_plain_torch(
     float32: CompiledModel, reference: nn.Module, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    model = load(with_another_kernel(float32.bundle, b"no library", tmp_path / "bundle"), weights=reference)
+    claims_to_be = tmp_path / "kernel.so"
+    claims_to_be.write_bytes(b"no library")
+    append_note(claims_to_be, '{"kernel":"cpu_attention"}', mark=INTERFACE)
+    model = load(with_another_kernel(float32.bundle, claims_to_be.read_bytes(), tmp_path / "bundle"), weights=reference)
     model.make_states({"blocks": 24})
     assert "no native kernel cpu_attention" in model.record.notes[0]
     assert worst(model, reference) <= 1e-4

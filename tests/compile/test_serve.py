@@ -146,6 +146,7 @@ def test_cold_then_warm(serve):
         assert server.end() == {"code": 0, "banned": []}
 
 
+@pytest.mark.slow
 def test_a_compile_ends_with_its_server(serve):
     with serve("--dtype", "float32") as server:
         server.wait("compiling")

@@ -83,6 +83,7 @@ def test_a_start_that_waits_can_be_interrupted_at_once_and_leaves_nothing(tmp_pa
     assert [*tmp_path.glob("home/locks/*"), *tmp_path.glob("home/scratch/*"), *tmp_path.glob("tmp/*")] == []
 
 
+@pytest.mark.slow
 def test_one_that_hangs_is_overtaken_and_that_is_told(tmp_path: Path, start: Start) -> None:
     lease = held(tmp_path / "home", ModelSpec.of(MODEL, backend=BackendName.EAGER))
     process = start(*compile_words("--backend", "eager"), overtake_s="0.5")
@@ -94,6 +95,7 @@ def test_one_that_hangs_is_overtaken_and_that_is_told(tmp_path: Path, start: Sta
     assert [*tmp_path.glob("home/locks/*"), *tmp_path.glob("home/scratch/*"), *tmp_path.glob("tmp/*")] == []
 
 
+@pytest.mark.slow
 def test_of_starts_that_write_bundles_of_their_own_one_compiles_each_artifact(tmp_path: Path, start: Start) -> None:
     outs = [tmp_path / f"bundle{n}" for n in range(2)]
     processes = [start(*compile_words("--backend", "eager", "--out", str(out))) for out in outs]

@@ -12,7 +12,14 @@ from typing import Any, Final
 
 import torch
 
-from piecework.foundation.torch_private import Argument, can_run_on_meta, operator_arguments
+from piecework.foundation.torch_private import (
+    GROUPED_PRODUCT,
+    Argument,
+    can_run_on_meta,
+    grouped_product_shape,
+    operator_arguments,
+    operator_name,
+)
 from piecework.ops.ir.layer import LayerName
 from piecework.ops.ir.opaque_op import declared_op
 
@@ -42,6 +49,8 @@ def fake_op(overload: Any) -> FakeOp:
     declared = declared_op(overload)
     if declared is not None:
         return FakeOp(overload, declared.results if declared.has_fake else None)
+    if operator_name(overload) == GROUPED_PRODUCT:
+        return FakeOp(overload, grouped_product_shape)
     return FakeOp(overload, overload if can_run_on_meta(overload) else None)
 
 

@@ -14,6 +14,7 @@ from piecework.foundation.torch_private.artifacts import (
     read_calls,
 )
 from piecework.foundation.torch_private.custom_ops import (
+    GROUPED_PRODUCT,
     attach_declaration,
     attached_declaration,
     can_run_on_meta,
@@ -21,6 +22,7 @@ from piecework.foundation.torch_private.custom_ops import (
     cuda_graph_unsafe_tags,
     fake_results,
     find_overload,
+    grouped_product_shape,
     grouped_products_of_any_type,
     intercept_calls,
     is_stand_in,
@@ -85,6 +87,7 @@ from piecework.foundation.torch_private.tracing import (
 )
 
 __all__ = [
+    "GROUPED_PRODUCT",
     "TORCHS_NAMESPACES",
     "Argument",
     "Guard",
@@ -113,6 +116,7 @@ __all__ = [
     "function_module",
     "functional",
     "functionalized",
+    "grouped_product_shape",
     "grouped_products_of_any_type",
     "has_reference_types",
     "holds",

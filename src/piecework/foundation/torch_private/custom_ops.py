@@ -91,13 +91,26 @@ def fake_results(overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) 
         return overload(*fake_args, **fake_kwargs)
 
 
+GROUPED_PRODUCT: Final = "aten::_grouped_mm"
+"""Products of rows of a matrix [T, K] with one each of several matrices [E, K, N]; group by group."""
+
+
+def grouped_product_shape(a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> torch.Tensor:
+    """Return a tensor like what that operator gives on a CPU, without values; in any type of elements.
+
+    torch 2.11-2.13: torch/_meta_registrations.py checks for what the CUDA kernel takes, bfloat16 only. Raises
+    NotImplementedError for other forms of the product, ValueError for what it doesn't take.
+    """
+    if a.dim() != 2 or b.dim() != 3 or offs is None or bias is not None:
+        raise NotImplementedError("a grouped product of another form")
+    if a.dtype is not b.dtype or a.shape[1] != b.shape[1] or offs.shape[0] != b.shape[0]:
+        raise ValueError("a grouped product of matrices that don't go together")
+    return torch.empty(a.shape[0], b.shape[2], dtype=out_dtype or a.dtype, device=a.device)
+
+
 @contextmanager
 def grouped_products_of_any_type() -> Iterator[None]:
-    """Let fake tensors go through `aten::_grouped_mm` in types other than bfloat16, which CPUs compute as well.
-
-    torch 2.11-2.13: torch/_meta_registrations.py checks for what the CUDA kernel takes.
-    """
-    from torch import _meta_registrations
+    """Let fake tensors on CPUs go through `aten::_grouped_mm` in types other than bfloat16."""
     from torch._subclasses import fake_impls
 
     overload = torch.ops.aten._grouped_mm.default
@@ -106,13 +119,14 @@ def grouped_products_of_any_type() -> Iterator[None]:
         yield
         return
 
-    def shape(
-        mode: Any, function: Any, a: Any, b: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None
-    ) -> Any:
-        if a.dtype is torch.bfloat16 or a.dtype is not b.dtype or a.device.type != "cpu" or bias is not None:
+    def shape(mode: Any, _: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
+        if a.dtype is torch.bfloat16 or a.device.type != "cpu":
             return NotImplemented
-        with mode:
-            return _meta_registrations._create_grouped_mm_output_tensor(a, b, offs, out_dtype or a.dtype)
+        try:
+            with mode:
+                return grouped_product_shape(a, b, *args, **kwargs)
+        except NotImplementedError:
+            return NotImplemented
 
     known[overload] = shape
     try:
