@@ -2,7 +2,8 @@
 
 `flight`: processes that start on an empty store compile each artifact once. `kills`: whatever is killed, nothing
 invalid is stored and no process is left. `loads`: bundles are loaded while others write them and make room. `hits`:
-what a warm start spends in the store. Every part has a store of its own.
+what a warm start spends in the store. `remotes`: a bundle through a registry, over a link with latency. Every part has
+a store of its own.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import Any, Final
 
 from benchmarks.common.main import Benchmark, add_option, names
 from benchmarks.common.run import Run
-from benchmarks.storing import flight, hits, kills, loads
+from benchmarks.storing import flight, hits, kills, loads, remotes
 
 PARTS: Final[Mapping[str, Callable[[argparse.Namespace, Run], None]]] = {
     "flight": lambda args, run: _flight(args, run),
     "kills": lambda args, run: kills.measure(run, kills=args.kills, seed=args.seed),
     "loads": lambda args, run: loads.measure(run, loads=args.loads),
     "hits": lambda args, run: hits.measure(run, layers=args.layers, repeats=args.repeats),
+    "remotes": lambda args, run: remotes.measure(run, layers=args.layers, repeats=args.repeats),
 }
 
 

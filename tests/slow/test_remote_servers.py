@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-import socket
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmarks.common import servers
 from piecework.bundle import Asked, BundleContent, DirectoryStore
 from piecework.bundle.bundle import copy_bundle
 from piecework.bundle.signatures import add_signature, make_key, read_key, read_trust
@@ -29,37 +25,10 @@ pytestmark = pytest.mark.slow
 WANTED = "ab" * 32
 
 
-@contextmanager
-def running(command: list[str], *, port: int, log: Path) -> Iterator[None]:
-    """Run a server until the block is left; it must answer within a minute."""
-    with log.open("wb") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
-        try:
-            deadline = time.monotonic() + 60
-            while True:
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).close()
-                    break
-                except urllib.error.HTTPError:
-                    break
-                except OSError:
-                    time.sleep(0.1)
-            yield
-        finally:
-            process.terminate()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    port, log = free_port(), tmp_path_factory.mktemp("s3") / "log"
-    with running([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port=port, log=log):
+    port, log = servers.free_port(), tmp_path_factory.mktemp("s3") / "log"
+    with servers.running([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port=port, log=log):
         bucket = urllib.request.Request(f"http://127.0.0.1:{port}/bundles", method="PUT")
         bucket.add_header("Host", "s3.amazonaws.com")
         urllib.request.urlopen(bucket).close()
@@ -68,15 +37,10 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    command = shutil.which("docker-registry") or shutil.which("registry")
+    command = servers.registry_command()
     if command is None:
         pytest.skip("no docker-registry")
-    place, port = tmp_path_factory.mktemp("registry"), free_port()
-    config = place / "config.yml"
-    config.write_text(
-        f"version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: {place}/data\nhttp:\n  addr: 127.0.0.1:{port}\n"
-    )
-    with running([command, "serve", str(config)], port=port, log=place / "log"):
+    with servers.registry(tmp_path_factory.mktemp("registry"), command=command) as port:
         yield f"127.0.0.1:{port}"
 
 

@@ -24,5 +24,7 @@ def test_a_row_has_its_test_and_its_error(row: str) -> None:
 def test_all_errors_that_users_see_are_on_the_page() -> None:
     text = "\n".join(ROWS)
     bases = {"PieceworkError", "InternalError", "EngineError", "BackwardError"}
-    missing = [name for name in vars(piecework.errors) if name.endswith(("Error", "Bundle")) and f"`{name}`" not in text]
+    missing = [
+        name for name in vars(piecework.errors) if name.endswith(("Error", "Bundle")) and f"`{name}`" not in text
+    ]
     assert set(missing) <= bases
