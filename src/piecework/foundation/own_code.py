@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from pathlib import Path
 from typing import Final
-
-from piecework.foundation.digests import digest_bytes, digest_json
 
 _ROOT: Final = Path(__file__).parents[1]
 _PARTS: Final = ("bundle", "capture", "compiler", "foundation", "models", "ops", "providers", "spec")
@@ -16,16 +15,19 @@ _SUFFIXES: Final = (".py", ".h", ".cpp", ".cu")
 
 @functools.cache
 def own_code_digest() -> str:
-    """Return the digest of all files that a bundle's content may depend on; 250 files take 3 ms.
+    """Return the digest of all files that a bundle's content may depend on; 300 files take 4 ms.
 
     Raises OSError where one can't be read.
     """
-    found: list[tuple[str, str]] = []
+    found = hashlib.sha256()
     for part in _PARTS:
-        for directory, folders, files in os.walk(_ROOT / part):
+        for directory, folders, files in os.walk(f"{_ROOT}/{part}"):
             folders.sort()
+            inside = directory[len(str(_ROOT)) :]
             for name in sorted(files):
                 if name.endswith(_SUFFIXES):
-                    path = Path(directory, name)
-                    found.append((path.relative_to(_ROOT).as_posix(), digest_bytes(path.read_bytes())))
-    return digest_json(found)
+                    with open(f"{directory}/{name}", "rb", buffering=0) as file:
+                        data = file.read()
+                    found.update(f"{inside}/{name}\n{len(data)}\n".encode())
+                    found.update(data)
+    return found.hexdigest()
