@@ -6,9 +6,11 @@ packages are is looked up here, without importing any of them.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +30,7 @@ from piecework.foundation.target import Target, missing_flags, read_target
 NOT_INSTALLED: Final = "not installed"
 ABSENT: Final = "not in config.json"
 _MOST_SOURCE_BYTES: Final = 16 << 20
+_INSTALLED: Final = ".dist-info"
 _RECOMPILE: Final = "compile the model again on this machine"
 
 
@@ -196,12 +199,23 @@ def stale(differences: Sequence[Difference], *, what: str) -> StaleBundle:
 
 def package_version(name: str) -> str:
     """Return an installed package's version without importing it, or "not installed"."""
-    import importlib.metadata  # noqa: PLC0415 - costs 30 ms, which `piecework --help` need not pay
+    wanted = _normalized(name)
+    for entry in sys.path:
+        with contextlib.suppress(OSError):
+            for found in os.listdir(entry or "."):
+                package, _, version = found.removesuffix(_INSTALLED).rpartition("-")
+                if found.endswith(_INSTALLED) and _normalized(package) == wanted:
+                    return version
+    import importlib.metadata  # noqa: PLC0415  costs 20 ms, and knows packages that are installed in other ways
 
     try:
         return importlib.metadata.version(name)
     except (importlib.metadata.PackageNotFoundError, ValueError):  # of which the latter is raised for ""
         return NOT_INSTALLED
+
+
+def _normalized(package: str) -> str:
+    return re.sub(r"[-_.]+", "_", package).lower()
 
 
 def _look_up(fact: Fact, *, cpu: Target) -> Difference | None:

@@ -1,3 +1,4 @@
+import importlib.metadata
 import sys
 from pathlib import Path
 
@@ -5,7 +6,7 @@ import pytest
 
 from piecework.bundle import Asked, Fact, check, config_facts, environment_facts, option_facts, require, source_facts
 from piecework.bundle import facts as facts_module
-from piecework.bundle.facts import making_facts
+from piecework.bundle.facts import NOT_INSTALLED, making_facts, package_version
 from piecework.errors import StaleBundle
 from piecework.foundation.target import make_target
 
@@ -168,3 +169,12 @@ def test_this_library_is_found_by_its_name() -> None:
 
 def test_unknown_kinds_hold() -> None:
     assert check([Fact("weather", "here", "fine")]) == ()
+
+
+@pytest.mark.parametrize("name", ["torch", "huggingface-hub", "huggingface_hub", "PyYAML", "no-such-package", ""])
+def test_versions_are_those_of_the_packages_metadata(name: str) -> None:
+    try:
+        expected = importlib.metadata.version(name)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        expected = NOT_INSTALLED
+    assert package_version(name) == expected
