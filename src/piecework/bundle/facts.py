@@ -203,9 +203,10 @@ def package_version(name: str) -> str:
     for entry in sys.path:
         with contextlib.suppress(OSError):
             for found in os.listdir(entry or "."):
-                package, _, version = found.removesuffix(_INSTALLED).rpartition("-")
-                if found.endswith(_INSTALLED) and _normalized(package) == wanted:
-                    return version
+                if found.endswith(_INSTALLED) and _normalized(found.rpartition("-")[0]) == wanted:
+                    text = Path(entry, found, "METADATA").read_text("utf-8", errors="replace")
+                    if said := re.search(r"^Version: *(\S+)", text, re.MULTILINE):
+                        return said[1]
     import importlib.metadata  # noqa: PLC0415  costs 20 ms, and knows packages that are installed in other ways
 
     try:
