@@ -203,7 +203,10 @@ def package_version(name: str) -> str:
     for entry in sys.path:
         with contextlib.suppress(OSError):
             for found in os.listdir(entry or "."):
-                if found.endswith(_INSTALLED) and _normalized(found.rpartition("-")[0]) == wanted:
+                if (
+                    found.endswith(_INSTALLED)
+                    and _normalized(found.removesuffix(_INSTALLED).rpartition("-")[0]) == wanted
+                ):
                     text = Path(entry, found, "METADATA").read_text("utf-8", errors="replace")
                     if said := re.search(r"^Version: *(\S+)", text, re.MULTILINE):
                         return said[1]

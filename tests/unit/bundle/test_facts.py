@@ -1,4 +1,5 @@
 import importlib.metadata
+import subprocess
 import sys
 from pathlib import Path
 
@@ -178,3 +179,9 @@ def test_versions_are_those_of_the_packages_metadata(name: str) -> None:
     except (importlib.metadata.PackageNotFoundError, ValueError):
         expected = NOT_INSTALLED
     assert package_version(name) == expected
+
+
+def test_versions_need_no_metadata_library() -> None:
+    code = "import sys; from piecework.bundle.facts import package_version; package_version('torch'); "
+    code += "print('importlib.metadata' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
