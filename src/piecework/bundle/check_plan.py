@@ -218,7 +218,8 @@ def _follow(ranges: Sequence[tuple[int, int]]) -> bool:
 def _check_merged(piece: UniquePiece) -> None:
     if piece.merged:
         numbers = sorted(n for constants in piece.merged for n in constants)
-        _require(numbers == list(range(piece.num_constants)), "constants that are merged twice, or not at all")
+        as_many = len(numbers) == piece.num_constants  # which may be any number
+        _require(as_many and numbers == list(range(len(numbers))), "constants that are merged twice, or not at all")
 
 
 def _check_path(plan: Plan, path: PlanVariant) -> None:

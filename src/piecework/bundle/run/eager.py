@@ -16,7 +16,7 @@ from piecework.ops.ir.program import Dim, Program, TensorSpec, constant_name
 from piecework.ops.ir.resolve import FUNCTIONS, resolve_target
 
 _TORCHS: Final = frozenset({"aten", "prims", "mkldnn", "quantized_decomposed"})
-_WRONG: Final = (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+_WRONG: Final = (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, AssertionError)
 """What torch's operators raise of arguments that they don't take, and of values too."""
 
 
