@@ -123,7 +123,7 @@ def _random_weights(module: nn.Module) -> dict[str, Tensor] | None:
     if num_bytes > _MOST_BYTES or any(b.is_meta for b in buffers.values()):
         return None
     generator = torch.Generator().manual_seed(_SEED)
-    made = dict(buffers)
+    made = {name: buffer.clone() for name, buffer in buffers.items()}
     for name, parameter in parameters.items():
         fan_in = math.prod(parameter.shape[1:]) if parameter.dim() > 1 else 1
         device = "cpu" if parameter.is_meta else parameter.device
@@ -136,12 +136,13 @@ def _same(forward: Forward, weights: Mapping[str, Tensor], *, ones: set[str]) ->
     request = forward.request
     given = {i.name: _example(i, request, ones) for i in request.inputs}
     module = torch.fx.GraphModule(nn.Module(), forward.graph)
+    fresh = {name: tensor.clone() for name, tensor in weights.items()}  # a forward may write to its buffers
     known = {**weights, **forward.literals, **given}
     nodes = [node for node in forward.graph.nodes if node.op == "placeholder"]
     ran = _Called(request)
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng():
         try:
-            wanted = torch.func.functional_call(ran, {f"module.{n}": t for n, t in weights.items()}, (given,))
+            wanted = torch.func.functional_call(ran, {f"module.{n}": t for n, t in fresh.items()}, (given,))
             found = torch.fx.Interpreter(module).run(*(known[forward.names[n]] for n in nodes))
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError):
             return False
@@ -160,14 +161,14 @@ class _Called(nn.Module):
         return flatten(self._call(self.module, values))[0]
 
 
-def _example(given: TensorInput | SizeInput, request: CaptureRequest, ones: set[str]) -> Any:
-    if isinstance(given, SizeInput):
-        return 1 if given.size in ones else request.sizes[given.size].max
+def _example(given: TensorInput | SizeInput, request: CaptureRequest, ones: set[str]) -> Tensor:
+    """Return a copy of an input's example, cut to 1 where an axis has one of the sizes."""
     value = request.values[given.name]
-    for axis, size in enumerate(given.shape):
+    for axis, size in enumerate(given.shape if isinstance(given, TensorInput) else ()):
         if size in ones:
             value = value.narrow(axis, 0, 1)
-    return value.contiguous() if given.stride is None else value
+    copy = value.clone(memory_format=torch.preserve_format)
+    return copy.contiguous() if isinstance(given, TensorInput) and given.stride is None else copy
 
 
 def _close(wanted: Tensor, found: Tensor) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -22,8 +22,13 @@ from piecework.errors import CaptureError
 from piecework.foundation.environment import Environment, read_environment
 from piecework.foundation.files import lasting_scratch, store_errors
 from piecework.foundation.target import read_target
-from piecework.foundation.torch_private import is_stand_in, operator_name
+from piecework.foundation.torch_private import is_compiled_module, is_stand_in, operator_name
 from piecework.spec.compile_options import CompileOptions
+
+_OTHERWISE_IN_TRAINING: Final = (
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+)
 
 
 def compile(
@@ -41,7 +46,8 @@ def compile(
     """Compile a module's forward into a bundle. Compiling happens in worker processes.
 
     Args:
-        module: the module; it is neither changed nor run. Parameters may be on the meta device.
+        module: the module; it is not changed. Its forward is traced, and where its code asks whether a size is 1 it
+            runs once, on copies (capture/general.py). Parameters may be on the meta device.
         example_args: positional arguments of its forward: tensors (only shape, dtype, stride and device are used),
             nested tuples, lists and dicts of them, numbers, strings, None.
         example_kwargs: keyword arguments, likewise.
@@ -180,7 +186,7 @@ def _check_kinds(module: object, dynamic: Mapping[str, object]) -> None:
             found="a scripted one, whose code torch.jit runs",
             try_="the module that it was made of",
         )
-    if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+    if is_compiled_module(module):
         raise CaptureError(
             asked="compile a module",
             found="one that torch.compile has wrapped already",

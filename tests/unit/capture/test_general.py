@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import piecework
 from piecework.capture.general import least_apart, working_ranges
 from piecework.capture.request import Dim
-from piecework.errors import ShapeContractError
+from piecework.errors import CaptureError, ShapeContractError
 from piecework.spec.compile_options import BackendName, CompileOptions
 
 EAGER = CompileOptions(backend=BackendName.EAGER)
@@ -139,3 +140,46 @@ def test_working_ranges(condition: str, least: int | None, most: int | None) -> 
     found = working_ranges([condition], sizes).get("n")
     assert (None if found is None else (found.min, found.max)) == (None if least is None else (least, most))
     assert least_apart([condition], sizes) == ("n" if (least, most) == (2, 64) else None)
+
+
+class Counting(nn.Module):
+    """A forward that goes another way for 1, draws random numbers, and has norms that count what they see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x).relu() if x.shape[0] > 1 else x * 2
+        return x + torch.rand_like(x)
+
+
+def test_nothing_of_the_users_changes(tmp_path: Path) -> None:
+    module, x = Counting().train(), torch.randn(3, 8)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    example, state = x.clone(), torch.get_rng_state()
+    with contextlib.suppress(CaptureError):  # which is refused in the end, because it changes a buffer
+        compiled(module, x, {"rows": Dim(1, 64)}, tmp_path / "b")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(x, example)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+class Writing(Shortcut):
+    """Its buffer is written to, in the general way and for 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = super().forward(x)
+        if not torch.compiler.is_compiling() and type(x) is Tensor and type(self.seen) is Tensor:
+            self.seen.add_(1.0)  # as a count that a trace doesn't see
+        return made
+
+
+def test_a_buffer_that_only_a_real_run_writes_to_stays(tmp_path: Path) -> None:
+    module = Writing()
+    compiled(module, torch.randn(3, 8), {"rows": Dim(1, 64)}, tmp_path / "b")
+    assert torch.equal(module.seen, torch.zeros(8))  # type: ignore[arg-type]

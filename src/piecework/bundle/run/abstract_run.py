@@ -21,6 +21,7 @@ from piecework.bundle.run.fake_ops import check_arguments, fake_op
 from piecework.bundle.run.sample_sizes import Point, sample_sizes
 from piecework.bundle.sizes import Size, size_expression
 from piecework.errors import PieceworkError
+from piecework.foundation.torch_private import operator_arguments
 from piecework.ops.ir.decode import decode
 from piecework.ops.ir.interface import UNKNOWN, Interface
 from piecework.ops.ir.layer import LayerName
@@ -306,7 +307,7 @@ def _called(run: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, A
 
 def _check_packed(step: OpStep, overload: Any, recipes: Sequence[Recipe]) -> None:
     """Raise ValueError where an operator is given a packed weight that it takes for a plain one, or the reverse."""
-    names = [a.name for a in overload._schema.arguments]
+    names = [argument.name for argument in operator_arguments(overload)]
     named = {**dict(zip(names, step.args, strict=False)), **step.kwargs}
     parameter, flag = PACKABLE.get(step.op.partition(".")[0], ("", ""))
     says = named.get(flag) == {"const": True}

@@ -64,7 +64,7 @@ from piecework.foundation.torch_private.operators import (
 )
 from piecework.foundation.torch_private.profiling import thread_wide_profiler
 from piecework.foundation.torch_private.scheduled_kernels import OnKernels, watching_kernels
-from piecework.foundation.torch_private.stock import stock_inductor
+from piecework.foundation.torch_private.stock import is_compiled_module, stock_inductor
 from piecework.foundation.torch_private.symbolic import (
     Guard,
     SymbolicSession,
@@ -122,6 +122,7 @@ __all__ = [
     "holds",
     "holds_within",
     "intercept_calls",
+    "is_compiled_module",
     "is_computation",
     "is_one",
     "is_python_object",

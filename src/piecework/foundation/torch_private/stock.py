@@ -14,3 +14,8 @@ def stock_inductor(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Calla
 
     compiled: Callable[..., Any] = lookup_backend("inductor")(module, list(inputs))
     return compiled
+
+
+def is_compiled_module(module: torch.nn.Module) -> bool:
+    """Whether `torch.compile` has wrapped a module: then the module itself is its `_orig_mod`."""
+    return isinstance(getattr(module, "_orig_mod", None), torch.nn.Module)
