@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import traceback
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from piecework.capture.cuts import is_opaque
-from piecework.capture.general import Forward, holds_for_one, mentions, working_ranges
+from piecework.capture.general import Forward, holds_for_one, mentions, require_whole_ranges
 from piecework.capture.locations import KeepLines, is_models, note_lines
 from piecework.capture.memory import (
     bases_of,
@@ -35,7 +34,7 @@ from piecework.capture.sources import Unwatched, class_files, is_users, ran_file
 from piecework.capture.stamping import StackCounts, Stamping, TraceAgain, stamping
 from piecework.capture.structure import Structure, flatten
 from piecework.capture.tensors import NamedTensors
-from piecework.errors import CaptureError, InternalError, PieceworkError, ShapeContractError
+from piecework.errors import CaptureError, InternalError, PieceworkError
 from piecework.foundation import torch_private
 from piecework.foundation.digests import digest_bytes, digest_json
 from piecework.ops.ir.layer import LayerName
@@ -186,7 +185,7 @@ def _captured(graph: torch.fx.Graph, trace: _Trace) -> CapturedGraph:
     request, tensors = trace.request, trace.tensors
     names = [n for n in tensors.by_name if n in tensors.nodes]
     graph, order = _without_writes(graph, trace, names=names)
-    _check_contract(trace.session, request=request)
+    require_whole_ranges(trace.session.narrowing_guards(), request)
     kinds = [InputKind.ARGUMENT] * len(request.inputs)
     kinds += [InputKind.STATE if n in request.states else InputKind.WEIGHT for n in names]
     inputs = tuple(
@@ -356,26 +355,6 @@ def _first_line(error: BaseException) -> str:
 def _user_line(error: BaseException) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
     return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-
-
-def _check_contract(session: torch_private.SymbolicSession, *, request: CaptureRequest) -> None:
-    guards = session.narrowing_guards()
-    if guards:
-        conditions = [g.expr for g in guards]
-        ranges = working_ranges(conditions, request.traced_sizes)
-        works = " and ".join(f"{name} = Dim({dim.min}, {dim.max})" for name, dim in ranges.items())
-        fixed = [m[1] for c in conditions if (m := re.fullmatch(r"Eq\((\w+), \d+\)", c))]
-        others = [c for c in conditions if re.fullmatch(r"Eq\((\w+), \d+\)", c) is None]
-        found = [f"for a single value of {name}, which the code uses as a number" for name in sorted(set(fixed))]
-        found += ["only where " + " and ".join(sorted(set(others))[:4])] if others else []
-        raise ShapeContractError(
-            asked=f"a graph of {type(request.module).__name__} for the whole declared range of every size",
-            found="the trace holds " + ", and ".join(found),
-            try_=(f"declare {works}, or " if works else "declare a range in which that holds, or ")
-            + "change the line so that it does not depend on the size",
-            location=next((g.location for g in guards if g.location), ""),
-            conditions=conditions,
-        )
 
 
 def _mutates(graph: torch.fx.Graph, *, opaque: frozenset[str], kept: frozenset[torch.fx.Node]) -> bool:

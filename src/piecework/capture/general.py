@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from piecework.capture.request import CaptureRequest, Dim, SizeInput, TensorInput
 from piecework.capture.structure import flatten
-from piecework.foundation.torch_private import holds_within
+from piecework.errors import ShapeContractError
+from piecework.foundation.torch_private import Guard, holds_within
 
 _MOST_BYTES: Final = 2 << 30
 _SEED: Final = 20
@@ -85,6 +86,26 @@ def working_ranges(conditions: Sequence[str], sizes: Mapping[str, Dim]) -> dict[
         if part is not None:
             found[name] = part
     return found
+
+
+def require_whole_ranges(guards: Sequence[Guard], request: CaptureRequest) -> None:
+    """Raise ShapeContractError where a trace holds for a part of the declared ranges only, with the part that works."""
+    if guards:
+        conditions = [g.expr for g in guards]
+        ranges = working_ranges(conditions, request.traced_sizes)
+        works = " and ".join(f"{name} = Dim({dim.min}, {dim.max})" for name, dim in ranges.items())
+        fixed = [m[1] for c in conditions if (m := re.fullmatch(r"Eq\((\w+), \d+\)", c))]
+        others = [c for c in conditions if re.fullmatch(r"Eq\((\w+), \d+\)", c) is None]
+        found = [f"for a single value of {name}, which the code uses as a number" for name in sorted(set(fixed))]
+        found += ["only where " + " and ".join(sorted(set(others))[:4])] if others else []
+        raise ShapeContractError(
+            asked=f"a graph of {type(request.module).__name__} for the whole declared range of every size",
+            found="the trace holds " + ", and ".join(found),
+            try_=(f"declare {works}, or " if works else "declare a range in which that holds, or ")
+            + "change the line so that it does not depend on the size",
+            location=next((g.location for g in guards if g.location), ""),
+            conditions=conditions,
+        )
 
 
 def _part(conditions: Sequence[str], name: str, dim: Dim) -> Dim | None:
