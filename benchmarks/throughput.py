@@ -202,7 +202,7 @@ def add_workload_options(parser: argparse._ActionsContainer) -> None:
 
 def workload_of(args: argparse.Namespace, model: Path) -> Workload:
     """Return what those options say. Raises UnsupportedModelError for a directory that is no model."""
-    layers = read_config(model).num_layers
+    layers = int(read_config(model).raw["num_hidden_layers"])
     return Workload(model, layers, args.dtype, args.requests, args.input, args.output, args.runs)
 
 

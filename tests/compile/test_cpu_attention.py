@@ -73,6 +73,12 @@ def test_sinks(attention: CpuAttention, batch: str, dtype: torch.dtype) -> None:
     check(attention, case, scale=0.3, sinks=torch.tensor([-3.0, 0.0, 1.0, 40.0]).to(dtype))
 
 
+@pytest.mark.parametrize(("batch", "dtype"), one_in(3, BATCHES, TOLERANCES))
+def test_chunks(attention: CpuAttention, batch: str, dtype: torch.dtype) -> None:
+    case = make_case(BATCHES[batch], heads=4, kv_heads=2, stale=NAN, chunk=6, dtype=dtype)
+    check(attention, case, scale=0.3, chunk=6)
+
+
 @pytest.mark.slow
 @given(drawn=drawn_cases())
 @settings(max_examples=40, deadline=None)

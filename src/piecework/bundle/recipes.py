@@ -17,10 +17,14 @@ _MOST_STACKED: Final = 1 << 16
 
 @dataclass(frozen=True)
 class Take:
-    """A checkpoint tensor by its name and shape. In a `Stack`, "*" in the name is the number of the copy."""
+    """A checkpoint tensor by its name and shape. In a `Stack`, "*" in the name is the number of the copy.
+
+    Some checkpoints may have it by another name, `also`.
+    """
 
     name: str
     shape: tuple[int, ...]
+    also: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,8 @@ def numbered(source: Source, number: int) -> Source:
 def renamed(source: Source, change: Callable[[str], str]) -> Source:
     """Return the source with every tensor's name changed."""
     match source:
-        case Take(name):
-            return Take(change(name), source.shape)
+        case Take(name, shape, also):
+            return Take(change(name), shape, change(also) if also else "")
         case Concat(parts):
             return Concat(tuple(renamed(part, change) for part in parts))
         case Stack(of, _, whole):
@@ -132,8 +136,10 @@ def renamed(source: Source, change: Callable[[str], str]) -> Source:
 
 
 def resolved(source: Source, names: Container[str]) -> Source:
-    """Return the source for a checkpoint with tensors of these names: stacks that are there as a whole are taken."""
+    """Return the source for a checkpoint with tensors of these names: with what it has otherwise or as a whole."""
     match source:
+        case Take(_, shape, also) if also and also in names:
+            return Take(also, shape)
         case Take():
             return source
         case Concat(parts):
@@ -149,8 +155,8 @@ def resolved(source: Source, names: Container[str]) -> Source:
 def source_to_json(source: Source) -> list[Any]:
     """Return the source as nested lists."""
     match source:
-        case Take(name, shape):
-            return ["take", name, list(shape)]
+        case Take(name, shape, also):
+            return ["take", name, list(shape), *([also] if also else [])]
         case Concat(parts):
             return ["concat", *map(source_to_json, parts)]
         case Stack(of, count, whole):
@@ -171,8 +177,9 @@ def source_from_json(data: object, *, depth: int = 0) -> Source:
         return source_from_json(given, depth=depth + 1)
 
     match kind, rest:
-        case "take", [name, shape]:
-            return Take(text(name, "a tensor's name"), wholes(shape, "a tensor's shape", most=1 << 40))
+        case "take", [name, shape, *also] if len(also) < 2:
+            names = [text(other, "a tensor's name") for other in also]
+            return Take(text(name, "a tensor's name"), wholes(shape, "a tensor's shape", most=1 << 40), *names)
         case "concat", [_, *_]:
             return _checked(Concat(tuple(inner(part) for part in rest)))
         case "stack", [of, count, *whole_name] if len(whole_name) < 2:

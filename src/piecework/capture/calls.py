@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -12,6 +12,8 @@ from torch.overrides import TorchFunctionMode
 from piecework.capture.replay import Replay
 from piecework.capture.tape import Writer, written
 from piecework.capture.tensors import NamedTensors
+
+_DEVICE: Final = torch.Tensor.device.__get__
 
 
 class Calls(TorchFunctionMode):
@@ -44,6 +46,8 @@ class Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run, write down or compare a call."""
         top = self.innermost
+        if func == _DEVICE and self._tensors.is_known(args[0]):
+            return self._tensors.device  # of the fake one, which doesn't ask torch for it
         if isinstance(top, Replay):
             return top.call(func, args, kwargs or {})
         args, kwargs = written((args, kwargs or {}), self._fake)

@@ -47,6 +47,11 @@ class NamedTensors:
         self._swapped: list[tuple[dict[str, Any], str, torch.Tensor]] = []
         self._tracer: Tracer | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model will run."""
+        return torch.device(self._device)
+
     def begin(self, tracer: Tracer) -> None:
         """Say which trace the tensors are inputs of."""
         self._tracer = tracer

@@ -14,6 +14,7 @@ from piecework.foundation.torch_private import operator_name, operator_of
 from piecework.ops.ir.program import Call, Program, TensorSpec, encode_float
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")
+_SIZES_OF: Final = frozenset({"aten::sym_size", "aten::sym_numel"})
 _ARITHMETIC = {"Add": "operator.add", "Mul": "operator.mul", "FloorDiv": "operator.floordiv", "Mod": "operator.mod"}
 """What torch's expressions over sizes are made of, and the functions that compute it."""
 
@@ -127,7 +128,7 @@ class ProgramBuilder:
         else:
             if node.op != "call_function":
                 raise InternalError(f"the size {expr} is an input of its own")
-            if operator_name(node.target) == "aten::sym_size" and node.args[0] not in self._refs:
+            if operator_name(node.target) in _SIZES_OF and node.args[0] not in self._refs:
                 computed = self._computed(node.meta["val"].node.expr, node)
                 if computed is not None:
                     self._sizes[expr] = computed

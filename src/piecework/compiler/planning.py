@@ -158,7 +158,7 @@ class _Constants:
         dtype = str(node.meta["val"].dtype).removeprefix("torch.")
         sources = tuple(self._source(name) for name in wanted.names)
         source = sources[0] if len(sources) == 1 else Concat(sources)
-        if isinstance(source, Take):
+        if isinstance(source, Take) and not source.also:
             literal = wanted.names[0] in path.captured.literals
             return Recipe(source.name, source.shape, dtype, literal, wanted.pack)
         return Recipe(label(source), source.shape, dtype, pack=wanted.pack, source=source)

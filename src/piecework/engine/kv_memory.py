@@ -8,6 +8,7 @@ a compile gives the same KV cache as one that found its bundle.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,15 +16,15 @@ from typing import Final
 
 import torch
 
-from piecework.bundle.plan import Plan
+from piecework.bundle.plan import OpStep, Plan, Recipe
 from piecework.bundle.sizes import size_expression
 from piecework.errors import CapacityError
 from piecework.ops.mla.plain import CONTEXT_CHUNK
 from piecework.spec.config import ModelConfig
-from piecework.spec.latent_config import LatentSizes
 
 DEFAULT_FRACTION: Final = {"cpu": 0.5, "cuda": 0.9}
 _STEPS: Final = 64
+_CHOSEN: Final = 8  # experts of a token, where config.json has no name for it that is known here
 _CGROUP: Final = Path("/sys/fs/cgroup")
 _MEMINFO: Final = Path("/proc/meminfo")
 
@@ -94,50 +95,47 @@ def memory_needs(plan: Plan, config: ModelConfig) -> MemoryNeeds:
         prod(size_expression(str(dim))({"blocks": 1}) for dim in state.shape) * _itemsize(state.dtype)
         for state in plan.states
     )
-    itemsize = _activation_itemsize(plan)
-    max_tokens, max_seqs = plan.sizes["tokens"][1], plan.sizes["seqs"][1]
-    return MemoryNeeds(
-        weights, activation_bytes(config, itemsize=itemsize, max_tokens=max_tokens, max_seqs=max_seqs), block
-    )
+    return MemoryNeeds(weights, activation_bytes(plan, config), block)
 
 
-def activation_bytes(config: ModelConfig, *, itemsize: int, max_tokens: int, max_seqs: int) -> int:
+def activation_bytes(plan: Plan, config: ModelConfig) -> int:
     """Return an upper estimate of what one forward holds at a time.
 
-    Per token: the residual stream and the normed one, what attention and the MLP or the experts hold, each in the
-    activations' type and once more in float32, as kernels convert. Per sequence: a row of logits, the same way.
+    Per token: the residual stream and the normed one, and what the widest step makes of it, a number per row of each
+    of its matrices; with experts, of those that a token chooses. In the activations' type and once more in float32, as
+    kernels convert. Per sequence: a row of logits, the same way.
     """
-    per_token = 2 * config.hidden_size + _attention_numbers(config) + _mlp_numbers(config)
+    max_tokens, max_seqs = plan.sizes["tokens"][1], plan.sizes["seqs"][1]
+    hidden = max((r.shape[1] for r in plan.recipes if _is_of_tokens(r, config)), default=0)
+    steps = [sum(_rows(plan.recipes[i], config) for i in instance.constants) for instance in plan.instances]
+    of_ops = [sum(_rows(plan.recipes[i], config) for i in _recipes_of(s)) for s in plan.steps if isinstance(s, OpStep)]
     rows = min(max_tokens, max_seqs)
-    numbers = max_tokens * per_token + rows * config.vocab_size
+    numbers = max_tokens * (2 * hidden + max([*steps, *of_ops], default=0)) + rows * config.vocab_size
     if config.latent is not None:
         # the queries and results of decode, which are latents; a chunk of context, gathered and expanded
-        numbers += rows * 2 * config.num_heads * config.latent.kv_rank
-        numbers += CONTEXT_CHUNK * (config.latent.entry + 2 * _expanded(config, config.latent))
-    return numbers * (itemsize + 4)
+        heads = int(config.raw.get("num_attention_heads") or 128)
+        expanded = heads * (config.latent.nope_dim + config.latent.value_dim)
+        numbers += max_tokens * expanded + rows * 2 * heads * config.latent.kv_rank
+        numbers += CONTEXT_CHUNK * (config.latent.entry + 2 * expanded)
+    return numbers * (_activation_itemsize(plan) + 4)
 
 
-def _attention_numbers(config: ModelConfig) -> int:
-    """Return how many numbers per token attention holds: q, k, v and its result."""
-    latent = config.latent
-    if latent is None:
-        return 2 * config.num_heads * config.head_dim + 2 * config.num_kv_heads * config.head_dim
-    query = config.num_heads * (latent.nope_dim + 2 * latent.rope_dim)  # and the rotated part of it
-    return query + 2 * latent.entry + _expanded(config, latent) + config.num_heads * latent.value_dim
+def _rows(recipe: Recipe, config: ModelConfig) -> int:
+    """Return how many numbers per token come of multiplying with a constant."""
+    if len(recipe.shape) == 3:
+        return int(config.raw.get("num_experts_per_tok") or _CHOSEN) * recipe.shape[1]
+    return recipe.shape[0] if len(recipe.shape) == 2 and not _is_of_tokens(recipe, config) else 0
 
 
-def _expanded(config: ModelConfig, latent: LatentSizes) -> int:
-    return config.num_heads * (latent.nope_dim + latent.value_dim)
+def _is_of_tokens(recipe: Recipe, config: ModelConfig) -> bool:
+    """Whether a constant has a row for each token of the vocabulary."""
+    return len(recipe.shape) == 2 and recipe.shape[0] >= config.vocab_size
 
 
-def _mlp_numbers(config: ModelConfig) -> int:
-    """Return how many numbers per token an MLP holds (gate, up and their product), or a layer of experts."""
-    dense = 3 * int(config.raw.get("intermediate_size") or 4 * config.hidden_size)
-    experts = config.experts
-    if experts is None:
-        return dense
-    chosen = experts.top_k * (2 * config.hidden_size + 3 * experts.intermediate)
-    return max(dense, chosen + 3 * experts.shared)
+def _recipes_of(step: OpStep) -> list[int]:
+    """Return the constants that an opaque op takes."""
+    given = [*step.args, *step.kwargs.values()]
+    return [g["recipe"] for g in given if isinstance(g, Mapping) and "recipe" in g]
 
 
 def _activation_itemsize(plan: Plan) -> int:

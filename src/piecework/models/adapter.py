@@ -15,11 +15,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import __version__ as transformers_version
 
 from piecework.capture.request import CaptureRequest, Dim, SizeInput, TensorInput, Variant
 from piecework.errors import PieceworkError, UnsupportedModelError
 from piecework.models.adapted import AdaptedModel
 from piecework.models.batch import BLOCK_SIZE, ForwardBatch
+from piecework.models.cache_interface import Past
 from piecework.models.deepseek import adapt_deepseek
 from piecework.models.paged_attention import adapt_paged
 from piecework.ops.mla.core import Regime
@@ -82,9 +84,11 @@ def call_causal_lm(module: nn.Module, inputs: Mapping[str, Any], *, regime: Regi
         num_prefill_tokens=inputs.get("num_prefill_tokens", num_tokens - num_decode),
         regime=regime,
     )
+    positions = inputs["positions"].unsqueeze(0)
     output = module(
         input_ids=inputs["input_ids"].unsqueeze(0),
-        position_ids=inputs["positions"].unsqueeze(0),
+        position_ids=positions,
+        past_key_values=Past(positions),
         use_cache=False,
         logits_to_keep=inputs["logits_indices"],
         batch=batch,
@@ -141,8 +145,8 @@ def _adapt(spec: ModelSpec) -> AdaptedModel:
     if not model.states:
         raise UnsupportedModelError(
             asked=asked,
-            found=f"no attention module that transformers' AttentionInterface reaches in {config.architecture}",
-            try_="upgrade transformers, or report the model",
+            found=f"no attention that transformers' AttentionInterface reaches in {config.architecture}",
+            try_="piecework.compile for the module as it is, without the engine",
         )
     module.tie_weights()  # type: ignore[operator]
     module.requires_grad_(False)
@@ -151,27 +155,17 @@ def _adapt(spec: ModelSpec) -> AdaptedModel:
 
 
 def _transformers_config(config: ModelConfig, *, asked: str) -> PretrainedConfig:
+    if config.model_type not in CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            asked=asked,
+            found=f"model_type {config.model_type!r}, which transformers {transformers_version} doesn't know",
+            try_="upgrade transformers; code that lies beside a config.json is not run",
+        )
     try:
         hf_config = CONFIG_MAPPING[config.model_type].from_dict(deepcopy(dict(config.raw)))
     except Exception as error:  # what each family's checks raise
         raise UnsupportedModelError(
             asked=asked, found=f"transformers can't read its config.json: {error}", try_="check the file's fields"
         ) from error
-    _check_rope(getattr(hf_config, "rope_parameters", None), asked=asked)
     made: PretrainedConfig = hf_config
     return made
-
-
-def _check_rope(parameters: object, *, asked: str) -> None:
-    """Raise UnsupportedModelError where the rotary frequencies depend on more than positions and config."""
-    if not isinstance(parameters, Mapping):
-        return
-    for value in parameters.values():
-        _check_rope(value, asked=asked)
-    rope_type = str(parameters.get("rope_type", "default"))
-    if "dynamic" in rope_type or rope_type == "longrope":
-        raise UnsupportedModelError(
-            asked=asked,
-            found=f"rotary embedding of type {rope_type!r}, whose frequencies change with the longest sequence so far",
-            try_='a checkpoint whose rope type is "default", "linear", "yarn" or "llama3"',
-        )

@@ -12,7 +12,7 @@ from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
 
 from piecework.bundle.recipes import Source, Sources
@@ -26,7 +26,7 @@ from piecework.models.latent_attention import (
     MultiHeadLatentAttention,
     latent_sources,
 )
-from piecework.models.paged_attention import ATTENTION, paged_attention
+from piecework.models.paged_attention import ATTENTION, register_interfaces
 from piecework.models.routed_experts import RoutedExperts, expert_sources
 from piecework.spec.config import ModelConfig
 from piecework.spec.model_spec import ModelSpec
@@ -41,7 +41,7 @@ def adapt_deepseek(spec: ModelSpec, hf_config: PretrainedConfig) -> AdaptedModel
     """
     config, dtype = spec.config, getattr(torch, spec.dtype)
     # its attention is replaced; but with one of its own, transformers would make a mask
-    AttentionInterface.register(ATTENTION, paged_attention)
+    register_interfaces()
     with torch.device("meta"), no_init_weights():
         module: nn.Module = AutoModelForCausalLM.from_config(hf_config, attn_implementation=ATTENTION, dtype=dtype)
     model = cast("Any", module.model)
@@ -143,11 +143,12 @@ def decisions(module: nn.Module) -> tuple[str, ...]:
 def _decoder_layer(layer: Any, config: ModelConfig, options: LatentOptions, *, dtype: torch.dtype) -> DecoderLayer:
     """Return what takes the place of a transformers' decoder layer, made of its parts and of new ones."""
     assert config.latent is not None
-    attention = MultiHeadLatentAttention(config.hidden_size, config.num_heads, sizes=config.latent, options=options)
+    hidden_size, heads = layer.hidden_size, layer.self_attn.num_heads
+    attention = MultiHeadLatentAttention(hidden_size, heads, sizes=config.latent, options=options)
     mlp = layer.mlp
     if hasattr(mlp, "experts"):
         assert config.experts is not None
-        mlp = RoutedExperts(config.experts, hidden_size=config.hidden_size, shared=mlp.shared_experts)
+        mlp = RoutedExperts(config.experts, hidden_size=hidden_size, shared=mlp.shared_experts)
         mlp.experts.to(dtype)
     norms = layer.input_layernorm, layer.post_attention_layernorm
     return DecoderLayer(attention.to(dtype), mlp, norms=norms)

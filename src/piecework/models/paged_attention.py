@@ -1,31 +1,50 @@
-"""Attention of transformers' models on `piecework::attention`, by transformers' own attention interface."""
+"""Attention of transformers' models on `piecework::attention`, by transformers' own interfaces.
+
+A model is reached by its attention interface (which function attends), its mask interface (what a token may see) and
+its cache interface (what came before). None of its code is replaced, and no model is known by name.
+"""
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
 
-from piecework.capture.request import TensorInput
 from piecework.models.adapted import AdaptedModel
-from piecework.models.batch import BLOCK_SIZE, ForwardBatch
+from piecework.models.batch import ForwardBatch
+from piecework.models.cache_interface import Sight, sight
+from piecework.models.conversions import checkpoint_sources
 from piecework.models.meta import meta_parameters
+from piecework.models.rope import fixed_frequencies
+from piecework.models.trial import TRIAL, give_caches, try_attention, unreached
 from piecework.ops import attention as _attention  # noqa: F401  registers piecework::attention
 from piecework.spec.config import ModelConfig
 
 ATTENTION: Final = "piecework"
-KV_CACHE: Final = "kv_cache"
 
 
 def adapt_paged(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torch.dtype) -> AdaptedModel:
-    """Return transformers' model, unchanged but for its attention function; parameters and caches in `dtype`."""
-    AttentionInterface.register(ATTENTION, paged_attention)
+    """Return transformers' model, unchanged but for those three interfaces; parameters and caches in `dtype`.
+
+    Raises UnsupportedModelError where its attention isn't reached by them, or does what `piecework::attention` can't.
+    """
+    register_interfaces()
     with meta_parameters(), no_init_weights():
-        module: nn.Module = AutoModelForCausalLM.from_config(hf_config, attn_implementation=ATTENTION, dtype=dtype)
-    return AdaptedModel(module, add_kv_caches(module, config, dtype=str(dtype).removeprefix("torch.")))
+        module: Any = AutoModelForCausalLM.from_config(hf_config, attn_implementation=TRIAL, dtype=dtype)
+    notes = fixed_frequencies(module, longest=config.max_positions)
+    states = give_caches(module.eval())
+    module.set_attn_implementation(ATTENTION)
+    return AdaptedModel(module, states, checkpoint_sources(module), notes)
+
+
+def register_interfaces() -> None:
+    """Tell transformers of attention by piecework, under the name `ATTENTION`."""
+    for name, function in ((ATTENTION, paged_attention), (TRIAL, try_attention)):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, sight)
 
 
 def paged_attention(
@@ -33,19 +52,20 @@ def paged_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
+    attention_mask: Sight | Tensor | None,
+    scaling: float | None = None,
     *,
     batch: ForwardBatch,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_ignored: object,
 ) -> tuple[Tensor, None]:
     """Serve as transformers' attention function: query [1, H, T, D], key/value [1, K, T, D] -> [1, T, H, D].
 
     Of the module only the `kv_cache` is read, so that nothing tells sibling layers apart.
     """
+    if not isinstance(attention_mask, Sight):
+        raise unreached(module, "attends with a mask that transformers' mask interface didn't make")
     out = torch.ops.piecework.attention(
         query.squeeze(0).transpose(0, 1),
         key.squeeze(0).transpose(0, 1),
@@ -56,25 +76,10 @@ def paged_attention(
         batch.seq_lens,
         batch.query_start,
         batch.num_decode_tokens,
-        scaling,
-        sliding_window or 0,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        attention_mask.window,
         softcap or 0.0,
+        s_aux,
+        attention_mask.chunk,
     )
     return out.unsqueeze(0), None
-
-
-def add_kv_caches(module: nn.Module, config: ModelConfig, *, dtype: str) -> dict[str, TensorInput]:
-    """Give every attention module a `kv_cache` buffer on the meta device; return them by qualified name.
-
-    An attention module is known by what transformers gives all of those that use its attention interface: a
-    `layer_idx` and `num_key_value_groups`.
-    """
-    states = {}
-    for name, part in module.named_modules():
-        if hasattr(part, "layer_idx") and hasattr(part, "num_key_value_groups"):
-            shape = (BLOCK_SIZE, config.num_kv_heads, config.head_dim)
-            cache = torch.empty((2, 1, *shape), dtype=getattr(torch, dtype), device="meta")
-            part.register_buffer(KV_CACHE, cache, persistent=False)
-            qualified = f"{name}.{KV_CACHE}"
-            states[qualified] = TensorInput(qualified, (2, "blocks", *shape), dtype)
-    return states

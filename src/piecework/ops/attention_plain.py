@@ -28,12 +28,14 @@ class Scores(NamedTuple):
         sliding_window: a token sees itself and this many minus one before it; 0 means all.
         softcap: scores become softcap * tanh(score / softcap); 0 means off.
         sinks: [H], a further score for each head that takes part in the softmax and has no value; or None.
+        chunk: a token sees none before the last multiple of this many tokens of its sequence; 0 means all.
     """
 
     scale: float
     sliding_window: int = 0
     softcap: float = 0.0
     sinks: Tensor | None = None
+    chunk: int = 0
 
 
 def attend_with(query: Tensor, kv_cache: Tensor, sequences: Sequences, scores: Scores) -> Tensor:
@@ -61,16 +63,18 @@ def decode(query: Tensor, kv_cache: Tensor, block_tables: Tensor, seq_lens: Tens
             return _decode_apart(query, kv_cache, block_tables, seq_lens, scores, longest=longest)
     else:  # asking would wait for the device
         longest, shortest = block_tables.shape[1] * kv_cache.shape[2], 0
-    span = min(longest, scores.sliding_window) if scores.sliding_window else longest
+    span = min(longest, scores.sliding_window or longest, scores.chunk or longest)
     mask = None
-    if shortest == longest:
+    if shortest == longest and not scores.chunk:
         keys, values = _gather_blocks(kv_cache, block_tables, longest - span, longest)
     else:
         # Aligned at their ends, so that a window is the same columns for all sequences.
         positions = seq_lens.unsqueeze(1) + torch.arange(-span, 0, device=query.device)
-        if shortest < span:
-            mask = (positions >= 0).view(num_seqs, 1, 1, span)
-            positions = torch.where(positions < 0, seq_lens.unsqueeze(1) - 1, positions)
+        if shortest < span or scores.chunk:
+            newest = seq_lens.unsqueeze(1) - 1
+            seen = positions >= (newest - newest % scores.chunk if scores.chunk else 0)
+            mask = seen.view(num_seqs, 1, 1, span)
+            positions = torch.where(seen, positions, newest)
         keys, values = _gather_tokens(kv_cache, block_tables, positions)
     # The query heads that share a key/value head become the rows of one matrix.
     grouped = query.reshape(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
@@ -115,21 +119,26 @@ def prefill(
         if starts[index] < starts[index + 1]:
             alike.setdefault((starts[index + 1] - starts[index], length), []).append(index)
     for (num_new, length), members in alike.items():
-        begin = max(0, length - num_new - scores.sliding_window + 1) if scores.sliding_window else 0
+        first = length - num_new
+        begin = max(0, first - scores.sliding_window + 1) if scores.sliding_window else 0
+        begin = max(begin, first - first % scores.chunk) if scores.chunk else begin
         if len(members) == 1:
             rows = slice(starts[members[0]], starts[members[0]] + num_new)
             keys, values = _gather_blocks(kv_cache, block_tables[members[0]].unsqueeze(0), begin, length)
-            out[rows] = _prefill_alike(query[rows].unsqueeze(0), keys, values, scores).squeeze(0)
+            out[rows] = _prefill_alike(query[rows].unsqueeze(0), keys, values, scores, begin=begin).squeeze(0)
         else:
-            first = torch.tensor([starts[i] for i in members], device=query.device)
-            tokens = first.unsqueeze(1) + torch.arange(num_new, device=query.device)
+            rows_of = torch.tensor([starts[i] for i in members], device=query.device)
+            tokens = rows_of.unsqueeze(1) + torch.arange(num_new, device=query.device)
             keys, values = _gather_blocks(kv_cache, block_tables[members], begin, length)
-            out[tokens] = _prefill_alike(query[tokens], keys, values, scores)
+            out[tokens] = _prefill_alike(query[tokens], keys, values, scores, begin=begin)
     return out
 
 
-def _prefill_alike(query: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
-    """Attend the last T of L tokens of each sequence: query [S, T, H, D], keys/values [S, L, K, D] -> [S, T, H, D]."""
+def _prefill_alike(query: Tensor, keys: Tensor, values: Tensor, scores: Scores, *, begin: int) -> Tensor:
+    """Attend the last T of L tokens of each sequence: query [S, T, H, D], keys/values [S, L, K, D] -> [S, T, H, D].
+
+    The first of the keys is that of the sequence's token number `begin`.
+    """
     num_seqs, num_new, num_heads, head_dim = query.shape
     _, length, num_kv_heads, _ = keys.shape
     num_groups = num_heads // num_kv_heads
@@ -137,7 +146,10 @@ def _prefill_alike(query: Tensor, keys: Tensor, values: Tensor, scores: Scores) 
     grouped = query.reshape(num_seqs, num_new, num_kv_heads, num_groups, head_dim).permute(0, 2, 3, 1, 4).flatten(0, 1)
     keys, values = (t.transpose(1, 2).flatten(0, 1).unsqueeze(1).expand(-1, num_groups, -1, -1) for t in (keys, values))
     causal = num_new == length and not (
-        0 < scores.sliding_window < length or scores.softcap or scores.sinks is not None
+        0 < scores.sliding_window < length
+        or 0 < scores.chunk < begin + length
+        or scores.softcap
+        or scores.sinks is not None
     )
     mask = None
     if not causal:
@@ -146,6 +158,9 @@ def _prefill_alike(query: Tensor, keys: Tensor, values: Tensor, scores: Scores) 
         mask = distance >= 0
         if scores.sliding_window:
             mask = mask & (distance < scores.sliding_window)
+        if scores.chunk:
+            chunks = torch.arange(begin, begin + length, device=query.device) // scores.chunk
+            mask = mask & (chunks[length - num_new :].unsqueeze(1) == chunks)
     sinks = None
     if scores.sinks is not None:
         sinks = scores.sinks.view(1, num_kv_heads, num_groups, 1, 1).expand(num_seqs, -1, -1, -1, -1).flatten(0, 1)

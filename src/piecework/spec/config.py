@@ -17,7 +17,8 @@ from piecework.spec.latent_config import (
     latent_sizes,
 )
 
-SUPPORTED_MODEL_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3", *LATENT_MODEL_TYPES)
+_LONGEST: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+_DEFAULT_LONGEST: Final = 2048
 DTYPES: Final = ("float32", "bfloat16", "float16")
 
 
@@ -30,7 +31,7 @@ class ModelConfig:
         raw: config.json as it stands.
         model_type: "llama", ...
         architecture: the class that transformers would build, "LlamaForCausalLM".
-        num_layers, num_heads, num_kv_heads, head_dim, hidden_size, vocab_size: sizes of the network.
+        vocab_size: how many tokens there are.
         max_positions: longest sequence the positions are made for, in tokens.
         dtype: the weights' type as the checkpoint's author gives it, one of DTYPES.
         eos_token_ids: tokens that end a generation.
@@ -44,11 +45,6 @@ class ModelConfig:
     raw: Mapping[str, Any]
     model_type: str
     architecture: str
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    hidden_size: int
     vocab_size: int
     max_positions: int
     dtype: str
@@ -62,12 +58,12 @@ class ModelConfig:
 def read_config(model_dir: Path) -> ModelConfig:
     """Read a model directory in Hugging Face layout.
 
-    Raises UnsupportedModelError where config.json is missing or broken, or its model is none that piecework compiles.
+    Raises UnsupportedModelError where config.json is missing or broken, or its model is no causal language model.
     """
     asked = f"the model in {model_dir}"
     raw = read_json_file(model_dir / "config.json", asked=asked)
     fields = _Fields(raw)
-    model_type, architecture = _supported(fields, asked=asked)
+    model_type, architecture = _causal_lm(fields, asked=asked)
     try:
         config = _model_config(model_dir, fields, model_type, architecture)
         return replace(config, raw=raw, read=frozenset(fields.read))
@@ -116,13 +112,15 @@ def read_json_file(path: Path, *, asked: str) -> dict[str, Any]:
     return value
 
 
-def _supported(raw: Mapping[str, Any], *, asked: str) -> tuple[str, str]:
+def _causal_lm(raw: Mapping[str, Any], *, asked: str) -> tuple[str, str]:
     """Return model type and architecture, or raise UnsupportedModelError."""
-    supported = f"supported model types: {', '.join(SUPPORTED_MODEL_TYPES)}"
     model_type = raw.get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        found = f"model_type {model_type!r}" if model_type else "config.json names no model_type"
-        raise UnsupportedModelError(asked=asked, found=found, try_=supported)
+    if not (isinstance(model_type, str) and model_type):
+        raise UnsupportedModelError(
+            asked=asked,
+            found=f"model_type {model_type!r}" if model_type else "config.json names no model_type",
+            try_='what transformers writes there, such as "model_type": "llama"',
+        )
     architectures = raw.get("architectures")
     if not (isinstance(architectures, list) and architectures and isinstance(architectures[0], str)):
         raise UnsupportedModelError(
@@ -132,7 +130,9 @@ def _supported(raw: Mapping[str, Any], *, asked: str) -> tuple[str, str]:
         )
     if not architectures[0].endswith("ForCausalLM"):
         raise UnsupportedModelError(
-            asked=asked, found=f"architecture {architectures[0]}, which is no causal language model", try_=supported
+            asked=asked,
+            found=f"architecture {architectures[0]}, which is no causal language model",
+            try_="a checkpoint whose architecture ends in ForCausalLM, or piecework.compile for the module as it is",
         )
     if "quantization_config" in raw:
         raise UnsupportedModelError(
@@ -142,21 +142,14 @@ def _supported(raw: Mapping[str, Any], *, asked: str) -> tuple[str, str]:
 
 
 def _model_config(model_dir: Path, raw: Mapping[str, Any], model_type: str, architecture: str) -> ModelConfig:
-    num_heads = int(raw["num_attention_heads"])
-    hidden_size = int(raw["hidden_size"])
     latent = model_type in LATENT_MODEL_TYPES
     return ModelConfig(
         path=model_dir,
         raw=raw,
         model_type=model_type,
         architecture=architecture,
-        num_layers=int(raw["num_hidden_layers"]),
-        num_heads=num_heads,
-        num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
-        head_dim=int(raw.get("head_dim") or hidden_size // num_heads),
-        hidden_size=hidden_size,
         vocab_size=int(raw["vocab_size"]),
-        max_positions=int(raw.get("max_position_embeddings") or 2048),
+        max_positions=next((int(raw[name]) for name in _LONGEST if raw.get(name)), _DEFAULT_LONGEST),
         dtype=_dtype(raw),
         eos_token_ids=_eos_token_ids(model_dir, raw),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),

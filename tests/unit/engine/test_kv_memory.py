@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
-from piecework.bundle.plan import Recipe, State
+from piecework.bundle.plan import Instance, OpStep, Recipe, State
 from piecework.engine import kv_memory
 from piecework.engine.kv_memory import (
     Memory,
     MemoryNeeds,
-    activation_bytes,
     memory_needs,
     num_blocks_in,
     num_blocks_of_bytes,
@@ -51,19 +50,32 @@ def test_too_little_memory_is_said_so() -> None:
     assert num_blocks_of_bytes(5 * 2**20 + 7, NEEDS) == 5
 
 
+def plan_of(*weights: Recipe, states: list[State], steps: tuple[OpStep, ...] = ()) -> Any:
+    """Return the part of a plan that is counted: one instance has all weights but those that steps take."""
+    taken = {a["recipe"] for step in steps for a in step.args if "recipe" in a}
+    bound = tuple(index for index in range(len(weights)) if index not in taken)
+    sizes = {"tokens": (1, 256), "seqs": (1, 8)}
+    return SimpleNamespace(recipes=weights, states=states, sizes=sizes, instances=[Instance(0, bound)], steps=steps)
+
+
 def test_needs_are_counted_from_plan_and_config(tmp_path: Path) -> None:
     config = read_config(write_config(tmp_path, "llama"))
-    plan: Any = SimpleNamespace(
-        recipes=[Recipe("a", (131, 64), "bfloat16"), Recipe("b", (64,), "float32")],
-        states=[State(f"{i}", (2, "blocks", 16, 2, 16), "bfloat16", "cpu") for i in range(3)],
-        sizes={"tokens": (1, 256), "seqs": (1, 8)},
-    )
-    needs = memory_needs(plan, config)
-    assert needs.weights == 131 * 64 * 2 + 64 * 4
+    states = [State(f"{i}", (2, "blocks", 16, 2, 16), "bfloat16", "cpu") for i in range(3)]
+    embedding, norm = Recipe("a", (131, 64), "bfloat16"), Recipe("b", (64,), "float32")
+    gate_up = Recipe("c", (192, 64), "bfloat16")
+    needs = memory_needs(plan_of(embedding, norm, gate_up, states=states), config)
+    assert needs.weights == (131 + 192) * 64 * 2 + 64 * 4
     assert needs.block == 3 * 2 * 16 * 2 * 16 * 2
-    assert needs.activations == activation_bytes(config, itemsize=2, max_tokens=256, max_seqs=8)
-    per_token = 2 * 64 + 2 * 64 + 2 * 32 + 3 * 96
-    assert needs.activations == (256 * per_token + 8 * 131) * 6
+    assert needs.activations == (256 * (2 * 64 + 192) + 8 * 131) * 6
+
+
+def test_of_experts_those_are_counted_that_a_token_chooses(tmp_path: Path) -> None:
+    config = read_config(write_config(tmp_path, "mixtral", num_experts_per_tok=3))
+    states = [State("s", (2, "blocks", 16, 2, 16), "bfloat16", "cpu")]
+    embedding, experts = Recipe("a", (131, 64), "bfloat16"), Recipe("b", (4, 192, 64), "bfloat16")
+    step = OpStep("aten::_grouped_mm", ({"slot": 0}, {"recipe": 1}), {}, (1,))
+    needs = memory_needs(plan_of(embedding, experts, states=states, steps=(step,)), config)
+    assert needs.activations == (256 * (2 * 64 + 3 * 192) + 8 * 131) * 6
 
 
 def test_this_machine_says_how_much_is_free() -> None:
@@ -95,16 +107,10 @@ def test_where_nobody_knows_how_much_is_free_it_is_said_so(tmp_path: Path, monke
 def test_latents_are_what_a_token_of_a_latent_model_takes(tmp_path: Path) -> None:
     config = read_config(write_config(tmp_path, "deepseek_v3"))
     request = build_causal_lm(ModelSpec.of(tmp_path, dtype="bfloat16", max_tokens=256))
-    plan: Any = SimpleNamespace(
-        recipes=[],
-        states=[State(name, given.shape, given.dtype, "cpu") for name, given in request.states.items()],
-        sizes={"tokens": (1, 256), "seqs": (1, 8)},
-    )
-    needs = memory_needs(plan, config)
+    states = [State(name, given.shape, given.dtype, "cpu") for name, given in request.states.items()]
+    needs = memory_needs(plan_of(states=states), config)
     latents, rotary, layers = 32, 8, 3
     assert needs.block == 16 * (latents + rotary) * 2 * layers
     heads, expanded = 4, 4 * (16 + 12)
-    attention = heads * (16 + 2 * 8) + 2 * (32 + 8) + expanded + heads * 12
-    experts = 3 * (2 * 64 + 3 * 24) + 3 * 24
-    numbers = 256 * (2 * 64 + attention + experts) + 8 * (131 + 2 * heads * 32) + CONTEXT_CHUNK * (40 + 2 * expanded)
+    numbers = 256 * expanded + 8 * (131 + 2 * heads * 32) + CONTEXT_CHUNK * (40 + 2 * expanded)
     assert needs.activations == numbers * 6

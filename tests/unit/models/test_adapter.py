@@ -36,16 +36,17 @@ def test_logits_equal_transformers_for_prefill_chunks_decode_and_a_mix(tmp_path:
 @pytest.mark.parametrize("family", slow_but([*FAMILIES, *LATENT_FAMILIES], "qwen2", "deepseek_v3"))
 def test_bfloat16_is_as_close_to_float32_as_transformers_bfloat16(tmp_path: Path, family: str) -> None:
     model_dir = write_config(tmp_path, family)
-    exact = reference_model(model_dir)
-    rounded = reference_model(model_dir).to(torch.bfloat16)
-    request = build_causal_lm(ModelSpec.of(model_dir, dtype="bfloat16", max_tokens=64))
-    model = EagerModel(request, rounded.state_dict())
-    model.make_states({"blocks": 4})
-    tokens = torch.arange(3, 43)
-    step = [Part(tokens, 40, [1, 3, 2])]
-    wanted = expected(exact, step)
-    ours = (run(model, step).float() - wanted).abs().mean()
-    theirs = (expected(rounded, step).float() - wanted).abs().mean()
+    step = [Part(torch.arange(3, 43), 40, [1, 3, 2])]
+    ours = theirs = 0.0
+    for seed in range(6 if "num_experts_per_tok" in FAMILIES.get(family, {}) else 1):  # some token's experts change
+        exact = reference_model(model_dir, seed=seed)
+        rounded = reference_model(model_dir, seed=seed).to(torch.bfloat16)
+        request = build_causal_lm(ModelSpec.of(model_dir, dtype="bfloat16", max_tokens=64))
+        model = EagerModel(request, rounded.state_dict())
+        model.make_states({"blocks": 4})
+        wanted = expected(exact, step)
+        ours += float((run(model, step).float() - wanted).abs().mean())
+        theirs += float((expected(rounded, step).float() - wanted).abs().mean())
     assert ours <= 1.25 * theirs
 
 
@@ -74,18 +75,17 @@ def test_tied_weights_are_one_parameter(tmp_path: Path, tied: bool, num_paramete
     assert len(list(module.parameters())) == num_parameters
 
 
-@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
-def test_data_dependent_rope_is_refused(tmp_path: Path, rope: str) -> None:
-    scaling = {"rope_type": rope, "factor": 2.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
-    scaling |= {"original_max_position_embeddings": 256}
-    model_dir = write_config(tmp_path, "llama", rope_scaling=scaling)
-    with pytest.raises(UnsupportedModelError, match=rope):
-        build_causal_lm(ModelSpec.of(model_dir, max_tokens=64))
-
-
 @pytest.mark.parametrize(
     "scaling",
     [
+        {"rope_type": "dynamic", "factor": 2.0},
+        {
+            "rope_type": "longrope",
+            "factor": 2.0,
+            "short_factor": [1.0] * 8,
+            "long_factor": [2.0] * 8,
+            "original_max_position_embeddings": 32,  # of 40 tokens, so that transformers takes the long factors too
+        },
         {"rope_type": "linear", "factor": 2.0},
         {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256},
         {
@@ -97,7 +97,7 @@ def test_data_dependent_rope_is_refused(tmp_path: Path, rope: str) -> None:
         },
     ],
 )
-def test_static_rope_types_equal_transformers(tmp_path: Path, scaling: dict[str, object]) -> None:
+def test_rope_types_equal_transformers(tmp_path: Path, scaling: dict[str, object]) -> None:
     reference, model = eager_pair(tmp_path, "llama", rope_scaling=scaling)
     model.make_states({"blocks": 4})
     step = [Part(torch.arange(3, 43), 40, [1, 3, 2])]

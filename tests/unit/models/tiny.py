@@ -15,11 +15,70 @@ from piecework.capture.request import CaptureRequest
 from piecework.models.adapter import build_causal_lm
 from piecework.spec.model_spec import ModelSpec
 
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_SCORED: dict[str, Any] = {**_EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"]},
     "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 12},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 32},
+    "gemma2": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "head_dim": 24,
+        "sliding_window": 12,
+        "query_pre_attn_scalar": 20,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 5.0,
+    },
+    "gemma3_text": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "head_dim": 24,
+        "sliding_window": 12,
+        "query_pre_attn_scalar": 20,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "phi3": {"architectures": ["Phi3ForCausalLM"]},
+    "mixtral": {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4},
+    "qwen2_moe": {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        **_EXPERTS,
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 48,
+        "mlp_only_layers": [1],
+    },
+    "qwen3_moe": {"architectures": ["Qwen3MoeForCausalLM"], **_EXPERTS, "num_experts": 4, "head_dim": 24},
+    "gpt_oss": {
+        "architectures": ["GptOssForCausalLM"],
+        **_EXPERTS,
+        "num_local_experts": 4,
+        "head_dim": 16,
+        "sliding_window": 12,
+    },
+    "glm4": {"architectures": ["Glm4ForCausalLM"], "head_dim": 16},
+    "glm4_moe": {"architectures": ["Glm4MoeForCausalLM"], **_SCORED, "head_dim": 16},
+    "llama4_text": {
+        "architectures": ["Llama4ForCausalLM"],
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 80,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 12,
+        "no_rope_layers": [1, 0, 1],
+        "floor_scale": 4,
+    },
+    "olmo2": {"architectures": ["Olmo2ForCausalLM"]},
+    "granite": {"architectures": ["GraniteForCausalLM"], "attention_multiplier": 0.2, "residual_multiplier": 0.5},
+    "granitemoe": {
+        "architectures": ["GraniteMoeForCausalLM"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "attention_multiplier": 0.2,
+    },
+    "starcoder2": {"architectures": ["Starcoder2ForCausalLM"], "sliding_window": 12},
+    "gpt_neox": {"architectures": ["GPTNeoXForCausalLM"], "rotary_pct": 0.5},
+    "opt": {"architectures": ["OPTForCausalLM"], "ffn_dim": 96, "word_embed_proj_dim": 64},
 }
 
 _LATENT: dict[str, Any] = {

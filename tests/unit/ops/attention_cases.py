@@ -46,11 +46,13 @@ def make_case(
     block_size: int = BLOCK_SIZE,
     stale: float = 7.0,
     window: int = 0,
+    chunk: int = 0,
     seed: int = 0,
 ) -> Case:
     """Build a batch from (tokens already cached, new tokens) per sequence; decode sequences first.
 
-    Slots that hold no token, and those of tokens that no new one sees through `window`, hold `stale`.
+    Slots that hold no token, and those of tokens that no new one sees through `window` or in its `chunk`,
+    hold `stale`.
     """
     generator = torch.Generator().manual_seed(seed)
     width = max(-(-(old + new) // block_size) for old, new in sequences) + 1
@@ -62,7 +64,7 @@ def make_case(
         slot = table[positions // block_size] * block_size + positions % block_size
         key, value = torch.randn(2, old + new, kv_heads, head_dim, generator=generator).to(dtype)
         flat = cache.view(2, -1, kv_heads, head_dim)
-        seen = slice(max(0, old + 1 - window) if window else 0, old)
+        seen = slice(max(old + 1 - window if window else 0, old - old % chunk if chunk else 0, 0), old)
         flat[0, slot[seen]], flat[1, slot[seen]] = key[seen], value[seen]
         queries.append(torch.randn(new, heads, head_dim, generator=generator).to(dtype))
         keys.append(key[old:])
@@ -79,7 +81,13 @@ def make_case(
 
 
 def reference(
-    case: Case, *, scale: float, sliding_window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None
+    case: Case,
+    *,
+    scale: float,
+    sliding_window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    chunk: int = 0,
 ) -> Tensor:
     """Attend token by token in float64."""
     query, query_start = case.args[0], case.args[7].tolist()
@@ -92,6 +100,7 @@ def reference(
         for offset, row in enumerate(new):
             end = keys.shape[0] - new.shape[0] + offset + 1
             start = max(0, end - sliding_window) if sliding_window else 0
+            start = max(start, (end - 1) // chunk * chunk) if chunk else start
             scores = torch.einsum("hd,lhd->hl", row, keys[start:end]) * scale
             if softcap:
                 scores = torch.tanh(scores / softcap) * softcap
@@ -113,6 +122,7 @@ def drawn_cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = tuple(TOLERAN
     sequences = [(old, 1) for old in decodes] + prefills
     kv_heads, groups = draw(st.integers(1, 3)), draw(st.integers(1, 9))
     window = draw(st.sampled_from([0, 1, 2, 17, 64, 1000]))
+    chunk = draw(st.sampled_from([0, 0, 3, 16, 50, 1000]))
     dtype = draw(st.sampled_from(dtypes))
     seed = draw(st.integers(0, 1000))
     case = make_case(
@@ -124,10 +134,11 @@ def drawn_cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = tuple(TOLERAN
         block_size=draw(st.sampled_from([1, 3, 16, 32])),
         stale=float("nan"),
         window=window,
+        chunk=chunk,
         seed=seed,
     )
     sinks = None
     if draw(st.booleans()):
         sinks = torch.randn(kv_heads * groups, generator=torch.Generator().manual_seed(seed)).mul(4).to(dtype)
-    options = {"scale": draw(st.sampled_from([0.05, 0.3])), "sliding_window": window, "sinks": sinks}
+    options = {"scale": draw(st.sampled_from([0.05, 0.3])), "sliding_window": window, "sinks": sinks, "chunk": chunk}
     return case, {**options, "softcap": draw(st.sampled_from([0.0, 1.5, 30.0]))}

@@ -50,6 +50,14 @@ def test_sinks_take_weight_and_give_no_value(batch: str, window: int, softcap: f
     torch.testing.assert_close(out.double(), reference(case, scale=0.3, **options), atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize(("window", "batch"), one_in(2, [0, 5], BATCHES))
+def test_a_chunk_is_seen_from_inside_only(batch: str, window: int) -> None:
+    case = make_case(BATCHES[batch], heads=4, kv_heads=2, stale=NAN, window=window, chunk=6)
+    out = attention_native(*case.args, scale=0.3, sliding_window=window, chunk=6)
+    expected = reference(case, scale=0.3, sliding_window=window, chunk=6)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+
+
 @given(drawn_cases(dtypes=(torch.float32,)))
 @settings(max_examples=20, deadline=None)
 def test_equals_the_reference_whatever_the_batch(drawn: tuple[Case, dict[str, Any]]) -> None:

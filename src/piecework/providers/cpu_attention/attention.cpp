@@ -126,7 +126,7 @@ Result attend(const Call& call) {
 }  // namespace piecework
 
 // The name tells the layout of Call. Types that this library was not built for are not supported.
-extern "C" __attribute__((visibility("default"))) int32_t piecework_attention_1(const piecework::Call* call) {
+extern "C" __attribute__((visibility("default"))) int32_t piecework_attention_2(const piecework::Call* call) {
   using namespace piecework;
   if (call->head_dim < 2 || call->head_dim > kMaxHeadDim || call->head_dim % 2) return kUnsupported;
   const Result checked = check(*call);

@@ -1,6 +1,7 @@
 // What one call is given. Its layout is known to kernel.py: whoever changes it changes the entry's name there as well.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace piecework {
@@ -16,7 +17,7 @@ struct Call {
   void* out;          // [T, H, D]
   int64_t query_token, query_head, key_token, key_head, value_token, value_head;  // strides in elements
   int64_t num_tokens, num_seqs, num_heads, num_kv_heads, head_dim, num_blocks, block_size, table_width;
-  int64_t window;  // 0: none
+  int64_t window, chunk;  // 0: none
   int64_t dtype, num_threads;
   double scale, softcap;  // softcap 0: none
 
@@ -24,7 +25,11 @@ struct Call {
   int64_t row() const { return num_kv_heads * head_dim; }  // elements of a token's keys, which lie together
   int64_t values() const { return num_blocks * block_size * row(); }  // from a key to its value
   int64_t num_new(int64_t seq) const { return starts[seq + 1] - starts[seq]; }
-  int64_t first_key(int64_t position) const { return window && position >= window ? position - window + 1 : 0; }
+  // The first key that a query sees.
+  int64_t first_key(int64_t position) const {
+    const int64_t in_window = window && position >= window ? position - window + 1 : 0;
+    return chunk ? std::max(in_window, position / chunk * chunk) : in_window;
+  }
 
   // Where keys first … first + count - 1 of a sequence lie in the cache, in elements.
   void locate(int64_t seq, int64_t first, int64_t count, int64_t* offsets) const {

@@ -23,8 +23,8 @@ from piecework.ops.sequences import Sequences
 SOURCES: Final = Path(__file__).resolve().parent
 DTYPES: Final = ("float32", "bfloat16", "float16")  # in the order of their numbers in attention.cpp
 
-_ENTRY: Final = "piecework_attention_1"  # the number is that of the layout below
-_CALL: Final = struct.Struct("10P17q2d")  # `Call` in call.h
+_ENTRY: Final = "piecework_attention_2"  # the number is that of the layout below
+_CALL: Final = struct.Struct("10P18q2d")  # `Call` in call.h
 _NUMBERS: Final = {getattr(torch, name): number for number, name in enumerate(DTYPES)}
 _DONE, _UNSUPPORTED = 0, 1
 _WRONG: Final = {
@@ -114,6 +114,7 @@ class CpuAttention:
             block_size,
             block_tables.shape[1],
             scores.sliding_window,
+            scores.chunk,
             _NUMBERS[query.dtype],
             torch.get_num_threads(),
             scores.scale,

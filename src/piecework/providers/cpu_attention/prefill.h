@@ -28,7 +28,7 @@ struct Rows {
   alignas(64) uint32_t pairs[kPair ? kTileKeys / 2 * kMaxHeadDim : 1];
   int64_t offsets[kTileKeys];
   const uint32_t *keys[kTileKeys], *values[kTileKeys];
-  Ints positions[V];
+  Ints positions[V], first_keys[V];
   Floats top[V], total[V], decay[V];  // largest score, sum of weights, and what becomes of earlier weights
 
   Rows(const Call& call, int64_t seq, int64_t kv_head, int64_t first, int64_t count)
@@ -43,8 +43,11 @@ struct Rows {
     for (int v = 0; v < V; ++v) {
       top[v] = all(kNone);
       total[v] = Floats{};
-      for (int i = 0; i < kLanes; ++i)
-        positions[v][i] = begin + std::min(first + v * kLanes + i, first + count - 1) / call.groups();
+      for (int i = 0; i < kLanes; ++i) {
+        const int64_t position = begin + std::min(first + v * kLanes + i, first + count - 1) / call.groups();
+        positions[v][i] = position;
+        first_keys[v][i] = call.first_key(position);
+      }
     }
     std::fill_n(out, call.head_dim * kRows, 0.f);
     for (int64_t key = call.first_key(first_position); key <= last_position; key += kTileKeys) {
@@ -126,7 +129,6 @@ struct Rows {
   // Makes weights of scores; pairs of keys, where they are paired, share a word.
   void soften(int64_t key, int64_t num, bool masked) {
     const Floats scale = all((float)call.scale);
-    const Ints window = Ints{} + (int32_t)(call.window ? call.window : INT32_MAX);
     Floats most[V];
     for (int v = 0; v < V; ++v) most[v] = top[v];
     for (int64_t k = 0; k < num; ++k) {
@@ -135,8 +137,8 @@ struct Rows {
         Floats s = load(at) * scale;
         if (call.softcap != 0) s = hyperbolic_tangent(s * (float)(1 / call.softcap)) * (float)call.softcap;
         if (masked) {
-          const Ints distance = positions[v] - (int32_t)(key + k);
-          s = (distance >= 0) & (distance < window) ? s : all(-INFINITY);
+          const Ints at_key = Ints{} + (int32_t)(key + k);
+          s = (at_key <= positions[v]) & (at_key >= first_keys[v]) ? s : all(-INFINITY);
         }
         most[v] = larger(s, most[v]);
         store(s, at);

@@ -1,0 +1,92 @@
+"""What transformers' models are given in place of a mask and of a cache: what a token sees; the rest is paged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.masking_utils import causal_mask_function, chunked_overlay, sliding_window_overlay
+
+from piecework.errors import UnsupportedModelError
+
+_WINDOW: Final = sliding_window_overlay(1).__code__
+_CHUNK: Final = chunked_overlay(1, torch.zeros(1)).__code__
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a token sees, in place of a mask: of the tokens up to itself all, or the last `window`, or its chunk's.
+
+    Chunks are `chunk` tokens each, counted from the sequence's first. 0 stands for no window, and no chunks.
+    """
+
+    window: int = 0
+    chunk: int = 0
+
+
+@final
+class Past(Cache):  # type: ignore[misc]  # transformers' classes have no types
+    """Stands for a cache in a model's forward: new keys and values are what attention takes, the rest is paged.
+
+    Args:
+        positions: [1, T] int64, of the new tokens.
+    """
+
+    def __init__(self, positions: Tensor) -> None:
+        super().__init__(layers=[])
+        self._positions = positions
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Return the new keys and values."""
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int | None = None) -> Any:
+        """Return 0; of a layer what its new tokens' places are to be shifted by, [T], to become their positions."""
+        if layer_idx is None:
+            return 0
+        positions = self._positions.view(-1)
+        return positions - torch.arange(positions.shape[0], device=positions.device)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return how many keys there are, and where they begin; nobody counts them."""
+        return query_length, 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Return where queries begin."""
+        return 0
+
+
+def sight(*, mask_function: Callable[..., Any], **_ignored: object) -> Sight:
+    """Serve as transformers' mask function: return what a token sees by a rule that transformers has a name for.
+
+    Raises UnsupportedModelError for any other rule.
+    """
+    window = chunk = 0
+    for rule in _rules(mask_function):
+        held = _held(rule)
+        if rule.__code__ is _WINDOW:
+            window = int(held["sliding_window"])
+        elif rule.__code__ is _CHUNK:
+            chunk = int(held["chunk_size"])
+        elif rule is not causal_mask_function:
+            raise UnsupportedModelError(
+                asked="attention over a paged cache",
+                found=f"tokens see each other by the rule {rule.__qualname__}, which isn't causal, a window or chunks",
+                try_="piecework.compile for the module as it is, without the engine",
+            )
+    return Sight(window, chunk)
+
+
+def _rules(mask_function: Callable[..., Any]) -> list[Any]:
+    """Return the rules that a mask function holds together; it is one itself where it holds none."""
+    inner = _held(mask_function).get("mask_functions")
+    return [mask_function] if inner is None else [rule for function in inner for rule in _rules(function)]
+
+
+def _held(function: Any) -> dict[str, Any]:
+    cells = function.__closure__ or ()
+    return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells, strict=True)}
