@@ -14,7 +14,7 @@ from piecework.foundation.torch_private import operator_name, operator_of
 from piecework.ops.ir.program import Call, Program, TensorSpec, encode_float
 
 _SYMBOL = re.compile(r"\b[su]\d+\b")
-_SIZES_OF: Final = frozenset({"aten::sym_size", "aten::sym_numel"})
+_SIZES_OF = frozenset({"aten::sym_size", "aten::sym_numel"})
 _ARITHMETIC = {"Add": "operator.add", "Mul": "operator.mul", "FloorDiv": "operator.floordiv", "Mod": "operator.mod"}
 """What torch's expressions over sizes are made of, and the functions that compute it."""
 

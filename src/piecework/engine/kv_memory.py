@@ -129,7 +129,7 @@ def _rows(recipe: Recipe, config: ModelConfig) -> int:
 
 def _is_of_tokens(recipe: Recipe, config: ModelConfig) -> bool:
     """Whether a constant has a row for each token of the vocabulary."""
-    return len(recipe.shape) == 2 and recipe.shape[0] >= config.vocab_size
+    return len(recipe.shape) == 2 and recipe.shape[0] == config.vocab_size
 
 
 def _recipes_of(step: OpStep) -> list[int]:

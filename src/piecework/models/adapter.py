@@ -7,6 +7,7 @@ buffers that are computed from the config (rotary frequencies) are real.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
 from copy import deepcopy
 from functools import partial
@@ -18,6 +19,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers import __version__ as transformers_version
 
 from piecework.capture.request import CaptureRequest, Dim, SizeInput, TensorInput, Variant
+from piecework.capture.sources import is_users
 from piecework.errors import PieceworkError, UnsupportedModelError
 from piecework.models.adapted import AdaptedModel
 from piecework.models.batch import BLOCK_SIZE, ForwardBatch
@@ -88,7 +90,7 @@ def call_causal_lm(module: nn.Module, inputs: Mapping[str, Any], *, regime: Regi
     output = module(
         input_ids=inputs["input_ids"].unsqueeze(0),
         position_ids=positions,
-        past_key_values=Past(positions),
+        past_key_values=Past(positions, batch),
         use_cache=False,
         logits_to_keep=inputs["logits_indices"],
         batch=batch,
@@ -132,8 +134,9 @@ def _adapt(spec: ModelSpec) -> AdaptedModel:
     except Exception as error:  # what modelling code makes of values that it doesn't expect
         raise UnsupportedModelError(
             asked=asked,
-            found=f"transformers can't build it: {type(error).__name__}: {error}",
-            try_="check the fields of its config.json, or upgrade transformers",
+            found=f"transformers' code can't be built or run on a paged cache: {type(error).__name__}: {error} "
+            f"(at {_place(error)})",
+            try_="check its config.json, or piecework.compile for the module as it is, without the engine",
         ) from error
     module = model.module
     if type(module).__name__ != config.architecture:
@@ -152,6 +155,12 @@ def _adapt(spec: ModelSpec) -> AdaptedModel:
     module.requires_grad_(False)
     module.eval()
     return model
+
+
+def _place(error: BaseException) -> str:
+    """Return the last line of transformers' code, or of the user's, that led to an error."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "torch"
 
 
 def _transformers_config(config: ModelConfig, *, asked: str) -> PretrainedConfig:

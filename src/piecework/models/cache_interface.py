@@ -12,6 +12,7 @@ from transformers import Cache
 from transformers.masking_utils import causal_mask_function, chunked_overlay, sliding_window_overlay
 
 from piecework.errors import UnsupportedModelError
+from piecework.models.batch import ForwardBatch
 
 _WINDOW: Final = sliding_window_overlay(1).__code__
 _CHUNK: Final = chunked_overlay(1, torch.zeros(1)).__code__
@@ -34,10 +35,12 @@ class Past(Cache):  # type: ignore[misc]  # transformers' classes have no types
 
     Args:
         positions: [1, T] int64, of the new tokens.
+        batch: of the forward, for attention that isn't given it.
     """
 
-    def __init__(self, positions: Tensor) -> None:
+    def __init__(self, positions: Tensor, batch: ForwardBatch | None = None) -> None:
         super().__init__(layers=[])
+        self.batch = batch
         self._positions = positions
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:

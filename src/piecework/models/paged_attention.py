@@ -17,6 +17,7 @@ from piecework.models.adapted import AdaptedModel
 from piecework.models.batch import ForwardBatch
 from piecework.models.cache_interface import Sight, sight
 from piecework.models.conversions import checkpoint_sources
+from piecework.models.direct_attention import build_with_sdpa, redirect
 from piecework.models.meta import meta_parameters
 from piecework.models.rope import fixed_frequencies
 from piecework.models.trial import TRIAL, give_caches, try_attention, unreached
@@ -32,11 +33,18 @@ def adapt_paged(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
     Raises UnsupportedModelError where its attention isn't reached by them, or does what `piecework::attention` can't.
     """
     register_interfaces()
-    with meta_parameters(), no_init_weights():
-        module: Any = AutoModelForCausalLM.from_config(hf_config, attn_implementation=TRIAL, dtype=dtype)
+    try:
+        with meta_parameters(), no_init_weights():
+            module: Any = AutoModelForCausalLM.from_config(hf_config, attn_implementation=TRIAL, dtype=dtype)
+    except KeyError:  # its classes are looked up by that name
+        module = build_with_sdpa(hf_config, dtype=dtype, masks=ATTENTION)
+        redirect(module, try_attention)
     notes = fixed_frequencies(module, longest=config.max_positions)
     states = give_caches(module.eval())
-    module.set_attn_implementation(ATTENTION)
+    if module.config._attn_implementation == TRIAL:
+        module.set_attn_implementation(ATTENTION)
+    else:
+        redirect(module, paged_attention)
     return AdaptedModel(module, states, checkpoint_sources(module), notes)
 
 

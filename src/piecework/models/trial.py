@@ -50,10 +50,14 @@ def give_caches(module: nn.Module) -> dict[str, TensorInput]:
     given = [*module.named_parameters(), *module.named_buffers()]
     with torch.no_grad(), grouped_products_of_any_type(), SymbolicSession().fake_mode:
         tokens = torch.zeros((1, 2), dtype=torch.int64)
+        rows = torch.zeros(1, dtype=torch.int64)
         inputs = {"input_ids": tokens, "position_ids": tokens, "past_key_values": Past(tokens), "use_cache": False}
+        inputs |= {"logits_to_keep": rows, "batch": None}
         tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in given}
         with _siblings_left_out(module) as twins:
-            torch.func.functional_call(module, tensors, kwargs=inputs)
+            output = torch.func.functional_call(module, tensors, kwargs=inputs)
+    if output.logits.shape[:2] != (1, 1):
+        raise unreached(module, "gives logits of tokens that weren't asked for in `logits_to_keep`")
     for block, first in twins:
         for part, like in zip(block.modules(), first.modules(), strict=True):
             part.register_buffer(KV_CACHE, vars(like)["_buffers"].get(KV_CACHE), persistent=False)

@@ -79,6 +79,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": {"architectures": ["Starcoder2ForCausalLM"], "sliding_window": 12},
     "gpt_neox": {"architectures": ["GPTNeoXForCausalLM"], "rotary_pct": 0.5},
     "opt": {"architectures": ["OPTForCausalLM"], "ffn_dim": 96, "word_embed_proj_dim": 64},
+    "falcon": {"architectures": ["FalconForCausalLM"], "num_kv_heads": 2, "new_decoder_architecture": True},
 }
 
 _LATENT: dict[str, Any] = {

@@ -191,8 +191,8 @@ def size_oblivious(answer: Callable[[Any], bool | None] = unanswered) -> Iterato
     torch 2.11-2.13: `torch.fx.experimental._config.backed_size_oblivious`. It leaves out `size == 1` and `size == 0` in
     C++ (contiguity above all, equal strides), which arrive at `SymNode.guard_bool` with the name of c10/core/SymInt.h.
     There "no" is the general answer, as it is elsewhere: torch then makes a copy that size 1 would not need. And what
-    `copy_` asks of its target, in `_debug_has_internal_overlap`, only tells whether it is an error. The Python dispatcher
-    is on, because some operators (`polar` in torch 2.13) ask for sizes as plain numbers in C++ and not in Python.
+    `copy_` asks of its target, in `_debug_has_internal_overlap`, only tells whether it is an error. The Python
+    dispatcher is on, because some operators (`polar` in torch 2.13) ask for sizes as plain numbers only in C++.
     """
     import sympy
     from torch._dispatch.python import enable_python_dispatcher
@@ -212,8 +212,8 @@ def size_oblivious(answer: Callable[[Any], bool | None] = unanswered) -> Iterato
 
     overlap = torch._debug_has_internal_overlap
 
-    def has_overlap(tensor: torch.Tensor) -> int:
-        return overlap(tensor) if all(isinstance(size, int) for size in tensor.shape) else 0
+    def has_overlap(input: torch.Tensor) -> int:
+        return overlap(input) if all(isinstance(size, int) for size in input.shape) else 0
 
     SymNode.guard_bool = guard_bool  # type: ignore[method-assign]
     torch._debug_has_internal_overlap = has_overlap
