@@ -32,11 +32,11 @@ from piecework.engine.events import (
     phase,
 )
 from piecework.engine.options import EngineOptions, WhileCompiling
-from piecework.errors import WeightsError
 from piecework.foundation.environment import Environment
 from piecework.spec.compile_options import BackendName
 from piecework.spec.model_spec import ModelSpec
 from piecework.spec.passes import MERGE_LINEAR
+from piecework.spec.weight_files import weight_files
 
 if TYPE_CHECKING:
     from piecework.bundle.run import LoadedModel
@@ -201,14 +201,7 @@ def _read_weights_ahead(start: _Start) -> None:
         return
     directory = start.spec.source
     with phase("read weights ahead", on_event=start.on_event):
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise WeightsError(
-                asked=f"the weights in {directory}",
-                found="no safetensors",
-                try_="give a directory that holds them, or --random-weights SEED to try without",
-            )
-        for path in files:
+        for path in weight_files(directory).paths:
             with contextlib.suppress(OSError), path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from piecework.errors import WeightsError
 from piecework.foundation.digests import digest_bytes
+from piecework.spec.weight_files import damaged, weight_files
 
 _DTYPES: Final = {
     "F64": torch.float64,
@@ -74,16 +74,8 @@ def open_checkpoint(model_dir: Path) -> SafetensorsCheckpoint:
 
     Raises WeightsError where files are missing or damaged.
     """
-    index, single = model_dir / "model.safetensors.index.json", model_dir / "model.safetensors"
-    if index.exists():
-        return SafetensorsCheckpoint(_shards(index), complete=_indexed_names(index))
-    if single.exists():
-        return SafetensorsCheckpoint([single])
-    raise WeightsError(
-        asked=f"the weights in {model_dir}",
-        found="neither model.safetensors nor model.safetensors.index.json",
-        try_="give a directory that holds them, or --random-weights SEED to try without",
-    )
+    files = weight_files(model_dir)
+    return SafetensorsCheckpoint(files.paths, complete=files.names)
 
 
 @final
@@ -116,7 +108,7 @@ class SafetensorsCheckpoint(Checkpoint):
         try:
             tensor: Tensor = handle.get_tensor(name)
         except SafetensorError as error:
-            raise _damaged(path, error) from error
+            raise damaged(path, error) from error
         return tensor
 
     def meta(self, name: str) -> TensorMeta:
@@ -180,27 +172,7 @@ def _open(path: Path) -> Any:
             try_="download the checkpoint again, with all its shards",
         ) from error
     except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(shard) for name, shard in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(index, error) from error
-
-
-def _indexed_names(index: Path) -> Iterable[str]:
-    return _weight_map(index).keys()
-
-
-def _shards(index: Path) -> list[Path]:
-    names = sorted(set(_weight_map(index).values()))
-    for name in names:
-        if Path(name).name != name:
-            raise _damaged(index, ValueError(f"a shard outside the directory: {name}"))
-    return [index.parent / name for name in names]
+        raise damaged(path, error) from error
 
 
 def _missing(name: str, places: Sequence[str]) -> WeightsError:
@@ -208,12 +180,4 @@ def _missing(name: str, places: Sequence[str]) -> WeightsError:
         asked=f"tensor {name}",
         found=f"no such tensor in {', '.join(places)}",
         try_="use the checkpoint that belongs to this config.json",
-    )
-
-
-def _damaged(path: Path, error: Exception) -> WeightsError:
-    return WeightsError(
-        asked=f"weights from {path}",
-        found=f"the file is damaged or truncated: {error}",
-        try_="download the file again",
     )

@@ -16,6 +16,7 @@ from piecework.spec.latent_config import (
     expert_routing,
     latent_sizes,
 )
+from piecework.spec.other_models import LAYOUT, refuse_others
 
 SUPPORTED_MODEL_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3", *LATENT_MODEL_TYPES)
 DTYPES: Final = ("float32", "bfloat16", "float16")
@@ -65,6 +66,7 @@ def read_config(model_dir: Path) -> ModelConfig:
     Raises UnsupportedModelError where config.json is missing or broken, or its model is none that piecework compiles.
     """
     asked = f"the model in {model_dir}"
+    refuse_others(model_dir, asked=asked)
     raw = read_json_file(model_dir / "config.json", asked=asked)
     fields = _Fields(raw)
     model_type, architecture = _supported(fields, asked=asked)
@@ -105,7 +107,7 @@ def read_json_file(path: Path, *, asked: str) -> dict[str, Any]:
         raise UnsupportedModelError(
             asked=asked,
             found=f"no {path.name} in {path.parent}" if path.parent.is_dir() else f"no directory {path.parent}",
-            try_="give a directory in Hugging Face layout: config.json, *.safetensors, tokenizer.json",
+            try_=LAYOUT,
         ) from error
     except (OSError, ValueError) as error:
         raise UnsupportedModelError(

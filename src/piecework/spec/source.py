@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from piecework.errors import PieceworkError, UnsupportedModelError
+from piecework.errors import PieceworkError, UnsupportedModelError, WeightsError
+from piecework.spec.conversions import to_safetensors
 
 MODEL_HELP: Final = "directory in Hugging Face layout, or OWNER/NAME[@REVISION] on the Hub"
 
@@ -44,10 +45,17 @@ def model_directory(model: str | Path) -> Path:
 
 
 def fetch_weights(model: str | Path, directory: Path) -> None:
-    """Fetch a Hub id's safetensors into what `model_directory` returned for it; raises as that. Else, do nothing."""
+    """Fetch a Hub id's safetensors into what `model_directory` returned for it; raises as that, and WeightsError."""
     hub = hub_id(model)
-    if hub is not None:
-        _fetch(replace(hub, revision=directory.name), _WEIGHTS)  # the commit: the Hub needn't be asked twice
+    if hub is None:
+        return
+    _fetch(replace(hub, revision=directory.name), _WEIGHTS)  # the commit: the Hub needn't be asked twice
+    if not any(directory.glob("model*.safetensors")):
+        raise WeightsError(
+            asked=f"the weights of {hub.repo}",
+            found="no model.safetensors, nor shards of one, in the repository",
+            try_=f"where it has pytorch_model.bin: {to_safetensors(hub.repo, to='DIR')}, and copy the tokenizer to DIR",
+        )
 
 
 def model_name(model: str | Path) -> str:

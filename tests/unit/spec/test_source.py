@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from piecework.errors import UnsupportedModelError
+from piecework.errors import UnsupportedModelError, WeightsError
 from piecework.spec.model_spec import ModelSpec
 from piecework.spec.source import hub_id, model_directory, model_name
 from tests.unit.models.tiny import write_config
@@ -92,6 +92,13 @@ def test_a_gated_repository_says_where_to_ask(hub: LocalHub) -> None:
     with pytest.raises(UnsupportedModelError, match="a gated repository") as error:
         model_directory("owner/tiny")
     assert f"{hub.endpoint}/owner/tiny" in error.value.try_
+
+
+def test_a_repository_without_safetensors_says_how_to_convert_it(hub: LocalHub) -> None:
+    for name in [name for name in hub.files if name.endswith("of-2.safetensors")]:
+        del hub.files[name]
+    with pytest.raises(WeightsError, match=r"from_pretrained\(.*owner/tiny"):
+        ModelSpec.of("owner/tiny")
 
 
 def test_a_download_that_fails_is_our_error(hub: LocalHub, tmp_path: Path) -> None:
