@@ -245,7 +245,8 @@ def eager_form(spec: ModelSpec) -> ModelSpec:
 
 def _run_compile(start: _Start, spec: ModelSpec, *, reason: str) -> FoundBundle:
     """Compile a bundle in a process, and report how far it is."""
-    process, backend = CompileProcess(spec, trust=start.options.trust), spec.options.backend.value
+    process = CompileProcess(spec, trust=start.options.trust, weights=start.options.random_weights is None)
+    backend = spec.options.backend.value
     is_last = spec == start.spec
 
     def hear(line: str) -> None:
