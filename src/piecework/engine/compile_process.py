@@ -43,7 +43,7 @@ class CompileProcess:
 
     Args:
         spec: which model, compiled how.
-        trust: the file of keys of which a bundle needs a signature that it finds; None for the environment's.
+        trust: as `EngineOptions` has it.
         weights: whether the model's weights must be there, and as the model needs them, before anything is compiled.
     """
 

@@ -123,7 +123,7 @@ def open_engine(
     Raises BundleError, UntrustedBundle, WeightsError, CompileError, CapacityError, UnsupportedModelError, StoreError.
     """
     store = DirectoryStore(environment.store_root)
-    trust = read_trust(options.trust or environment.trust, is_own=store.made_here)
+    trust = read_trust(environment.keys_file(options.trust), is_own=store.made_here)
     start = _Start(spec, options, store, environment, trust, on_event, hears_compile)
     with store.in_use():
         return _open(start, tokenizer)
