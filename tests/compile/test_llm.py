@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 from torch import nn
 
@@ -17,6 +18,7 @@ from piecework.engine.engine import EngineConfig, engine_for
 from piecework.engine.llm import LLM
 from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
+from piecework.errors import WeightsError
 from piecework.foundation.environment import Environment
 from piecework.spec.config import read_config
 from piecework.spec.model_spec import ModelSpec
@@ -62,6 +64,40 @@ def test_many_requests_with_preemptions(
     assert stats.prefix_hit_tokens > 0
     with LLM(weights_dir, bundle=eager.bundle.path, kv_cache_memory=10 * BLOCK_BYTES) as llm:
         assert list(llm.generate(prompts[3:4], PARAMS)[0].tokens) == transformers_tokens(reference, prompts[3])
+
+
+@pytest.fixture
+def wrong_weights_dir(tmp_path: Path) -> Path:
+    """A directory of the same model, of whose weights one has another shape, and the others are missing."""
+    directory = write_config(tmp_path / "wrong", "llama")
+    save_file({"model.norm.weight": torch.zeros(3)}, directory / "model.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize("hit", [True, False])
+def test_wrong_weights_cost_no_compile(
+    hit: bool, eager: CompiledModel, home: Path, wrong_weights_dir: Path, tmp_path: Path
+) -> None:
+    root = home if hit else tmp_path / "empty"
+    store, environment = DirectoryStore(root), Environment(store_root=root)
+    spec = ModelSpec.of(wrong_weights_dir, dtype="float32", max_tokens=32, backend="eager")
+    before = store.items()
+    with pytest.raises(WeightsError, match=r"no such tensor in model\.safetensors, nor"):
+        compile_model(spec, store=store, environment=environment)
+    assert store.items() == before
+    assert bool(before) == hit
+    if hit:
+        assert compile_model(spec, store=store, environment=environment, check_weights=False).cached
+
+
+@pytest.mark.slow  # a process that imports transformers
+def test_wrong_weights_cost_a_start_no_compile(
+    wrong_weights_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIECEWORK_HOME", str(tmp_path / "empty"))
+    with pytest.raises(WeightsError, match=r"no such tensor in model\.safetensors, nor"):
+        LLM(wrong_weights_dir, backend="eager")
+    assert DirectoryStore(tmp_path / "empty").items() == ()
 
 
 def test_streams_beside_each_other(eager: CompiledModel, weights_dir: Path, reference: nn.Module) -> None:

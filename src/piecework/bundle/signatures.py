@@ -122,6 +122,10 @@ def read_trust(path: Path | None, *, is_own: Callable[[str], bool] = _nobodys) -
     if path is None:
         return None
     asked = f"the keys to trust in {path}"
+    if not path.exists():
+        raise StoreError(
+            asked=asked, found="no such file", try_=f"put in it whose bundles may run: cat MAKER.pub >> {path}"
+        )
     with files.store_errors(asked), path.open("rb") as file:
         data = file.read(_MAX_KEYS_BYTES)
     keys = set()

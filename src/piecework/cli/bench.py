@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from piecework.cli import console
 from piecework.cli.child import run_command
 from piecework.engine.options import engine_options
-from piecework.spec.command_line import add_options, add_spec_options, spec_of
+from piecework.spec.command_line import add_model, add_options, add_spec_options, spec_of
 
 if TYPE_CHECKING:
     from piecework.engine.llm import LLM
@@ -40,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="directory in Hugging Face layout")
+    add_model(parser)
     for name, default, text in (
         ("--requests", 32, "in a batch"),
         ("--input", 128, "tokens of a prompt"),
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     # `piecework --help` must not pay for it
     from piecework.engine.llm import LLM  # noqa: PLC0415
 
-    spec = spec_of(args, source=args.model)
+    spec = spec_of(args, weights=args.random_weights is None)
     with console.progress() as progress:
         progress.update("loading the model")
         with LLM(
@@ -79,9 +79,9 @@ def run(args: argparse.Namespace) -> int:
             progress.update("generating")
             figures = measure(llm, vocab=spec.config.vocab_size, **shown)
             bundle = llm.bundle.path
-    starts = _starts(args, bundle, notes)
+    starts = _starts(args, spec.source, bundle, notes)
     found = {name: _spread(values) for name, values in (starts | figures).items()}
-    made = {"model": str(args.model), "bundle": str(bundle), **_machine(), **shown, "figures": found, "notes": notes}
+    made = {"model": args.model, "bundle": str(bundle), **_machine(), **shown, "figures": found, "notes": notes}
     if args.json:
         console.out_json(made)
     else:
@@ -89,14 +89,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _starts(args: argparse.Namespace, bundle: Path, notes: list[str]) -> dict[str, list[float]]:
+def _starts(args: argparse.Namespace, model: Path, bundle: Path, notes: list[str]) -> dict[str, list[float]]:
     """Return the figures of each timed start from a bundle; a first one isn't counted."""
     if not args.starts:
         return {}
-    if not (args.model / "tokenizer.json").exists():
+    if not (model / "tokenizer.json").exists():
         notes.append("no starts: piecework generate needs a tokenizer.json")
         return {}
-    words = ["generate", str(args.model), "--bundle", str(bundle), "--prompt", _PROMPT, "--max-new-tokens", "1"]
+    words = ["generate", str(model), "--bundle", str(bundle), "--prompt", _PROMPT, "--max-new-tokens", "1"]
     if args.random_weights is not None:
         words += ["--random-weights", str(args.random_weights)]
     if args.trust is not None:
@@ -105,7 +105,7 @@ def _starts(args: argparse.Namespace, bundle: Path, notes: list[str]) -> dict[st
     with console.progress() as progress:
         for number in range(args.starts + 1):
             progress.update("starting", done=number, total=args.starts + 1)
-            figures = run_command(words, what=str(args.model))
+            figures = run_command(words, what=args.model)
             if number:
                 for name, values in found.items():
                     values.append(figures[name])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from piecework.cli import console
 from piecework.foundation.environment import let_torch_cache_in, read_environment
 from piecework.foundation.process import garbage_collection_off, seconds_since_start
-from piecework.spec.command_line import add_spec_options, spec_of
+from piecework.spec.command_line import add_model, add_spec_options, spec_of
 from piecework.spec.model_spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ def add_parser(subparsers: Any) -> None:
         "The bundle holds no weights. `generate`, `serve` and `LLM` find it with the same options.",
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("model", type=Path, nargs="?", metavar="MODEL", help="directory with config.json (and "
-                      "safetensors)")  # fmt: skip
+    add_model(what, nargs="?")
     what.add_argument("--spec", metavar="JSON", help="the model and all of its options in one, as "
                       "piecework.ModelSpec.to_json writes them")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="BUNDLE", help="where to write the bundle: a directory, or an "
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from piecework.compiler.model import compile_model  # noqa: PLC0415
 
     environment = read_environment()
-    spec = ModelSpec.from_json(args.spec) if args.spec is not None else spec_of(args, source=args.model)
+    spec = ModelSpec.from_json(args.spec) if args.spec is not None else spec_of(args, weights=args.weights == "real")
     recorder = Recorder()
     store = DirectoryStore(environment.store_root)
     with store.scratch() as scratch, console.progress() as progress:

@@ -25,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
         "compiled.",
     )
     parser.add_argument("target", type=Path, metavar="TARGET", help="a bundle's directory or .pwb archive, or a "
-                        "directory with config.json")  # fmt: skip
+                        "model's directory or Hub id")  # fmt: skip
     parser.add_argument("--layers", type=_layers, metavar="A,B", help="compare these two layers piece by piece")
     parser.add_argument("--all", action="store_true", help="name every group of layers and every difference")
     add_spec_options(parser.add_argument_group("for a model's directory"))

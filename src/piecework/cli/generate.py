@@ -6,7 +6,6 @@ import argparse
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from piecework.cli import console
@@ -14,7 +13,7 @@ from piecework.engine.events import notes_to
 from piecework.engine.options import engine_options, read_engine_options
 from piecework.foundation.environment import read_environment
 from piecework.foundation.process import keep_freed_memory, peak_rss_bytes, seconds_since_start
-from piecework.spec.command_line import add_options, add_spec_options, spec_of
+from piecework.spec.command_line import add_model, add_options, add_spec_options, spec_of
 
 if TYPE_CHECKING:
     from piecework.engine.engine import Engine
@@ -44,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Continue a prompt with the model of a directory in Hugging Face layout. Uses a valid bundle of "
         "the local store, else compiles one and stores it. The text streams to stdout.",
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="directory with config.json, safetensors, tokenizer")
+    add_model(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to continue")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="most tokens (default: 128)")
@@ -75,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
     from piecework.engine.text.tokenizer import load_tokenizer  # noqa: PLC0415
 
     params = _sampling_params(args)
-    spec = spec_of(args, source=args.model)
-    tokenizer = load_tokenizer(args.model)
+    spec = spec_of(args, weights=args.random_weights is None)
+    tokenizer = load_tokenizer(spec.source)
     prompt = _prompt_tokens(args, tokenizer)
     # refuses an empty prompt before anything is compiled for it
     request = GenerationRequest("generate", tuple(prompt), params)

@@ -17,7 +17,8 @@ from piecework.engine.profile_options import DEFAULT_STEPS, ProfileOptions
 from piecework.errors import PieceworkError
 from piecework.foundation.environment import read_environment
 from piecework.foundation.process import keep_freed_memory, seconds_since_start
-from piecework.spec.command_line import add_options, add_spec_options, spec_of
+from piecework.spec.command_line import add_model, add_options, add_spec_options, spec_of
+from piecework.spec.source import model_name
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -46,7 +47,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="directory with config.json, safetensors, tokenizer")
+    add_model(parser)
     _add_http(parser.add_argument_group("where and for whom"))
     _add_model(parser.add_argument_group("the model"))
     _add_limits(parser.add_argument_group("limits"))
@@ -80,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
     from piecework.server.status import ServerStatus  # noqa: PLC0415
 
     environment = read_environment()
-    spec, options, settings = spec_of(args, source=args.model), _engine_options(args), _settings(args, environment)
+    options, settings = _engine_options(args), _settings(args, environment)
+    spec = spec_of(args, weights=options.random_weights is None)
     log = EventLog(sys.stderr, as_json=args.json)
     status = ServerStatus(clock=seconds_since_start)
     failed = threading.Event()
@@ -155,7 +157,7 @@ def _settings(args: argparse.Namespace, environment: Environment) -> ServerSetti
         receive_s=args.receive_timeout,
     )
     return ServerSettings(
-        model_names=tuple(args.served_model_name or [args.model.resolve().name]),
+        model_names=tuple(args.served_model_name or [model_name(args.model)]),
         api_key=args.api_key if args.api_key is not None else environment.api_key,
         limits=limits,
         default_temperature=args.default_temperature,

@@ -39,7 +39,11 @@ def add_parsers(commands: Any) -> Sequence[argparse.ArgumentParser]:
     pull.add_argument("keys", nargs="*", metavar="KEY", help="which (default: all)")
     for one in (bring, pull):
         one.add_argument(
-            "--trust", type=Path, metavar="FILE", help="take only what is signed with a key of it (or $PIECEWORK_TRUST)"
+            "--trust",
+            type=Path,
+            metavar="FILE",
+            help="take only what is signed with a key of it, or of the default one with "
+            "`require` (or $PIECEWORK_TRUST)",
         )
     make = commands.add_parser("keygen", help="make a key to sign with, and beside it FILE.pub, the key to trust")
     make.add_argument("file", type=Path, metavar="FILE", help="where to")
@@ -141,7 +145,7 @@ def _sign(args: argparse.Namespace, *, store: Store) -> dict[str, Any]:
 def _trust(args: argparse.Namespace, *, store: Store, environment: Environment) -> Trust | None:
     from piecework.bundle.signatures import read_trust  # noqa: PLC0415
 
-    return read_trust(args.trust or environment.trust, is_own=store.made_here)
+    return read_trust(environment.keys_file(args.trust), is_own=store.made_here)
 
 
 def _described(bundle: Bundle, *, key: str, store: Store) -> dict[str, Any]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from piecework.cli import console
 from piecework.foundation.environment import let_torch_cache_in, read_environment
-from piecework.spec.command_line import add_spec_options, spec_of
+from piecework.spec.command_line import add_model, add_spec_options, spec_of
 
 
 def add_parser(subparsers: Any) -> None:
@@ -20,7 +19,7 @@ def add_parser(subparsers: Any) -> None:
         "If not: by which facts the nearest ones differ, with both values, and how many pieces would be compiled. "
         "Nothing is compiled. The exit code is 0 for a hit and 1 for a miss.",
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="directory with config.json")
+    add_model(parser)
     parser.add_argument("--nearest", type=int, default=3, metavar="N", help="bundles to compare with (default: 3)")
     parser.add_argument("--no-pieces", action="store_true", help="don't capture the model to count pieces")
     add_spec_options(parser)
@@ -34,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from piecework.engine.bundles import find, nearest_bundles  # noqa: PLC0415
 
     environment = read_environment()
-    spec, store = spec_of(args, source=args.model), DirectoryStore(environment.store_root)
+    spec, store = spec_of(args, weights=False), DirectoryStore(environment.store_root)
     notes: list[str] = []
     trust = read_trust(environment.trust, is_own=store.made_here)
     found = find(spec, store=store, on_note=notes.append, trust=trust, remote=environment.remote)

@@ -20,6 +20,7 @@ from piecework.foundation.target import read_target
 from piecework.report.explain import ExplainReport, bundle_subject, explain_bundle, explain_subject
 from piecework.report.subject import ExplainedPlan
 from piecework.spec.model_spec import ModelSpec
+from piecework.spec.source import model_directory
 
 if TYPE_CHECKING:
     from torch import nn
@@ -94,13 +95,14 @@ def explain_path(
     """Explain a bundle, or the model of a directory.
 
     Args:
-        path: the bundle's directory or archive, or the model's directory.
+        path: the bundle's directory or archive, or the model's directory or Hub id.
         environment: where the store is.
         options: what a model's bundle was or would be compiled with, as `ModelSpec.of` takes them.
         layers: see `explain`.
 
     Raises as `explain`.
     """
+    path = model_directory(path)
     if not _is_model(path):
         return explain_bundle(open_bundle(path, extract_root=environment.store_root, verify=False), layers=layers)
     return explain_model(ModelSpec.of(path, **options), store=DirectoryStore(environment.store_root), layers=layers)

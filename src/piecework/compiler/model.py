@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from piecework.bundle.bundle import Bundle, BundleContent, write_bundle
 from piecework.bundle.facts import making_facts
-from piecework.bundle.recipes import Take, resolved, takes
+from piecework.bundle.plan import Plan
 from piecework.bundle.record import Recorder
 from piecework.bundle.signatures import read_trust
 from piecework.bundle.store.interface import ASKED, Store, bundle_key
@@ -21,11 +21,13 @@ from piecework.compiler.setup import CompileSetup, OnProgress, unheard
 from piecework.foundation.environment import Environment
 from piecework.foundation.flight import leading
 from piecework.foundation.target import Target, read_target
+from piecework.models.weight_check import Wanted, find_wanted, wanted_by, wanted_by_module
 from piecework.spec.compile_options import BackendName, CompileOptions
 from piecework.spec.model_spec import ModelSpec
+from piecework.spec.weight_files import weight_files
 
 if TYPE_CHECKING:
-    from piecework.capture.request import CaptureRequest
+    pass
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ def compile_model(
     # of those that start with the same model one captures it, which takes memory; pieces would be shared without this
     with leading(spec.key, store.lease, is_made=is_made, overtake_s=environment.overtake_s) as leads:
         if not leads:
+            if check_weights:
+                _check_weights(spec, wanted_by(Plan.from_json(found[-1].plan())))
             return CompiledModel(found[-1], cached=True)
         with content as made, recorder.phase("seal"):
             return CompiledModel(store.put_bundle(bundle_key(spec.key, made.facts), content=made), cached=False)
@@ -112,7 +116,7 @@ def _compiled(
         with recorder.phase("build"), reads.building():
             request = build_causal_lm(spec)
             if check_weights:
-                _check_weights(spec, request)
+                _check_weights(spec, wanted_by_module(request))
         setup = CompileSetup(spec.options, backend, store, target, recorder, on_progress, environment.overtake_s)
         yield compile_request(
             request,
@@ -140,12 +144,9 @@ def started_backend(
         backend.close()
 
 
-def _check_weights(spec: ModelSpec, request: CaptureRequest) -> None:
-    """Raise WeightsError where the checkpoint does not hold what the module needs. Reads headers only."""
-    from piecework.models.checkpoint import open_checkpoint  # noqa: PLC0415  torch comes after the backend has started
+def _check_weights(spec: ModelSpec, wanted: Sequence[Wanted]) -> None:
+    """Raise WeightsError where the checkpoint does not hold what the model needs. Reads headers, where they tell."""
+    if find_wanted(weight_files(spec.source), wanted).untied:
+        from piecework.models.checkpoint import open_checkpoint  # noqa: PLC0415  a hit does without torch
 
-    checkpoint = open_checkpoint(spec.source)
-    names = frozenset(checkpoint.names())
-    sources = {n: request.sources.get(n, Take(n, tuple(p.shape))) for n, p in request.module.named_parameters()}
-    needed = (take for source in sources.values() for take in takes(resolved(source, names)))
-    checkpoint.check({take.name: take.shape for take in needed})
+        open_checkpoint(spec.source, wanted)

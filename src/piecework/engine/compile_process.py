@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, final
 
-from piecework.errors import CompileError, PieceworkError
+from piecework.errors import CompileError, PieceworkError, WeightsError
 from piecework.foundation.environment import TRUST_VARIABLE, child_variables
 from piecework.foundation.process import python_command
 from piecework.spec.model_spec import ModelSpec
@@ -43,12 +43,14 @@ class CompileProcess:
 
     Args:
         spec: which model, compiled how.
-        trust: the file of keys of which a bundle needs a signature that it finds; None for the environment's.
+        trust: as `EngineOptions` has it.
+        weights: whether the model's weights must be there, and as the model needs them, before anything is compiled.
     """
 
-    def __init__(self, spec: ModelSpec, *, trust: Path | None = None) -> None:
+    def __init__(self, spec: ModelSpec, *, trust: Path | None = None, weights: bool = False) -> None:
         self._variables = child_variables({} if trust is None else {TRUST_VARIABLE: str(trust)})
-        options = ["--spec", spec.to_json(), "--weights", "none", "--json", "--parent", str(os.getpid())]
+        options = ["--spec", spec.to_json(), "--weights", "real" if weights else "none"]
+        options += ["--json", "--parent", str(os.getpid())]
         self._command = python_command("piecework", "compile", *options)
         self._mutex = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
@@ -60,7 +62,7 @@ class CompileProcess:
         Args:
             on_line: gets each line that the process writes to stderr; None lets it write to this process's own.
 
-        Raises what the compile fails with, as CompileError where it says no more.
+        Raises WeightsError where that is what it fails with, and else CompileError.
         """
         lines: list[str] = []
         with self._start(piped=on_line is not None) as process:
@@ -117,7 +119,8 @@ def _path(code: int, output: str, *, stopped: bool) -> Path:
 
 
 def _failed(answer: dict[str, str]) -> PieceworkError:
-    return CompileError(
+    kind = WeightsError if answer.get("error") == WeightsError.__name__ else CompileError
+    return kind(
         asked=answer.get("asked", "compile the model"),
         found=answer.get("found", "the compile's process failed"),
         try_=answer.get("try", "run `piecework compile MODEL --debug`"),

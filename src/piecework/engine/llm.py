@@ -41,8 +41,8 @@ class LLM:
     thread until `close`. Tells glibc to keep freed memory (`keep_freed_memory`), which steps need to be fast.
 
     Args:
-        model: a directory in Hugging Face layout, or a ModelSpec. Without tokenizer.json, prompts are tokens and texts
-            are empty.
+        model: a directory in Hugging Face layout, a Hub id ("OWNER/NAME" or "OWNER/NAME@REVISION"), or a ModelSpec.
+            Without tokenizer.json, prompts are tokens and texts are empty.
         profile: write a torch profiler trace of some forwards, with pieces and layers by name.
         on_note: is told what happens to bundles, such as that one is being compiled, and where a trace was written.
         options: how the model is compiled, by the names of the options of `ModelSpec` and `CompileOptions` (dtype,
@@ -65,7 +65,7 @@ class LLM:
         keep_freed_memory()
         check_names(options, known=(*spec_options(), *_OPTIONS))
         how = {name: options[name] for name in options if name in {d.name for d in spec_options()}}
-        spec = _as_spec(model, how)
+        spec = _as_spec(model, how, weights=options.get("random_weights") is None)
         opened = open_engine(
             spec,
             read_engine_options(options, profile=profile),
@@ -141,9 +141,9 @@ class LLM:
         return GenerationRequest(f"llm-{next(self._numbers)}", tuple(tokens), params)
 
 
-def _as_spec(model: str | Path | ModelSpec, options: Mapping[str, Any]) -> ModelSpec:
+def _as_spec(model: str | Path | ModelSpec, options: Mapping[str, Any], *, weights: bool) -> ModelSpec:
     if not isinstance(model, ModelSpec):
-        return ModelSpec.of(model, **options)
+        return ModelSpec.of(model, weights=weights, **options)
     if options:
         raise CompileError(
             asked=f"a model with {', '.join(options)}",

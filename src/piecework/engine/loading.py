@@ -20,6 +20,7 @@ from piecework.engine.options import EngineOptions
 from piecework.engine.text.tokenizer import Tokenizer
 from piecework.foundation.process import seconds_since_start
 from piecework.models.checkpoint import Checkpoint, TensorMeta, open_checkpoint, random_checkpoint
+from piecework.models.weight_check import wanted_by
 from piecework.spec.model_spec import ModelSpec
 
 
@@ -94,9 +95,10 @@ def _check_model_plan(plan: Plan) -> None:
 
 
 def open_weights(model_dir: Path, plan: Plan, *, random_seed: int | None = None) -> Checkpoint:
-    """Return a model directory's weights, or random ones of the plan's shapes; raises WeightsError."""
+    """Return a model directory's weights, or random ones of the plan's shapes; raises WeightsError where
+    they aren't those of the plan."""
     if random_seed is None:
-        return open_checkpoint(model_dir)
+        return open_checkpoint(model_dir, wanted_by(plan))
     specs = {
         take.name: TensorMeta(take.shape, getattr(torch, recipe.dtype))
         for recipe in plan.recipes

@@ -32,11 +32,11 @@ from piecework.engine.events import (
     phase,
 )
 from piecework.engine.options import EngineOptions, WhileCompiling
-from piecework.errors import WeightsError
 from piecework.foundation.environment import Environment
 from piecework.spec.compile_options import BackendName
 from piecework.spec.model_spec import ModelSpec
 from piecework.spec.passes import MERGE_LINEAR
+from piecework.spec.weight_files import weight_files
 
 if TYPE_CHECKING:
     from piecework.bundle.run import LoadedModel
@@ -123,7 +123,7 @@ def open_engine(
     Raises BundleError, UntrustedBundle, WeightsError, CompileError, CapacityError, UnsupportedModelError, StoreError.
     """
     store = DirectoryStore(environment.store_root)
-    trust = read_trust(options.trust or environment.trust, is_own=store.made_here)
+    trust = read_trust(environment.keys_file(options.trust), is_own=store.made_here)
     start = _Start(spec, options, store, environment, trust, on_event, hears_compile)
     with store.in_use():
         return _open(start, tokenizer)
@@ -201,14 +201,7 @@ def _read_weights_ahead(start: _Start) -> None:
         return
     directory = start.spec.source
     with phase("read weights ahead", on_event=start.on_event):
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise WeightsError(
-                asked=f"the weights in {directory}",
-                found="no safetensors",
-                try_="give a directory that holds them, or --random-weights SEED to try without",
-            )
-        for path in files:
+        for path in weight_files(directory).paths:
             with contextlib.suppress(OSError), path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
@@ -252,7 +245,8 @@ def eager_form(spec: ModelSpec) -> ModelSpec:
 
 def _run_compile(start: _Start, spec: ModelSpec, *, reason: str) -> FoundBundle:
     """Compile a bundle in a process, and report how far it is."""
-    process, backend = CompileProcess(spec, trust=start.options.trust), spec.options.backend.value
+    process = CompileProcess(spec, trust=start.options.trust, weights=start.options.random_weights is None)
+    backend = spec.options.backend.value
     is_last = spec == start.spec
 
     def hear(line: str) -> None:

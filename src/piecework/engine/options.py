@@ -56,8 +56,8 @@ class EngineOptions:
         prefix_caching: whether a prompt's beginning is taken from the KV cache where it is there.
         while_compiling: what is done without a bundle until there is one.
         bundle: use this one instead of the store's.
-        trust: the file of public keys of which a bundle that wasn't compiled into the store needs a signature; None for
-            the environment's.
+        trust: the file of public keys of which a bundle that wasn't compiled into the store needs a signature, or
+            "require" for the default one; None for the environment's.
         random_weights: a seed for random weights; the directory then needs no safetensors.
         kv_cache_tokens: the KV cache holds one sequence of so many tokens, whatever memory there is.
         profile: write a torch profiler trace of some forwards, with pieces and layers by name.
@@ -103,7 +103,7 @@ class EngineOptions:
     )
     trust: Path | None = option(
         None,
-        "use no bundle from elsewhere that isn't signed with a key of this file",
+        "use no bundle from elsewhere that isn't signed with a key of this file, or of the default one with `require`",
         metavar="FILE",
         default_text="$PIECEWORK_TRUST",
         read=Path,

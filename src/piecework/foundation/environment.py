@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +16,7 @@ from piecework.errors import PieceworkError
 from piecework.foundation.flight import OVERTAKE_S
 
 TRUST_VARIABLE: Final = "PIECEWORK_TRUST"
+REQUIRE: Final = "require"
 _COMPILERS: Final = re.compile(r"(TORCHINDUCTOR|TORCHDYNAMO|AOT_INDUCTOR|TORCH_COMPILE)_[A-Z0-9_]+")
 _WITHOUT_EFFECT: Final = re.compile(
     r"CACHE|WORKER|THREADS|TRACE|LOG|DUMP|PROFIL|BENCHMARK|DEBUG|VERBOSE|PROGRESS|SUPPRESS|SAVE_ARGS|PRINT"
@@ -36,6 +37,8 @@ class Environment:
         overtake_s: after how many seconds without progress of another process that compiles what is needed here, it
             is compiled here (`PIECEWORK_OVERTAKE_S`; "inf" for never).
         trust: the file of public keys of which a bundle from elsewhere needs a signature (`PIECEWORK_TRUST`), or None.
+        default_keys: the file that `PIECEWORK_TRUST=require` means (`$XDG_CONFIG_HOME/piecework/trusted_keys`, else
+            `~/.config/piecework/trusted_keys`), or None where there is no home.
         remote: the URL where bundles are looked for that the store hasn't (`PIECEWORK_REMOTE`), or None.
     """
 
@@ -45,7 +48,23 @@ class Environment:
     api_key: str | None = field(default=None, repr=False)
     overtake_s: float = OVERTAKE_S
     trust: Path | None = None
+    default_keys: Path | None = None
     remote: str | None = None
+
+    def keys_file(self, named: str | Path | None) -> Path | None:
+        """Return the file of keys that a user names, "require" being the default one; None takes the environment's.
+
+        Raises PieceworkError for "require" where there is no home.
+        """
+        if named is None:
+            return self.trust
+        if str(named) != REQUIRE:
+            return Path(named).absolute()
+        if self.default_keys is None:
+            raise PieceworkError(
+                asked=f"{TRUST_VARIABLE}={REQUIRE}", found="no home directory for the keys", try_="a file of keys"
+            )
+        return self.default_keys
 
     @property
     def toolchain_root(self) -> Path:
@@ -56,19 +75,20 @@ class Environment:
 def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     """Read the variables that piecework knows, from `variables` or else from this process's environment.
 
-    An empty variable counts as not set. A relative `XDG_CACHE_HOME` is ignored, as its specification says. Raises
+    An empty variable counts as not set. Relative XDG directories are ignored, as their specification says. Raises
     PieceworkError for what is no value of a variable.
     """
     given = os.environ if variables is None else variables
-    return Environment(
+    found = Environment(
         store_root=_store_root(given),
         compiler=given.get("CXX") or None,
         layer_names=given.get("PIECEWORK_LAYERNAME") != "0",
         api_key=given.get("PIECEWORK_API_KEY") or None,
         overtake_s=_seconds(given, "PIECEWORK_OVERTAKE_S", default=OVERTAKE_S),
-        trust=Path(trust).absolute() if (trust := given.get(TRUST_VARIABLE)) else None,
+        default_keys=_default_keys(given),
         remote=given.get("PIECEWORK_REMOTE") or None,
     )
+    return replace(found, trust=found.keys_file(given.get(TRUST_VARIABLE) or None))
 
 
 def child_variables(changes: Mapping[str, str | None]) -> dict[str, str]:
@@ -133,7 +153,19 @@ def _store_root(given: Mapping[str, str]) -> Path:
     cache = given.get("XDG_CACHE_HOME", "")
     if os.path.isabs(cache):
         return Path(cache) / "piecework"
-    user = given.get("HOME") or os.path.expanduser("~")
-    if not os.path.isabs(user):  # no HOME, and a user id that has none: usual in containers
+    user = _home(given)
+    if user is None:
         return Path(tempfile.gettempdir()) / f"piecework-{os.getuid()}"
-    return Path(user) / ".cache" / "piecework"
+    return user / ".cache" / "piecework"
+
+
+def _default_keys(given: Mapping[str, str]) -> Path | None:
+    config, user = given.get("XDG_CONFIG_HOME", ""), _home(given)
+    root = Path(config) if os.path.isabs(config) else None if user is None else user / ".config"
+    return None if root is None else root / "piecework" / "trusted_keys"
+
+
+def _home(given: Mapping[str, str]) -> Path | None:
+    """Return the user's home, or None without HOME for a user id that has none, as is usual in containers."""
+    user = given.get("HOME") or os.path.expanduser("~")
+    return Path(user) if os.path.isabs(user) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,27 +10,17 @@ from pathlib import Path
 from typing import Any, Final, final
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from piecework.errors import WeightsError
 from piecework.foundation.digests import digest_bytes
+from piecework.models.weight_check import Wanted, find_wanted, open_file
+from piecework.spec.weight_files import damaged, weight_files
 
-_DTYPES: Final = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _RANDOM_STD: Final = 0.02
+_ROWS_COMPARED: Final = 8
+_NONE: Final[Mapping[str, str]] = {}
 
 
 @dataclass(frozen=True)
@@ -53,37 +42,23 @@ class Checkpoint(ABC):
     def get(self, name: str) -> Tensor:
         """Return a tensor; raises WeightsError where there is none or it can't be read."""
 
-    @abstractmethod
-    def meta(self, name: str) -> TensorMeta:
-        """Return a tensor's shape and dtype without reading it; raises WeightsError where there is none."""
 
-    def check(self, expected: Mapping[str, Sequence[int]]) -> None:
-        """Raise WeightsError unless every tensor of `expected` (name -> shape) is there and has that shape."""
-        for name, shape in expected.items():
-            found = self.meta(name).shape
-            if found != tuple(shape):
-                raise WeightsError(
-                    asked=f"tensor {name} with shape {tuple(shape)}",
-                    found=f"shape {found}",
-                    try_="use the checkpoint that belongs to this config.json",
-                )
-
-
-def open_checkpoint(model_dir: Path) -> SafetensorsCheckpoint:
+def open_checkpoint(model_dir: Path, wanted: Sequence[Wanted] = ()) -> SafetensorsCheckpoint:
     """Open the safetensors of a model directory, in one file or sharded by model.safetensors.index.json.
 
-    Raises WeightsError where files are missing or damaged.
+    Args:
+        model_dir: the directory.
+        wanted: what will be taken of them; it is found under other names too, see models/weight_check.py.
+
+    Raises WeightsError where files are missing or damaged, something wanted isn't there as it is wanted, or there is a
+    head that isn't the embedding, while the model has one tensor for both.
     """
-    index, single = model_dir / "model.safetensors.index.json", model_dir / "model.safetensors"
-    if index.exists():
-        return SafetensorsCheckpoint(_shards(index), complete=_indexed_names(index))
-    if single.exists():
-        return SafetensorsCheckpoint([single])
-    raise WeightsError(
-        asked=f"the weights in {model_dir}",
-        found="neither model.safetensors nor model.safetensors.index.json",
-        try_="give a directory that holds them, or --random-weights SEED to try without",
-    )
+    files = weight_files(model_dir)
+    names = find_wanted(files, wanted)
+    checkpoint = SafetensorsCheckpoint(files.paths, renamed=names.renamed)
+    if names.untied:
+        _check_tied(checkpoint, *names.untied)
+    return checkpoint
 
 
 @final
@@ -92,42 +67,37 @@ class SafetensorsCheckpoint(Checkpoint):
 
     Args:
         paths: the files.
-        complete: names that must be in one of them.
+        renamed: the files' name of each tensor that is asked for under another one.
 
-    Raises WeightsError where a file is missing or damaged, or a name of `complete` is in none.
+    Raises WeightsError where a file is missing or damaged.
     """
 
-    def __init__(self, paths: Iterable[Path], *, complete: Iterable[str] = ()) -> None:
+    def __init__(self, paths: Iterable[Path], *, renamed: Mapping[str, str] = _NONE) -> None:
         self._files: dict[str, tuple[Path, Any]] = {}
+        self._renamed = renamed
         for path in paths:
-            handle = _open(path)
+            handle = open_file(path, framework="pt")
             for name in handle.keys():  # noqa: SIM118  a handle is no mapping
                 self._files[name] = (path, handle)
-        for name in complete:
-            self._find(name)
 
     def names(self) -> Sequence[str]:
-        """Return the names of all tensors, file by file."""
-        return list(self._files)
+        """Return the names of all tensors, file by file, and the other ones that they go by."""
+        return [*self._files, *self._renamed]
 
     def get(self, name: str) -> Tensor:
         """Return a tensor whose memory is the mapped file; raises WeightsError where there is none."""
         path, handle = self._find(name)
         try:
-            tensor: Tensor = handle.get_tensor(name)
+            tensor: Tensor = handle.get_tensor(self._renamed.get(name, name))
         except SafetensorError as error:
-            raise _damaged(path, error) from error
+            raise damaged(path, error) from error
         return tensor
 
-    def meta(self, name: str) -> TensorMeta:
-        """Return a tensor's shape and dtype from its file's header; raises WeightsError where there is none."""
-        piece = self._find(name)[1].get_slice(name)
-        return TensorMeta(tuple(piece.get_shape()), _DTYPES[piece.get_dtype()])
-
     def _find(self, name: str) -> tuple[Path, Any]:
-        if name not in self._files:
+        found = self._files.get(self._renamed.get(name, name))
+        if found is None:
             raise _missing(name, [path.name for path, _ in dict.fromkeys(self._files.values())])
-        return self._files[name]
+        return found
 
 
 @final
@@ -147,7 +117,9 @@ class RandomCheckpoint(Checkpoint):
 
     def get(self, name: str) -> Tensor:
         """Return the tensor, made anew; raises WeightsError where there is none."""
-        spec = self.meta(name)
+        if name not in self._specs:
+            raise _missing(name, ["random weights"])
+        spec = self._specs[name]
         if name.endswith("bias"):
             return torch.zeros(spec.shape, dtype=spec.dtype)
         if len(spec.shape) < 2:
@@ -158,49 +130,10 @@ class RandomCheckpoint(Checkpoint):
         values = torch.empty(math.prod(spec.shape), dtype=torch.float32).normal_(0, _RANDOM_STD, generator=generator)
         return values.view(spec.shape).to(spec.dtype)
 
-    def meta(self, name: str) -> TensorMeta:
-        """Return a tensor's shape and dtype; raises WeightsError where there is none."""
-        if name not in self._specs:
-            raise _missing(name, ["random weights"])
-        return self._specs[name]
-
 
 def random_checkpoint(specs: Mapping[str, TensorMeta], *, seed: int) -> RandomCheckpoint:
     """Return random weights of the given shapes, the same for the same seed."""
     return RandomCheckpoint(specs, seed=seed)
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except FileNotFoundError as error:
-        raise WeightsError(
-            asked=f"weights from {path}",
-            found="no such file",
-            try_="download the checkpoint again, with all its shards",
-        ) from error
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(shard) for name, shard in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(index, error) from error
-
-
-def _indexed_names(index: Path) -> Iterable[str]:
-    return _weight_map(index).keys()
-
-
-def _shards(index: Path) -> list[Path]:
-    names = sorted(set(_weight_map(index).values()))
-    for name in names:
-        if Path(name).name != name:
-            raise _damaged(index, ValueError(f"a shard outside the directory: {name}"))
-    return [index.parent / name for name in names]
 
 
 def _missing(name: str, places: Sequence[str]) -> WeightsError:
@@ -211,9 +144,13 @@ def _missing(name: str, places: Sequence[str]) -> WeightsError:
     )
 
 
-def _damaged(path: Path, error: Exception) -> WeightsError:
-    return WeightsError(
-        asked=f"weights from {path}",
-        found=f"the file is damaged or truncated: {error}",
-        try_="download the file again",
-    )
+def _check_tied(checkpoint: Checkpoint, head: str, *alike: str) -> None:
+    """Raise WeightsError where a head differs from all tensors of its shape, of which some rows are compared."""
+    wanted = checkpoint.get(head)
+    rows = torch.linspace(0, wanted.shape[0] - 1, _ROWS_COMPARED).long()
+    if not any(torch.equal(checkpoint.get(name)[rows].float(), wanted[rows].float()) for name in alike):
+        raise WeightsError(
+            asked=f"a model whose head is its embedding ({alike[0]}), as its config has it",
+            found=f"a {head} with other values",
+            try_='"tie_word_embeddings": false in config.json, if the model was trained so',
+        )

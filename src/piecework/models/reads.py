@@ -1,8 +1,8 @@
 """Which fields of config.json, and which files, the making of a model read: facts of its bundle.
 
-Fields are seen where modelling code reads them from transformers' config. One that isn't as config.json has it was
-made of others (`head_dim` of `hidden_size`, `rope_parameters` of `rope_scaling`); which they are is seen by changing
-each field in turn, those included that config.json may get: the config's own, and what its code takes out of `kwargs`.
+Fields are seen where modelling code reads them from transformers' config. They may be made of others (`head_dim` of
+`hidden_size`, `rope_parameters` of `rope_scaling`), or give way to them; which these are is seen by changing each field
+in turn, those included that config.json may get: the config's own, and what its code takes out of `kwargs`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -57,13 +57,18 @@ class ModelReads:
         with ran_files(self._files):
             yield
 
-    def note(self, name: str, reader: FrameType) -> None:
-        """Note that code read an attribute of a config, unless that is about generating, initialising or configs."""
+    def note(self, name: str, config: PretrainedConfig, reader: FrameType) -> None:
+        """Note that code read an attribute of a config, unless that is about generating, initialising or configs.
+
+        What a config's own code reads is seen in what it makes of it, by `_fields_behind`.
+        """
         code = reader.f_code
         file = Path(code.co_filename)
         if name.startswith("_") or name in self._names or code.co_name in _INITIALISERS:
             return
-        if not file.name.startswith("configuration_") and "generation" not in file.parts and file != Path(__file__):
+        if file.name.startswith("configuration_") or "generation" in file.parts or file == Path(__file__):
+            return
+        if reader.f_locals.get("self") is not config:
             self._names.add(name)
 
     def facts(self) -> tuple[Fact, ...]:
@@ -83,7 +88,7 @@ def model_reads(config: ModelConfig) -> Iterator[ModelReads]:
     read = PretrainedConfig.__getattribute__
 
     def noted(self: PretrainedConfig, name: str) -> Any:
-        reads.note(name, sys._getframe(1))
+        reads.note(name, self, sys._getframe(1))
         return read(self, name)
 
     PretrainedConfig.__getattribute__ = noted
@@ -97,14 +102,10 @@ def _fields_behind(cls: type[PretrainedConfig], raw: Mapping[str, Any], names: s
     """Return the fields of config.json that decide on attributes of the config that is made of it."""
     base = _made(cls, raw)
     assert base is not None, "the model was built from it"
-    known = {name: value for name in names if not callable(value := getattr(base, name, None))}
-    derived = [name for name, value in known.items() if name not in raw or not _same(value, raw[name])]
-    found = set(known)
-    if derived:
-        candidates = {*raw, *cls.attribute_map, *_taken_from_kwargs(cls)} - found
-        candidates |= {f.name for f in fields(cls)} - found if is_dataclass(cls) else set()
-        found |= {f for f in candidates if _decides(f, derived, cls=cls, raw=raw, base=base)}
-    return frozenset(found)
+    known = {name for name in names if not callable(getattr(base, name, None))}
+    candidates = {*raw, *cls.attribute_map, *_taken_from_kwargs(cls)}
+    candidates |= {f.name for f in fields(cls)} if is_dataclass(cls) else set()
+    return frozenset(known | {f for f in candidates - known if _decides(f, known, cls=cls, raw=raw, base=base)})
 
 
 def _files(cls: type[PretrainedConfig]) -> set[Path]:
@@ -119,7 +120,7 @@ def _taken_from_kwargs(cls: type[PretrainedConfig]) -> set[str]:
 
 
 def _decides(
-    field: str, names: list[str], *, cls: type[PretrainedConfig], raw: Mapping[str, Any], base: PretrainedConfig
+    field: str, names: Collection[str], *, cls: type[PretrainedConfig], raw: Mapping[str, Any], base: PretrainedConfig
 ) -> bool:
     """Whether another value of a field gives one of the attributes another value; so where no other value is taken."""
     values = _others(raw[field]) if field in raw else [*_others(getattr(base, field, None)), *_others(None)]

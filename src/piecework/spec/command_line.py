@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 from piecework.spec.model_spec import ModelSpec, spec_options
 from piecework.spec.option import Declared
+from piecework.spec.source import MODEL_HELP
 
 
 def add_spec_options(parser: argparse._ActionsContainer) -> None:
@@ -37,9 +37,14 @@ def given_options(args: argparse.Namespace, declared: Iterable[Declared]) -> dic
     return {d.name: given for d in declared if (given := getattr(args, d.name, None)) is not None}
 
 
-def spec_of(args: argparse.Namespace, *, source: Path) -> ModelSpec:
-    """Return the spec of a model directory with the options that were given. Raises as `ModelSpec.of`."""
-    return ModelSpec.of(source, **given_options(args, spec_options()))
+def add_model(parser: argparse._ActionsContainer, **how: Any) -> None:
+    """Add the argument that says which model; `how` are more of argparse's settings."""
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP, **how)
+
+
+def spec_of(args: argparse.Namespace, *, weights: bool) -> ModelSpec:
+    """Return the spec of the model and the options that were given; arguments and errors as of `ModelSpec.of`."""
+    return ModelSpec.of(args.model, weights=weights, **given_options(args, spec_options()))
 
 
 def _reader(read: Callable[[Any], Any]) -> Callable[[str], Any]:

@@ -16,6 +16,7 @@ from piecework.spec.latent_config import (
     expert_routing,
     latent_sizes,
 )
+from piecework.spec.other_models import LAYOUT, refuse_others
 
 _LONGEST: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _DEFAULT_LONGEST: Final = 2048
@@ -61,6 +62,7 @@ def read_config(model_dir: Path) -> ModelConfig:
     Raises UnsupportedModelError where config.json is missing or broken, or its model is no causal language model.
     """
     asked = f"the model in {model_dir}"
+    refuse_others(model_dir, asked=asked)
     raw = read_json_file(model_dir / "config.json", asked=asked)
     fields = _Fields(raw)
     model_type, architecture = _causal_lm(fields, asked=asked)
@@ -101,7 +103,7 @@ def read_json_file(path: Path, *, asked: str) -> dict[str, Any]:
         raise UnsupportedModelError(
             asked=asked,
             found=f"no {path.name} in {path.parent}" if path.parent.is_dir() else f"no directory {path.parent}",
-            try_="give a directory in Hugging Face layout: config.json, *.safetensors, tokenizer.json",
+            try_=LAYOUT,
         ) from error
     except (OSError, ValueError) as error:
         raise UnsupportedModelError(

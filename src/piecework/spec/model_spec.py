@@ -22,6 +22,7 @@ from piecework.spec.latent_config import (
     check_kv_cache_dtype,
 )
 from piecework.spec.option import Declared, at_least_one, declared_options, option, read_options, written, wrong_choice
+from piecework.spec.source import fetch_weights, model_directory
 
 DEFAULT_MAX_TOKENS: Final = 2048
 CONFIG_DTYPE: Final = "auto"
@@ -29,7 +30,7 @@ CONFIG_DTYPE: Final = "auto"
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which model, compiled how. `ModelSpec.of` makes one from a directory, and reads its config.json once.
+    """Which model, compiled how. `ModelSpec.of` makes one from what a user writes, and reads its config.json once.
 
     Attributes:
         config: what the model directory says.
@@ -83,11 +84,13 @@ class ModelSpec:
             )
 
     @staticmethod
-    def of(source: str | Path | ModelConfig, **options: Any) -> ModelSpec:
-        """Return the spec of a model directory.
+    def of(source: str | Path | ModelConfig, *, weights: bool = True, **options: Any) -> ModelSpec:
+        """Return the spec of a model.
 
         Args:
-            source: the directory in Hugging Face layout, or what was read of it.
+            source: the directory in Hugging Face layout, a Hub id ("OWNER/NAME" or "OWNER/NAME@REVISION"), or what was
+                read of the directory.
+            weights: whether a Hub id's weights are fetched too, once it is clear that the rest will do.
             options: by name, any option of ModelSpec and of CompileOptions, as the command line or Python has it;
                 None for the default.
 
@@ -106,8 +109,12 @@ class ModelSpec:
                 found=str(error).partition(": ")[2],
                 try_=next(d.help for d in spec_options() if d.name == name),
             ) from error
-        config = source if isinstance(source, ModelConfig) else read_config(Path(source))
-        return ModelSpec(config, **which, options=how)
+        if isinstance(source, ModelConfig):
+            return ModelSpec(source, **which, options=how)
+        spec = ModelSpec(read_config(model_directory(source)), **which, options=how)
+        if weights:
+            fetch_weights(source, spec.source)
+        return spec
 
     @property
     def source(self) -> Path:

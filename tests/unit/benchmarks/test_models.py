@@ -44,8 +44,7 @@ def test_the_checkpoint_has_what_the_module_needs(model: Path, random: RandomMod
     expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     assert random.shape.weights(layers=random.layers) == expected
     checkpoint = open_checkpoint(model)
-    assert set(checkpoint.names()) == set(expected)
-    checkpoint.check(expected)
+    assert {name: tuple(checkpoint.get(name).shape) for name in checkpoint.names()} == expected
 
 
 def test_weights_are_the_same_each_time_and_in_each_dtype(model: Path, random: RandomModel, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_defaults(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = _parse(str(model_dir))
     options, settings = _engine_options(args), _settings(args, read_environment())
     assert (args.host, args.port) == ("127.0.0.1", 8000)
-    assert spec_of(args, source=args.model) == ModelSpec.of(model_dir)
+    assert spec_of(args, weights=True) == ModelSpec.of(model_dir)
     assert options.max_seqs is None
     assert options.while_compiling is WhileCompiling.WAIT
     assert (options.kv_cache_memory, options.memory_fraction, options.prefix_caching) == (None, None, True)
@@ -65,7 +65,7 @@ def test_options_arrive(model_dir: Path) -> None:
         "0", "--random-weights", "11",
     )  # fmt: skip
     options, settings = _engine_options(args), _settings(args, read_environment())
-    assert spec_of(args, source=args.model) == ModelSpec.of(model_dir, dtype="bfloat16", max_tokens=64)
+    assert spec_of(args, weights=True) == ModelSpec.of(model_dir, dtype="bfloat16", max_tokens=64)
     assert (options.max_seqs, options.kv_cache_memory) == (3, 1 << 20)
     assert (options.prefix_caching, options.while_compiling) == (False, WhileCompiling.EAGER)
     assert options.random_weights == 11

@@ -20,7 +20,7 @@ from piecework.bundle.store.interface import ASKED, BundleContent, MemoryStore, 
 from piecework.bundle.store.travel import open_remote, push
 from piecework.engine.bundles import find, run_compile, why_missing
 from piecework.engine.compile_process import CompileProcess, CompileStep, parse_step
-from piecework.errors import CompileError
+from piecework.errors import CompileError, WeightsError
 from piecework.foundation.target import read_target
 from piecework.spec.model_spec import ModelSpec
 from tests.unit.models.tiny import write_config
@@ -178,9 +178,9 @@ def test_a_compile_says_what_it_does_and_where_the_bundle_is(tmp_path, monkeypat
     place = find(wanted, store=store, on_note=pytest.fail).bundle.path
     _command(tmp_path, monkeypatch, f'echo "$*" >&2; echo "[1/2] now" >&2; echo \'{{"bundle": "{place}"}}\'')
     lines: list[str] = []
-    found = run_compile(CompileProcess(wanted), on_line=lines.append)
+    found = run_compile(CompileProcess(wanted, weights=True), on_line=lines.append)
     assert (found.bundle.path, found.compiled) == (place, True)
-    options = f"--spec {wanted.to_json()} --weights none --json --parent {os.getpid()}"
+    options = f"--spec {wanted.to_json()} --weights real --json --parent {os.getpid()}"
     assert lines[0] == f"-P -m piecework compile {options}"
     assert lines[1:] == ["[1/2] now"]
 
@@ -188,6 +188,11 @@ def test_a_compile_says_what_it_does_and_where_the_bundle_is(tmp_path, monkeypat
 def test_a_compile_that_fails_says_why(tmp_path, monkeypatch, wanted):
     _command(tmp_path, monkeypatch, 'echo \'{"asked": "a", "found": "f", "try": "t"}\'; exit 1')
     with pytest.raises(CompileError, match="found: f"):
+        run_compile(CompileProcess(wanted), on_line=lambda _line: None)
+    _command(
+        tmp_path, monkeypatch, 'echo \'{"error": "WeightsError", "asked": "a", "found": "f", "try": "t"}\'; exit 1'
+    )
+    with pytest.raises(WeightsError, match="found: f"):
         run_compile(CompileProcess(wanted), on_line=lambda _line: None)
     _command(tmp_path, monkeypatch, "exit 3")
     with pytest.raises(CompileError, match="the compile's process failed"):

@@ -26,6 +26,7 @@ from piecework.errors import (
     EngineError,
     RequestError,
     StaleBundle,
+    StoreError,
     UntrustedBundle,
     WeightsError,
 )
@@ -223,7 +224,12 @@ def test_a_bundle_that_is_named_must_be_signed_where_keys_are_trusted(
     bundle = write_letter_bundle(model_dir)
     with pytest.raises(UntrustedBundle, match="it is not signed"):
         piecework.load(bundle.path, weights={}, trust=trust)
-    monkeypatch.setenv("PIECEWORK_TRUST", str(trust))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("PIECEWORK_TRUST", "require")
+    with pytest.raises(StoreError, match=r"cat MAKER\.pub >> .*piecework/trusted_keys"):
+        make()
+    (tmp_path / "piecework").mkdir()
+    trust.rename(tmp_path / "piecework/trusted_keys")
     with pytest.raises(UntrustedBundle, match="it is not signed"):
         make()
     with pytest.raises(UntrustedBundle, match="it is not signed"):

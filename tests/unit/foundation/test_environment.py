@@ -1,5 +1,6 @@
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from piecework.foundation.flight import OVERTAKE_S
     ],
 )
 def test_store_root(variables: dict[str, str], root: str) -> None:
-    assert read_environment(variables) == Environment(store_root=Path(root))
+    keys = Path("/h/.config/piecework/trusted_keys")
+    assert read_environment(variables) == Environment(store_root=Path(root), default_keys=keys)
 
 
 def test_relative_home_is_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +62,17 @@ def test_trust_and_remote() -> None:
     assert (read.trust, read.remote) == (Path("/keys"), "s3://bucket/x")
     read = read_environment({"HOME": "/h", "PIECEWORK_TRUST": "", "PIECEWORK_REMOTE": ""})
     assert (read.trust, read.remote) == (None, None)
+
+
+def test_trust_may_be_required_by_a_word() -> None:
+    default = Path("/h/.config/piecework/trusted_keys")
+    assert read_environment({"HOME": "/h", "PIECEWORK_TRUST": "require"}).trust == default
+    configured = read_environment({"HOME": "/h", "XDG_CONFIG_HOME": "/etc/x", "PIECEWORK_TRUST": "require"})
+    assert configured.trust == Path("/etc/x/piecework/trusted_keys")
+    read = read_environment({"HOME": "/h", "XDG_CONFIG_HOME": "relative"})
+    assert (read.trust, read.keys_file("require"), read.keys_file(Path("/keys"))) == (None, default, Path("/keys"))
+    with pytest.raises(PieceworkError, match="no home directory"):
+        replace(read, default_keys=None).keys_file("require")
 
 
 def test_reads_this_process(monkeypatch: pytest.MonkeyPatch) -> None:

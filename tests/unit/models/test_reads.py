@@ -43,6 +43,14 @@ def test_what_config_json_may_get_is_a_fact(facts: dict[str, Fact], field: str) 
     assert facts[field].value == ABSENT
 
 
+def test_of_two_forms_of_one_thing_only_what_decides_is_a_fact(tmp_path: Path) -> None:
+    """transformers lets `rope_scaling` replace `rope_parameters`, and `rope_theta` only fill in what that lacks."""
+    facts = facts_of(write_config(tmp_path, "llama", rope_parameters={"rope_type": "default", "rope_theta": 500.0}))
+    assert facts["rope_scaling"].value == ABSENT
+    assert "rope_parameters" in facts
+    assert "rope_theta" not in facts
+
+
 @pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size"])
 def test_what_modelling_code_reads_is_a_fact(facts: dict[str, Fact], field: str) -> None:
     assert facts[field].kind == "config"

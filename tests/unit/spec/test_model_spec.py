@@ -13,7 +13,7 @@ import pytest
 
 from piecework.errors import CompileError, OpError, UnsupportedModelError
 from piecework.ops.ir.provider_order import ProviderOrder
-from piecework.spec.command_line import add_spec_options, spec_of
+from piecework.spec.command_line import add_model, add_spec_options, spec_of
 from piecework.spec.compile_options import BackendName, CompileOptions
 from piecework.spec.model_spec import ModelSpec, spec_options
 from tests.unit.models.tiny import write_config
@@ -48,10 +48,11 @@ def model_dir(tmp_path: Path) -> Path:
     return write_config(tmp_path / "model", "deepseek_v3")
 
 
-def _parsed(*arguments: str) -> argparse.Namespace:
+def _parsed(model_dir: Path, *arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
+    add_model(parser)
     add_spec_options(parser)
-    return parser.parse_args(arguments)
+    return parser.parse_args([str(model_dir), *arguments])
 
 
 def test_every_option_is_tested() -> None:
@@ -66,7 +67,7 @@ def test_an_option_is_the_same_from_python_from_the_command_line_and_in_another_
     base = {"max_tokens": 64}
     spec = ModelSpec.of(model_dir, **{**base, name: python})
     assert value in (getattr(spec, name, None), getattr(spec.options, name, None))
-    assert spec_of(_parsed("--max-tokens", "64", *arguments), source=model_dir) == spec
+    assert spec_of(_parsed(model_dir, "--max-tokens", "64", *arguments), weights=True) == spec
     assert ModelSpec.from_json(spec.to_json()) == spec
     assert {f.name: f.value for f in spec.facts}[name] == fact
     other = ModelSpec.of(model_dir, max_tokens=32)
@@ -76,7 +77,7 @@ def test_an_option_is_the_same_from_python_from_the_command_line_and_in_another_
 
 def test_defaults(model_dir: Path) -> None:
     spec = ModelSpec.of(model_dir)
-    assert spec_of(_parsed(), source=model_dir) == spec == ModelSpec(spec.config)
+    assert spec_of(_parsed(model_dir), weights=True) == spec == ModelSpec(spec.config)
     assert (spec.source, spec.dtype, spec.max_tokens, spec.options) == (model_dir, "float32", 2048, CompileOptions())
     assert spec.named.facts == ()
     assert spec.named.config == spec.asked.config == spec.config.raw

@@ -51,8 +51,8 @@ def load(
             `get(name)`.
         check_facts: whether facts about the environment must hold (they should).
         providers: the order of providers that the bundle must have been compiled with; None takes what it has.
-        trust: a file of public keys of which a bundle that is named by its path needs a signature; None takes
-            `PIECEWORK_TRUST`'s, if that is set.
+        trust: a file of public keys of which a bundle that is named by its path needs a signature, or "require" for
+            the default one; None takes `PIECEWORK_TRUST`'s, if that is set.
 
     Returns a model to call. Its `record` has the seconds of "verify", "plan", "weights", "pack", "open" and "bind".
     Raises CorruptBundle, StaleBundle, UntrustedBundle, WeightsError.
@@ -139,7 +139,7 @@ _ORDER = ("option", "providers")
 
 def _open(path: Path, *, trust: str | Path | None) -> Bundle:
     environment = read_environment()
-    policy = read_trust(environment.trust if trust is None else Path(trust))
+    policy = read_trust(environment.keys_file(trust))
     return open_bundle(path, extract_root=environment.store_root, trust=policy)
 
 

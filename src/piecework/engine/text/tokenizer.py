@@ -13,6 +13,7 @@ from tokenizers.decoders import DecodeStream
 from piecework.engine.text.chat_template import ChatTemplate, Message
 from piecework.engine.text.token_bytes import token_bytes
 from piecework.errors import RequestError, UnsupportedModelError
+from piecework.spec.conversions import to_tokenizer_json
 
 _SPECIAL: Final = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 _CONTEXT: Final = 8
@@ -25,8 +26,13 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
     path = model_dir / "tokenizer.json"
     asked = f"the tokenizer of {model_dir}"
     if not path.exists():
+        others = [name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (model_dir / name).exists()]
         raise UnsupportedModelError(
-            asked=asked, found="no tokenizer.json", try_="save the model with a fast tokenizer of transformers"
+            asked=asked,
+            found=f"no tokenizer.json, but {others[0]}" if others else "no tokenizer.json",
+            try_=f"make one of it: {to_tokenizer_json(model_dir)}"
+            if others
+            else "copy that of the model it was made from",
         )
     try:
         tokenizer = HuggingFaceTokenizer.from_file(str(path))
