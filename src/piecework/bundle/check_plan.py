@@ -28,7 +28,8 @@ def check_plan(plan: Plan) -> None:
         _check_inputs(plan)
         _check_recipes(plan)
         _check_pieces(plan)
-        for path in (*plan.variants, PlanVariant("", (), plan.steps, plan.num_slots, plan.output_slots)):
+        _require(len({path.name for path in plan.forwards}) == len(plan.forwards), "two forwards of one name")
+        for path in plan.forwards:
             _check_path(plan, path)
         for native in plan.natives:
             _check_native(native)
@@ -95,7 +96,7 @@ def _check_inputs(plan: Plan) -> None:
         else:
             _check_tensor_input(given, plan)
     found = {d for i in plan.inputs for d in i.shape or () if isinstance(d, str)} | {i.size for i in plan.inputs}
-    named = {name for path in plan.variants for pair in path.equal for name in pair if isinstance(name, str)}
+    named = {name for path in plan.variants for name in path.where.names}
     named |= {plan.primary} if plan.primary else set()
     named |= {name for text in _expressions(plan) for name in names_in(text)}
     _require(named <= found, f"sizes that no input has: {sorted(named - found)}")
@@ -224,9 +225,10 @@ def _check_merged(piece: UniquePiece) -> None:
 
 def _check_path(plan: Plan, path: PlanVariant) -> None:
     """Check that a forward's steps read what is there, and that nothing is missing at its end."""
-    for size, other in path.equal:
-        known = isinstance(other, int) or other in plan.sizes
-        _require(size in plan.sizes and known, f"a forward for batches of equal {size} and {other}")
+    _require(path.where.names <= plan.sizes.keys(), f"a forward for batches where {path.where.text()}"[:120])
+    for size, low, high in path.where.within:
+        least, most = plan.sizes[size]
+        _require(least <= low and high <= most, f"a forward for {size} from {low} to {high} of {least} to {most}")
     sizes = [slot for slot, given in enumerate(plan.inputs) if given.shape is None]  # steps take sizes by name
     written = set(range(len(plan.inputs))).difference(sizes)
     for number, step in enumerate(path.steps):

@@ -134,10 +134,7 @@ def _traced(
         general: whether code that asks if a size is 1 hears no, unguarded, for `holds_for_one` to be asked later.
     """
     session = torch_private.SymbolicSession(is_users=is_users)
-    sizes = {
-        n: session.size(n, low=d.min, high=d.max, hint=_hint(d.min, d.max, d.hint))
-        for n, d in request.traced_sizes.items()
-    }
+    sizes = {n: session.size(n, low=d.min, high=d.max, hint=d.traced) for n, d in request.traced_sizes.items()}
     arguments = [_argument(i, sizes=sizes, session=session) for i in request.inputs]
     tensors = NamedTensors(
         request.module, states=request.states, sizes=sizes, fake_mode=session.fake_mode, device=request.device
@@ -211,13 +208,6 @@ def _captured(graph: torch.fx.Graph, trace: _Trace) -> CapturedGraph:
         request=request,
         views=views_of(graph, opaque=request.opaque),
     )
-
-
-def _hint(low: int, high: int, wanted: int | None) -> int:
-    if wanted is not None:
-        return wanted
-    # any value does as long as no two sizes share it by accident and it is neither 0 nor 1
-    return max(low, min(high, 2 * low + 37))
 
 
 def _argument(given: TensorInput | SizeInput, *, sizes: Mapping[str, Any], session: Any) -> Any:

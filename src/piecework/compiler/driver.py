@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from piecework.bundle.bundle import BundleContent
 from piecework.bundle.facts import Fact, environment_facts, option_facts, package_version, source_facts
@@ -15,10 +15,11 @@ from piecework.bundle.packings import OWN
 from piecework.bundle.plan import Plan, ShapeRange
 from piecework.bundle.record import Recorder
 from piecework.bundle.store.interface import Artifact
+from piecework.bundle.where import Where, spell_range
 from piecework.capture.capture import CapturedGraph, capture
-from piecework.capture.general import least_apart
+from piecework.capture.general import parts
 from piecework.capture.locations import source_of
-from piecework.capture.request import CaptureRequest, Dim, Variant
+from piecework.capture.request import CaptureRequest, Variant
 from piecework.compiler.artifacts import compile_artifacts
 from piecework.compiler.deduplicate import Deduplicated, Forward, deduplicate
 from piecework.compiler.explanations import explain_pieces
@@ -35,6 +36,9 @@ from piecework.foundation.process import garbage_collection_off
 from piecework.foundation.torch_private import operator_name
 from piecework.providers.discovery import Providers, load_providers
 from piecework.spec.compile_options import BackendName
+
+_MOST_PARTS: Final = 4
+"""Graphs of one module, for parts of its sizes' ranges."""
 
 
 @dataclass(frozen=True)
@@ -166,38 +170,42 @@ def build(
 def capture_variants(request: CaptureRequest) -> list[tuple[CapturedGraph, Variant | None]]:
     """Capture a request's variants, each like a request of its own, and then the rest, with None.
 
+    Where one graph doesn't hold for all sizes of the rest, it is up to four, for parts of the sizes' ranges.
+
     Raises CaptureError, ShapeContractError.
     """
     rest = dataclasses.replace(request, variants=())
     variants = [(capture(dataclasses.replace(rest, call=variant.call)), variant) for variant in request.variants]
-    return [*variants, *_capture_apart(rest)]
+    return [*variants, *_capture_apart(rest, most=_MOST_PARTS)]
 
 
-def _capture_apart(request: CaptureRequest) -> list[tuple[CapturedGraph, Variant | None]]:
-    """Capture a request; where its code goes another way for the least value of a size, that is a variant."""
+def _capture_apart(request: CaptureRequest, *, most: int) -> list[tuple[CapturedGraph, Variant | None]]:
+    """Capture a request; where its code goes another way in a part of a size's range, that part is a variant.
+
+    Raises ShapeContractError where more than `most` parts would be needed, CaptureError.
+    """
     try:
         return [(capture(request), None)]
     except ShapeContractError as error:
-        size = least_apart(error.conditions, request.traced_sizes)
-        if size is None:
-            raise
-    dim = request.traced_sizes[size]
-    note = f"{size} = {dim.min} has pieces of its own: the module's code goes another way there"
-    narrowed = {**request.narrowed, size: Dim(dim.min, dim.min)}
-    above = {**request.narrowed, size: dataclasses.replace(dim, min=dim.min + 1)}
-    least = _capture_apart(dataclasses.replace(request, narrowed=narrowed))
-    others = _capture_apart(dataclasses.replace(request, narrowed=above, notes=(*request.notes, note)))
-    equal = (size, dim.min)
-    variants = [(captured, _also(equal, variant, request)) for captured, variant in least]
-    return [*variants, *others]
+        whole, found = error, parts(error.conditions, request.traced_sizes)
+    if found is None or most < 2:
+        raise whole
+    size, lower, upper = found
+    given = (size, lower.min, lower.max)
+    note = f"{spell_range(given)} has pieces of its own: the module's code goes another way there"
+    below = dataclasses.replace(request, narrowed={**request.narrowed, size: lower})
+    above = dataclasses.replace(request, narrowed={**request.narrowed, size: upper}, notes=(*request.notes, note))
+    try:
+        variants = [(made, _also(given, variant, request)) for made, variant in _capture_apart(below, most=most - 1)]
+        return [*variants, *_capture_apart(above, most=most - len(variants))]
+    except ShapeContractError as error:
+        raise whole from error  # what doesn't hold for the whole range says more than what doesn't for a part
 
 
-def _also(equal: tuple[str, int], variant: Variant | None, request: CaptureRequest) -> Variant:
-    """Return the variant of batches that a variant is of (None: all), and in which a size has a value as well."""
-    name = f"{equal[0]}={equal[1]}"
-    if variant is None:
-        return Variant(name, (equal,), request.call)
-    return Variant(f"{name},{variant.name}", (equal, *variant.equal), request.call)
+def _also(given: tuple[str, int, int], variant: Variant | None, request: CaptureRequest) -> Variant:
+    """Return the variant of batches that a variant is of (None: all), and in which a size is in a range as well."""
+    where = (Where() if variant is None else variant.where).also(*given)
+    return Variant(where.text().replace(" and ", ", "), where, request.call)
 
 
 def _require_known_sizes(graphs: Iterable[CapturedGraph]) -> None:
@@ -256,7 +264,7 @@ def _note_capture(recorder: Recorder, paths: Sequence[Forward], pieces: Deduplic
         recorder.count("pieces", by=sum(isinstance(s, Piece) for s in path.steps))
     recorder.count("unique_pieces", by=len(pieces.unique))
     for note in dict.fromkeys(
-        (*paths[-1].captured.request.notes, *(note for path in paths for note in path.captured.stacks.notes))
+        note for path in paths for note in (*path.captured.request.notes, *path.captured.stacks.notes)
     ):
         recorder.note(note)
     recorder.count("ir_ops", by=sum(len(unique.sites) for unique in pieces.unique))

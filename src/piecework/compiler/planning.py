@@ -24,6 +24,7 @@ from piecework.bundle.plan import (
 )
 from piecework.bundle.recipes import Concat, Source, Take, label
 from piecework.bundle.sizes import size_expression
+from piecework.bundle.where import Where
 from piecework.capture.capture import CapturedGraph, InputKind
 from piecework.capture.memory import kept_memory
 from piecework.capture.request import CaptureRequest, SizeInput, TensorInput
@@ -257,8 +258,8 @@ class _Planner:
                 out.append(self._op_step(number, step))
         results = self._results()
         variant = self._path.variant
-        name, equal = (variant.name, variant.equal) if variant is not None else ("", ())
-        return PlanVariant(name, equal, tuple(out), self._num_slots, results)
+        name, where = (variant.name, variant.where) if variant is not None else ("", Where())
+        return PlanVariant(name, where, tuple(out), self._num_slots, results)
 
     def _instance(self, instance: Instance) -> int:
         """Return the number of an instance; forwards share those that are the same."""

@@ -59,7 +59,7 @@ class LoadedModel:
         self._layers: dict[str, LayerName] = {}
         self._states: list[torch.Tensor] | None = None if plan.states else []
         self._forms = forms
-        self._rest = PlanVariant("", (), plan.steps, plan.num_slots, plan.output_slots)
+        self._rest = plan.rest
         self._programs: dict[str, list[tuple[int, int, list[StepCall]]]] = {}
         self._checks = _size_checks(plan)
         self._labels: Sequence[str] | None = None
@@ -188,10 +188,7 @@ class LoadedModel:
 
     def _path(self, sizes: Mapping[str, int]) -> PlanVariant:
         for variant in self.plan.variants:
-            for size, other in variant.equal:
-                if sizes[size] != (other if isinstance(other, int) else sizes[other]):
-                    break
-            else:
+            if variant.where.holds(sizes):
                 return variant
         return self._rest
 
@@ -211,7 +208,7 @@ class LoadedModel:
         assert self._states is not None
         self._programs = {}
         begin = 0
-        for path in (*self.plan.variants, self._rest):
+        for path in self.plan.forwards:
             labels = None if self._labels is None else self._labels[begin : begin + len(path.steps)]
             begin += len(path.steps)
             ops = {i: self._op(s) for i, s in enumerate(path.steps) if isinstance(s, OpStep)}
