@@ -56,7 +56,7 @@ def holds_for_one(forward: Forward, sizes: Iterable[str]) -> bool:
     names = sorted(set(sizes))
     if request.states or request.objects or {i.name for i in request.inputs} - set(request.values):
         return False
-    weights = _random_weights(request.module)
+    weights = random_weights(request.module)
     if weights is None:
         return False
     chosen = [{name} for name in names] + ([set(names)] if len(names) > 1 else [])
@@ -143,7 +143,7 @@ def mentions(condition: str, size: str) -> bool:
     return re.search(rf"\b{re.escape(size)}\b", condition) is not None
 
 
-def _random_weights(module: nn.Module) -> dict[str, Tensor] | None:
+def random_weights(module: nn.Module) -> dict[str, Tensor] | None:
     """Return random values for a module's parameters, scaled to keep what they multiply in range, and its buffers."""
     parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
     num_bytes = sum(p.numel() * p.element_size() for p in parameters.values())
@@ -168,7 +168,7 @@ def _same(forward: Forward, weights: Mapping[str, Tensor], *, ones: set[str]) ->
     fresh = {name: tensor.clone() for name, tensor in weights.items()}  # a forward may write to its buffers
     known = {**weights, **forward.literals, **given}
     nodes = [node for node in forward.graph.nodes if node.op == "placeholder"]
-    ran = _Called(request)
+    ran = Called(request)
     with torch.no_grad(), torch.random.fork_rng():
         try:
             wanted = torch.func.functional_call(ran, {f"module.{n}": t for n, t in fresh.items()}, (given,))
@@ -178,8 +178,8 @@ def _same(forward: Forward, weights: Mapping[str, Tensor], *, ones: set[str]) ->
     return len(wanted) == len(found) and all(_close(a, b) for a, b in zip(wanted, found, strict=True))
 
 
-class _Called(nn.Module):
-    """A request's call as a module, so that it can be run with other weights."""
+class Called(nn.Module):
+    """A request's call as a module, so that it can be run with other weights: of its `module`."""
 
     def __init__(self, request: CaptureRequest) -> None:
         super().__init__()
@@ -187,6 +187,7 @@ class _Called(nn.Module):
         self._call = request.call
 
     def forward(self, values: Mapping[str, Any]) -> list[Tensor]:
+        """Return the flat results for named inputs."""
         return flatten(self._call(self.module, values))[0]
 
 

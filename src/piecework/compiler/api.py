@@ -15,6 +15,7 @@ from piecework.bundle.run.structure import unflatten
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.capture.request import CaptureRequest, Dim, TensorInput
 from piecework.capture.structure import flatten
+from piecework.compiler.check import check_results
 from piecework.compiler.driver import compile_request
 from piecework.compiler.model import started_backend
 from piecework.compiler.setup import CompileSetup, OnProgress, unheard
@@ -42,6 +43,7 @@ def compile(
     out: str | Path | None = None,
     options: CompileOptions | None = None,
     on_progress: OnProgress = unheard,
+    check: bool = False,
 ) -> Bundle:
     """Compile a module's forward into a bundle. Compiling happens in worker processes.
 
@@ -60,8 +62,10 @@ def compile(
             ends.
         options: see CompileOptions.
         on_progress: is told what is done.
+        check: whether to run what was compiled beside the module, on random inputs at the ends of the ranges, before
+            the bundle is written (compiler/check.py); how far apart they are is in its record's notes.
 
-    Raises CaptureError, ShapeContractError, CompileError, StoreError.
+    Raises CaptureError, ShapeContractError, CompileError, CheckError, StoreError.
 
     Example:
         >>> import torch, piecework
@@ -84,6 +88,7 @@ def compile(
         options=options or CompileOptions(),
         environment=read_environment(),
         on_progress=on_progress,
+        check=check,
     )
 
 
@@ -95,6 +100,7 @@ def _write(
     options: CompileOptions,
     environment: Environment,
     on_progress: OnProgress,
+    check: bool,
 ) -> Bundle:
     """Compile a request and write its bundle; `arguments` say how a caller's map to the graph's inputs."""
     store, target = DirectoryStore(environment.store_root), read_target()
@@ -112,6 +118,7 @@ def _write(
             CompileSetup(options, backend, store, target, on_progress=on_progress, overtake_s=environment.overtake_s),
             identity={"module": type(request.module).__qualname__},
             arguments=arguments,
+            check=(lambda built: check_results(built, order=options.providers).lines()) if check else None,
         ).content
         return write_bundle(place, content, extract_root=environment.store_root)
 

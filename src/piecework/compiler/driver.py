@@ -56,6 +56,7 @@ def compile_request(
     facts: Callable[[], Iterable[Fact]] = tuple,
     identity: Mapping[str, Any] | None = None,
     arguments: Any = None,
+    check: Callable[[Built], Iterable[str]] | None = None,
 ) -> Sealed:
     """Compile a module and return its bundle's content.
 
@@ -66,6 +67,7 @@ def compile_request(
             was traced; called when all of it was.
         identity: what the bundle is of, for people.
         arguments: how a caller's arguments map to inputs (see api.py), or None.
+        check: runs what was made before it is sealed; what it returns is noted.
 
     Raises CaptureError, ShapeContractError, CompileError, StoreError.
     """
@@ -74,6 +76,11 @@ def compile_request(
         captures = capture_variants(request)
         _require_cuts(request.opaque, captures)
     built = build(captures, setup, arguments=arguments)
+    if check is not None:
+        setup.on_progress("checking", 0, 0)
+        with setup.recorder.phase("check"):
+            for note in check(built):
+                setup.recorder.note(note)
     with setup.recorder.phase("plan"):
         all_facts = (
             *environment_facts(target=setup.target, device=request.device),

@@ -1,0 +1,225 @@
+"""Run what was compiled beside the module that it was made of, on random inputs, and say how far apart they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from piecework.bundle.check_plan import forms
+from piecework.bundle.run.constants import as_source, make_constants, pack_constants
+from piecework.bundle.run.loading import open_plan
+from piecework.bundle.run.model import LoadedModel
+from piecework.bundle.run.sample_sizes import sample_sizes
+from piecework.capture.capture import CapturedGraph
+from piecework.capture.general import Called, random_weights
+from piecework.capture.request import CaptureRequest, SizeInput, TensorInput
+from piecework.compiler.driver import Built
+from piecework.errors import CheckError, PieceworkError
+from piecework.foundation.torch_private import size_at
+from piecework.ops.ir.provider_order import ProviderOrder
+
+TOLERANCES: Final = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Of the greatest value of an output; of all other types nothing may differ."""
+
+_MOST_BYTES: Final = 64 << 20
+"""Of the greatest tensor that a forward makes."""
+
+_FAILURES: Final = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError)
+_SEED: Final = 20
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found.
+
+    Attributes:
+        tried: the sizes at which both were run, for people.
+        errors: by output, the greatest difference, as a part of the greatest value of that output.
+        not_tried: what could not be, and why.
+    """
+
+    tried: tuple[str, ...]
+    errors: Mapping[str, float]
+    not_tried: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """Return it for people."""
+        found = [f"checked against the module at {'; '.join(self.tried)}"] if self.tried else []
+        found += [f"output {name}: {error:.1e} of its greatest value" for name, error in self.errors.items()]
+        return [*found, *(f"not checked {text}" for text in self.not_tried)]
+
+
+def check_results(built: Built, *, order: ProviderOrder) -> Checked:
+    """Compare a module with what was compiled of it, at the ends of the ranges of its sizes.
+
+    Where a tensor would be larger than 64 MiB, smaller sizes are tried, and named. Weights are the module's own, or
+    random where it has none. Raises CheckError where an output differs by more than its `TOLERANCES`.
+    """
+    request = built.paths[-1].captured.request
+    no_values = any(p.is_meta for p in request.module.parameters())
+    weights = random_weights(request.module) if no_values else _own_weights(request.module)
+    if request.states or request.objects or weights is None:
+        why = "states or objects" if weights is not None else "no weights, and more than fit"
+        return Checked((), {}, (f"at all: the module has {why}",))
+    model = _opened(built, weights, order=order)
+    names = list(_labels(model.plan.structure, ""))
+    tried, missed, errors = [], [], dict.fromkeys(names, 0.0)
+    for sizes in _points(built):
+        text = " and ".join(f"{name} = {value}" for name, value in sizes.items()) or "the one size that it has"
+        given = _inputs(request, sizes)
+        try:
+            wanted = _eager(request, weights, given)
+        except _FAILURES as error:
+            missed.append(f"at {text}: the module raises {type(error).__name__} of random inputs")
+            continue
+        found = _compiled(model, given, asked=text)
+        tried.append(text)
+        for name, one, other in zip(names, wanted, found, strict=True):
+            apart = _apart(one, other)
+            if apart > TOLERANCES.get(one.dtype, 0.0):
+                raise _differs(name, one, apart, where=text)
+            errors[name] = max(errors[name], apart)
+    return Checked(tuple(tried), errors if tried else {}, tuple(missed))
+
+
+def _own_weights(module: torch.nn.Module) -> dict[str, Tensor] | None:
+    """Return a module's tensors by name; None where a buffer has no values. A forward may write to its buffers."""
+    buffers = dict(module.named_buffers())
+    if any(b.is_meta for b in buffers.values()):
+        return None
+    return {**{n: p.detach() for n, p in module.named_parameters(remove_duplicate=False)}, **buffers}
+
+
+def _opened(built: Built, weights: Mapping[str, Tensor], *, order: ProviderOrder) -> LoadedModel:
+    plan, files = built.plan, {artifact.name: artifact.path for artifact in built.artifacts}
+    device = plan.pieces[0].device if plan.pieces else "cpu"
+    literals = {name: tensor for path in built.paths for name, tensor in path.captured.literals.items()}
+    constants = make_constants(plan.recipes, source=as_source(weights), literals=literals, device=device)
+    pack_constants(plan.recipes, constants)
+    return open_plan(plan, path_of=files.__getitem__, constants=constants, order=order)
+
+
+def _points(built: Built) -> Iterator[Mapping[str, int]]:
+    """Yield the ends of the sizes' ranges, of each forward and each range of artifacts; too great ones made smaller."""
+    plan, seen = built.plan, list[Mapping[str, int]]()
+    for bounds in forms(plan):
+        for path, forward in zip(plan.forwards, built.paths, strict=True):
+            ends = sample_sizes(plan, path, bounds=bounds, seed="")[:2]
+            for end in ends:
+                fits = _smaller(forward.captured, ends[0], end)
+                if fits not in seen:
+                    seen.append(fits)
+                    yield fits
+
+
+def _smaller(captured: CapturedGraph, low: Mapping[str, int], high: Mapping[str, int]) -> Mapping[str, int]:
+    """Return sizes from `low` to `high` whose tensors are not too large."""
+    while high != low and _greatest_bytes(captured, high) > _MOST_BYTES:
+        high = {name: low[name] + (value - low[name]) // 2 for name, value in high.items()}
+    return high
+
+
+def _greatest_bytes(captured: CapturedGraph, sizes: Mapping[str, int]) -> int:
+    named = {symbol: sizes[name] for symbol, name in captured.size_names.items() if name in sizes}
+    found = 0
+    for node in captured.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            found = max(found, value.element_size() * math.prod(size_at(d, named) for d in value.shape))
+    return found
+
+
+def _inputs(request: CaptureRequest, sizes: Mapping[str, int]) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(_SEED)
+    return {i.name: _input(i, request.values.get(i.name), sizes, generator) for i in request.inputs}
+
+
+def _input(
+    given: TensorInput | SizeInput, example: Tensor | None, sizes: Mapping[str, int], generator: torch.Generator
+) -> Tensor | int:
+    """Return a random value of an input: numbers spread as the example's, whole ones that it has somewhere."""
+    if isinstance(given, SizeInput):
+        return sizes[given.size]
+    shape, dtype = [sizes[d] if isinstance(d, str) else d for d in given.shape], getattr(torch, given.dtype)
+    if dtype.is_floating_point or dtype.is_complex:
+        made = torch.randn(shape, generator=generator, dtype=torch.complex64 if dtype.is_complex else torch.float32)
+        if example is not None and example.numel() > 1:
+            known = example.detach().to("cpu", made.dtype)
+            made = made * known.std() + known.mean()
+    elif example is not None and example.numel():
+        made = example.cpu().flatten()[torch.randint(example.numel(), shape, generator=generator)]
+    else:
+        made = torch.zeros(shape)
+    made = made.to(given.device, dtype)
+    if given.stride is None:
+        return made
+    return torch.empty_strided(shape, given.stride, dtype=dtype, device=given.device).copy_(made)
+
+
+def _eager(request: CaptureRequest, weights: Mapping[str, Tensor], given: Mapping[str, Any]) -> list[Tensor]:
+    copies = {f"module.{n}": weights[n].clone() for n, _ in request.module.named_buffers()}
+    named = {f"module.{n}": tensor for n, tensor in weights.items()}
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(_SEED)
+        found: list[Tensor] = torch.func.functional_call(Called(request), {**named, **copies}, (dict(given),))
+        return found
+
+
+def _compiled(model: LoadedModel, given: Mapping[str, Any], *, asked: str) -> list[Tensor]:
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(_SEED)
+            return model.run(given)
+    except PieceworkError as error:
+        raise CheckError(
+            asked=f"run what was compiled at {asked}, as the module runs there",
+            found=f"{type(error).__name__}: {error.found}",
+            try_="report it: that is a bug of piecework's, or of an operator's",
+        ) from error
+
+
+def _apart(wanted: Tensor, found: Tensor) -> float:
+    """Return the greatest difference, as a part of the greatest value; for numbers that are whole, 1 for any."""
+    if wanted.shape != found.shape or wanted.dtype != found.dtype:
+        return math.inf
+    if not wanted.is_floating_point():
+        if wanted.is_complex():
+            return _apart(torch.view_as_real(wanted), torch.view_as_real(found))
+        return 0.0 if torch.equal(wanted, found) else 1.0
+    one, other = wanted.double(), found.double()
+    same = one == other  # infinite values among them
+    same |= one.isnan() & other.isnan()
+    finite = one[one.isfinite()].abs()
+    if bool(same.all()):
+        return 0.0
+    apart = float((one - other)[~same].abs().max())
+    return math.inf if math.isnan(apart) else apart / max(float(finite.max()) if finite.numel() else 0.0, 1e-30)
+
+
+def _labels(structure: Any, where: str) -> Iterator[str]:
+    """Yield a name for each of a result's tensors, such as "hidden" or "1.2"; "0" where it has no other."""
+    kind, parts = next((kind, parts) for kind, parts in structure.items() if kind != "class")
+    if kind == "leaf":
+        yield where.removeprefix(".") or "0"
+    elif kind in ("dict", "fields"):
+        for name, part in parts:
+            yield from _labels(part, f"{where}.{name}")
+    elif kind in ("tuple", "list"):
+        for number, part in enumerate(parts):
+            yield from _labels(part, f"{where}.{number}")
+
+
+def _differs(name: str, wanted: Tensor, apart: float, *, where: str) -> CheckError:
+    dtype = str(wanted.dtype).removeprefix("torch.")
+    allowed = TOLERANCES.get(wanted.dtype)
+    return CheckError(
+        asked=f"output {name} as the module computes it, at {where}",
+        found=f"it differs by {apart:.1e} of its greatest value"
+        + (f", in {dtype} {allowed:.0e} is allowed" if allowed is not None else f", in {dtype} nothing may"),
+        try_="does the module draw random numbers, or divide by values near 0? Else report it",
+    )
