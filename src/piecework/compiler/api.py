@@ -15,7 +15,7 @@ from piecework.bundle.run.structure import unflatten
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.capture.request import CaptureRequest, Dim, TensorInput
 from piecework.capture.structure import flatten
-from piecework.compiler.check import check_results
+from piecework.compiler.check.results import check_results
 from piecework.compiler.driver import compile_request
 from piecework.compiler.model import started_backend
 from piecework.compiler.setup import CompileSetup, OnProgress, unheard
@@ -63,7 +63,7 @@ def compile(
         options: see CompileOptions.
         on_progress: is told what is done.
         check: whether to run what was compiled beside the module, on random inputs at the ends of the ranges, before
-            the bundle is written (compiler/check.py); how far apart they are is in its record's notes.
+            the bundle is written (compiler/check/results.py); how far apart they are is in its record's notes.
 
     Raises CaptureError, ShapeContractError, CompileError, CheckError, StoreError.
 
