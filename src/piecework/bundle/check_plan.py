@@ -33,7 +33,8 @@ def check_plan(plan: Plan) -> None:
             _check_path(plan, path)
         for native in plan.natives:
             _check_native(native)
-        check_structure(plan.structure, leaves=range(len(plan.output_slots)))
+        unknown = check_structure(plan.structure, leaves=range(len(plan.output_slots))) - _given_sizes(plan)
+        _require(not unknown, f"a number in the result of sizes that no input has: {sorted(unknown)}")
         if plan.arguments is not None:
             check_arguments(plan.arguments, count=len(plan.inputs))
     except ValueError as error:
@@ -95,11 +96,16 @@ def _check_inputs(plan: Plan) -> None:
             _require(given.size in plan.sizes and not given.dtype, f"an input {given.name!r} of an unknown size")
         else:
             _check_tensor_input(given, plan)
-    found = {d for i in plan.inputs for d in i.shape or () if isinstance(d, str)} | {i.size for i in plan.inputs}
+    found = _given_sizes(plan)
     named = {name for path in plan.variants for name in path.where.names}
     named |= {plan.primary} if plan.primary else set()
     named |= {name for text in _expressions(plan) for name in names_in(text)}
     _require(named <= found, f"sizes that no input has: {sorted(named - found)}")
+
+
+def _given_sizes(plan: Plan) -> set[str]:
+    """Return the sizes that a call says by its inputs."""
+    return {d for i in plan.inputs for d in i.shape or () if isinstance(d, str)} | {i.size for i in plan.inputs}
 
 
 def _check_tensor_input(given: PlanInput, plan: Plan) -> None:

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from piecework.capture.memory import (
 from piecework.capture.request import CaptureRequest, SizeInput, TensorInput
 from piecework.capture.sources import Unwatched, class_files, is_users, ran_files
 from piecework.capture.stamping import StackCounts, Stamping, TraceAgain, stamping
-from piecework.capture.structure import Structure, flatten
+from piecework.capture.structure import Structure, changed, flatten
 from piecework.capture.tensors import NamedTensors
 from piecework.errors import CaptureError, InternalError, PieceworkError
 from piecework.foundation import torch_private
@@ -196,7 +197,7 @@ def _captured(graph: torch.fx.Graph, trace: _Trace) -> CapturedGraph:
     return CapturedGraph(
         graph=graph,
         inputs=used,
-        structure=trace.structure,
+        structure=changed(trace.structure, partial(_named_size, names=trace.session.symbol_names())),
         size_names=trace.session.symbol_names(),
         literals={
             i.name: tensors.by_name[i.name].detach()
@@ -208,6 +209,20 @@ def _captured(graph: torch.fx.Graph, trace: _Trace) -> CapturedGraph:
         request=request,
         views=views_of(graph, opaque=request.opaque),
     )
+
+
+def _named_size(end: Structure, *, names: Mapping[str, str]) -> Structure:
+    """Return an end of a result's structure with a size as text over the declared sizes."""
+    if "size" not in end:
+        return end
+    try:
+        return {"size": torch_private.expression_text(end["size"].node.expr, names)}
+    except ValueError:
+        raise CaptureError(
+            asked="a result of tensors, and of sums, products and quotients of sizes",
+            found=f"the number {end['size']}, which depends on values or is another function of sizes",
+            try_="return a tensor, or compute the number of the result's shape",
+        ) from None
 
 
 def _argument(given: TensorInput | SizeInput, *, sizes: Mapping[str, Any], session: Any) -> Any:

@@ -14,7 +14,7 @@ from piecework.bundle.bundle import Bundle, write_bundle
 from piecework.bundle.run.structure import unflatten
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.capture.request import CaptureRequest, Dim, TensorInput
-from piecework.capture.structure import flatten
+from piecework.capture.structure import changed, flatten
 from piecework.compiler.check.results import check_results
 from piecework.compiler.driver import compile_request
 from piecework.compiler.model import started_backend
@@ -149,12 +149,15 @@ def module_request(
     _check_axes(dynamic, given)
     _check_states(states, module, dynamic)
     named = [i.name for i in inputs]
-    by_position = parameters[: len(args)]  # exported programs take them in no other way
+    star = next((n for n in parameters if n.startswith("*")), "")
+    before = parameters[: parameters.index(star)] if star else parameters
+    by_position = before[: len(args)]  # exported programs take them in no other way
 
     def call(target: nn.Module, values: Mapping[str, Any]) -> Any:
         leaves = [values[n] for n in named]
         made = {name: unflatten(structure, leaves) for name, structure in structures}
         positional = [made.pop(name) for name in by_position]
+        positional += made.pop(star.removeprefix("*"), ())
         return target(*positional, **made)
 
     buffers = dict(module.named_buffers())
@@ -244,15 +247,13 @@ def _bind(
         kind = signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_KEYWORD:
             given.update(value)
-        elif kind is inspect.Parameter.VAR_POSITIONAL:
-            raise CaptureError(
-                asked=f"compile {type(module).__name__}",
-                found=f"its forward takes *{name}",
-                try_="wrap it in a module whose arguments have names",
-            )
         else:
             given[name] = value
-    plain = [n for n, p in signature.parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    plain = [
+        str(p).partition(":")[0] if p.kind is inspect.Parameter.VAR_POSITIONAL else n
+        for n, p in signature.parameters.items()
+        if p.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
     defaults = {
         n: p.default
         for n, p in signature.parameters.items()
@@ -263,15 +264,7 @@ def _bind(
 
 def _shifted(structure: Any, by: int) -> Any:
     """Return `structure` with its leaves counted from `by`."""
-    if "leaf" in structure:
-        return {"leaf": structure["leaf"] + by}
-    for kind in ("tuple", "list"):
-        if kind in structure:
-            return {kind: [_shifted(s, by) for s in structure[kind]]}
-    for kind in ("dict", "fields"):
-        if kind in structure:
-            return {**structure, kind: [[k, _shifted(s, by)] for k, s in structure[kind]]}
-    return structure
+    return changed(structure, lambda end: {"leaf": end["leaf"] + by} if "leaf" in end else end)
 
 
 def _tensor_input(label: str, tensor: torch.Tensor, *, argument: str, dynamic: Mapping[str, Dim]) -> TensorInput:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +24,12 @@ from piecework.bundle.plan import (
     UniquePiece,
 )
 from piecework.bundle.recipes import Concat, Source, Take, label
-from piecework.bundle.sizes import size_expression
+from piecework.bundle.sizes import names_in, size_expression
 from piecework.bundle.where import Where
 from piecework.capture.capture import CapturedGraph, InputKind
 from piecework.capture.memory import kept_memory
 from piecework.capture.request import CaptureRequest, SizeInput, TensorInput
+from piecework.capture.structure import Structure, changed
 from piecework.compiler.deduplicate import Deduplicated, Forward, Unique
 from piecework.compiler.encode import encode_torch_type
 from piecework.compiler.packing import packable_argument
@@ -53,6 +55,7 @@ def make_plan(
         artifacts: `artifacts[i]` are the compiled forms of unique piece i.
         arguments: see Plan.
     """
+    _require_one_structure(paths)
     constants = _Constants(paths, pieces)
     instances: list[Instance] = []
     planned = [
@@ -77,6 +80,28 @@ def make_plan(
         arguments=arguments,
         variants=tuple(variants),
     )
+
+
+def _require_one_structure(paths: Sequence[Forward]) -> None:
+    """Raise CaptureError where the results of some batches are made up otherwise than those of the others."""
+    *variants, rest = paths
+    for path in variants:
+        where = Where() if path.variant is None else path.variant.where
+        fixed = {name: low for name, low, high in where.within if low == high}
+        ends = partial(_at, sizes=fixed)
+        if changed(path.captured.structure, ends) != changed(rest.captured.structure, ends):
+            raise CaptureError(
+                asked="a module whose results are made up the same way for all sizes",
+                found=f"where {where.text()}, it returns something else",
+                try_="return as many tensors, and the same numbers, for all sizes",
+            )
+
+
+def _at(end: Structure, *, sizes: Mapping[str, int]) -> Structure:
+    """Return an end of a structure where some sizes have values."""
+    if "size" not in end or not names_in(end["size"]) <= sizes.keys():
+        return end
+    return {"const": size_expression(end["size"])(sizes)}
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,9 @@ LIES_OF_A_STACK: dict[str, Change] = {
     "rows in a thousand brackets": set_at("steps", 1, 1, 2, {"size": "(" * 1000 + "rows" + ")" * 1000}),
     "a structure with a leaf too many": set_at("structure", {"leaf": 7}),
     "a structure without end": lambda plan: plan.update(structure=json.loads('{"list":[' * 200 + "]}" * 200)),
+    "a number of an unknown size": set_at("structure", {"tuple": [{"leaf": 0}, {"leaf": 1}, {"size": "columns"}]}),
+    "a number that is Python": set_at("structure", {"tuple": [{"leaf": 0}, {"leaf": 1}, {"size": "exit()"}]}),
+    "a number for an argument": lambda plan: plan["arguments"]["given"].append(["more", {"size": "rows"}]),
     "arguments of another module": set_at("arguments", "given", []),
 }
 

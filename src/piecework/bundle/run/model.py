@@ -16,6 +16,7 @@ from piecework.bundle.run.states import zeros
 from piecework.bundle.run.step_calls import Run, StepCall, op_call, piece_call
 from piecework.bundle.run.structure import match, unflatten
 from piecework.bundle.sizes import names_in, size_expression
+from piecework.bundle.structures import check_structure
 from piecework.errors import CapacityError, InternalError, RequestError, ShapeContractError
 from piecework.ops.ir.decode import decode
 from piecework.ops.ir.layer import LayerName
@@ -65,6 +66,7 @@ class LoadedModel:
         self._labels: Sequence[str] | None = None
         self._device = next((i.device for i in plan.inputs if i.device not in ("", "cpu")), None)
         self._tensors = _tensor_checks(plan)
+        self._returns_sizes = bool(check_structure(plan.structure, leaves=range(len(plan.output_slots))))
         if not plan.states:
             self._prepare()
 
@@ -136,7 +138,8 @@ class LoadedModel:
         leaves: list[Any] = []
         for name, structure in layout["given"]:
             match(structure, given[name], where=name, leaves=leaves)
-        return unflatten(self.plan.structure, self._run(leaves))
+        sizes = self._sizes(leaves) if self._returns_sizes else {}
+        return unflatten(self.plan.structure, self._run(leaves), sizes)
 
     def close(self) -> None:
         """Let go of weights, states and libraries; the model can't be called afterwards."""
