@@ -36,7 +36,7 @@ def check_plan(plan: Plan) -> None:
         unknown = check_structure(plan.structure, leaves=range(len(plan.output_slots))) - _given_sizes(plan)
         _require(not unknown, f"a number in the result of sizes that no input has: {sorted(unknown)}")
         if plan.arguments is not None:
-            check_arguments(plan.arguments, count=len(plan.inputs))
+            check_arguments(plan.arguments, count=sum(given.recipe is None for given in plan.inputs))
     except ValueError as error:
         raise lie(str(error)) from error
 
@@ -96,6 +96,10 @@ def _check_inputs(plan: Plan) -> None:
             _require(given.size in plan.sizes and not given.dtype, f"an input {given.name!r} of an unknown size")
         else:
             _check_tensor_input(given, plan)
+        if given.recipe is not None:
+            _check_held(given, plan)
+    held = [given.recipe is not None for given in plan.inputs if given.shape is not None]
+    _require(held == sorted(held), "buffers that are held before arguments")
     found = _given_sizes(plan)
     named = {name for path in plan.variants for name in path.where.names}
     named |= {plan.primary} if plan.primary else set()
@@ -113,6 +117,13 @@ def _check_tensor_input(given: PlanInput, plan: Plan) -> None:
     unknown = [d for d in shape if isinstance(d, str) and d not in plan.sizes]
     _require(given.dtype and given.device and not unknown, f"an input {given.name!r} of unknown dtype, device or size")
     _require(given.stride is None or len(given.stride) == len(shape), f"strides of {given.name!r}")
+
+
+def _check_held(given: PlanInput, plan: Plan) -> None:
+    _require(given.recipe in range(len(plan.recipes)), f"a held buffer {given.name!r} that nothing makes")
+    recipe = plan.recipes[given.recipe or 0]
+    same = recipe.shape == given.shape and recipe.dtype == given.dtype and given.stride is None
+    _require(same and not recipe.pack and recipe.source is None, f"a held buffer {given.name!r} that is made otherwise")
 
 
 def _expressions(plan: Plan) -> Iterator[str]:

@@ -32,7 +32,8 @@ class PlanInput:
     """An argument of the forward: a tensor whose shape may name sizes, or (shape None) the size `size` as an integer.
 
     With neither it is an object that opaque ops take. `stride` (in elements) is None where the tensor is contiguous;
-    a `written` tensor is changed by the forward, so that no copy may take its place.
+    a `written` tensor is changed by the forward, so that no copy may take its place. One with a `recipe` is no argument
+    but a buffer that the model holds between calls: what that recipe makes.
     """
 
     name: str
@@ -42,6 +43,7 @@ class PlanInput:
     size: str = ""
     stride: tuple[int, ...] | None = None
     written: bool = False
+    recipe: int | None = None
 
 
 @dataclass(frozen=True)
@@ -407,7 +409,7 @@ def _variant_from_json(given: object, ops: Sequence[str]) -> PlanVariant:
 
 
 def _plan_input(given: object) -> PlanInput:
-    optional = ("shape", "dtype", "device", "size", "stride", "written")
+    optional = ("shape", "dtype", "device", "size", "stride", "written", "recipe")
     data = fields(given, "an input", required=("name",), optional=optional)
     return PlanInput(
         name=text(data["name"], "an input's name"),
@@ -417,6 +419,7 @@ def _plan_input(given: object) -> PlanInput:
         size=text(data["size"], "an input's size") if "size" in data else "",
         stride=wholes(data["stride"], "an input's stride") if "stride" in data else None,
         written=flag(data.get("written", False), "written"),
+        recipe=whole(data["recipe"], "an input's recipe") if "recipe" in data else None,
     )
 
 

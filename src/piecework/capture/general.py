@@ -50,11 +50,12 @@ def holds_for_one(forward: Forward, sizes: Iterable[str]) -> bool:
         forward: the graph; its request has an example of each input.
         sizes: names of declared sizes.
 
-    False also where it can't be tried: tensors without values, states, objects, weights of more than 2 GiB.
+    False also where it can't be tried: tensors without values, states, held buffers, objects, more than
+    2 GiB of weights.
     """
     request = forward.request
     names = sorted(set(sizes))
-    if request.states or request.objects or {i.name for i in request.inputs} - set(request.values):
+    if request.states or request.held or request.objects or {i.name for i in request.inputs} - set(request.values):
         return False
     weights = random_weights(request.module)
     if weights is None:

@@ -100,6 +100,7 @@ class CaptureRequest:
         may_write: whether the forward may write to its inputs; every such write is a step of the plan.
         narrowed: the ranges of sizes for which it is traced, where variants take the rest of what is declared.
         values: an example of each tensor input, by name, where there are any.
+        held: buffers that the forward changes, by name (capture/held.py); None where it may change none.
     """
 
     module: nn.Module
@@ -117,6 +118,7 @@ class CaptureRequest:
     may_write: bool = False
     narrowed: Mapping[str, Dim] = field(default_factory=dict)
     values: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    held: tuple[str, ...] | None = None
 
     @property
     def traced_sizes(self) -> Mapping[str, Dim]:

@@ -178,6 +178,7 @@ def module_request(
         device=next(iter(devices), "cpu"),
         values=values,
         notes=_training_notes(module),
+        held=(),
     )
     return request, {"parameters": parameters, "given": structures, "defaults": defaults}
 

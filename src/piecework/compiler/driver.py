@@ -18,6 +18,7 @@ from piecework.bundle.store.interface import Artifact
 from piecework.bundle.where import Where, spell_range
 from piecework.capture.capture import CapturedGraph, capture
 from piecework.capture.general import parts
+from piecework.capture.held import BuffersChange
 from piecework.capture.locations import source_of
 from piecework.capture.request import CaptureRequest, Variant
 from piecework.compiler.artifacts import compile_artifacts
@@ -182,8 +183,12 @@ def capture_variants(request: CaptureRequest) -> list[tuple[CapturedGraph, Varia
     Raises CaptureError, ShapeContractError.
     """
     rest = dataclasses.replace(request, variants=())
-    variants = [(capture(dataclasses.replace(rest, call=variant.call)), variant) for variant in request.variants]
-    return [*variants, *_capture_apart(rest, most=_MOST_PARTS)]
+    try:
+        variants = [(capture(dataclasses.replace(rest, call=variant.call)), variant) for variant in request.variants]
+        return [*variants, *_capture_apart(rest, most=_MOST_PARTS)]
+    except BuffersChange as found:  # all forwards hold the same ones
+        held = tuple(sorted({*(request.held or ()), *found.names}))
+        return capture_variants(dataclasses.replace(request, held=held))
 
 
 def _capture_apart(request: CaptureRequest, *, most: int) -> list[tuple[CapturedGraph, Variant | None]]:
@@ -265,6 +270,11 @@ def _inlined_facts(pieces: Deduplicated) -> tuple[Fact, ...]:
 
 
 def _note_capture(recorder: Recorder, paths: Sequence[Forward], pieces: Deduplicated) -> None:
+    held = paths[-1].captured.request.held
+    if held:
+        recorder.note(
+            f"the forward changes {', '.join(held)}: the loaded model holds what is written from call to call"
+        )
     for path in paths:
         recorder.count("blocks_traced", by=path.captured.stacks.traced)
         recorder.count("blocks_stamped", by=path.captured.stacks.stamped)

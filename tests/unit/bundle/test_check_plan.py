@@ -175,6 +175,48 @@ def test_a_lying_plan_of_a_range_in_parts(lie: str, window: Bundle, tmp_path: Pa
         piecework.load(forge(window, tmp_path / "forged", plan=plan), weights={})
 
 
+class _Counter(torch.nn.Module):
+    """Counts rows in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(8))
+        self.register_buffer("other", torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += x.sum(0)
+        return x + self.count + self.other.repeat(2)
+
+
+@pytest.fixture(scope="module")
+def counter(place: Path) -> Bundle:
+    eager = piecework.CompileOptions(backend=BackendName.EAGER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PIECEWORK_HOME", str(place / "home"))
+        sizes = {"rows": piecework.Dim(1, 64)}
+        return piecework.compile(_Counter(), (torch.randn(3, 8),), dynamic=sizes, out=place / "count", options=eager)
+
+
+LIES_OF_A_BUFFER: dict[str, Change] = {
+    "no buffer": lambda plan: plan["inputs"][1].pop("recipe"),
+    "a buffer for an argument": set_at("inputs", 0, "recipe", 0),
+    "a buffer that nothing makes": set_at("inputs", 1, "recipe", 7),
+    "another buffer": set_at("inputs", 1, "recipe", 1),
+    "a buffer of another shape": set_at("inputs", 1, "shape", [4]),
+    "a buffer of another type": set_at("inputs", 1, "dtype", "int64"),
+    "a buffer first": lambda plan: plan["inputs"].reverse(),
+}
+
+
+@pytest.mark.parametrize("lie", LIES_OF_A_BUFFER)
+def test_a_lying_plan_of_a_buffer(lie: str, counter: Bundle, tmp_path: Path) -> None:
+    plan = copy.deepcopy(dict(counter.plan()))
+    piecework.load(forge(counter, tmp_path / "same", plan=plan), weights=_Counter())
+    LIES_OF_A_BUFFER[lie](plan)
+    with pytest.raises(CorruptBundle):
+        piecework.load(forge(counter, tmp_path / "forged", plan=plan), weights=_Counter())
+
+
 LIES_OF_A_MODEL: dict[str, Change] = {
     "another state": lambda plan: plan["states"][0].update(shape=[2, "blocks", 16, 2, 8]),
     "a state of a size by 0": lambda plan: plan["states"][0].update(shape=[2, "blocks // 0", 16, 2, 16]),

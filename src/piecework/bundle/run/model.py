@@ -54,6 +54,7 @@ class LoadedModel:
         self.plan = plan
         self.record = record
         self._constants = constants  # instances hold bare pointers to these
+        self._held = {i.name: constants[i.recipe] for i in plan.inputs if i.recipe is not None}
         self._kernels = kernels or {}  # native implementations of opaque ops by "namespace::name"
         self._natives = natives or {}  # what is selected inside opaque ops by "namespace::name"
         self._owned = owned
@@ -72,8 +73,8 @@ class LoadedModel:
 
     @property
     def plan_inputs(self) -> tuple[str, ...]:
-        """Names of the plan's inputs, in order."""
-        return tuple(i.name for i in self.plan.inputs)
+        """Names of the inputs that `run` takes, in order."""
+        return tuple(i.name for i in self.plan.inputs if i.recipe is None)
 
     def make_states(self, sizes: Mapping[str, int]) -> None:
         """Allocate the states (KV caches), zeroed; `sizes` gives the declared sizes in their shapes, such as "blocks".
@@ -105,8 +106,9 @@ class LoadedModel:
 
     @property
     def states(self) -> Mapping[str, torch.Tensor]:
-        """The states by name."""
-        return {s.name: t for s, t in zip(self.plan.states, self._states or [], strict=False)}
+        """The states by name, and the buffers that the forward changes: those of the module whose weights are bound."""
+        states = {s.name: t for s, t in zip(self.plan.states, self._states or [], strict=False)}
+        return {**states, **self._held}
 
     def run(self, inputs: Mapping[str, torch.Tensor | int]) -> list[torch.Tensor]:
         """Run one forward on named inputs and return the flat results.
@@ -116,6 +118,9 @@ class LoadedModel:
         """
         values: list[Any] = []
         for given in self.plan.inputs:
+            if given.recipe is not None:
+                values.append(self._held[given.name])
+                continue
             if given.name not in inputs:
                 raise RequestError(
                     asked="run the loaded model",
@@ -138,6 +143,7 @@ class LoadedModel:
         leaves: list[Any] = []
         for name, structure in layout["given"]:
             match(structure, given[name], where=name, leaves=leaves)
+        leaves += self._held.values()
         sizes = self._sizes(leaves) if self._returns_sizes else {}
         return unflatten(self.plan.structure, self._run(leaves), sizes)
 
@@ -146,6 +152,7 @@ class LoadedModel:
         self._programs = {}
         self._forms = ()
         self._states = None
+        self._held = {}
         self._constants = ()
         for bodies in self._bodies():
             bodies.clear()
@@ -342,6 +349,8 @@ def _size_checks(plan: Plan) -> list[tuple[int, int, int | str, PlanInput]]:
     """Return (position, axis, size or number, input) for every axis to check; axis -1 is an integer input itself."""
     checks: list[tuple[int, int, int | str, PlanInput]] = []
     for position, given in enumerate(plan.inputs):
+        if given.recipe is not None:
+            continue
         if given.shape is None:
             checks += [(position, -1, given.size, given)] if given.size else []
         else:
@@ -354,7 +363,7 @@ def _tensor_checks(plan: Plan) -> list[tuple[int, torch.dtype, int, PlanInput]]:
     return [
         (position, getattr(torch, given.dtype), len(given.shape), given)
         for position, given in enumerate(plan.inputs)
-        if given.shape is not None
+        if given.shape is not None and given.recipe is None
     ]
 
 

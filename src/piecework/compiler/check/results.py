@@ -60,7 +60,7 @@ def check_results(built: Built, *, order: ProviderOrder) -> Checked:
     if request.states or request.objects or weights is None:
         why = "states or objects" if weights is not None else "no weights, and more than fit"
         return Checked((), {}, (f"at all: the module has {why}",))
-    model = _opened(built, weights, order=order)
+    model = _opened(built, {**weights, **_copies(request.module, weights)}, order=order)
     names = list(_labels(model.plan.structure, ""))
     tried, missed, errors = [], [], dict.fromkeys(names, 0.0)
     for sizes in points(built):
@@ -71,6 +71,8 @@ def check_results(built: Built, *, order: ProviderOrder) -> Checked:
         except _FAILURES as error:
             missed.append(f"at {text}: the module raises {type(error).__name__} of random inputs")
             continue
+        for name, state in model.states.items():
+            state.copy_(weights[name])
         found = _compiled(model, given, asked=text)
         tried.append(text)
         for name, one, other in zip(names, wanted, found, strict=True):
@@ -82,28 +84,32 @@ def check_results(built: Built, *, order: ProviderOrder) -> Checked:
 
 
 def _own_weights(module: torch.nn.Module) -> dict[str, Tensor] | None:
-    """Return a module's tensors by name; None where a buffer has no values. A forward may write to its buffers."""
+    """Return a module's tensors by name; None where a buffer has no values."""
     buffers = dict(module.named_buffers())
     if any(b.is_meta for b in buffers.values()):
         return None
     return {**{n: p.detach() for n, p in module.named_parameters(remove_duplicate=False)}, **buffers}
 
 
+def _copies(module: torch.nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of a module's buffers, to which a forward may write."""
+    return {name: weights[name].detach().clone() for name, _ in module.named_buffers()}
+
+
 def _opened(built: Built, weights: Mapping[str, Tensor], *, order: ProviderOrder) -> LoadedModel:
     plan, files = built.plan, {artifact.name: artifact.path for artifact in built.artifacts}
     device = plan.pieces[0].device if plan.pieces else "cpu"
-    literals = {name: tensor for path in built.paths for name, tensor in path.captured.literals.items()}
+    literals = {name: tensor.clone() for path in built.paths for name, tensor in path.captured.literals.items()}
     constants = make_constants(plan.recipes, source=as_source(weights), literals=literals, device=device)
     pack_constants(plan.recipes, constants)
     return open_plan(plan, path_of=files.__getitem__, constants=constants, order=order)
 
 
 def _eager(request: CaptureRequest, weights: Mapping[str, Tensor], given: Mapping[str, Any]) -> list[Tensor]:
-    copies = {f"module.{n}": weights[n].clone() for n, _ in request.module.named_buffers()}
-    named = {f"module.{n}": tensor for n, tensor in weights.items()}
+    named = {f"module.{n}": tensor for n, tensor in {**weights, **_copies(request.module, weights)}.items()}
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(_SEED)
-        found: list[Tensor] = torch.func.functional_call(Called(request), {**named, **copies}, (dict(given),))
+        found: list[Tensor] = torch.func.functional_call(Called(request), named, (dict(given),))
         return found
 
 

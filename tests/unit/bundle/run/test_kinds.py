@@ -1,7 +1,9 @@
-"""Kinds of modules: arguments without names, and numbers as results."""
+"""Kinds of modules: arguments without names, numbers as results, and buffers that the forward changes."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +98,93 @@ class Found(nn.Module):
 def test_a_number_that_depends_on_values_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CaptureError, match="depends on values"):
         loaded(Found(), (torch.randn(3, 8),), tmp_path)
+
+
+class Changing(nn.Module):
+    """Has buffers that a function changes."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.linear = nn.Linear(8, 8)
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mean", torch.zeros(8), persistent=False)
+        self.register_buffer("last", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, self.linear(x))
+
+
+def add_in_place(m: Any, x: Tensor) -> Any:
+    m.count += x.shape[0]
+    m.mean.mul_(0.5).add_(x.detach().mean(0))
+    return x * m.count - m.mean
+
+
+def assign(m: Any, x: Tensor) -> Any:
+    m.count = m.count + 1
+    m.mean, m.last = m.last, x.detach().sum(0)
+    return x + m.mean, m.count
+
+
+def write_a_part(m: Any, x: Tensor) -> Any:
+    m.mean[2:6] = x.detach().sum(0)[2:6]
+    m.last.view(2, 4)[0].zero_()
+    return x + m.mean - m.last
+
+
+def change_for_some_sizes(m: Any, x: Tensor) -> Any:
+    if x.shape[0] > 1:
+        m.count += 1
+    return x * m.count
+
+
+@pytest.mark.parametrize("function", [add_in_place, assign, write_a_part, change_for_some_sizes])
+def test_buffers_keep_what_the_forward_writes(function: Callable[..., Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Changing(function).requires_grad_(False)
+    alone = copy.deepcopy(module)
+    model = loaded(module, (torch.randn(3, 8),), tmp_path)
+    assert all(map(torch.equal, module.buffers(), alone.buffers())), "a compile changes nothing"
+    for rows in (3, 1, 64, 2):
+        x = torch.randn(rows, 8)
+        torch.testing.assert_close(model(x), alone(x))
+    for name, buffer in alone.named_buffers():
+        torch.testing.assert_close(module.get_buffer(name), buffer)
+        assert name not in model.states or model.states[name].data_ptr() == module.get_buffer(name).data_ptr()
+
+
+def test_buffers_of_stamped_blocks_from_a_state_dict(tmp_path: Path) -> None:
+    blocks = [nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)) for _ in range(4)]
+    module = nn.Sequential(*blocks).train().requires_grad_(False)
+    alone = copy.deepcopy(module)
+    options = CompileOptions(backend=BackendName.EAGER)
+    rows = {"rows": Dim(2, 64)}
+    bundle = piecework.compile(module, (torch.randn(3, 8),), dynamic=rows, options=options, out=tmp_path / "b")
+    assert bundle.record().counts["blocks_stamped"] == 3
+    assert any("the forward changes 0.1.num_batches_tracked, " in note for note in bundle.record().notes)
+    weights = module.state_dict()
+    model = piecework.load(bundle, weights=weights)
+    for _ in range(3):
+        x = torch.randn(5, 8)
+        torch.testing.assert_close(model(x), alone(x))
+    torch.testing.assert_close(weights, alone.state_dict())
+
+
+def of_another_shape(m: Any, x: Tensor) -> Any:
+    m.mean = x.sum(0)[:4]
+    return x
+
+
+def of_a_parameter(m: Any, x: Tensor) -> Any:
+    m.linear.weight.add_(1)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [(of_another_shape, "puts a tensor of another shape or type in place of mean"), (of_a_parameter, "linear.weight")],
+)
+def test_other_changes_are_refused(function: Callable[..., Any], found: str, tmp_path: Path) -> None:
+    with pytest.raises(CaptureError, match=found):
+        loaded(Changing(function), (torch.randn(3, 8),), tmp_path)
