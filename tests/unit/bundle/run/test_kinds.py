@@ -154,15 +154,35 @@ def test_buffers_keep_what_the_forward_writes(function: Callable[..., Any], tmp_
         assert name not in model.states or model.states[name].data_ptr() == module.get_buffer(name).data_ptr()
 
 
+class Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.norm(self.linear(x))
+        return x + found
+
+
+class Norms(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Norm() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
 def test_buffers_of_stamped_blocks_from_a_state_dict(tmp_path: Path) -> None:
-    blocks = [nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)) for _ in range(4)]
-    module = nn.Sequential(*blocks).train().requires_grad_(False)
+    module = Norms().train().requires_grad_(False)
     alone = copy.deepcopy(module)
     options = CompileOptions(backend=BackendName.EAGER)
     rows = {"rows": Dim(2, 64)}
     bundle = piecework.compile(module, (torch.randn(3, 8),), dynamic=rows, options=options, out=tmp_path / "b")
     assert bundle.record().counts["blocks_stamped"] == 3
-    assert any("the forward changes 0.1.num_batches_tracked, " in note for note in bundle.record().notes)
+    assert any("the forward changes blocks.0.norm.num_batches_tracked, " in note for note in bundle.record().notes)
     weights = module.state_dict()
     model = piecework.load(bundle, weights=weights)
     for _ in range(3):
