@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,10 +27,7 @@ from piecework.foundation.target import read_target
 from piecework.foundation.torch_private import is_compiled_module, is_stand_in, operator_name
 from piecework.spec.compile_options import CompileOptions
 
-_OTHERWISE_IN_TRAINING: Final = (
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-)
+_LOG = logging.getLogger("piecework")
 
 
 def compile(
@@ -113,14 +111,16 @@ def _write(
             options, scratch=scratch, environment=environment, target=target, device=request.device
         ) as backend,
     ):
-        content = compile_request(
+        sealed = compile_request(
             request,
             CompileSetup(options, backend, store, target, on_progress=on_progress, overtake_s=environment.overtake_s),
             identity={"module": type(request.module).__qualname__},
             arguments=arguments,
             check=(lambda built: check_results(built, order=options.providers).lines()) if check else None,
-        ).content
-        return write_bundle(place, content, extract_root=environment.store_root)
+        )
+        for fallback in sealed.fallbacks:
+            _LOG.warning(fallback)
+        return write_bundle(place, sealed.content, extract_root=environment.store_root)
 
 
 def module_request(

@@ -31,7 +31,7 @@ from piecework.compiler.passes.lower import Lowering
 from piecework.compiler.passes.native_matmul import native_paths
 from piecework.compiler.planning import make_plan
 from piecework.compiler.setup import CompileSetup
-from piecework.compiler.split import Piece, has_unknown_size, split
+from piecework.compiler.split import Piece, has_unknown_size, split, why_one_piece
 from piecework.errors import CaptureError, ShapeContractError
 from piecework.foundation.process import garbage_collection_off
 from piecework.foundation.torch_private import operator_name
@@ -44,10 +44,11 @@ _MOST_PARTS: Final = 4
 
 @dataclass(frozen=True)
 class Sealed:
-    """A finished compile: what goes into the bundle."""
+    """A finished compile: what goes into the bundle, and what could not be shared, with the reason (notes as well)."""
 
     content: BundleContent
     plan: Plan
+    fallbacks: tuple[str, ...] = ()
 
 
 def compile_request(
@@ -99,7 +100,7 @@ def compile_request(
         identity=identity or {},
         explanation={**explanation, **({"natives": [n.to_json() for n in built.natives]} if built.natives else {})},
     )
-    return Sealed(content, built.plan)
+    return Sealed(content, built.plan, fallbacks(built.paths))
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,13 @@ def _require_cuts(wanted: Collection[str], captures: Iterable[tuple[CapturedGrap
         )
 
 
+def fallbacks(paths: Sequence[Forward]) -> tuple[str, ...]:
+    """Say where blocks could not be shared, or a graph not be cut, and why."""
+    found = dict.fromkeys(note for path in paths for note in path.captured.stacks.notes)
+    whole = dict.fromkeys(why_one_piece(path.steps, path.captured) for path in paths)
+    return (*found, *(note for note in whole if note is not None))
+
+
 def _facts(built: Built) -> list[Fact]:
     """Return what artifacts and providers depend on, beside the environment and the options."""
     sources = source_facts(built.called.union(*(path.captured.sources for path in built.paths)))
@@ -280,9 +288,7 @@ def _note_capture(recorder: Recorder, paths: Sequence[Forward], pieces: Deduplic
         recorder.count("blocks_stamped", by=path.captured.stacks.stamped)
         recorder.count("pieces", by=sum(isinstance(s, Piece) for s in path.steps))
     recorder.count("unique_pieces", by=len(pieces.unique))
-    for note in dict.fromkeys(
-        note for path in paths for note in (*path.captured.request.notes, *path.captured.stacks.notes)
-    ):
+    for note in (*dict.fromkeys(note for path in paths for note in path.captured.request.notes), *fallbacks(paths)):
         recorder.note(note)
     recorder.count("ir_ops", by=sum(len(unique.sites) for unique in pieces.unique))
 
