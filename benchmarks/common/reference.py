@@ -62,7 +62,7 @@ class Reference:
                 sizes.update((d, n) for d, n in zip(given.shape, value.shape, strict=True) if isinstance(d, str))
         steps, results = self.plan.steps, self.plan.output_slots
         for variant in self.plan.variants:
-            if all(sizes[a] == (b if isinstance(b, int) else sizes[b]) for a, b in variant.equal):
+            if variant.where.holds(sizes):
                 steps, results = variant.steps, variant.output_slots
                 break
         slots: dict[int, Any] = dict(enumerate(values))

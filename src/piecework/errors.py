@@ -60,6 +60,10 @@ class CompileError(PieceworkError):
     """The backend (Inductor, the C++ compiler, a worker process) failed."""
 
 
+class CheckError(PieceworkError):
+    """What was compiled gives other results than the module that it was made of."""
+
+
 class BackwardError(PieceworkError):
     """A backward pass was asked for; piecework compiles for inference."""
 

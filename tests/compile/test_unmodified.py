@@ -122,6 +122,25 @@ def test_encoders(kind: str, tmp_path: Path) -> None:
     check(kind, ENCODERS[kind], tmp_path, {}, depths=(2, 4) if kind in KEPT else (4,))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("layers", "unique"), [(2, 6), (4, 7), (7, 7)])
+def test_modernbert_beyond_its_window(layers: int, unique: int, tmp_path: Path) -> None:
+    """Its local layers need no mask where the text is shorter than half their window, 64 here."""
+    module = make(
+        "modernbert", Family({**BERT, "cls_token_id": 1, "sep_token_id": 2}, make=AutoModel.from_config), layers
+    )
+    dynamic = {"length": Dim(1, 160, axes={"input_ids": 1})}
+    out = tmp_path / "b"
+    bundle = piecework.compile(module, (tokens(33),), dynamic=dynamic, options=EAGER, out=out)
+    model = piecework.load(bundle, weights=module)
+    assert [variant.name for variant in model.plan.variants] == ["length from 1 to 63"]
+    assert bundle.record().counts["unique_pieces"] == unique
+    for length in (1, 63, 64, 65, 160):
+        ids = tokens(length)
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids)[0], module(ids)[0], atol=1e-5, rtol=1e-5)
+
+
 def images(count: int) -> Tensor:
     return torch.randn(count, 3, 32, 32)
 

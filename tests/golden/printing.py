@@ -78,7 +78,7 @@ def _plan(plan: Plan) -> Iterator[str]:
     yield from (f"  state {index}: {s.name} {s.dtype} {show_dims(s.shape, {})}" for index, s in enumerate(plan.states))
     labels = iter(step_labels(plan))
     for variant in plan.variants:
-        yield f"  {variant.name}, where {' and '.join(f'{a} = {b}' for a, b in variant.equal)}"
+        yield f"  {variant.name}, where {variant.where.text()}"
         yield from (f"    {_step(step, plan)}  # {next(labels)}" for step in variant.steps)
         yield f"    returns slots {_slots(variant.output_slots)} of {variant.num_slots}"
     yield "  all other batches" if plan.variants else "  every batch"

@@ -28,13 +28,15 @@ def check_plan(plan: Plan) -> None:
         _check_inputs(plan)
         _check_recipes(plan)
         _check_pieces(plan)
-        for path in (*plan.variants, PlanVariant("", (), plan.steps, plan.num_slots, plan.output_slots)):
+        _require(len({path.name for path in plan.forwards}) == len(plan.forwards), "two forwards of one name")
+        for path in plan.forwards:
             _check_path(plan, path)
         for native in plan.natives:
             _check_native(native)
-        check_structure(plan.structure, leaves=range(len(plan.output_slots)))
+        unknown = check_structure(plan.structure, leaves=range(len(plan.output_slots))) - _given_sizes(plan)
+        _require(not unknown, f"a number in the result of sizes that no input has: {sorted(unknown)}")
         if plan.arguments is not None:
-            check_arguments(plan.arguments, count=len(plan.inputs))
+            check_arguments(plan.arguments, count=sum(given.recipe is None for given in plan.inputs))
     except ValueError as error:
         raise lie(str(error)) from error
 
@@ -94,11 +96,20 @@ def _check_inputs(plan: Plan) -> None:
             _require(given.size in plan.sizes and not given.dtype, f"an input {given.name!r} of an unknown size")
         else:
             _check_tensor_input(given, plan)
-    found = {d for i in plan.inputs for d in i.shape or () if isinstance(d, str)} | {i.size for i in plan.inputs}
-    named = {name for path in plan.variants for pair in path.equal for name in pair if isinstance(name, str)}
+        if given.recipe is not None:
+            _check_held(given, plan)
+    held = [given.recipe is not None for given in plan.inputs if given.shape is not None]
+    _require(held == sorted(held), "buffers that are held before arguments")
+    found = _given_sizes(plan)
+    named = {name for path in plan.variants for name in path.where.names}
     named |= {plan.primary} if plan.primary else set()
     named |= {name for text in _expressions(plan) for name in names_in(text)}
     _require(named <= found, f"sizes that no input has: {sorted(named - found)}")
+
+
+def _given_sizes(plan: Plan) -> set[str]:
+    """Return the sizes that a call says by its inputs."""
+    return {d for i in plan.inputs for d in i.shape or () if isinstance(d, str)} | {i.size for i in plan.inputs}
 
 
 def _check_tensor_input(given: PlanInput, plan: Plan) -> None:
@@ -106,6 +117,13 @@ def _check_tensor_input(given: PlanInput, plan: Plan) -> None:
     unknown = [d for d in shape if isinstance(d, str) and d not in plan.sizes]
     _require(given.dtype and given.device and not unknown, f"an input {given.name!r} of unknown dtype, device or size")
     _require(given.stride is None or len(given.stride) == len(shape), f"strides of {given.name!r}")
+
+
+def _check_held(given: PlanInput, plan: Plan) -> None:
+    _require(given.recipe in range(len(plan.recipes)), f"a held buffer {given.name!r} that nothing makes")
+    recipe = plan.recipes[given.recipe or 0]
+    same = recipe.shape == given.shape and recipe.dtype == given.dtype and given.stride is None
+    _require(same and not recipe.pack and recipe.source is None, f"a held buffer {given.name!r} that is made otherwise")
 
 
 def _expressions(plan: Plan) -> Iterator[str]:
@@ -224,9 +242,10 @@ def _check_merged(piece: UniquePiece) -> None:
 
 def _check_path(plan: Plan, path: PlanVariant) -> None:
     """Check that a forward's steps read what is there, and that nothing is missing at its end."""
-    for size, other in path.equal:
-        known = isinstance(other, int) or other in plan.sizes
-        _require(size in plan.sizes and known, f"a forward for batches of equal {size} and {other}")
+    _require(path.where.names <= plan.sizes.keys(), f"a forward for batches where {path.where.text()}"[:120])
+    for size, low, high in path.where.within:
+        least, most = plan.sizes[size]
+        _require(least <= low and high <= most, f"a forward for {size} from {low} to {high} of {least} to {most}")
     sizes = [slot for slot, given in enumerate(plan.inputs) if given.shape is None]  # steps take sizes by name
     written = set(range(len(plan.inputs))).difference(sizes)
     for number, step in enumerate(path.steps):

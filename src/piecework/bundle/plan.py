@@ -10,6 +10,7 @@ from typing import Any, Final
 from piecework.bundle.compact import Rename, compact, expand
 from piecework.bundle.packings import PACKINGS
 from piecework.bundle.recipes import Concat, Source, Take, label, renamed, source_from_json, source_to_json, takes
+from piecework.bundle.where import Where, read_bounds
 from piecework.errors import CorruptBundle
 from piecework.foundation.digests import is_digest
 from piecework.foundation.reading import fields, flag, items, mapping, one_of, text, whole, wholes
@@ -31,7 +32,8 @@ class PlanInput:
     """An argument of the forward: a tensor whose shape may name sizes, or (shape None) the size `size` as an integer.
 
     With neither it is an object that opaque ops take. `stride` (in elements) is None where the tensor is contiguous;
-    a `written` tensor is changed by the forward, so that no copy may take its place.
+    a `written` tensor is changed by the forward, so that no copy may take its place. One with a `recipe` is no argument
+    but a buffer that the model holds between calls: what that recipe makes.
     """
 
     name: str
@@ -41,6 +43,7 @@ class PlanInput:
     size: str = ""
     stride: tuple[int, ...] | None = None
     written: bool = False
+    recipe: int | None = None
 
 
 @dataclass(frozen=True)
@@ -157,10 +160,10 @@ Step = PieceStep | OpStep
 
 @dataclass(frozen=True)
 class PlanVariant:
-    """The forward of batches in which each pair of sizes (or a size and a number) in `equal` is equal."""
+    """The forward of the batches of which `where` is true, and that come to no variant before it."""
 
     name: str
-    equal: tuple[tuple[str, str | int], ...]
+    where: Where
     steps: tuple[Step, ...]
     num_slots: int
     output_slots: tuple[int, ...]
@@ -173,9 +176,8 @@ class Plan:
     Slots 0 … len(inputs) - 1 hold the arguments. `output_slots` are the flat results, `structure` how they make up the
     module's result (capture/structure.py), `arguments` how a caller's arguments map to inputs. `kernels` are the native
     kernels of opaque ops (providers/libraries.py): their name, and the artifact's file name. `variants` are forwards
-    for
-    some kinds of batches, the first that fits; `steps` are for all the others. `natives` serve calls of IR ops inside
-    opaque ops.
+    for some kinds of batches, the first that fits; `steps` are for all the others. `natives` serve calls of IR ops
+    inside opaque ops.
     """
 
     sizes: Mapping[str, tuple[int, int]]
@@ -195,9 +197,19 @@ class Plan:
     natives: tuple[NativeCall, ...] = ()
 
     @property
+    def rest(self) -> PlanVariant:
+        """The forward of the batches that come to no variant; it has no name."""
+        return PlanVariant("", Where(), self.steps, self.num_slots, self.output_slots)
+
+    @property
+    def forwards(self) -> tuple[PlanVariant, ...]:
+        """The variants, and the rest."""
+        return (*self.variants, self.rest)
+
+    @property
     def all_steps(self) -> tuple[Step, ...]:
         """The steps of all variants, and then those of the rest."""
-        return tuple(step for variant in self.variants for step in variant.steps) + self.steps
+        return tuple(step for forward in self.forwards for step in forward.steps)
 
     def captured_constants(self, instance: Instance) -> tuple[Recipe, ...]:
         """Return the constants of an instance's piece as it was captured: those that were merged are apart again."""
@@ -254,7 +266,7 @@ def _plan(given: object) -> Plan:
     data = fields(given, "the plan", required=_REQUIRED, optional=_OPTIONAL)
     ops = tuple(text(op, "an op") for op in items(data["ops"], "ops"))
     return Plan(
-        sizes={text(n, "a size"): _bounds(r, f"the size {n}") for n, r in mapping(data["sizes"], "sizes").items()},
+        sizes={text(n, "a size"): read_bounds(r, f"the size {n}") for n, r in mapping(data["sizes"], "sizes").items()},
         primary=text(data["primary"], "primary", empty=True),
         inputs=tuple(_plan_input(i) for i in items(data["inputs"], "inputs")),
         states=expand(data["states"], "states", read=_state, renamed=_renamed_state),
@@ -273,13 +285,6 @@ def _plan(given: object) -> Plan:
         variants=tuple(_variant_from_json(v, ops) for v in items(data.get("variants", []), "variants")),
         natives=tuple(_native_from_json(n) for n in items(data.get("natives", []), "natives")),
     )
-
-
-def _bounds(value: object, what: str) -> tuple[int, int]:
-    low, high = (whole(n, what) for n in items(value, what, length=2))
-    if low > high:
-        raise ValueError(f"{what}: from {low} to {high}")
-    return low, high
 
 
 def _dims(value: object, what: str) -> tuple[Dim, ...]:
@@ -351,7 +356,7 @@ def _piece_from_json(given: object) -> UniquePiece:
 
 def _range(given: object) -> ShapeRange:
     data = fields(given, "a piece's range", required=("min", "max", "artifact"))
-    low, high = _bounds([data["min"], data["max"]], "a piece's range")
+    low, high = read_bounds([data["min"], data["max"]], "a piece's range")
     return ShapeRange(low, high, text(data["artifact"], "an artifact's name"))
 
 
@@ -384,7 +389,7 @@ def _native_from_json(given: object) -> NativeCall:
 def _variant_to_json(variant: PlanVariant, ops: Sequence[str]) -> dict[str, Any]:
     return {
         "name": variant.name,
-        "equal": [list(pair) for pair in variant.equal],
+        **variant.where.to_json(),
         "steps": [_step_to_json(s, ops) for s in variant.steps],
         "num_slots": variant.num_slots,
         "output_slots": list(variant.output_slots),
@@ -392,11 +397,11 @@ def _variant_to_json(variant: PlanVariant, ops: Sequence[str]) -> dict[str, Any]
 
 
 def _variant_from_json(given: object, ops: Sequence[str]) -> PlanVariant:
-    data = fields(given, "a variant", required=("name", "equal", "steps", "num_slots", "output_slots"))
-    pairs = [items(pair, "equal", length=2) for pair in items(data["equal"], "equal")]
+    required = ("name", "steps", "num_slots", "output_slots")
+    data = fields(given, "a variant", required=required, optional=("equal", "within"))
     return PlanVariant(
         name=text(data["name"], "a variant's name"),
-        equal=tuple((text(size, "equal"), o if type(o) is int else text(o, "equal")) for size, o in pairs),
+        where=Where.from_json(data),
         steps=tuple(_step_from_json(s, ops) for s in items(data["steps"], "a variant's steps")),
         num_slots=whole(data["num_slots"], "num_slots"),
         output_slots=wholes(data["output_slots"], "output_slots"),
@@ -404,7 +409,7 @@ def _variant_from_json(given: object, ops: Sequence[str]) -> PlanVariant:
 
 
 def _plan_input(given: object) -> PlanInput:
-    optional = ("shape", "dtype", "device", "size", "stride", "written")
+    optional = ("shape", "dtype", "device", "size", "stride", "written", "recipe")
     data = fields(given, "an input", required=("name",), optional=optional)
     return PlanInput(
         name=text(data["name"], "an input's name"),
@@ -414,6 +419,7 @@ def _plan_input(given: object) -> PlanInput:
         size=text(data["size"], "an input's size") if "size" in data else "",
         stride=wholes(data["stride"], "an input's stride") if "stride" in data else None,
         written=flag(data.get("written", False), "written"),
+        recipe=whole(data["recipe"], "an input's recipe") if "recipe" in data else None,
     )
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from piecework.capture.cuts import is_opaque
 from piecework.capture.general import Forward, holds_for_one, mentions, require_whole_ranges
+from piecework.capture.held import BuffersChange, require_held, write_back
 from piecework.capture.locations import KeepLines, is_models, note_lines
 from piecework.capture.memory import (
     bases_of,
@@ -32,7 +34,7 @@ from piecework.capture.memory import (
 from piecework.capture.request import CaptureRequest, SizeInput, TensorInput
 from piecework.capture.sources import Unwatched, class_files, is_users, ran_files
 from piecework.capture.stamping import StackCounts, Stamping, TraceAgain, stamping
-from piecework.capture.structure import Structure, flatten
+from piecework.capture.structure import Structure, changed, flatten
 from piecework.capture.tensors import NamedTensors
 from piecework.errors import CaptureError, InternalError, PieceworkError
 from piecework.foundation import torch_private
@@ -45,6 +47,7 @@ class InputKind(Enum):
     """Where a graph input comes from."""
 
     ARGUMENT = "argument"
+    HELD = "held"
     WEIGHT = "weight"
     STATE = "state"
 
@@ -64,7 +67,7 @@ class CapturedGraph:
 
     Attributes:
         graph: functional aten graph; placeholders are `inputs`, the output node holds the flat outputs.
-        inputs: arguments first, then weights, then states; unused weights are left out.
+        inputs: arguments first, then held buffers, weights, and states; unused weights are left out.
         structure: how the flat outputs make up the module's result.
         size_names: the graph's symbols ("s12") → declared size names ("tokens").
         literals: buffers that are not in checkpoints (non-persistent), by name, with their values.
@@ -134,10 +137,7 @@ def _traced(
         general: whether code that asks if a size is 1 hears no, unguarded, for `holds_for_one` to be asked later.
     """
     session = torch_private.SymbolicSession(is_users=is_users)
-    sizes = {
-        n: session.size(n, low=d.min, high=d.max, hint=_hint(d.min, d.max, d.hint))
-        for n, d in request.traced_sizes.items()
-    }
+    sizes = {n: session.size(n, low=d.min, high=d.max, hint=d.traced) for n, d in request.traced_sizes.items()}
     arguments = [_argument(i, sizes=sizes, session=session) for i in request.inputs]
     tensors = NamedTensors(
         request.module, states=request.states, sizes=sizes, fake_mode=session.fake_mode, device=request.device
@@ -165,16 +165,19 @@ def _traced(
             tensors.begin(tracer)
             tracer.keep(LayerName, *map(type, request.objects.values()))
             note_lines(tracer, is_wanted=is_models(request.module))
+            for name in request.held or ():
+                tensors.fake(tensors.by_name[name])
             tensors.swap(m for m in request.module.modules() if m not in stamped.parts)
             named = {i.name: v for i, v in zip(request.inputs, values, strict=True)}
             with ran_files(sources), Unwatched(), stamped.calls:
                 out, result["structure"] = flatten(request.call(request.module, named))
+            write_back(tensors, request)
             return out
 
         stack.enter_context(session.fake_mode)
         stack.enter_context(KeepLinear())
         traced = torch_private.trace(forward, arguments)
-        _refuse_changes(tensors.replaced())
+        require_held(tensors.replaced(), request)
     _adopt_constants(traced, tensors=tensors)
     trace = _Trace(request, session, tensors, arguments, result["structure"], stamped.counts, frozenset(sources))
     return traced.graph, trace
@@ -183,28 +186,31 @@ def _traced(
 def _captured(graph: torch.fx.Graph, trace: _Trace) -> CapturedGraph:
     """Make a trace's graph functional, check it, and name its inputs."""
     request, tensors = trace.request, trace.tensors
-    names = [n for n in tensors.by_name if n in tensors.nodes]
+    held = request.held or ()
+    names = [*held, *(n for n in tensors.by_name if n in tensors.nodes and n not in held)]
     graph, order = _without_writes(graph, trace, names=names)
     require_whole_ranges(trace.session.narrowing_guards(), request)
-    kinds = [InputKind.ARGUMENT] * len(request.inputs)
-    kinds += [InputKind.STATE if n in request.states else InputKind.WEIGHT for n in names]
+    kinds = [InputKind.ARGUMENT] * len(request.inputs) + [InputKind.HELD] * len(held)
+    kinds += [InputKind.STATE if n in request.states else InputKind.WEIGHT for n in names[len(held) :]]
     inputs = tuple(
         GraphInput(k, n, p) for k, n, p in zip(kinds, [*(i.name for i in request.inputs), *names], order, strict=True)
     )
     _canonicalize(graph, opaque=request.opaque)
-    used = tuple(i for i in inputs if i.kind is InputKind.ARGUMENT or i.node.users)
+    used = tuple(i for i in inputs if i.kind in (InputKind.ARGUMENT, InputKind.HELD) or i.node.users)
     for unused in set(inputs) - set(used):
         graph.erase_node(unused.node)
     persistent = set(request.module.state_dict(keep_vars=True))
     return CapturedGraph(
         graph=graph,
         inputs=used,
-        structure=trace.structure,
+        structure=changed(trace.structure, partial(_named_size, names=trace.session.symbol_names())),
         size_names=trace.session.symbol_names(),
         literals={
             i.name: tensors.by_name[i.name].detach()
             for i in used
-            if i.kind is InputKind.WEIGHT and i.name not in persistent and not tensors.by_name[i.name].is_meta
+            if i.kind in (InputKind.WEIGHT, InputKind.HELD)
+            and i.name not in persistent
+            and not tensors.by_name[i.name].is_meta
         },
         sources=trace.sources,
         stacks=trace.counts,
@@ -213,11 +219,18 @@ def _captured(graph: torch.fx.Graph, trace: _Trace) -> CapturedGraph:
     )
 
 
-def _hint(low: int, high: int, wanted: int | None) -> int:
-    if wanted is not None:
-        return wanted
-    # any value does as long as no two sizes share it by accident and it is neither 0 nor 1
-    return max(low, min(high, 2 * low + 37))
+def _named_size(end: Structure, *, names: Mapping[str, str]) -> Structure:
+    """Return an end of a result's structure with a size as text over the declared sizes."""
+    if "size" not in end:
+        return end
+    try:
+        return {"size": torch_private.expression_text(end["size"].node.expr, names)}
+    except ValueError:
+        raise CaptureError(
+            asked="a result of tensors, and of sums, products and quotients of sizes",
+            found=f"the number {end['size']}, which depends on values or is another function of sizes",
+            try_="return a tensor, or compute the number of the result's shape",
+        ) from None
 
 
 def _argument(given: TensorInput | SizeInput, *, sizes: Mapping[str, Any], session: Any) -> Any:
@@ -246,7 +259,8 @@ def _without_writes(
     kept = kept_memory(graph, opaque=request.opaque)
     if not request.may_write:
         labels = dict(zip(order, [*(i.name for i in request.inputs), *names], strict=True))
-        _refuse_changes(labels[n] for n in changed_inputs(graph, opaque=request.opaque))
+        changes = {labels[n] for n in changed_inputs(graph, opaque=request.opaque)}
+        require_held(changes.difference(request.held or ()), request)
     if _mutates(graph, opaque=request.opaque, kept=kept):
         fakes = [*trace.arguments, *(tensors.fresh_fake(n) for n in names)]
         with _our_errors(), torch.no_grad(), torch_private.size_oblivious(), trace.session.fake_mode:
@@ -330,7 +344,7 @@ def _one_convolution() -> contextlib.AbstractContextManager[None]:
 def _our_errors() -> Iterator[None]:
     try:
         yield
-    except PieceworkError:
+    except (PieceworkError, BuffersChange):
         raise
     except torch_private.data_dependent_errors() as error:
         raise CaptureError(
@@ -379,16 +393,6 @@ def _adopt_constants(traced: torch.fx.GraphModule, *, tensors: NamedTensors) -> 
 def _constant_name(value: torch.Tensor) -> str:
     content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return f"constant:{digest_json([str(value.dtype), list(value.shape), digest_bytes(content)])[:16]}"
-
-
-def _refuse_changes(names: Iterable[str]) -> None:
-    """Raise CaptureError where the module changes a tensor that outlives the call: only opaque ops may do that."""
-    for name in names:
-        raise CaptureError(
-            asked="a module whose forward only computes its result",
-            found=f"it changes {name}, which outlives the call",
-            try_="return the new value instead, or change it inside an opaque op and declare it as a state",
-        )
 
 
 def _canonicalize(graph: torch.fx.Graph, *, opaque: frozenset[str]) -> None:

@@ -50,34 +50,40 @@ def holds_for_one(forward: Forward, sizes: Iterable[str]) -> bool:
         forward: the graph; its request has an example of each input.
         sizes: names of declared sizes.
 
-    False also where it can't be tried: tensors without values, states, objects, weights of more than 2 GiB.
+    False also where it can't be tried: tensors without values, states, held buffers, objects, more than
+    2 GiB of weights.
     """
     request = forward.request
     names = sorted(set(sizes))
-    if request.states or request.objects or {i.name for i in request.inputs} - set(request.values):
+    if request.states or request.held or request.objects or {i.name for i in request.inputs} - set(request.values):
         return False
-    weights = _random_weights(request.module)
+    weights = random_weights(request.module)
     if weights is None:
         return False
     chosen = [{name} for name in names] + ([set(names)] if len(names) > 1 else [])
     return all(_same(forward, weights, ones=ones) for ones in chosen)
 
 
-def least_apart(conditions: Sequence[str], sizes: Mapping[str, Dim]) -> str | None:
-    """Return a size of which a trace's conditions exclude the least value and nothing else, or None.
+def parts(conditions: Sequence[str], sizes: Mapping[str, Dim]) -> tuple[str, Dim, Dim] | None:
+    """Return a size, and its range in two parts between which a trace's conditions draw a line, the lower one first.
 
     Args:
         conditions: over sizes, as `ShapeContractError` has them.
         sizes: the ranges that were traced.
+
+    None where they draw no such line.
     """
-    ranges = working_ranges(conditions, sizes)
-    return next((n for n, dim in ranges.items() if (dim.min, dim.max) == (sizes[n].min + 1, sizes[n].max)), None)
+    for name, works in working_ranges(conditions, sizes).items():
+        dim = sizes[name]
+        line = works.min if works.min > dim.min else works.max + 1
+        return name, _range(dim, dim.min, line - 1), _range(dim, line, dim.max)
+    return None
 
 
 def working_ranges(conditions: Sequence[str], sizes: Mapping[str, Dim]) -> dict[str, Dim]:
     """Return the part of each size's range in which a trace's conditions on it alone hold, where there is one.
 
-    Of two parts it is the one with the greatest values; a part has at least two values.
+    It has the value that the trace had, and at least two values.
     """
     found: dict[str, Dim] = {}
     for name, dim in sizes.items():
@@ -109,26 +115,27 @@ def require_whole_ranges(guards: Sequence[Guard], request: CaptureRequest) -> No
 
 
 def _part(conditions: Sequence[str], name: str, dim: Dim) -> Dim | None:
-    def above(least: int) -> bool:
-        return all(holds_within(c, name, low=least, high=dim.max) for c in conditions)
+    def hold(low: int, high: int) -> bool:
+        return all(holds_within(c, name, low=low, high=high) for c in conditions)
 
-    def below(cut: int) -> bool:
-        return all(holds_within(c, name, low=dim.min, high=dim.max - cut) for c in conditions)
-
-    least = _least(above, dim.min, dim.max - 1)
-    if least is not None:
-        return replace(dim, min=least)
-    cut = _least(below, 1, dim.max - dim.min - 1)
-    return None if cut is None else replace(dim, max=dim.max - cut)
-
-
-def _least(holds: Callable[[int], bool], low: int, high: int) -> int | None:
-    """Return the least number in [low, high] from which on something holds, or None where it doesn't for `high`."""
-    if low > high or not holds(high):
+    if not hold(dim.traced, dim.traced):
         return None
+    low = dim.traced - _greatest(lambda by: hold(dim.traced - by, dim.traced), dim.traced - dim.min)
+    high = dim.traced + _greatest(lambda by: hold(low, dim.traced + by), dim.max - dim.traced)
+    return _range(dim, low, high) if low < high else None
+
+
+def _range(dim: Dim, low: int, high: int) -> Dim:
+    """Return a part of a size's range; the whole one's hint may lie in another part."""
+    return replace(dim, min=low, max=high, hint=None if dim.hint is None else max(low, min(high, dim.hint)))
+
+
+def _greatest(holds: Callable[[int], bool], most: int) -> int:
+    """Return the greatest number in [0, most] up to which something holds, as it does for 0."""
+    low, high = 0, most
     while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
     return low
 
 
@@ -137,7 +144,7 @@ def mentions(condition: str, size: str) -> bool:
     return re.search(rf"\b{re.escape(size)}\b", condition) is not None
 
 
-def _random_weights(module: nn.Module) -> dict[str, Tensor] | None:
+def random_weights(module: nn.Module) -> dict[str, Tensor] | None:
     """Return random values for a module's parameters, scaled to keep what they multiply in range, and its buffers."""
     parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
     num_bytes = sum(p.numel() * p.element_size() for p in parameters.values())
@@ -156,11 +163,13 @@ def _random_weights(module: nn.Module) -> dict[str, Tensor] | None:
 def _same(forward: Forward, weights: Mapping[str, Tensor], *, ones: set[str]) -> bool:
     request = forward.request
     given = {i.name: _example(i, request, ones) for i in request.inputs}
+    if not all(_inside(given[i.name], i, request) for i in request.inputs):
+        return False
     module = torch.fx.GraphModule(nn.Module(), forward.graph)
     fresh = {name: tensor.clone() for name, tensor in weights.items()}  # a forward may write to its buffers
     known = {**weights, **forward.literals, **given}
     nodes = [node for node in forward.graph.nodes if node.op == "placeholder"]
-    ran = _Called(request)
+    ran = Called(request)
     with torch.no_grad(), torch.random.fork_rng():
         try:
             wanted = torch.func.functional_call(ran, {f"module.{n}": t for n, t in fresh.items()}, (given,))
@@ -170,8 +179,8 @@ def _same(forward: Forward, weights: Mapping[str, Tensor], *, ones: set[str]) ->
     return len(wanted) == len(found) and all(_close(a, b) for a, b in zip(wanted, found, strict=True))
 
 
-class _Called(nn.Module):
-    """A request's call as a module, so that it can be run with other weights."""
+class Called(nn.Module):
+    """A request's call as a module, so that it can be run with other weights: of its `module`."""
 
     def __init__(self, request: CaptureRequest) -> None:
         super().__init__()
@@ -179,17 +188,26 @@ class _Called(nn.Module):
         self._call = request.call
 
     def forward(self, values: Mapping[str, Any]) -> list[Tensor]:
+        """Return the flat results for named inputs."""
         return flatten(self._call(self.module, values))[0]
 
 
 def _example(given: TensorInput | SizeInput, request: CaptureRequest, ones: set[str]) -> Tensor:
-    """Return a copy of an input's example, cut to 1 where an axis has one of the sizes."""
+    """Return a copy of an input's example, cut to 1 where an axis has one of the sizes, and to what was traced."""
     value = request.values[given.name]
     for axis, size in enumerate(given.shape if isinstance(given, TensorInput) else ()):
-        if size in ones:
-            value = value.narrow(axis, 0, 1)
+        if isinstance(size, str):
+            most = 1 if size in ones else request.traced_sizes[size].max
+            value = value.narrow(axis, 0, min(most, value.shape[axis]))
     copy = value.clone(memory_format=torch.preserve_format)
     return copy.contiguous() if isinstance(given, TensorInput) and given.stride is None else copy
+
+
+def _inside(value: Tensor, given: TensorInput | SizeInput, request: CaptureRequest) -> bool:
+    """Whether a value's sizes are as large as the least that were traced."""
+    shape = given.shape if isinstance(given, TensorInput) else ()
+    least = [request.traced_sizes[size].min if isinstance(size, str) else 0 for size in shape]
+    return all(size >= low for size, low in zip(value.shape, least, strict=False))
 
 
 def _close(wanted: Tensor, found: Tensor) -> bool:

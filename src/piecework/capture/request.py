@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from piecework.bundle.recipes import Sources
+from piecework.bundle.where import Where
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,14 @@ class Dim:
     def __post_init__(self) -> None:
         if not 0 <= self.min <= self.max:
             raise ValueError(f"Dim({self.min}, {self.max}): a range needs 0 <= min <= max")
+
+    @property
+    def traced(self) -> int:
+        """The value that a trace has for it where code wants one, which may be in parts of the range only.
+
+        Any does, as long as it is neither 0 nor 1 and that of no other size by accident.
+        """
+        return max(self.min, min(self.max, 2 * self.min + 37)) if self.hint is None else self.hint
 
 
 @dataclass(frozen=True)
@@ -59,12 +68,12 @@ class Variant:
 
     Args:
         name: of the kind, such as "decode".
-        equal: what is so in these batches: pairs of a declared size and another one, or a number, that it is equal to.
+        where: what is so in these batches.
         call: runs the module on them; what it computes is what `CaptureRequest.call` would.
     """
 
     name: str
-    equal: tuple[tuple[str, str | int], ...]
+    where: Where
     call: Callable[[nn.Module, Mapping[str, Any]], Any]
 
 
@@ -91,6 +100,7 @@ class CaptureRequest:
         may_write: whether the forward may write to its inputs; every such write is a step of the plan.
         narrowed: the ranges of sizes for which it is traced, where variants take the rest of what is declared.
         values: an example of each tensor input, by name, where there are any.
+        held: buffers that the forward changes, by name (capture/held.py); None where it may change none.
     """
 
     module: nn.Module
@@ -108,6 +118,7 @@ class CaptureRequest:
     may_write: bool = False
     narrowed: Mapping[str, Dim] = field(default_factory=dict)
     values: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    held: tuple[str, ...] | None = None
 
     @property
     def traced_sizes(self) -> Mapping[str, Dim]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -33,11 +34,28 @@ _MOST_TRIED: Final = 8
 
 @dataclass
 class StackCounts:
-    """How many blocks were traced and stamped, and why blocks could not be shared."""
+    """How many blocks were traced and stamped, by class, and why blocks could not be shared."""
 
-    traced: int = 0
-    stamped: int = 0
+    traced_of: Counter[type] = field(default_factory=Counter)
+    stamped_of: Counter[type] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def traced(self) -> int:
+        """How many were traced."""
+        return self.traced_of.total()
+
+    @property
+    def stamped(self) -> int:
+        """How many were stamped."""
+        return self.stamped_of.total()
+
+    def note_different(self) -> None:
+        """Note the classes of which no two blocks did the same, where nothing else was noted of them."""
+        for cls, count in self.traced_of.items():
+            known = any(note.startswith(f"{cls.__name__} ") for note in self.notes)
+            if count > 1 and not self.stamped_of[cls] and not known:
+                self.notes.append(f"{cls.__name__} blocks are traced one by one: no two of the {count} do the same")
 
 
 class TraceAgain(BaseException):
@@ -93,6 +111,7 @@ def stamping(
             vars(block)["forward"] = stamper.forward_of(block)
         parts = frozenset(part for b in blocks.values() for part in b.modules())
         yield Stamping(stamper.counts, parts, stamper.calls)
+        stamper.counts.note_different()
     finally:
         for key, block in blocks.items():
             del vars(block)["forward"]
@@ -171,7 +190,7 @@ class _Stamper:
                 with plain_tensors():
                     nodes = self._bind(template, replay, tracer)
                     if nodes is not None:
-                        result = self._stamp(replay, held, nodes, tracer)
+                        result = self._stamp(type(call.block), replay, held, nodes, tracer)
                         known.remove(template)
                         known.insert(0, template)
                         if outer is not None:
@@ -204,7 +223,7 @@ class _Stamper:
         writer = Writer(tracer, tensors=self._tensors, is_opaque=lambda name: is_opaque_name(name, self._opaque))
         with self.calls.run(writer):
             held = [call.forward(*call.args, **call.kwargs)]
-        self.counts.traced += 1
+        self.counts.traced_of[type(call.block)] += 1
         with plain_tensors():
             template = writer.finish(held[0], shape=call.shape)
             result = self._result(template, held, {}, writer.taken(), tracer)
@@ -258,8 +277,10 @@ class _Stamper:
             return bool(metadata(node.target(*args, **kwargs)) == metadata(node.meta["val"]))
         return False
 
-    def _stamp(self, replay: Replay, held: list[Any], bound: dict[torch.fx.Node, torch.fx.Node], tracer: Tracer) -> Any:
-        """Copy the template's nodes, adding them to `bound`; returns the sibling's result."""
+    def _stamp(
+        self, cls: type, replay: Replay, held: list[Any], bound: dict[torch.fx.Node, torch.fx.Node], tracer: Tracer
+    ) -> Any:
+        """Copy the template's nodes for a block of a class, adding them to `bound`; returns the sibling's result."""
         template = replay.template
         constants: dict[torch.fx.Node, dict[Place, Any]] = {}
         for constant, value in replay.constants.items():
@@ -268,7 +289,7 @@ class _Stamper:
             bound[node] = tracer.graph.node_copy(node, lambda n: bound.get(n, n))
             if node in constants:
                 bound[node].args, bound[node].kwargs = with_arguments(bound[node], constants[node])
-        self.counts.stamped += 1
+        self.counts.stamped_of[cls] += 1
         return self._result(template, held, bound, replay.all_taken(), tracer)
 
     def _result(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,11 @@ import torch
 from piecework.errors import CaptureError
 
 Structure = Any
-"""JSON: {"leaf": i} | {"const": v} | {"tuple": [..]} | {"list": [..]} | {"dict": [[k, s], ..]} | {"class": n, ..}."""
+"""JSON: {"leaf": i}, {"const": v}, {"size": s}, {"tuple": [..]}, {"list": [..]}, {"dict": [[k, s], ..]} or
+{"class": n, "fields": [[k, s], ..]}.
+
+A size is text (bundle/sizes.py); while a module is traced it is a SymInt.
+"""
 
 
 def flatten(value: Any) -> tuple[list[torch.Tensor], Structure]:
@@ -25,10 +29,23 @@ def flatten(value: Any) -> tuple[list[torch.Tensor], Structure]:
     return leaves, _flatten(value, leaves)
 
 
+def changed(structure: Structure, change: Callable[[Structure], Structure]) -> Structure:
+    """Return a structure with each of its ends (leaves, constants and sizes) replaced by what `change` makes of it."""
+    for kind in ("tuple", "list"):
+        if kind in structure:
+            return {kind: [changed(part, change) for part in structure[kind]]}
+    for kind in ("dict", "fields"):
+        if kind in structure:
+            return {**structure, kind: [[name, changed(part, change)] for name, part in structure[kind]]}
+    return change(structure)
+
+
 def _flatten(value: Any, leaves: list[torch.Tensor]) -> Structure:
     if isinstance(value, torch.Tensor):
         leaves.append(value)
         return {"leaf": len(leaves) - 1}
+    if isinstance(value, torch.SymInt):
+        return {"size": value}
     if value is None or type(value) in (bool, int, float, str):
         return {"const": value}
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -128,6 +128,17 @@ class NamedTensors:
             self._names[id(t)] for table, n, t in self._swapped if table.get(n) is not self._fakes[self._names[id(t)]]
         ]
 
+    def assigned(self) -> list[tuple[str, torch.Tensor]]:
+        """Return what the module has put in the place of its tensors since `swap`, each with the tensor's name."""
+        found = [(self._names[id(t)], table.get(n)) for table, n, t in self._swapped]
+        return [(name, value) for name, value in found if value is not self._fakes[name] and value is not None]
+
+    def put_back(self, name: str) -> None:
+        """Put the fake of a tensor where the module has put another one since `swap`."""
+        for table, attribute, tensor in self._swapped:
+            if self._names[id(tensor)] == name:
+                table[attribute] = self._fakes[name]
+
     def restore(self) -> None:
         """Put the module's own tensors back."""
         for table, name, tensor in reversed(self._swapped):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,8 @@ from piecework.bundle.bundle import Bundle, write_bundle
 from piecework.bundle.run.structure import unflatten
 from piecework.bundle.store.directory import DirectoryStore
 from piecework.capture.request import CaptureRequest, Dim, TensorInput
-from piecework.capture.structure import flatten
+from piecework.capture.structure import changed, flatten
+from piecework.compiler.check.results import check_results
 from piecework.compiler.driver import compile_request
 from piecework.compiler.model import started_backend
 from piecework.compiler.setup import CompileSetup, OnProgress, unheard
@@ -25,10 +27,7 @@ from piecework.foundation.target import read_target
 from piecework.foundation.torch_private import is_compiled_module, is_stand_in, operator_name
 from piecework.spec.compile_options import CompileOptions
 
-_OTHERWISE_IN_TRAINING: Final = (
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-)
+_LOG = logging.getLogger("piecework")
 
 
 def compile(
@@ -42,6 +41,7 @@ def compile(
     out: str | Path | None = None,
     options: CompileOptions | None = None,
     on_progress: OnProgress = unheard,
+    check: bool = False,
 ) -> Bundle:
     """Compile a module's forward into a bundle. Compiling happens in worker processes.
 
@@ -60,8 +60,10 @@ def compile(
             ends.
         options: see CompileOptions.
         on_progress: is told what is done.
+        check: whether to run what was compiled beside the module, on random inputs at the ends of the ranges, before
+            the bundle is written (compiler/check/results.py); how far apart they are is in its record's notes.
 
-    Raises CaptureError, ShapeContractError, CompileError, StoreError.
+    Raises CaptureError, ShapeContractError, CompileError, CheckError, StoreError.
 
     Example:
         >>> import torch, piecework
@@ -84,6 +86,7 @@ def compile(
         options=options or CompileOptions(),
         environment=read_environment(),
         on_progress=on_progress,
+        check=check,
     )
 
 
@@ -95,6 +98,7 @@ def _write(
     options: CompileOptions,
     environment: Environment,
     on_progress: OnProgress,
+    check: bool,
 ) -> Bundle:
     """Compile a request and write its bundle; `arguments` say how a caller's map to the graph's inputs."""
     store, target = DirectoryStore(environment.store_root), read_target()
@@ -107,13 +111,16 @@ def _write(
             options, scratch=scratch, environment=environment, target=target, device=request.device
         ) as backend,
     ):
-        content = compile_request(
+        sealed = compile_request(
             request,
             CompileSetup(options, backend, store, target, on_progress=on_progress, overtake_s=environment.overtake_s),
             identity={"module": type(request.module).__qualname__},
             arguments=arguments,
-        ).content
-        return write_bundle(place, content, extract_root=environment.store_root)
+            check=(lambda built: check_results(built, order=options.providers).lines()) if check else None,
+        )
+        for fallback in sealed.fallbacks:
+            _LOG.warning(fallback)
+        return write_bundle(place, sealed.content, extract_root=environment.store_root)
 
 
 def module_request(
@@ -142,12 +149,15 @@ def module_request(
     _check_axes(dynamic, given)
     _check_states(states, module, dynamic)
     named = [i.name for i in inputs]
-    by_position = parameters[: len(args)]  # exported programs take them in no other way
+    star = next((n for n in parameters if n.startswith("*")), "")
+    before = parameters[: parameters.index(star)] if star else parameters
+    by_position = before[: len(args)]  # exported programs take them in no other way
 
     def call(target: nn.Module, values: Mapping[str, Any]) -> Any:
         leaves = [values[n] for n in named]
         made = {name: unflatten(structure, leaves) for name, structure in structures}
         positional = [made.pop(name) for name in by_position]
+        positional += made.pop(star.removeprefix("*"), ())
         return target(*positional, **made)
 
     buffers = dict(module.named_buffers())
@@ -168,6 +178,7 @@ def module_request(
         device=next(iter(devices), "cpu"),
         values=values,
         notes=_training_notes(module),
+        held=(),
     )
     return request, {"parameters": parameters, "given": structures, "defaults": defaults}
 
@@ -237,15 +248,13 @@ def _bind(
         kind = signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_KEYWORD:
             given.update(value)
-        elif kind is inspect.Parameter.VAR_POSITIONAL:
-            raise CaptureError(
-                asked=f"compile {type(module).__name__}",
-                found=f"its forward takes *{name}",
-                try_="wrap it in a module whose arguments have names",
-            )
         else:
             given[name] = value
-    plain = [n for n, p in signature.parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    plain = [
+        str(p).partition(":")[0] if p.kind is inspect.Parameter.VAR_POSITIONAL else n
+        for n, p in signature.parameters.items()
+        if p.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
     defaults = {
         n: p.default
         for n, p in signature.parameters.items()
@@ -256,15 +265,7 @@ def _bind(
 
 def _shifted(structure: Any, by: int) -> Any:
     """Return `structure` with its leaves counted from `by`."""
-    if "leaf" in structure:
-        return {"leaf": structure["leaf"] + by}
-    for kind in ("tuple", "list"):
-        if kind in structure:
-            return {kind: [_shifted(s, by) for s in structure[kind]]}
-    for kind in ("dict", "fields"):
-        if kind in structure:
-            return {**structure, kind: [[k, _shifted(s, by)] for k, s in structure[kind]]}
-    return structure
+    return changed(structure, lambda end: {"leaf": end["leaf"] + by} if "leaf" in end else end)
 
 
 def _tensor_input(label: str, tensor: torch.Tensor, *, argument: str, dynamic: Mapping[str, Dim]) -> TensorInput:

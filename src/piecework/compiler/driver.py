@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from piecework.bundle.bundle import BundleContent
 from piecework.bundle.facts import Fact, environment_facts, option_facts, package_version, source_facts
@@ -15,10 +15,12 @@ from piecework.bundle.packings import OWN
 from piecework.bundle.plan import Plan, ShapeRange
 from piecework.bundle.record import Recorder
 from piecework.bundle.store.interface import Artifact
+from piecework.bundle.where import Where, spell_range
 from piecework.capture.capture import CapturedGraph, capture
-from piecework.capture.general import least_apart
+from piecework.capture.general import parts
+from piecework.capture.held import BuffersChange
 from piecework.capture.locations import source_of
-from piecework.capture.request import CaptureRequest, Dim, Variant
+from piecework.capture.request import CaptureRequest, Variant
 from piecework.compiler.artifacts import compile_artifacts
 from piecework.compiler.deduplicate import Deduplicated, Forward, deduplicate
 from piecework.compiler.explanations import explain_pieces
@@ -29,20 +31,24 @@ from piecework.compiler.passes.lower import Lowering
 from piecework.compiler.passes.native_matmul import native_paths
 from piecework.compiler.planning import make_plan
 from piecework.compiler.setup import CompileSetup
-from piecework.compiler.split import Piece, has_unknown_size, split
+from piecework.compiler.split import Piece, has_unknown_size, split, why_one_piece
 from piecework.errors import CaptureError, ShapeContractError
 from piecework.foundation.process import garbage_collection_off
 from piecework.foundation.torch_private import operator_name
 from piecework.providers.discovery import Providers, load_providers
 from piecework.spec.compile_options import BackendName
 
+_MOST_PARTS: Final = 4
+"""Graphs of one module, for parts of its sizes' ranges."""
+
 
 @dataclass(frozen=True)
 class Sealed:
-    """A finished compile: what goes into the bundle."""
+    """A finished compile: what goes into the bundle, and what could not be shared, with the reason (notes as well)."""
 
     content: BundleContent
     plan: Plan
+    fallbacks: tuple[str, ...] = ()
 
 
 def compile_request(
@@ -52,6 +58,7 @@ def compile_request(
     facts: Callable[[], Iterable[Fact]] = tuple,
     identity: Mapping[str, Any] | None = None,
     arguments: Any = None,
+    check: Callable[[Built], Iterable[str]] | None = None,
 ) -> Sealed:
     """Compile a module and return its bundle's content.
 
@@ -62,6 +69,7 @@ def compile_request(
             was traced; called when all of it was.
         identity: what the bundle is of, for people.
         arguments: how a caller's arguments map to inputs (see api.py), or None.
+        check: runs what was made before it is sealed; what it returns is noted.
 
     Raises CaptureError, ShapeContractError, CompileError, StoreError.
     """
@@ -70,6 +78,11 @@ def compile_request(
         captures = capture_variants(request)
         _require_cuts(request.opaque, captures)
     built = build(captures, setup, arguments=arguments)
+    if check is not None:
+        setup.on_progress("checking", 0, 0)
+        with setup.recorder.phase("check"):
+            for note in check(built):
+                setup.recorder.note(note)
     with setup.recorder.phase("plan"):
         all_facts = (
             *environment_facts(target=setup.target, device=request.device),
@@ -87,7 +100,7 @@ def compile_request(
         identity=identity or {},
         explanation={**explanation, **({"natives": [n.to_json() for n in built.natives]} if built.natives else {})},
     )
-    return Sealed(content, built.plan)
+    return Sealed(content, built.plan, fallbacks(built.paths))
 
 
 @dataclass(frozen=True)
@@ -166,38 +179,46 @@ def build(
 def capture_variants(request: CaptureRequest) -> list[tuple[CapturedGraph, Variant | None]]:
     """Capture a request's variants, each like a request of its own, and then the rest, with None.
 
+    Where one graph doesn't hold for all sizes of the rest, it is up to four, for parts of the sizes' ranges.
+
     Raises CaptureError, ShapeContractError.
     """
     rest = dataclasses.replace(request, variants=())
-    variants = [(capture(dataclasses.replace(rest, call=variant.call)), variant) for variant in request.variants]
-    return [*variants, *_capture_apart(rest)]
+    try:
+        variants = [(capture(dataclasses.replace(rest, call=variant.call)), variant) for variant in request.variants]
+        return [*variants, *_capture_apart(rest, most=_MOST_PARTS)]
+    except BuffersChange as found:  # all forwards hold the same ones
+        held = tuple(sorted({*(request.held or ()), *found.names}))
+        return capture_variants(dataclasses.replace(request, held=held))
 
 
-def _capture_apart(request: CaptureRequest) -> list[tuple[CapturedGraph, Variant | None]]:
-    """Capture a request; where its code goes another way for the least value of a size, that is a variant."""
+def _capture_apart(request: CaptureRequest, *, most: int) -> list[tuple[CapturedGraph, Variant | None]]:
+    """Capture a request; where its code goes another way in a part of a size's range, that part is a variant.
+
+    Raises ShapeContractError where more than `most` parts would be needed, CaptureError.
+    """
     try:
         return [(capture(request), None)]
     except ShapeContractError as error:
-        size = least_apart(error.conditions, request.traced_sizes)
-        if size is None:
-            raise
-    dim = request.traced_sizes[size]
-    note = f"{size} = {dim.min} has pieces of its own: the module's code goes another way there"
-    narrowed = {**request.narrowed, size: Dim(dim.min, dim.min)}
-    above = {**request.narrowed, size: dataclasses.replace(dim, min=dim.min + 1)}
-    least = _capture_apart(dataclasses.replace(request, narrowed=narrowed))
-    others = _capture_apart(dataclasses.replace(request, narrowed=above, notes=(*request.notes, note)))
-    equal = (size, dim.min)
-    variants = [(captured, _also(equal, variant, request)) for captured, variant in least]
-    return [*variants, *others]
+        whole, found = error, parts(error.conditions, request.traced_sizes)
+    if found is None or most < 2:
+        raise whole
+    size, lower, upper = found
+    given = (size, lower.min, lower.max)
+    note = f"{spell_range(given)} has pieces of its own: the module's code goes another way there"
+    below = dataclasses.replace(request, narrowed={**request.narrowed, size: lower})
+    above = dataclasses.replace(request, narrowed={**request.narrowed, size: upper}, notes=(*request.notes, note))
+    try:
+        variants = [(made, _also(given, variant, request)) for made, variant in _capture_apart(below, most=most - 1)]
+        return [*variants, *_capture_apart(above, most=most - len(variants))]
+    except ShapeContractError as error:
+        raise whole from error  # what doesn't hold for the whole range says more than what doesn't for a part
 
 
-def _also(equal: tuple[str, int], variant: Variant | None, request: CaptureRequest) -> Variant:
-    """Return the variant of batches that a variant is of (None: all), and in which a size has a value as well."""
-    name = f"{equal[0]}={equal[1]}"
-    if variant is None:
-        return Variant(name, (equal,), request.call)
-    return Variant(f"{name},{variant.name}", (equal, *variant.equal), request.call)
+def _also(given: tuple[str, int, int], variant: Variant | None, request: CaptureRequest) -> Variant:
+    """Return the variant of batches that a variant is of (None: all), and in which a size is in a range as well."""
+    where = (Where() if variant is None else variant.where).also(*given)
+    return Variant(where.text().replace(" and ", ", "), where, request.call)
 
 
 def _require_known_sizes(graphs: Iterable[CapturedGraph]) -> None:
@@ -227,6 +248,13 @@ def _require_cuts(wanted: Collection[str], captures: Iterable[tuple[CapturedGrap
         )
 
 
+def fallbacks(paths: Sequence[Forward]) -> tuple[str, ...]:
+    """Say where blocks could not be shared, or a graph not be cut, and why."""
+    found = dict.fromkeys(note for path in paths for note in path.captured.stacks.notes)
+    whole = dict.fromkeys(why_one_piece(path.steps, path.captured) for path in paths)
+    return (*found, *(note for note in whole if note is not None))
+
+
 def _facts(built: Built) -> list[Fact]:
     """Return what artifacts and providers depend on, beside the environment and the options."""
     sources = source_facts(built.called.union(*(path.captured.sources for path in built.paths)))
@@ -250,14 +278,17 @@ def _inlined_facts(pieces: Deduplicated) -> tuple[Fact, ...]:
 
 
 def _note_capture(recorder: Recorder, paths: Sequence[Forward], pieces: Deduplicated) -> None:
+    held = paths[-1].captured.request.held
+    if held:
+        recorder.note(
+            f"the forward changes {', '.join(held)}: the loaded model holds what is written from call to call"
+        )
     for path in paths:
         recorder.count("blocks_traced", by=path.captured.stacks.traced)
         recorder.count("blocks_stamped", by=path.captured.stacks.stamped)
         recorder.count("pieces", by=sum(isinstance(s, Piece) for s in path.steps))
     recorder.count("unique_pieces", by=len(pieces.unique))
-    for note in dict.fromkeys(
-        (*paths[-1].captured.request.notes, *(note for path in paths for note in path.captured.stacks.notes))
-    ):
+    for note in (*dict.fromkeys(note for path in paths for note in path.captured.request.notes), *fallbacks(paths)):
         recorder.note(note)
     recorder.count("ir_ops", by=sum(len(unique.sites) for unique in pieces.unique))
 

@@ -155,20 +155,19 @@ def captured_subject(
     """Capture, split and dedupe; return what is to be explained. Raises CaptureError, ShapeContractError."""
     # a bundle is explained without a compiler
     from piecework.compiler.deduplicate import Forward, deduplicate  # noqa: PLC0415
-    from piecework.compiler.driver import capture_variants  # noqa: PLC0415
+    from piecework.compiler.driver import capture_variants, fallbacks  # noqa: PLC0415
     from piecework.compiler.explanations import explain_pieces  # noqa: PLC0415
     from piecework.compiler.planning import make_plan  # noqa: PLC0415
     from piecework.compiler.split import split  # noqa: PLC0415
 
     paths = [Forward(captured, split(captured), variant) for captured, variant in capture_variants(request)]
     pieces = deduplicate(paths)
-    known = dict.fromkeys(note for path in paths for note in path.captured.stacks.notes)
     return ExplainedPlan(
         name=name,
         origin=CAPTURED,
         plan=make_plan(paths, pieces, artifacts=[()] * len(pieces.unique), arguments=arguments),
         explanation=explain_pieces(paths, pieces),
-        notes=(*notes, *known),
+        notes=(*notes, *fallbacks(paths)),
     )
 
 

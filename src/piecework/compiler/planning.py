@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +24,12 @@ from piecework.bundle.plan import (
     UniquePiece,
 )
 from piecework.bundle.recipes import Concat, Source, Take, label
-from piecework.bundle.sizes import size_expression
+from piecework.bundle.sizes import names_in, size_expression
+from piecework.bundle.where import Where
 from piecework.capture.capture import CapturedGraph, InputKind
 from piecework.capture.memory import kept_memory
 from piecework.capture.request import CaptureRequest, SizeInput, TensorInput
+from piecework.capture.structure import Structure, changed
 from piecework.compiler.deduplicate import Deduplicated, Forward, Unique
 from piecework.compiler.encode import encode_torch_type
 from piecework.compiler.packing import packable_argument
@@ -52,6 +55,7 @@ def make_plan(
         artifacts: `artifacts[i]` are the compiled forms of unique piece i.
         arguments: see Plan.
     """
+    _require_one_structure(paths)
     constants = _Constants(paths, pieces)
     instances: list[Instance] = []
     planned = [
@@ -64,7 +68,7 @@ def make_plan(
     return Plan(
         sizes={n: (d.min, d.max) for n, d in request.sizes.items()},
         primary=next(iter(request.sizes), ""),
-        inputs=_plan_inputs(captured),
+        inputs=_plan_inputs(captured, constants),
         states=tuple(_state(request, name) for name in constants.states),
         recipes=tuple(constants.recipes),
         pieces=tuple(_unique_piece(piece, ranges) for piece, ranges in zip(pieces.unique, artifacts, strict=True)),
@@ -76,6 +80,28 @@ def make_plan(
         arguments=arguments,
         variants=tuple(variants),
     )
+
+
+def _require_one_structure(paths: Sequence[Forward]) -> None:
+    """Raise CaptureError where the results of some batches are made up otherwise than those of the others."""
+    *variants, rest = paths
+    for path in variants:
+        where = Where() if path.variant is None else path.variant.where
+        fixed = {name: low for name, low, high in where.within if low == high}
+        ends = partial(_at, sizes=fixed)
+        if changed(path.captured.structure, ends) != changed(rest.captured.structure, ends):
+            raise CaptureError(
+                asked="a module whose results are made up the same way for all sizes",
+                found=f"where {where.text()}, it returns something else",
+                try_="return as many tensors, and the same numbers, for all sizes",
+            )
+
+
+def _at(end: Structure, *, sizes: Mapping[str, int]) -> Structure:
+    """Return an end of a structure where some sizes have values."""
+    if "size" not in end or not names_in(end["size"]) <= sizes.keys():
+        return end
+    return {"const": size_expression(end["size"])(sizes)}
 
 
 @dataclass(frozen=True)
@@ -125,7 +151,9 @@ class _Constants:
                 if n in known
             ]
         nodes = [(i, path) for path in paths for i in path.captured.inputs]
-        self._weights = {i.name: (i.node, path) for i, path in nodes if i.kind is InputKind.WEIGHT}
+        kinds = (InputKind.WEIGHT, InputKind.HELD)
+        self._weights = {i.name: (i.node, path) for i, path in nodes if i.kind in kinds}
+        self._needs[-1, -1] = [_Wanted((name,), "") for name in paths[-1].captured.request.held or ()]
         used = {i.name for i, _ in nodes if i.kind is InputKind.STATE}
         self.states = [name for name in paths[-1].captured.request.states if name in used]
         wanted = sorted({item for items in self._needs.values() for item in items}, key=_Wanted.family)
@@ -135,6 +163,10 @@ class _Constants:
     def of_step(self, path: int, number: int) -> tuple[int, ...]:
         """Return the recipes that a step needs."""
         return tuple(self._numbers[item] for item in self._needs[path, number])
+
+    def of_held(self, name: str) -> int:
+        """Return the recipe of a held buffer."""
+        return self._numbers[_Wanted((name,), "")]
 
     def of_parameter(self, name: str, *, packable: bool) -> tuple[int, bool]:
         """Return the recipe of a parameter that an opaque op takes, and whether it is packed."""
@@ -187,8 +219,8 @@ def _unique_piece(unique: Unique, ranges: Sequence[ShapeRange]) -> UniquePiece:
     )
 
 
-def _plan_inputs(captured: CapturedGraph) -> tuple[PlanInput, ...]:
-    """Return the inputs in the order of their slots: arguments, then objects."""
+def _plan_inputs(captured: CapturedGraph, constants: _Constants) -> tuple[PlanInput, ...]:
+    """Return the inputs in the order of their slots: arguments, held buffers, objects."""
     given = {i.name: i for i in captured.request.inputs}
     kept = kept_memory(captured.graph, opaque=captured.request.opaque)
     made = [
@@ -196,7 +228,19 @@ def _plan_inputs(captured: CapturedGraph) -> tuple[PlanInput, ...]:
         for i in captured.inputs
         if i.kind is InputKind.ARGUMENT
     ]
-    return (*made, *(PlanInput(name=name) for name in captured.request.objects))
+    held = [
+        PlanInput(
+            name=i.name,
+            shape=tuple(int(d) for d in i.node.meta["val"].shape),
+            dtype=str(i.node.meta["val"].dtype).removeprefix("torch."),
+            device=captured.request.device,
+            written=True,
+            recipe=constants.of_held(i.name),
+        )
+        for i in captured.inputs
+        if i.kind is InputKind.HELD
+    ]
+    return (*made, *held, *(PlanInput(name=name) for name in captured.request.objects))
 
 
 def _plan_input(given: TensorInput | SizeInput, node: torch.fx.Node, *, written: bool) -> PlanInput:
@@ -232,7 +276,7 @@ class _Planner:
         self._instances = instances
         self._known = {instance: n for n, instance in enumerate(instances)}
         inputs = path.captured.inputs
-        self._arguments = [i for i in inputs if i.kind is InputKind.ARGUMENT]
+        self._arguments = [i for i in inputs if i.kind in (InputKind.ARGUMENT, InputKind.HELD)]
         self._weights = {i.node: i.name for i in inputs if i.kind is InputKind.WEIGHT}
         self._states = {i.node: i.name for i in inputs if i.kind is InputKind.STATE}
         self._slots: dict[torch.fx.Node, int] = {i.node: n for n, i in enumerate(self._arguments)}
@@ -257,8 +301,8 @@ class _Planner:
                 out.append(self._op_step(number, step))
         results = self._results()
         variant = self._path.variant
-        name, equal = (variant.name, variant.equal) if variant is not None else ("", ())
-        return PlanVariant(name, equal, tuple(out), self._num_slots, results)
+        name, where = (variant.name, variant.where) if variant is not None else ("", Where())
+        return PlanVariant(name, where, tuple(out), self._num_slots, results)
 
     def _instance(self, instance: Instance) -> int:
         """Return the number of an instance; forwards share those that are the same."""

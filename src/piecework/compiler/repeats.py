@@ -62,11 +62,19 @@ def cut_repeats(
         nodes: a run, in order.
         weights: the graph's inputs that are weights.
     """
-    names: dict[str, int] = {}
-    tokens = [names.setdefault(_token(node, weights), len(names)) for node in nodes]
-    positions = _Search(nodes, tokens).cuts(0, len(nodes))
+    positions = _search(nodes, weights).cuts(0, len(nodes))
     for begin, end in pairwise([0, *sorted(positions - {0, len(nodes)}), len(nodes)]):
         yield nodes[begin:end]
+
+
+def why_whole(nodes: Sequence[torch.fx.Node], *, weights: Container[torch.fx.Node]) -> str:
+    """Return why `cut_repeats` leaves a run of nodes as a whole, in words."""
+    return _search(nodes, weights).why_none()
+
+
+def _search(nodes: Sequence[torch.fx.Node], weights: Container[torch.fx.Node]) -> _Search:
+    names: dict[str, int] = {}
+    return _Search(nodes, [names.setdefault(_token(node, weights), len(names)) for node in nodes])
 
 
 def _token(node: torch.fx.Node, weights: Container[torch.fx.Node]) -> str:
@@ -103,17 +111,31 @@ class _Search:
 
     def _best(self, begin: int, end: int) -> Repeat | None:
         """Return the repeat in [begin, end) that saves most, cut where the fewest tensors cross."""
-        longest = [
-            Repeat(start, period, 1 + same // period)
-            for period in self._periods(begin, end)
-            for start, same in self._equal_runs(begin, end, period)
-            if same >= period and self._products[start + period] > self._products[start]
-        ]
-        worth = [repeat for repeat in longest if repeat.saved >= MIN_SAVED]
+        worth = [r for r in self._repeats(begin, end) if r.saved >= MIN_SAVED and self._has_product(r)]
         if not worth:
             return None
         # of two that save as much, the one with the shorter parts
         return self._in_phase(max(worth, key=lambda repeat: (repeat.saved, -repeat.length)), end)
+
+    def why_none(self) -> str:
+        """Return why the whole run has no cut, in words."""
+        repeats = list(self._repeats(0, len(self._nodes)))
+        most = max((r.saved for r in repeats), default=0)
+        if most >= MIN_SAVED:
+            return "what repeats has no product of matrices, and is worth more as one loop"
+        if not repeats:
+            return "no two parts of it are equal"
+        return f"its equal parts would save {most} operators, and less than {MIN_SAVED} are not worth a cut"
+
+    def _repeats(self, begin: int, end: int) -> Iterator[Repeat]:
+        """Yield the longest runs of equal parts in [begin, end), for distances at which equal nodes often stand."""
+        for period in self._periods(begin, end):
+            for start, same in self._equal_runs(begin, end, period):
+                if same >= period:
+                    yield Repeat(start, period, 1 + same // period)
+
+    def _has_product(self, repeat: Repeat) -> bool:
+        return self._products[repeat.begin + repeat.length] > self._products[repeat.begin]
 
     def _periods(self, begin: int, end: int) -> list[int]:
         """Return distances at which equal nodes often stand."""

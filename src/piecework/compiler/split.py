@@ -18,7 +18,7 @@ import torch
 from piecework.capture.capture import CapturedGraph, InputKind
 from piecework.capture.memory import is_step
 from piecework.compiler.encode import ProgramBuilder
-from piecework.compiler.repeats import cut_repeats
+from piecework.compiler.repeats import MIN_SAVED, cut_repeats, why_whole
 from piecework.foundation.torch_private import TORCHS_NAMESPACES, operator_name
 from piecework.ops.ir.program import Program
 
@@ -83,6 +83,15 @@ def split(captured: CapturedGraph) -> list[Step]:
             )
             steps += [piece for piece in made if piece is not None]
     return steps
+
+
+def why_one_piece(path: Sequence[Step], captured: CapturedGraph) -> str | None:
+    """Return why a forward of 32 operators or more is one piece, in words; None where it isn't, or has less."""
+    nodes = [n for n in captured.graph.nodes if n.op == "call_function" and n not in captured.views and not _is_size(n)]
+    if len(path) != 1 or len(nodes) < 2 * MIN_SAVED:
+        return None
+    weights = {i.node for i in captured.inputs if i.kind is InputKind.WEIGHT}
+    return f"the module is one piece of {len(nodes)} operators: {why_whole(nodes, weights=weights)}"
 
 
 def has_unknown_size(node: torch.fx.Node) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers import __version__ as transformers_version
 
+from piecework.bundle.where import Where
 from piecework.capture.request import CaptureRequest, Dim, SizeInput, TensorInput, Variant
 from piecework.capture.sources import is_users
 from piecework.errors import PieceworkError, UnsupportedModelError
@@ -101,8 +102,8 @@ def call_causal_lm(module: nn.Module, inputs: Mapping[str, Any], *, regime: Regi
 
 # Whether tokens decode is known of the batch, so each kind has its own graph, without rows that are cut out of it.
 _VARIANTS: Final = (
-    Variant("decode", (("decode_tokens", "tokens"),), partial(call_causal_lm, regime=Regime.DECODE)),
-    Variant("prefill", (("decode_tokens", 0),), partial(call_causal_lm, regime=Regime.PREFILL)),
+    Variant("decode", Where(equal=(("decode_tokens", "tokens"),)), partial(call_causal_lm, regime=Regime.DECODE)),
+    Variant("prefill", Where(within=(("decode_tokens", 0, 0),)), partial(call_causal_lm, regime=Regime.PREFILL)),
 )
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from piecework.bundle import Bundle, Fact
 from piecework.bundle.format import FORMAT, PLAN
 from piecework.bundle.manifest import corrupt
-from piecework.bundle.plan import OpStep, PieceStep, Plan, PlanVariant, Recipe, State, UniquePiece
+from piecework.bundle.plan import OpStep, PieceStep, Plan, Recipe, State, UniquePiece
 from piecework.bundle.recipes import Concat, HeadProduct, HeadRows, Stack
 from piecework.bundle.record import Record
 from piecework.report.kernel_counts import (
@@ -222,10 +222,9 @@ def describe(bundle: Bundle, *, verified: bool, sizes: Sequence[Mapping[str, int
 
 
 def _forwards(plan: Plan) -> Iterator[ForwardReport]:
-    for variant in (*plan.variants, PlanVariant("", (), plan.steps, plan.num_slots, plan.output_slots)):
+    for variant in plan.forwards:
         num_pieces = sum(isinstance(step, PieceStep) for step in variant.steps)
-        when = " and ".join(f"{size} = {other}" for size, other in variant.equal)
-        yield ForwardReport(variant.name, when, num_pieces, len(variant.steps) - num_pieces)
+        yield ForwardReport(variant.name, variant.where.text(), num_pieces, len(variant.steps) - num_pieces)
 
 
 def _forward_line(forward: ForwardReport) -> str:

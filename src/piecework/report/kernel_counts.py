@@ -18,8 +18,9 @@ from typing import Any, Final
 from piecework.bundle import Bundle
 from piecework.bundle.format import EXPLANATION
 from piecework.bundle.manifest import corrupt
-from piecework.bundle.plan import OpStep, PieceStep, Plan, PlanVariant
+from piecework.bundle.plan import OpStep, PieceStep, Plan
 from piecework.bundle.sizes import size_expression
+from piecework.bundle.where import Where
 from piecework.errors import PieceworkError
 from piecework.foundation.notes import KERNELS, read_note
 from piecework.foundation.traffic import Kernel, Term, kernels_from_json, kernels_to_json
@@ -154,8 +155,10 @@ def moved_table(plan: Plan, pieces: Sequence[PieceKernels], *, sizes: Sizes) -> 
                 try_="a size that the bundle has, within its range",
             )
     rows: list[MovedRow] = []
-    for variant in (*plan.variants, PlanVariant("", (), plan.steps, plan.num_slots, plan.output_slots)):
-        found = _all_sizes(plan, sizes, equal=variant.equal)
+    for variant in plan.forwards:
+        if any(not low <= sizes.get(name, low) <= high for name, low, high in variant.where.within):
+            continue
+        found = _all_sizes(plan, sizes, where=variant.where)
         forward = replace(plan, variants=(), steps=variant.steps)
         rows += _forward_rows(forward, pieces, variant.name, found)
     return MovedTable(dict(sizes), tuple(rows))
@@ -228,12 +231,14 @@ def _forward_rows(plan: Plan, pieces: Sequence[PieceKernels], name: str, sizes: 
     return [*rows, row("in all", range(len(plan.steps)))]
 
 
-def _all_sizes(plan: Plan, sizes: Sizes, *, equal: Iterable[tuple[str, str | int]]) -> dict[str, int]:
+def _all_sizes(plan: Plan, sizes: Sizes, *, where: Where) -> dict[str, int]:
     primary = sizes.get(plan.primary, TYPICAL[0])
     found = {name: max(low, min(high, primary)) for name, (low, high) in plan.sizes.items()}
     found |= sizes
-    for name, other in equal:
-        found[name] = other if isinstance(other, int) else found[other]
+    for name, low, high in where.within:
+        found[name] = max(low, min(high, found[name]))
+    for name, other in where.equal:
+        found[name] = found[other]
     return found
 
 

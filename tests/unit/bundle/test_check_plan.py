@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save
 from tests.unit.models.tiny import write_config
 
+import piecework
 from benchmarks.common.forgery import forge, forge_artifact
 from benchmarks.common.sample_bundles import Sample, language_model, stack
-from piecework.bundle import Fact
+from piecework.bundle import Bundle, Fact
 from piecework.bundle.plan import OpStep
 from piecework.bundle.run.fake_ops import FakeOp
 from piecework.bundle.run.loading import read_plan
@@ -116,6 +117,9 @@ LIES_OF_A_STACK: dict[str, Change] = {
     "rows in a thousand brackets": set_at("steps", 1, 1, 2, {"size": "(" * 1000 + "rows" + ")" * 1000}),
     "a structure with a leaf too many": set_at("structure", {"leaf": 7}),
     "a structure without end": lambda plan: plan.update(structure=json.loads('{"list":[' * 200 + "]}" * 200)),
+    "a number of an unknown size": set_at("structure", {"tuple": [{"leaf": 0}, {"leaf": 1}, {"size": "columns"}]}),
+    "a number that is Python": set_at("structure", {"tuple": [{"leaf": 0}, {"leaf": 1}, {"size": "exit()"}]}),
+    "a number for an argument": lambda plan: plan["arguments"]["given"].append(["more", {"size": "rows"}]),
     "arguments of another module": set_at("arguments", "given", []),
 }
 
@@ -129,6 +133,88 @@ def test_a_lying_plan_of_a_stack(lie: str, blocks: Sample, tmp_path: Path) -> No
         blocks.load(forged)
     # an op that isn't registered here may be in a package that isn't imported
     assert isinstance(caught.value, CorruptBundle) or lie.startswith("an op "), caught.value
+
+
+class _Window(torch.nn.Module):
+    """Another way below 16 rows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sin() if x.shape[0] < 16 else x.cos()
+
+
+@pytest.fixture(scope="module")
+def window(place: Path) -> Bundle:
+    eager = piecework.CompileOptions(backend=BackendName.EAGER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PIECEWORK_HOME", str(place / "home"))
+        sizes = {"rows": piecework.Dim(1, 64)}
+        return piecework.compile(_Window(), (torch.randn(3, 8),), dynamic=sizes, out=place / "window", options=eager)
+
+
+LIES_OF_PARTS: dict[str, Change] = {
+    "a part that is larger": set_at("variants", 0, "within", {"rows": [1, 16]}),
+    "a part that leaves a gap": set_at("variants", 0, "within", {"rows": [1, 14]}),
+    "a part that begins later": set_at("variants", 0, "within", {"rows": [2, 15]}),
+    "a part of one row": set_at("variants", 0, "within", {"rows": [1, 1]}),
+    "a part beyond the range": set_at("variants", 0, "within", {"rows": [0, 15]}),
+    "a part upside down": set_at("variants", 0, "within", {"rows": [15, 1]}),
+    "a part of an unknown size": set_at("variants", 0, "within", {"columns": [1, 15]}),
+    "a part of rows that equal nothing": set_at("variants", 0, "equal", [["rows", 3]]),
+    "no condition": lambda plan: plan["variants"][0].pop("within"),
+    "no part": lambda plan: plan["variants"].clear(),
+    "two of one name": lambda plan: plan["variants"].append(plan["variants"][0]),
+}
+
+
+@pytest.mark.parametrize("lie", LIES_OF_PARTS)
+def test_a_lying_plan_of_a_range_in_parts(lie: str, window: Bundle, tmp_path: Path) -> None:
+    plan = copy.deepcopy(dict(window.plan()))
+    piecework.load(forge(window, tmp_path / "same", plan=plan), weights={})
+    LIES_OF_PARTS[lie](plan)
+    with pytest.raises(CorruptBundle):
+        piecework.load(forge(window, tmp_path / "forged", plan=plan), weights={})
+
+
+class _Counter(torch.nn.Module):
+    """Counts rows in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(8))
+        self.register_buffer("other", torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += x.sum(0)
+        return x + self.count + self.other.repeat(2)
+
+
+@pytest.fixture(scope="module")
+def counter(place: Path) -> Bundle:
+    eager = piecework.CompileOptions(backend=BackendName.EAGER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PIECEWORK_HOME", str(place / "home"))
+        sizes = {"rows": piecework.Dim(1, 64)}
+        return piecework.compile(_Counter(), (torch.randn(3, 8),), dynamic=sizes, out=place / "count", options=eager)
+
+
+LIES_OF_A_BUFFER: dict[str, Change] = {
+    "no buffer": lambda plan: plan["inputs"][1].pop("recipe"),
+    "a buffer for an argument": set_at("inputs", 0, "recipe", 0),
+    "a buffer that nothing makes": set_at("inputs", 1, "recipe", 7),
+    "another buffer": set_at("inputs", 1, "recipe", 1),
+    "a buffer of another shape": set_at("inputs", 1, "shape", [4]),
+    "a buffer of another type": set_at("inputs", 1, "dtype", "int64"),
+    "a buffer first": lambda plan: plan["inputs"].reverse(),
+}
+
+
+@pytest.mark.parametrize("lie", LIES_OF_A_BUFFER)
+def test_a_lying_plan_of_a_buffer(lie: str, counter: Bundle, tmp_path: Path) -> None:
+    plan = copy.deepcopy(dict(counter.plan()))
+    piecework.load(forge(counter, tmp_path / "same", plan=plan), weights=_Counter())
+    LIES_OF_A_BUFFER[lie](plan)
+    with pytest.raises(CorruptBundle):
+        piecework.load(forge(counter, tmp_path / "forged", plan=plan), weights=_Counter())
 
 
 LIES_OF_A_MODEL: dict[str, Change] = {

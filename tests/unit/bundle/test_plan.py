@@ -26,6 +26,7 @@ from piecework.bundle.plan import (
 )
 from piecework.bundle.recipes import Concat, Take
 from piecework.bundle.sizes import size_expression
+from piecework.bundle.where import Where
 from piecework.capture.capture import capture
 from piecework.capture.request import CaptureRequest
 from piecework.compiler.deduplicate import Forward, deduplicate
@@ -119,7 +120,9 @@ plans = st.builds(
         st.builds(
             PlanVariant,
             name=st.sampled_from(["decode", "prefill"]),
-            equal=st.sampled_from([(("tokens", 0),), (("tokens", "blocks"), ("blocks", 1))]),
+            where=st.sampled_from(
+                [Where(within=(("tokens", 0, 0),)), Where((("tokens", "blocks"),), (("blocks", 1, 9),)), Where()]
+            ),
             steps=steps,
             num_slots=st.integers(0, 10),
             output_slots=slots,

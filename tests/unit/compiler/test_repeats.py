@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -187,3 +188,40 @@ def test_equal_parts_inside_equal_parts(tmp_path: Path) -> None:
     pieces, unique, _ = compiled(module, torch.randn(3, 5, 16), tmp_path)
     assert pieces >= 16
     assert unique <= 5
+
+
+class Power(nn.Module):
+    def __init__(self, exponent: int) -> None:
+        super().__init__()
+        self.exponent = exponent
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x**self.exponent
+
+
+def widths(*sizes: int) -> nn.Module:
+    return nn.Sequential(*(nn.Sequential(nn.Linear(a, b), nn.GELU()) for a, b in pairwise(sizes)))
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (Smooth(), "the module is one piece of 80 operators: what repeats has no product of matrices"),
+        (widths(*range(16, 33)), "the module is one piece of 32 operators: no two parts of it are equal"),
+        (
+            nn.Sequential(widths(16, 16, 16, 16, 16), widths(*range(16, 31))),
+            "of 36 operators: its equal parts would save 6 operators, and less than 16 are not worth a cut",
+        ),
+        (InList(Power(2), Power(3), Power(4)), "Power blocks are traced one by one: no two of the 3 do the same"),
+        (InList(*mlps(2)), None),
+    ],
+)
+def test_what_could_not_be_shared_is_said(
+    module: nn.Module, said: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = CompileOptions(backend=BackendName.EAGER)
+    example, sizes = torch.randn(3, 16), {"rows": Dim(1, 64)}
+    notes = piecework.compile(module, (example,), dynamic=sizes, options=options, out=tmp_path / "b").record().notes
+    told = [record.getMessage() for record in caplog.records if record.name == "piecework"]
+    assert tuple(told) == notes
+    assert not told if said is None else said in told[0]

@@ -207,7 +207,7 @@ class EagerModel:
         sizes = {"tokens": len(inputs["input_ids"]), "decode_tokens": inputs["num_decode_tokens"]}
         call = self.request.call
         for variant in reversed(self.request.variants):
-            if all(sizes[size] == sizes.get(str(other), other) for size, other in variant.equal):
+            if variant.where.holds(sizes):
                 call = variant.call
         self.num_runs += 1
         with torch.inference_mode():

@@ -9,18 +9,22 @@ from piecework.errors import RequestError
 
 
 def bind_arguments(layout: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments by parameter name; `layout` is the plan's `arguments`.
+    """Return the arguments by parameter name; `layout` is the plan's `arguments`, with "*name" for those without one.
 
     Raises RequestError where they are not those that the module was compiled with.
     """
     names = layout["parameters"]
-    given = dict(zip(names, args, strict=False))
-    if len(args) > len(names) or set(given) & set(kwargs):
+    star = next((place for place, name in enumerate(names) if name.startswith("*")), len(names))
+    given: dict[str, Any] = dict(zip(names[:star], args, strict=False))
+    others = tuple(args[star:])
+    if (others and star == len(names)) or set(given) & set(kwargs):
         raise RequestError(
             asked="call the loaded model",
             found=f"{len(args)} positional arguments and {sorted(kwargs)}",
             try_="call it as forward(" + ", ".join(names) + ")",
         )
+    if others:
+        given[names[star][1:]] = others
     given.update(kwargs)
     wanted = [name for name, _ in layout["given"]]
     missing = [n for n in wanted if n not in given]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from piecework.bundle.check_plan import artifact_for, forms, lie
 from piecework.bundle.manifest import corrupt
-from piecework.bundle.plan import NativeCall, Plan, PlanVariant, UniquePiece
+from piecework.bundle.plan import NativeCall, Plan, UniquePiece
 from piecework.bundle.run.abstract_run import run_abstractly
 from piecework.bundle.run.instances import Library, read_library
 from piecework.foundation.notes import INTERFACE, read_note
@@ -36,11 +36,10 @@ def check_artifacts(plan: Plan, path_of: Callable[[str], Path], *, seed: str) ->
         _check_body(native, libraries)
     for name, artifact in plan.kernels.items():
         _check_kernel(name, path_of(artifact), artifact=artifact)
-    rest = PlanVariant("", (), plan.steps, plan.num_slots, plan.output_slots)
     for low, high in forms(plan):
         interfaces = [libraries[artifact_for(piece, low, high)].interface for piece in plan.pieces]
         _check_instances(plan, interfaces)
-        for path in (*plan.variants, rest):
+        for path in plan.forwards:
             try:
                 run_abstractly(plan, path, bounds=(low, high), interfaces=interfaces, seed=seed)
             except ValueError as error:

@@ -14,6 +14,7 @@ import torch
 
 from piecework.foundation.torch_private import (
     GROUPED_PRODUCT,
+    TORCHS_NAMESPACES,
     Argument,
     can_run_on_meta,
     grouped_product_shape,
@@ -66,11 +67,18 @@ def check_arguments(overload: Any, args: Sequence[Any], kwargs: Mapping[str, Any
         if name not in known or name in given:
             raise ValueError(f"an argument {name!r} that it doesn't take, or has already")
         given[name] = value
+    wraps = str(operator_name(overload)).partition("::")[0] in TORCHS_NAMESPACES
     for parameter in parameters:
         if parameter.name in given:
-            _check(parameter, given[parameter.name])
+            if not (wraps and _is_wrapped(parameter, given[parameter.name])):
+                _check(parameter, given[parameter.name])
         elif not parameter.has_default:
             raise ValueError(f"no argument {parameter.name!r}")
+
+
+def _is_wrapped(parameter: Argument, value: Any) -> bool:
+    """Whether a value is a number that torch's own operators take for a tensor."""
+    return parameter.type == "Tensor" and type(value) in (int, float, bool)
 
 
 def _check(parameter: Argument, value: Any) -> None:

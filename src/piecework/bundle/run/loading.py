@@ -82,6 +82,10 @@ def load(
     begun = time.perf_counter()
     source = as_source(weights)
     literals = _literals(opened, plan)
+    names = {given.name for given in plan.inputs if given.recipe is not None}
+    if names:  # of a buffer that no checkpoint has, the bundle knows the first value only
+        own = {name: source.get(name) for name in names.intersection(source.names())}
+        literals = {**literals, **own}
     constants = make_constants(plan.recipes, source=source, literals=literals, device=device)
     phases["weights"] = _lap(begun)
     begun = time.perf_counter()

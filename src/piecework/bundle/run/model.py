@@ -16,6 +16,7 @@ from piecework.bundle.run.states import zeros
 from piecework.bundle.run.step_calls import Run, StepCall, op_call, piece_call
 from piecework.bundle.run.structure import match, unflatten
 from piecework.bundle.sizes import names_in, size_expression
+from piecework.bundle.structures import check_structure
 from piecework.errors import CapacityError, InternalError, RequestError, ShapeContractError
 from piecework.ops.ir.decode import decode
 from piecework.ops.ir.layer import LayerName
@@ -53,25 +54,27 @@ class LoadedModel:
         self.plan = plan
         self.record = record
         self._constants = constants  # instances hold bare pointers to these
+        self._held = {i.name: constants[i.recipe] for i in plan.inputs if i.recipe is not None}
         self._kernels = kernels or {}  # native implementations of opaque ops by "namespace::name"
         self._natives = natives or {}  # what is selected inside opaque ops by "namespace::name"
         self._owned = owned
         self._layers: dict[str, LayerName] = {}
         self._states: list[torch.Tensor] | None = None if plan.states else []
         self._forms = forms
-        self._rest = PlanVariant("", (), plan.steps, plan.num_slots, plan.output_slots)
+        self._rest = plan.rest
         self._programs: dict[str, list[tuple[int, int, list[StepCall]]]] = {}
         self._checks = _size_checks(plan)
         self._labels: Sequence[str] | None = None
         self._device = next((i.device for i in plan.inputs if i.device not in ("", "cpu")), None)
         self._tensors = _tensor_checks(plan)
+        self._returns_sizes = bool(check_structure(plan.structure, leaves=range(len(plan.output_slots))))
         if not plan.states:
             self._prepare()
 
     @property
     def plan_inputs(self) -> tuple[str, ...]:
-        """Names of the plan's inputs, in order."""
-        return tuple(i.name for i in self.plan.inputs)
+        """Names of the inputs that `run` takes, in order."""
+        return tuple(i.name for i in self.plan.inputs if i.recipe is None)
 
     def make_states(self, sizes: Mapping[str, int]) -> None:
         """Allocate the states (KV caches), zeroed; `sizes` gives the declared sizes in their shapes, such as "blocks".
@@ -103,8 +106,9 @@ class LoadedModel:
 
     @property
     def states(self) -> Mapping[str, torch.Tensor]:
-        """The states by name."""
-        return {s.name: t for s, t in zip(self.plan.states, self._states or [], strict=False)}
+        """The states by name, and the buffers that the forward changes: those of the module whose weights are bound."""
+        states = {s.name: t for s, t in zip(self.plan.states, self._states or [], strict=False)}
+        return {**states, **self._held}
 
     def run(self, inputs: Mapping[str, torch.Tensor | int]) -> list[torch.Tensor]:
         """Run one forward on named inputs and return the flat results.
@@ -114,6 +118,9 @@ class LoadedModel:
         """
         values: list[Any] = []
         for given in self.plan.inputs:
+            if given.recipe is not None:
+                values.append(self._held[given.name])
+                continue
             if given.name not in inputs:
                 raise RequestError(
                     asked="run the loaded model",
@@ -136,13 +143,16 @@ class LoadedModel:
         leaves: list[Any] = []
         for name, structure in layout["given"]:
             match(structure, given[name], where=name, leaves=leaves)
-        return unflatten(self.plan.structure, self._run(leaves))
+        leaves += self._held.values()
+        sizes = self._sizes(leaves) if self._returns_sizes else {}
+        return unflatten(self.plan.structure, self._run(leaves), sizes)
 
     def close(self) -> None:
         """Let go of weights, states and libraries; the model can't be called afterwards."""
         self._programs = {}
         self._forms = ()
         self._states = None
+        self._held = {}
         self._constants = ()
         for bodies in self._bodies():
             bodies.clear()
@@ -188,10 +198,7 @@ class LoadedModel:
 
     def _path(self, sizes: Mapping[str, int]) -> PlanVariant:
         for variant in self.plan.variants:
-            for size, other in variant.equal:
-                if sizes[size] != (other if isinstance(other, int) else sizes[other]):
-                    break
-            else:
+            if variant.where.holds(sizes):
                 return variant
         return self._rest
 
@@ -211,7 +218,7 @@ class LoadedModel:
         assert self._states is not None
         self._programs = {}
         begin = 0
-        for path in (*self.plan.variants, self._rest):
+        for path in self.plan.forwards:
             labels = None if self._labels is None else self._labels[begin : begin + len(path.steps)]
             begin += len(path.steps)
             ops = {i: self._op(s) for i, s in enumerate(path.steps) if isinstance(s, OpStep)}
@@ -342,6 +349,8 @@ def _size_checks(plan: Plan) -> list[tuple[int, int, int | str, PlanInput]]:
     """Return (position, axis, size or number, input) for every axis to check; axis -1 is an integer input itself."""
     checks: list[tuple[int, int, int | str, PlanInput]] = []
     for position, given in enumerate(plan.inputs):
+        if given.recipe is not None:
+            continue
         if given.shape is None:
             checks += [(position, -1, given.size, given)] if given.size else []
         else:
@@ -354,7 +363,7 @@ def _tensor_checks(plan: Plan) -> list[tuple[int, torch.dtype, int, PlanInput]]:
     return [
         (position, getattr(torch, given.dtype), len(given.shape), given)
         for position, given in enumerate(plan.inputs)
-        if given.shape is not None
+        if given.shape is not None and given.recipe is None
     ]
 
 

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+from piecework.bundle.sizes import size_expression
 from piecework.errors import BundleError, RequestError
 
+_NO_SIZES: Final[Mapping[str, int]] = {}
 
-def unflatten(structure: Any, leaves: Sequence[Any]) -> Any:
-    """Return the nested value that `structure` describes, with `leaves` in its places."""
+
+def unflatten(structure: Any, leaves: Sequence[Any], sizes: Mapping[str, int] = _NO_SIZES) -> Any:
+    """Return the nested value that `structure` describes, with `leaves` in its places, and numbers made of `sizes`."""
     if "leaf" in structure:
         return leaves[structure["leaf"]]
     if "const" in structure:
         return structure["const"]
+    if "size" in structure:
+        return size_expression(structure["size"])(sizes)
     if "tuple" in structure:
-        return tuple(unflatten(s, leaves) for s in structure["tuple"])
+        return tuple(unflatten(s, leaves, sizes) for s in structure["tuple"])
     if "list" in structure:
-        return [unflatten(s, leaves) for s in structure["list"]]
+        return [unflatten(s, leaves, sizes) for s in structure["list"]]
     if "dict" in structure:
-        return {k: unflatten(s, leaves) for k, s in structure["dict"]}
-    name, values = structure["class"], {n: unflatten(s, leaves) for n, s in structure["fields"]}
+        return {k: unflatten(s, leaves, sizes) for k, s in structure["dict"]}
+    name, values = structure["class"], {n: unflatten(s, leaves, sizes) for n, s in structure["fields"]}
     try:
         return _find_class(name)(**values)
     except TypeError as error:

@@ -70,6 +70,7 @@ from piecework.foundation.torch_private.symbolic import (
     SymbolicSession,
     holds_within,
     is_one,
+    size_at,
     size_oblivious,
     unanswered,
 )
@@ -147,6 +148,7 @@ __all__ = [
     "run_and_record",
     "set_inductor_options",
     "single_overload",
+    "size_at",
     "size_bounds",
     "size_oblivious",
     "stock_inductor",

@@ -132,6 +132,15 @@ class SymbolicSession:
         return found
 
 
+def size_at(size: int | torch.SymInt, values: Mapping[str, int]) -> int:
+    """Return a size where its symbols have some values; 0 where one of them has none."""
+    if isinstance(size, int):
+        return size
+    expr = size.node.expr
+    unknown = any(str(symbol) not in values for symbol in expr.free_symbols)
+    return 0 if unknown else int(expr.subs({symbol: values[str(symbol)] for symbol in expr.free_symbols}))
+
+
 def is_one(size: int | torch.SymInt) -> bool:
     """Whether a size is 1; False for one that depends on values, of which nothing is known."""
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
 from piecework.bundle.plan import OpStep, Plan, PlanVariant
 from piecework.bundle.run.sample_sizes import Point, sample_sizes
+from piecework.bundle.where import Where
 
 PLAN = Plan({"tokens": (1, 64), "seqs": (0, 8)}, "tokens", (), (), (), (), (), (), 0, (), {})
 
 
-def points(*equal: tuple[str, str | int], bounds: tuple[int, int] = (1, 64), size: str = "") -> list[Point]:
+def points(
+    where: Where | None = None, *, sooner: Sequence[Where] = (), bounds: tuple[int, int] = (1, 64), size: str = ""
+) -> list[Point]:
     steps = (OpStep("a::b", ({"list": [{"size": size}]},), {}, ()),) if size else ()
-    return sample_sizes(PLAN, PlanVariant("", equal, steps, 0, ()), bounds=bounds, seed="seed")
+    plan = replace(PLAN, variants=tuple(PlanVariant(str(n), each, (), 0, ()) for n, each in enumerate(sooner)))
+    return sample_sizes(plan, PlanVariant("", where or Where(), steps, 0, ()), bounds=bounds, seed="seed")
 
 
 def test_the_ends_and_some_in_between() -> None:
@@ -27,9 +32,27 @@ def test_the_ends_and_some_in_between() -> None:
 
 def test_a_part_of_the_range_and_what_is_equal() -> None:
     assert {p["tokens"] for p in points(bounds=(3, 3))} == {3}
-    assert all(p["tokens"] == p["seqs"] >= 1 for p in points(("tokens", "seqs")))
-    assert {p["seqs"] for p in points(("seqs", 5))} == {5}
-    assert points(("seqs", 9)) == [], "there are no such batches"
+    assert all(p["tokens"] == p["seqs"] >= 1 for p in points(Where((("tokens", "seqs"),))))
+    assert {p["seqs"] for p in points(seqs(5, 5))} == {5}
+    assert points(seqs(9, 9)) == [], "there are no such batches"
+
+
+def seqs(low: int, high: int) -> Where:
+    return Where(within=(("seqs", low, high),))
+
+
+def test_what_comes_to_another_forward_is_left_out() -> None:
+    assert {p["seqs"] for p in points(sooner=[seqs(0, 5), seqs(7, 8)])} == {6}
+    assert [p["seqs"] for p in points(sooner=[seqs(3, 5)])][:2] == [0, 8]
+    assert all(p["seqs"] not in {3, 4, 5} for p in points(sooner=[seqs(3, 5)]))
+    assert points(sooner=[seqs(0, 8)]) == []
+
+
+def test_what_comes_to_another_forward_under_one_more_condition() -> None:
+    both = seqs(0, 5).also("tokens", 1, 9)
+    assert {p["seqs"] for p in points(sooner=[both])} >= {0, 8}, "some of these batches come to the rest"
+    assert all(p["tokens"] > 9 for p in points(seqs(0, 4), sooner=[both]))
+    assert points(sooner=[replace(seqs(0, 8), equal=(("tokens", "seqs"),))]), "where they are not equal"
 
 
 def test_what_is_computed_is_not_below_0() -> None:
@@ -41,5 +64,5 @@ def test_what_is_computed_is_not_below_0() -> None:
 
 def test_no_sizes_at_all() -> None:
     assert sample_sizes(
-        replace(PLAN, sizes={}, primary=""), PlanVariant("", (), (), 0, ()), bounds=(0, 0), seed=""
+        replace(PLAN, sizes={}, primary=""), PlanVariant("", Where(), (), 0, ()), bounds=(0, 0), seed=""
     ) == [{}]
