@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from piecework.bundle.run import load
 from piecework.bundle.store.directory import DirectoryStore
+from piecework.capture.capture import capture
 from piecework.compiler.model import compile_model
+from piecework.compiler.split import Piece, split
 from piecework.engine.engine import EngineConfig, engine_for
 from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
 from piecework.foundation.environment import Environment
+from piecework.models.adapter import build_causal_lm
 from piecework.spec.compile_options import BackendName
 from piecework.spec.model_spec import ModelSpec
 from tests.choice import slow_but
-from tests.unit.models.tiny import FAMILIES, reference_model, write_config
+from tests.unit.models.tiny import FAMILIES, MORE_FAMILIES, config_dict, reference_model, write_config
 
 COUNTS = {
     "mixtral": (1, 5),
@@ -39,7 +43,7 @@ Llama 4's three layers no two steps are the same: first, to one without rotary e
 @pytest.mark.parametrize(
     ("family", "backend"),
     slow_but(
-        itertools.product(sorted(set(FAMILIES) - {"llama"}), [BackendName.EAGER, BackendName.AOTI]),
+        itertools.product([*sorted(set(FAMILIES) - {"llama"}), *MORE_FAMILIES], [BackendName.EAGER, BackendName.AOTI]),
         *((family, BackendName.EAGER) for family in ("qwen3", "gemma3_text", "gpt_oss")),
     ),
 )
@@ -87,3 +91,21 @@ def test_a_family_equals_transformers(family: str, backend: BackendName, home: P
         with torch.no_grad():
             made = reference.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)
         assert found == made[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("family", slow_but([*FAMILIES, *MORE_FAMILIES], "gpt_neox"))
+def test_pieces_do_not_grow_with_depth(family: str, tmp_path: Path) -> None:
+    # Llama 4's kinds of layers come back after four, so that the last one is followed by a first one from five on
+    depths = (8, 16) if family == "llama4_text" else (4, 16)
+    found = [different_pieces(tmp_path / f"{depth}", family, depth) for depth in depths]
+    assert found[0] == found[1]
+
+
+def different_pieces(directory: Path, family: str, depth: int) -> set[str]:
+    """Return the fingerprints of the pieces of a model of so many layers, whose kinds are the config's own."""
+    kinds: dict[str, Any] = dict.fromkeys({"no_rope_layers", "mlp_only_layers"} & set(config_dict(family)))
+    if "layer_types" in config_dict(family):
+        kinds["layer_types"] = ["sliding_attention", "full_attention"] * (depth // 2)
+    model_dir = write_config(directory, family, num_hidden_layers=depth, **kinds)
+    steps = split(capture(build_causal_lm(ModelSpec.of(model_dir, dtype="float32", max_tokens=64))))
+    return {step.program.fingerprint() for step in steps if isinstance(step, Piece)}

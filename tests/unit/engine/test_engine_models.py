@@ -16,7 +16,7 @@ from piecework.engine.sampling_params import SamplingParams
 from piecework.spec.config import read_config
 from tests.choice import slow_but
 from tests.unit.engine.paged_model import Collected, run_all
-from tests.unit.models.tiny import FAMILIES, LATENT_FAMILIES, EagerModel, eager_pair
+from tests.unit.models.tiny import FAMILIES, LATENT_FAMILIES, MORE_FAMILIES, EagerModel, eager_pair
 
 VOCAB = 131
 NUM_TOKENS = 64
@@ -64,7 +64,7 @@ def mixed_prompts(count: int) -> list[list[int]]:
     return prompts
 
 
-@pytest.mark.parametrize("family", slow_but([*FAMILIES, *LATENT_FAMILIES], "qwen3"))
+@pytest.mark.parametrize("family", slow_but([*FAMILIES, *MORE_FAMILIES, *LATENT_FAMILIES], "qwen3"))
 def test_alone_and_in_a_mixed_batch_with_preemptions(tmp_path: Path, family: str) -> None:
     reference, model = eager_pair(tmp_path, family, max_tokens=24)
     prompts = mixed_prompts(20)

@@ -12,10 +12,20 @@ from piecework.models.adapter import build_causal_lm
 from piecework.spec.model_spec import ModelSpec
 from tests.choice import slow_but
 from tests.unit.models.batches import Part, error, expected, run
-from tests.unit.models.tiny import FAMILIES, LATENT_FAMILIES, EagerModel, eager_pair, reference_model, write_config
+from tests.unit.models.tiny import (
+    FAMILIES,
+    LATENT_FAMILIES,
+    MORE_FAMILIES,
+    EagerModel,
+    eager_pair,
+    reference_model,
+    write_config,
+)
 
 
-@pytest.mark.parametrize("family", slow_but([*FAMILIES, *LATENT_FAMILIES], "llama", "mistral", "qwen3"))
+@pytest.mark.parametrize(
+    "family", slow_but([*FAMILIES, *MORE_FAMILIES, *LATENT_FAMILIES], "llama", "mistral", "gemma2", "gpt_oss")
+)
 def test_logits_equal_transformers_for_prefill_chunks_decode_and_a_mix(tmp_path: Path, family: str) -> None:
     reference, model = eager_pair(tmp_path, family)
     model.make_states({"blocks": 9})
@@ -33,12 +43,13 @@ def test_logits_equal_transformers_for_prefill_chunks_decode_and_a_mix(tmp_path:
         assert error(run(model, step), expected(reference, step)) <= 1e-5
 
 
-@pytest.mark.parametrize("family", slow_but([*FAMILIES, *LATENT_FAMILIES], "qwen2", "deepseek_v3"))
+@pytest.mark.parametrize("family", slow_but([*FAMILIES, *MORE_FAMILIES, *LATENT_FAMILIES], "qwen2", "deepseek_v3"))
 def test_bfloat16_is_as_close_to_float32_as_transformers_bfloat16(tmp_path: Path, family: str) -> None:
     model_dir = write_config(tmp_path, family)
     step = [Part(torch.arange(3, 43), 40, [1, 3, 2])]
     ours = theirs = 0.0
-    for seed in range(6 if "num_experts_per_tok" in FAMILIES.get(family, {}) else 1):  # some token's experts change
+    routed = "num_experts_per_tok" in MORE_FAMILIES.get(family, {})  # rounding sends some tokens to other experts
+    for seed in range(6 if routed else 1):
         exact = reference_model(model_dir, seed=seed)
         rounded = reference_model(model_dir, seed=seed).to(torch.bfloat16)
         request = build_causal_lm(ModelSpec.of(model_dir, dtype="bfloat16", max_tokens=64))
@@ -47,7 +58,7 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_bfloat16(tmp_path: Path
         wanted = expected(exact, step)
         ours += float((run(model, step).float() - wanted).abs().mean())
         theirs += float((expected(rounded, step).float() - wanted).abs().mean())
-    assert ours <= 1.25 * theirs
+    assert ours <= (1.5 if routed else 1.25) * theirs
 
 
 def test_only_buffers_are_real(tmp_path: Path) -> None:

@@ -23,6 +23,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": 12},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 32},
+}
+"""The families with which everything is tried."""
+
+MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {
         "architectures": ["Gemma2ForCausalLM"],
         "head_dim": 24,
@@ -81,6 +85,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"architectures": ["OPTForCausalLM"], "ffn_dim": 96, "word_embed_proj_dim": 64},
     "falcon": {"architectures": ["FalconForCausalLM"], "num_kv_heads": 2, "new_decoder_architecture": True},
 }
+"""Families whose windows, experts, rotary embeddings and blocks are of other kinds."""
 
 _LATENT: dict[str, Any] = {
     "num_key_value_heads": 4,
@@ -162,7 +167,7 @@ def config_dict(family: str, **changes: Any) -> dict[str, Any]:
         "eos_token_id": 2,
         "bos_token_id": 1,
         "pad_token_id": 0,
-        **{**FAMILIES, **LATENT_FAMILIES}[family],
+        **{**FAMILIES, **MORE_FAMILIES, **LATENT_FAMILIES}[family],
         **changes,
     }
 
