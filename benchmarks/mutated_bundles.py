@@ -24,7 +24,7 @@ from typing import Any, Final
 from benchmarks.common.main import Benchmark, add_option, names
 from benchmarks.common.run import Run
 
-KINDS: Final = ("stack-eager", "llama-eager", "stack-aoti", "llama-aoti")
+KINDS: Final = ("stack-eager", "llama-eager", "latent-eager", "stack-aoti", "llama-aoti", "latent-aoti")
 NATIVE: Final = "aoti"
 FINE: Final = ("refused", "same", "another model")
 _SECONDS: Final = 60.0

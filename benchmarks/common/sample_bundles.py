@@ -167,13 +167,42 @@ LLAMA: Final = {
 }
 
 
+LATENT: Final = {
+    **LLAMA,
+    "model_type": "deepseek_v3",
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+
 def llama(root: Path, backend: BackendName) -> Sample:
     """Return a tiny Llama of three layers."""
-    model_dir = root / "llama"
+    return _configured(root, LLAMA, backend)
+
+
+def latent(root: Path, backend: BackendName) -> Sample:
+    """Return a tiny DeepSeek-V3: variants, stacked experts, heads' rows, and the body of an IR op in an opaque one."""
+    return _configured(root, LATENT, backend)
+
+
+def _configured(root: Path, config: Mapping[str, Any], backend: BackendName) -> Sample:
+    model_dir = root / str(config["model_type"])
     model_dir.mkdir(exist_ok=True)
-    (model_dir / "config.json").write_text(json.dumps(LLAMA))
+    (model_dir / "config.json").write_text(json.dumps(config))
     return language_model(root, model_dir, backend)
 
 
-SAMPLES: Final[Mapping[str, Callable[[Path, BackendName], Sample]]] = {"stack": stack, "llama": llama}
+SAMPLES: Final[Mapping[str, Callable[[Path, BackendName], Sample]]] = {"stack": stack, "llama": llama, "latent": latent}
 """By name; a bundle that is in the directory already is opened."""

@@ -1,7 +1,8 @@
 """Whether a checkpoint has what a model needs: names, shapes and types, from its files' headers, without torch.
 
 Names may be others than the model's, as they may be for transformers: without the first part (`model.`) where the base
-model alone was saved, and the head's in place of the embedding's where the two are tied.
+model alone was saved, with one more where it was part of a larger one, and the head's in place of the embedding's
+where the two are tied.
 """
 
 from __future__ import annotations
@@ -128,21 +129,19 @@ def find_wanted(files: WeightFiles, wanted: Sequence[Wanted]) -> Names:
     Raises WeightsError where a tensor is missing, or has another shape, or a type that isn't cast to what is wanted.
     """
     headers = read_headers(files)
-    renamed = _without_first_part(wanted, headers)
+    renamed = _with_other_first_part(wanted, headers)
     names = headers.keys() | renamed.keys()
     needed = {take.name: (take.shape, w.dtype) for w in wanted for take in takes(resolved(w.source, names))}
-    heads = [head for head in HEADS if head in headers and head not in needed]
-    for name, (shape, _) in needed.items():
-        if name not in names and heads and headers[heads[0]].shape == shape:
-            renamed[name] = heads[0]
+    head = next((head for head in HEADS if head in headers and head not in needed), None)
+    alike = [] if head is None else [n for n, (shape, _) in needed.items() if shape == headers[head].shape]
+    tied = {} if head is None else {name: head for name in alike if name not in names}
+    renamed |= tied
     gone = [name for name in needed if name not in headers and name not in renamed]
     if gone:
         raise missing(gone, files)
     for name, (shape, dtype) in needed.items():
         _check(name, headers[renamed.get(name, name)], shape=shape, dtype=dtype)
-    alike = [n for n, (shape, _) in needed.items() if heads and shape == headers[heads[0]].shape]
-    is_tied = heads and alike and heads[0] not in renamed.values()
-    return Names(renamed, untied=(heads[0], *alike) if is_tied else ())
+    return Names(renamed, untied=() if head is None or tied or not alike else (head, *alike))
 
 
 def missing(names: Sequence[str], files: WeightFiles) -> WeightsError:
@@ -159,12 +158,17 @@ def missing(names: Sequence[str], files: WeightFiles) -> WeightsError:
     )
 
 
-def _without_first_part(wanted: Iterable[Wanted], names: Collection[str]) -> dict[str, str]:
-    """Return new names for a checkpoint's tensors where they lack the first part of those that are wanted."""
-    needed = (take.name for w in wanted for take in takes(resolved(w.source, names)))
-    split = [name.partition(".") for name in needed if name not in names]
-    first = {part for part, _, rest in split if rest in names}
-    return {f"{part}.{name}": name for part in first for name in names} if len(first) == 1 else {}
+def _with_other_first_part(wanted: Iterable[Wanted], names: Collection[str]) -> dict[str, str]:
+    """Return new names for a checkpoint's tensors where they lack the first part of those wanted, or have one more."""
+    needed = {take.name for w in wanted for take in takes(resolved(w.source, names))}.difference(names)
+    lacking = {part for part, _, rest in (name.partition(".") for name in needed) if rest in names}
+    more = {part for part, _, rest in (name.partition(".") for name in names) if rest in needed}
+    renamed: dict[str, str] = {}
+    if len(lacking) == 1:
+        renamed = {f"{part}.{name}": name for part in lacking for name in names}
+    elif len(more) == 1:
+        renamed = {rest: name for name in names for part, _, rest in (name.partition("."),) if part in more}
+    return {name: there for name, there in renamed.items() if name not in names}
 
 
 def _check(name: str, header: TensorHeader, *, shape: tuple[int, ...], dtype: str) -> None:

@@ -120,6 +120,19 @@ def test_a_stack_may_be_there_as_a_whole(tmp_path: Path) -> None:
         find_wanted(weight_files(tmp_path), NEEDED)
 
 
+def test_names_of_a_larger_model_are_found(tmp_path: Path) -> None:
+    inner = {f"text.{name}": tensor for name, tensor in HAS.items()}
+    save_file({**inner, "a": HAS["a"].clone(), "vision.c": torch.ones(1)}, tmp_path / "model.safetensors")
+    renamed = find_wanted(weight_files(tmp_path), NEEDED).renamed
+    assert "a" not in renamed, "what has its name keeps it"
+    assert renamed["b.0"] == "text.b.0"
+    save_file(
+        {**inner, **{f"other.{name}": tensor.clone() for name, tensor in HAS.items()}}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(WeightsError, match="tensor a"):  # one of two: nothing says which
+        find_wanted(weight_files(tmp_path), NEEDED)
+
+
 def test_a_shard_that_lacks_what_the_index_says_is_refused(tmp_path: Path) -> None:
     save_file(HAS, tmp_path / "one.safetensors")
     index = {"weight_map": dict.fromkeys((*HAS, "f"), "one.safetensors")}

@@ -168,6 +168,9 @@ def test_decoded_rows_are_copied_into_the_result() -> None:
     names = ("kv_b_weight", "latent_cache", "block_tables", "seq_lens", "query_start", "num_decode_tokens", "scale")
     out = mla_prefill.check(named["q_nope"], named["q_pe"], kv, entry, *(named[n] for n in names), given_rows)
     assert torch.equal(out[:2], given_rows)
+    for too_few in (given_rows[:1], None):
+        with pytest.raises(OpError, match="2 decode tokens"):
+            mla_prefill(named["q_nope"], named["q_pe"], kv, entry, *(named[n] for n in names), too_few)
     torch.testing.assert_close(out[2:].double(), reference(case)[2:], atol=1e-5, rtol=1e-5)
 
 

@@ -142,6 +142,13 @@ def prefill(
     num_tokens, num_heads, nope = q_nope.shape
     rank = kv_b_weight.shape[1]
     expand = _Expansion(kv_b_weight, packed=packed, num_heads=num_heads, nope=nope)
+    num_decoded = 0 if decode_out is None else decode_out.shape[0]
+    if num_decoded != num_decode_tokens:  # rows that nobody writes would have what was in memory
+        raise OpError(
+            asked=f"mla_prefill after {num_decode_tokens} decode tokens",
+            found=f"a decode_out of {num_decoded} rows",
+            try_="pass a row for each",
+        )
     out = q_nope.new_empty(num_tokens, num_heads, expand.value)
     if decode_out is not None:
         out[:num_decode_tokens] = decode_out.view(num_decode_tokens, num_heads, expand.value)
