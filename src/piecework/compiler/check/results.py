@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -75,12 +75,29 @@ def check_results(built: Built, *, order: ProviderOrder) -> Checked:
             state.copy_(weights[name])
         found = _compiled(model, given, asked=text)
         tried.append(text)
-        for name, one, other in zip(names, wanted, found, strict=True):
-            apart = _apart(one, other)
-            if apart > TOLERANCES.get(one.dtype, 0.0):
-                raise _differs(name, one, apart, where=text)
+        for name, apart in compared(names, wanted, found, where=text).items():
             errors[name] = max(errors[name], apart)
     return Checked(tuple(tried), errors if tried else {}, tuple(missed))
+
+
+def compared(
+    names: Sequence[str], wanted: Sequence[Tensor], found: Sequence[Tensor], *, where: str
+) -> dict[str, float]:
+    """Return how far each output is from what it should be, as a part of its greatest value.
+
+    Args:
+        names: of the outputs.
+        wanted, found: the outputs.
+        where: at which sizes, for people.
+
+    Raises CheckError where that is more than its type's tolerance.
+    """
+    errors = {}
+    for name, one, other in zip(names, wanted, found, strict=True):
+        errors[name] = _apart(one, other)
+        if errors[name] > TOLERANCES.get(one.dtype, 0.0):
+            raise _differs(name, one, errors[name], where=where)
+    return errors
 
 
 def _own_weights(module: torch.nn.Module) -> dict[str, Tensor] | None:
