@@ -69,7 +69,8 @@ def check_results(built: Built, *, order: ProviderOrder) -> Checked:
         try:
             wanted = _eager(request, weights, given)
         except _FAILURES as error:
-            missed.append(f"at {text}: the module raises {type(error).__name__} of random inputs")
+            first = str(error).strip().partition("\n")[0][:200]
+            missed.append(f"at {text}: of random inputs the module raises {type(error).__name__}: {first}")
             continue
         for name, state in model.states.items():
             state.copy_(weights[name])
@@ -123,7 +124,8 @@ def _opened(built: Built, weights: Mapping[str, Tensor], *, order: ProviderOrder
 
 
 def _eager(request: CaptureRequest, weights: Mapping[str, Tensor], given: Mapping[str, Any]) -> list[Tensor]:
-    named = {f"module.{n}": tensor for n, tensor in {**weights, **_copies(request.module, weights)}.items()}
+    parameters = {n: weights[n] for n, _ in request.module.named_parameters()}  # of several names of one, the first
+    named = {f"module.{n}": t for n, t in {**parameters, **_copies(request.module, weights)}.items()}
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(_SEED)
         found: list[Tensor] = torch.func.functional_call(Called(request), named, (dict(given),))
