@@ -14,7 +14,6 @@ from dataclasses import asdict, replace
 from typing import Any, Final, final
 
 from benchmarks.cells.chats import add_load_options, load_of
-from benchmarks.common.batches import Batch
 from benchmarks.common.chats import ChatLoad, figures_of
 from benchmarks.common.main import Benchmark, add_option, names, positive
 from benchmarks.common.models import RANDOM_MODELS, TINY_LATENT, LatentShape, RandomModel
@@ -30,6 +29,7 @@ from benchmarks.throughput import (
     take_turns,
     workload_of,
 )
+from piecework.models.sample_batches import Batch
 from piecework.spec.config import read_config
 
 FORMS: Final = ("exposed", "opaque")

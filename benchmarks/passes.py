@@ -19,13 +19,13 @@ from typing import Any, Final
 
 import torch
 
-from benchmarks.common.batches import Batch, batch_inputs
 from benchmarks.common.contention import read_cpu_times, share_of_others
 from benchmarks.common.main import Benchmark, add_option, names
 from benchmarks.common.models import RANDOM_MODELS
 from benchmarks.common.run import Bound, Run
 from piecework.bundle.run import LoadedModel, load
 from piecework.foundation.process import keep_freed_memory
+from piecework.models.sample_batches import Batch, batch_inputs
 from piecework.spec.passes import MERGE_LINEAR, PASS_NAMES
 
 CACHED: Final = 160

@@ -26,10 +26,10 @@ def measure(args: argparse.Namespace, *, after_torch: int) -> None:
     """Load a bundle, run one prefill step, then time decode steps; `after_torch` is resident memory in bytes."""
     import torch
 
-    from benchmarks.common.batches import Batch, batch_inputs
     from benchmarks.common.steps import emit, time_steps
     from piecework.bundle.run import load
     from piecework.models.checkpoint import open_checkpoint
+    from piecework.models.sample_batches import Batch, batch_inputs
 
     model = load(args.bundle, weights=open_checkpoint(args.model))
     with torch.inference_mode():

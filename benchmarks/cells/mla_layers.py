@@ -15,12 +15,12 @@ from typing import Final
 
 import torch
 
-from benchmarks.common.batches import Batch, batch_inputs
 from benchmarks.common.steps import emit, time_steps
 from piecework.bundle.bundle import open_bundle
 from piecework.bundle.plan import Plan
 from piecework.bundle.run import LoadedModel, load
 from piecework.engine.loading import open_weights
+from piecework.models.sample_batches import Batch, batch_inputs
 
 _SEED: Final = 0
 _WARM_UP: Final = 2

@@ -49,9 +49,9 @@ def measure(args: argparse.Namespace, *, compiled: Callable[[nn.Module], nn.Modu
     """Build the model, let `compiled` set up its compilation, run it once, and time decode steps."""
     import torch
 
-    from benchmarks.common.batches import Batch, batch_inputs
     from benchmarks.common.steps import time_steps
     from piecework.foundation.process import seconds_since_start
+    from piecework.models.sample_batches import Batch, batch_inputs
 
     batch = Batch(decode=args.batch, decode_context=args.context)
     request = build_module(args.model, max_tokens=args.max_tokens, blocks=batch.num_blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,44 @@ def mlp(tmp_path_factory: pytest.TempPathFactory, home: Path) -> tuple[nn.Module
         patch.setenv("PIECEWORK_HOME", str(home))
         piecework.compile(module, (torch.randn(3, 8),), dynamic={"rows": piecework.Dim(1, 64)}, out=out)
     return module, out
+
+
+class Remembering(nn.Module):
+    """Another way below 16 rows, a cache of its own, a count that it returns, and norms in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.norms = nn.ModuleList(nn.BatchNorm1d(32) for _ in range(3))
+        self.register_buffer("keys", torch.zeros(64, 32), persistent=False)
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor, *places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+        for place in places:
+            self.keys.index_copy_(0, place, self.k(x))
+        self.count = self.count + x.shape[0]
+        x = (self.q(x) @ self.keys.T).softmax(-1) @ self.keys + x
+        for norm in self.norms:
+            x = x + norm(x)
+        return x.tanh() if x.shape[0] < 16 else x.sin(), self.count, 2 * x.shape[0]
+
+
+@pytest.mark.slow
+def test_parts_of_a_range_and_buffers_that_change(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Remembering().train().requires_grad_(False)
+    alone = copy.deepcopy(module)
+    example, sizes = (torch.randn(5, 32), torch.arange(5)), {"rows": piecework.Dim(2, 64)}
+    bundle = piecework.compile(module, example, dynamic=sizes, out=tmp_path / "b", check=True)
+    assert "checked against the module at rows = 2; rows = 15; rows = 16; rows = 64" in bundle.record().notes
+    model = piecework.load(bundle, weights=module)
+    for rows in (5, 16, 2, 64, 15):
+        given = torch.randn(rows, 32), torch.randperm(64)[:rows]
+        found, expected = model(*given), alone(*given)
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-4)
+        assert (int(found[1]), found[2]) == (int(expected[1]), expected[2])
+    for name, buffer in alone.named_buffers():
+        torch.testing.assert_close(module.get_buffer(name), buffer, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -13,11 +13,11 @@ import pytest
 
 from benchmarks.cells import mla_layers
 from benchmarks.cells.chats import send_all
-from benchmarks.common.batches import Batch
 from benchmarks.common.chats import ChatLoad, figures_of
 from benchmarks.common.models import RANDOM_MODELS
 from piecework import LLM
 from piecework.cli.main import main
+from piecework.models.sample_batches import Batch
 from tests.unit.benchmarks.stubs import value_of, write_stub
 
 BATCHES = [Batch(decode=3, decode_context=37), Batch(decode=2, decode_context=16, prompts=1, prompt_tokens=9)]

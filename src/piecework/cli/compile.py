@@ -13,6 +13,7 @@ from piecework.spec.command_line import add_model, add_spec_options, spec_of
 from piecework.spec.model_spec import ModelSpec
 
 if TYPE_CHECKING:
+    from piecework.bundle.bundle import Bundle
     from piecework.bundle.record import Recorder
     from piecework.compiler.model import CompiledModel
 
@@ -35,6 +36,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--weights", choices=("real", "none"), default="real",
                         help="real: check that the checkpoint holds what the model needs; none: only config.json is "
                         "needed (default: real)")  # fmt: skip
+    parser.add_argument("--check", action="store_true", help="run the bundle beside the module that it was compiled of "
+                        "and print how far apart their logits are; weights: the checkpoint's, random ones with "
+                        "--weights none")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object with every figure")
 
 
@@ -61,11 +65,22 @@ def run(args: argparse.Namespace) -> int:
             on_progress=lambda text, done, total: progress.update(text, done=done, total=total),
         )
     figures = _figures(compiled, recorder=recorder)
+    if args.check:
+        figures["check"] = _checked(spec, compiled.bundle, random_seed=None if args.weights == "real" else 0)
     if args.json:
         console.out_json(figures)
     else:
         _show(figures)
     return 0
+
+
+def _checked(spec: ModelSpec, bundle: Bundle, *, random_seed: int | None) -> list[str]:
+    from piecework.bundle.run.loading import read_plan  # noqa: PLC0415  as above
+    from piecework.compiler.check.model import check_model  # noqa: PLC0415
+    from piecework.engine.loading import open_weights  # noqa: PLC0415
+
+    weights = open_weights(spec.source, read_plan(bundle), random_seed=random_seed)
+    return check_model(spec, bundle, weights=weights).lines()
 
 
 def _figures(compiled: CompiledModel, *, recorder: Recorder) -> dict[str, Any]:
@@ -93,6 +108,8 @@ def _figures(compiled: CompiledModel, *, recorder: Recorder) -> dict[str, Any]:
 
 def _show(figures: dict[str, Any]) -> None:
     console.out(figures["bundle"])
+    for line in figures.get("check", ()):
+        console.status(line)
     if figures["cached"]:
         console.status("the store had a valid bundle: nothing to compile")
         return

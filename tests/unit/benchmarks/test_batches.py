@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.cells.torch_module import build_module
-from benchmarks.common.batches import Batch, batch_inputs
 from benchmarks.common.models import RANDOM_MODELS
 from piecework.capture.request import CaptureRequest
+from piecework.models.sample_batches import Batch, batch_inputs
 
 DECODE = Batch(decode=3, decode_context=37)
 FRESH = Batch(prompts=2, prompt_tokens=20)

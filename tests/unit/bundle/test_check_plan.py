@@ -106,6 +106,7 @@ LIES_OF_A_STACK: dict[str, Change] = {
     "an op that reads files": set_at("ops", 0, "aten::from_file.default"),
     "an op that resizes": set_at("ops", 0, "aten::resize_.default"),
     "an op of torch's compiler": set_at("ops", 0, "inductor::_alloc_from_pool.default"),
+    "an op of TorchScript's": set_at("ops", 0, "aten::add.default"),
     "an op with other parameters": set_at("ops", 0, "aten::relu.default"),
     "an argument too many": lambda plan: plan["steps"][1][1].append({"const": 1}),
     "an argument too few": lambda plan: plan["steps"][1][1].pop(),

@@ -46,7 +46,10 @@ def find_overload(name: str) -> Any:
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         return None
     found = getattr(packet, overload or "default", None)
-    return found if isinstance(found, torch._ops.OpOverload) else None
+    if not isinstance(found, torch._ops.OpOverload):
+        return None
+    # TorchScript alone has some more, such as aten::add of two whole numbers
+    return found if torch._C._dispatch_has_kernel(found.name()) else None
 
 
 def can_run_on_meta(overload: Any) -> bool:

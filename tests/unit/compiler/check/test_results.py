@@ -18,12 +18,13 @@ EAGER = CompileOptions(backend=BackendName.EAGER)
 
 
 class Two(nn.Module):
-    """A table that is looked up, another way below 8 rows, and a count that an eager run changes."""
+    """A table that is looked up and is a weight as well, and another way below 8 rows."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = nn.Embedding(20, 8)
+        self.table = nn.Embedding(8, 8)
         self.linear = nn.Linear(8, 8)
+        self.linear.weight = self.table.weight
 
     def forward(self, ids: Tensor, x: Tensor) -> dict[str, Any]:
         found = self.table(ids) + self.linear(x)
@@ -47,7 +48,7 @@ def notes(module: nn.Module, args: tuple[Any, ...], dim: Dim, out: Path) -> tupl
 
 
 def test_errors_are_noted_by_output_at_the_ends_of_each_part(tmp_path: Path) -> None:
-    module, ids = Two(), torch.tensor([3, 19, 4])
+    module, ids = Two(), torch.tensor([3, 7, 4])
     found = notes(module, (ids, torch.randn(3, 8)), Dim(1, 64), tmp_path / "b")
     assert "checked against the module at rows = 1; rows = 7; rows = 8; rows = 64" in found
     (line,) = (note for note in found if note.startswith("output more.1: "))
@@ -63,7 +64,7 @@ def test_what_needs_too_much_memory_is_made_smaller(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_result_that_is_another_is_an_error_and_no_bundle(dtype: torch.dtype, tmp_path: Path) -> None:
     x = torch.ones(3, 8, dtype=dtype)
-    near, far = (0.0, 1e-3) if dtype is torch.float32 else (1e-2, 1e-1)
+    near, far = (0.0, 1e-3) if dtype is torch.float32 else (1e-2, 0.5)
     assert notes(Otherwise(near), (x,), Dim(2, 64), tmp_path / "near")
     with pytest.raises(CheckError) as caught:
         notes(Otherwise(far), (x,), Dim(2, 64), tmp_path / "far")
@@ -83,7 +84,7 @@ class Counted(Otherwise):
 
 def test_what_cannot_be_tried_is_said(tmp_path: Path) -> None:
     found = notes(Counted(0.0), (torch.ones(3, 8),), Dim(2, 64), tmp_path / "a")
-    assert "not checked at rows = 64: the module raises IndexError of random inputs" in found
+    assert "not checked at rows = 64: of random inputs the module raises IndexError: of no such row" in found
     with torch.device("meta"):
         module = nn.Linear(8, 8)
     found = notes(module, (torch.ones(3, 8),), Dim(1, 64), tmp_path / "b")

@@ -1,4 +1,4 @@
-"""What a forward of a model is about, and its inputs as the engine makes them."""
+"""Batches for measuring and checking a language model's forward, and its inputs as the engine makes them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from piecework.engine.block_pool import DEFAULT_BLOCK_SIZE as BLOCK_SIZE
+from piecework.models.batch import BLOCK_SIZE
 
 Inputs = dict[str, Tensor | int]
 
