@@ -44,10 +44,12 @@ def every_cell(*, deep: Iterable[tuple[str, str]] = (), depths: Iterable[int] = 
     """Return every operator, type of name and depth; all but 4 layers of a few, and 80 of those in `deep`, are slow.
 
     Dynamo takes 2 to 4 seconds for 80 layers, and 5 to 10 where it traces every block; torch.export more than 20.
+    So with Dynamo, 80 layers are those in `deep` only.
     """
     kept = [(family, kind, 4) for family, kind in itertools.product(FAMILIES, KINDS) if _one_kind_each(family, kind)]
     kept += [(family, kind, 80) for family, kind in deep]
-    cells = slow_but(itertools.product(FAMILIES, KINDS, depths), *kept)
+    cells = [*itertools.product(FAMILIES, KINDS, depths), *((family, kind, 80) for family, kind in deep)]
+    cells = slow_but(dict.fromkeys(cells), *kept)
     return pytest.mark.parametrize(("family", "kind", "num_layers"), cells)
 
 
@@ -125,7 +127,7 @@ def test_a_bundle(family: str, kind: str, num_layers: int) -> None:
     check_bundle(cell, cell.model)
 
 
-@every_cell()
+@every_cell(deep=[("attention", "LayerName")], depths=(1, 4))
 def test_torch_compile_of_the_whole_model(family: str, kind: str, num_layers: int) -> None:
     cell, recorder = Cell(family, kind, num_layers), Recorder()
     options = {"backend": "eager", "store": False, "recorder": recorder}
@@ -136,7 +138,7 @@ def test_torch_compile_of_the_whole_model(family: str, kind: str, num_layers: in
     assert (found["compiled"], found["store_hits"]) == (WHOLE_STACK[num_layers], 0)
 
 
-@every_cell(deep=[("attention", "LayerName")])
+@every_cell(deep=[("attention", "LayerName")], depths=(1, 4))
 def test_each_block_compiled_by_itself(family: str, kind: str, num_layers: int) -> None:
     cell, recorder = Cell(family, kind, num_layers), Recorder()
     options = {"backend": "eager", "store": False, "recorder": recorder}
