@@ -9,7 +9,9 @@ from typing import Final
 from piecework.errors import UnsupportedModelError
 from piecework.spec.conversions import python_command
 
-LAYOUT: Final = "a directory in Hugging Face layout: config.json, *.safetensors, tokenizer.json"
+LAYOUT: Final = (
+    "a directory in Hugging Face layout (config.json, *.safetensors, tokenizer.json), or OWNER/NAME on the Hub"
+)
 
 _MERGE: Final = (
     "from peft import AutoPeftModelForCausalLM as M; M.from_pretrained({}).merge_and_unload().save_pretrained('MERGED')"

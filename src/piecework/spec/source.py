@@ -41,7 +41,16 @@ def model_directory(model: str | Path) -> Path:
     Raises UnsupportedModelError where the Hub has no such model, or it is neither cached nor to be reached.
     """
     hub = hub_id(model)
-    return Path(model) if hub is None else _fetch(hub, _DESCRIPTION)
+    if hub is None:
+        return Path(model)
+    directory = _fetch(hub, _DESCRIPTION)
+    if not directory.is_dir():
+        raise UnsupportedModelError(
+            asked=f"the model {hub.repo}",
+            found="a repository without config.json, as those of GGUF files are",
+            try_="the repository of the model that it was made from, with safetensors",
+        )
+    return directory
 
 
 def fetch_weights(model: str | Path, directory: Path) -> None:

@@ -101,6 +101,13 @@ def test_a_repository_without_safetensors_says_how_to_convert_it(hub: LocalHub) 
         ModelSpec.of("owner/tiny")
 
 
+def test_a_repository_of_other_files_is_told(hub: LocalHub) -> None:
+    hub.files.clear()
+    hub.files["model.Q4_K_M.gguf"] = b"GGUF"
+    with pytest.raises(UnsupportedModelError, match=r"without config\.json"):
+        ModelSpec.of("owner/tiny")
+
+
 def test_a_download_that_fails_is_our_error(hub: LocalHub, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file, where the cache's directory should be")
     with pytest.raises(UnsupportedModelError, match="failed: "):
