@@ -50,12 +50,15 @@ class StackCounts:
         """How many were stamped."""
         return self.stamped_of.total()
 
-    def note_different(self) -> None:
-        """Note the classes of which no two blocks did the same, where nothing else was noted of them."""
-        for cls, count in self.traced_of.items():
-            known = any(note.startswith(f"{cls.__name__} ") for note in self.notes)
-            if count > 1 and not self.stamped_of[cls] and not known:
-                self.notes.append(f"{cls.__name__} blocks are traced one by one: no two of the {count} do the same")
+    @property
+    def unshared(self) -> tuple[str, ...]:
+        """The notes, and the classes of which no two blocks did the same."""
+        different = [
+            f"{cls.__name__} blocks are traced one by one: no two of the {count} do the same"
+            for cls, count in self.traced_of.items()
+            if count > 1 and not self.stamped_of[cls] and not any(n.startswith(f"{cls.__name__} ") for n in self.notes)
+        ]
+        return (*self.notes, *different)
 
 
 class TraceAgain(BaseException):
@@ -111,7 +114,6 @@ def stamping(
             vars(block)["forward"] = stamper.forward_of(block)
         parts = frozenset(part for b in blocks.values() for part in b.modules())
         yield Stamping(stamper.counts, parts, stamper.calls)
-        stamper.counts.note_different()
     finally:
         for key, block in blocks.items():
             del vars(block)["forward"]

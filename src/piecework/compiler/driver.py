@@ -250,7 +250,7 @@ def _require_cuts(wanted: Collection[str], captures: Iterable[tuple[CapturedGrap
 
 def fallbacks(paths: Sequence[Forward]) -> tuple[str, ...]:
     """Say where blocks could not be shared, or a graph not be cut, and why."""
-    found = dict.fromkeys(note for path in paths for note in path.captured.stacks.notes)
+    found = dict.fromkeys(note for path in paths for note in path.captured.stacks.unshared)
     whole = dict.fromkeys(why_one_piece(path.steps, path.captured) for path in paths)
     return (*found, *(note for note in whole if note is not None))
 
