@@ -12,6 +12,7 @@ from transformers import Cache
 from transformers.masking_utils import causal_mask_function, chunked_overlay, sliding_window_overlay
 
 from piecework.errors import UnsupportedModelError
+from piecework.models.batch import ForwardBatch
 
 _WINDOW: Final = sliding_window_overlay(1).__code__
 _CHUNK: Final = chunked_overlay(1, torch.zeros(1)).__code__
@@ -34,11 +35,13 @@ class Past(Cache):  # type: ignore[misc]  # transformers' classes have no types
 
     Args:
         positions: [1, T] int64, of the new tokens.
+        batch: the sequences, for mixers with recurrent states (models/recurrent_mixers.py).
     """
 
-    def __init__(self, positions: Tensor) -> None:
+    def __init__(self, positions: Tensor, batch: ForwardBatch) -> None:
         super().__init__(layers=[])
         self._positions = positions
+        self.batch = batch
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Return the new keys and values."""
@@ -55,9 +58,37 @@ class Past(Cache):  # type: ignore[misc]  # transformers' classes have no types
         """Return how many keys there are, and where they begin; nobody counts them."""
         return query_length, 0
 
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Any:
+        """Raise UnsupportedModelError: of mixers with recurrent states only those come here that aren't reached."""
+        raise _kept(layer_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Any:
+        """Raise UnsupportedModelError, as `get_conv_state` does."""
+        raise _kept(layer_idx)
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *_: object, **__: object) -> Any:
+        """Raise UnsupportedModelError, as `get_conv_state` does."""
+        raise _kept(layer_idx)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *_: object, **__: object) -> Any:
+        """Raise UnsupportedModelError, as `get_conv_state` does."""
+        raise _kept(layer_idx)
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> Any:
+        """Raise UnsupportedModelError, as `get_conv_state` does."""
+        raise _kept(layer_idx)
+
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Return where queries begin."""
         return 0
+
+
+def _kept(layer: int | None) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        asked="a model whose sequences share batches",
+        found=f"layer {layer} keeps a recurrent state past functions that are known here",
+        try_="piecework.compile for the module as it is, without the engine",
+    )
 
 
 def sight(*, mask_function: Callable[..., Any], **_ignored: object) -> Sight:

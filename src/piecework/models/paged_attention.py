@@ -18,8 +18,9 @@ from piecework.models.batch import ForwardBatch
 from piecework.models.cache_interface import Sight, sight
 from piecework.models.conversions import checkpoint_sources
 from piecework.models.meta import meta_parameters
+from piecework.models.recurrent_mixers import keep_states
 from piecework.models.rope import fixed_frequencies
-from piecework.models.trial import TRIAL, give_caches, try_attention, unreached
+from piecework.models.trial import TRIAL, give_states, try_attention, unreached
 from piecework.ops import attention as _attention  # noqa: F401  registers piecework::attention
 from piecework.spec.config import ModelConfig
 
@@ -35,7 +36,8 @@ def adapt_paged(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
     with meta_parameters(), no_init_weights():
         module: Any = AutoModelForCausalLM.from_config(hf_config, attn_implementation=TRIAL, dtype=dtype)
     notes = fixed_frequencies(module, longest=config.max_positions)
-    states = give_caches(module.eval())
+    keep_states(module)
+    states = give_states(module.eval())
     module.set_attn_implementation(ATTENTION)
     return AdaptedModel(module, states, checkpoint_sources(module), notes)
 

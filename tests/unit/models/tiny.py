@@ -81,6 +81,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "opt": {"architectures": ["OPTForCausalLM"], "ffn_dim": 96, "word_embed_proj_dim": 64},
 }
 
+HYBRID_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_next": {
+        "architectures": ["Qwen3NextForCausalLM"],
+        **_EXPERTS,
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 48,
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 12,
+        "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
+    "bamba": {
+        "architectures": ["BambaForCausalLM"],
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 12,
+        "mamba_n_groups": 2,
+    },
+}
+"""Models with recurrent states, each with one layer that attends between two that don't."""
+
 _LATENT: dict[str, Any] = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 32,
@@ -161,7 +185,7 @@ def config_dict(family: str, **changes: Any) -> dict[str, Any]:
         "eos_token_id": 2,
         "bos_token_id": 1,
         "pad_token_id": 0,
-        **{**FAMILIES, **LATENT_FAMILIES}[family],
+        **{**FAMILIES, **HYBRID_FAMILIES, **LATENT_FAMILIES}[family],
         **changes,
     }
 
