@@ -20,6 +20,7 @@ from piecework.engine.sampling.sampler import Sampler, SamplingRow
 from piecework.engine.scheduler import ScheduledBatch, Scheduler
 from piecework.engine.text.tokenizer import Tokenizer
 from piecework.errors import RequestError
+from piecework.models.batch import STATE_SLOTS
 from piecework.spec.config import ModelConfig
 
 
@@ -195,7 +196,7 @@ class Engine:
 
     def _make_states(self) -> None:
         """Allocate the KV caches, and a slot of recurrent states for each sequence that may run."""
-        self._runner.make_states({"blocks": self._config.num_blocks, "state_slots": self._config.max_seqs})
+        self._runner.make_states({"blocks": self._config.num_blocks, STATE_SLOTS: self._config.max_seqs})
 
     def close(self) -> None:
         """Close the model; the engine can't be used afterwards."""

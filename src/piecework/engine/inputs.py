@@ -11,6 +11,7 @@ from torch import Tensor
 
 from piecework.engine.request import Sequence
 from piecework.engine.scheduler import ScheduledBatch, ScheduledSequence
+from piecework.models.batch import STATE_SLOTS
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class InputBuilder:
             "seq_lens": torch.from_numpy(seq_lens),
             "query_start": torch.from_numpy(query_start),
             "logits_indices": torch.tensor(last or [len(token_ids) - 1]),
-            "state_slots": torch.from_numpy(rows),
+            STATE_SLOTS: torch.from_numpy(rows),
             "num_decode_tokens": batch.num_decode,
             "num_prefill_tokens": len(token_ids) - batch.num_decode,
         }

@@ -11,6 +11,8 @@ from piecework.ops.mla.core import Regime
 
 BLOCK_SIZE: Final = 16
 """Tokens per block of a paged cache."""
+STATE_SLOTS: Final = "state_slots"
+"""The size of states that have a slot for each sequence, and the input that says which."""
 
 
 @dataclass(frozen=True)

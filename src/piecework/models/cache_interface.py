@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 from transformers.masking_utils import causal_mask_function, chunked_overlay, sliding_window_overlay
 
@@ -81,6 +82,12 @@ class Past(Cache):  # type: ignore[misc]  # transformers' classes have no types
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Return where queries begin."""
         return 0
+
+
+def cache_arguments(module: nn.Module, past: Past) -> dict[str, Any]:
+    """Return the arguments by which a model's forward takes a cache and returns none."""
+    names = inspect.signature(type(module).forward).parameters
+    return {"cache_params" if "cache_params" in names else "past_key_values": past, "use_cache": False}
 
 
 def _kept(layer: int | None) -> UnsupportedModelError:

@@ -129,9 +129,9 @@ def _scan(
     states: MixerStates,
     hidden_states: Tensor,
     dt: Tensor,
-    A: Tensor,  # noqa: N803  transformers calls it by this name, and the next ones
-    B: Tensor,  # noqa: N803
-    C: Tensor,  # noqa: N803
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
     **options: Any,
 ) -> Any:
     """Serve as `mamba2_chunk_scan`: hidden_states [1, T, H, P], dt [1, T, H], A [H], B and C [1, T, G, N].

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Final
 
@@ -12,14 +13,12 @@ from torch import Tensor, nn
 from piecework.capture.request import TensorInput
 from piecework.errors import UnsupportedModelError
 from piecework.foundation.torch_private import SymbolicSession, grouped_products_of_any_type
-from piecework.models.batch import BLOCK_SIZE, ForwardBatch
-from piecework.models.cache_interface import Past, Sight
+from piecework.models.batch import BLOCK_SIZE, STATE_SLOTS, ForwardBatch
+from piecework.models.cache_interface import Past, Sight, cache_arguments
 
 KV_CACHE: Final = "kv_cache"
 CONV_STATE: Final = "conv_state"
 RECURRENT_STATE: Final = "recurrent_state"
-STATE_SLOTS: Final = "state_slots"
-"""The size of states that have a slot for each sequence."""
 TRIAL: Final = "piecework, on trial"
 """The name of attention during the trial."""
 
@@ -55,7 +54,7 @@ def give_states(module: nn.Module) -> dict[str, TensorInput]:
     with torch.no_grad(), grouped_products_of_any_type(), SymbolicSession().fake_mode:
         tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in given}
         with _siblings_left_out(module) as twins:
-            torch.func.functional_call(module, tensors, kwargs=_two_tokens())
+            torch.func.functional_call(module, tensors, kwargs=_two_tokens(module))
     for block, first in twins:
         for part, like in zip(block.modules(), first.modules(), strict=True):
             for name in _SIZES.keys() & vars(like)["_buffers"].keys():
@@ -76,17 +75,16 @@ _SIZES: Final = {KV_CACHE: (1, "blocks"), CONV_STATE: (0, STATE_SLOTS), RECURREN
 """States, by the axis of theirs that has a size of the engine's, and that size."""
 
 
-def _two_tokens() -> dict[str, Any]:
+def _two_tokens(module: nn.Module) -> dict[str, Any]:
     """Return the arguments of a forward of one sequence that begins with two tokens."""
     tokens, one = torch.zeros((1, 2), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     batch = ForwardBatch(tokens[0], one[None], one, tokens[0], 0, 2, one)
-    past = Past(tokens, batch)
-    return {"input_ids": tokens, "position_ids": tokens, "past_key_values": past, "use_cache": False}
+    return {"input_ids": tokens, "position_ids": tokens, **cache_arguments(module, Past(tokens, batch))}
 
 
 def unreached(module: nn.Module, why: str) -> UnsupportedModelError:
     """Return the error for a module that attends in a way that can't be paged, with the place of its code."""
-    code = type(module).forward.__code__
+    code = inspect.unwrap(type(module).forward).__code__
     return UnsupportedModelError(
         asked="attention over a paged cache",
         found=f"{type(module).__name__} ({code.co_filename}:{code.co_firstlineno}) {why}",

@@ -63,7 +63,7 @@ def test_needs_are_counted_from_plan_and_config(tmp_path: Path) -> None:
     states = [State(f"{i}", (2, "blocks", 16, 2, 16), "bfloat16", "cpu") for i in range(3)]
     embedding, norm = Recipe("a", (131, 64), "bfloat16"), Recipe("b", (64,), "float32")
     gate_up = Recipe("c", (192, 64), "bfloat16")
-    needs = memory_needs(plan_of(embedding, norm, gate_up, states=states), config)
+    needs = memory_needs(plan_of(embedding, norm, gate_up, states=states), config, max_seqs=8)
     assert needs.weights == (131 + 192) * 64 * 2 + 64 * 4
     assert needs.block == 3 * 2 * 16 * 2 * 16 * 2
     assert needs.activations == (256 * (2 * 64 + 192) + 8 * 131) * 6
@@ -74,7 +74,7 @@ def test_of_experts_those_are_counted_that_a_token_chooses(tmp_path: Path) -> No
     states = [State("s", (2, "blocks", 16, 2, 16), "bfloat16", "cpu")]
     embedding, experts = Recipe("a", (131, 64), "bfloat16"), Recipe("b", (4, 192, 64), "bfloat16")
     step = OpStep("aten::_grouped_mm", ({"slot": 0}, {"recipe": 1}), {}, (1,))
-    needs = memory_needs(plan_of(embedding, experts, states=states, steps=(step,)), config)
+    needs = memory_needs(plan_of(embedding, experts, states=states, steps=(step,)), config, max_seqs=8)
     assert needs.activations == (256 * (2 * 64 + 3 * 192) + 8 * 131) * 6
 
 
@@ -108,7 +108,7 @@ def test_latents_are_what_a_token_of_a_latent_model_takes(tmp_path: Path) -> Non
     config = read_config(write_config(tmp_path, "deepseek_v3"))
     request = build_causal_lm(ModelSpec.of(tmp_path, dtype="bfloat16", max_tokens=256))
     states = [State(name, given.shape, given.dtype, "cpu") for name, given in request.states.items()]
-    needs = memory_needs(plan_of(states=states), config)
+    needs = memory_needs(plan_of(states=states), config, max_seqs=8)
     latents, rotary, layers = 32, 8, 3
     assert needs.block == 16 * (latents + rotary) * 2 * layers
     heads, expanded = 4, 4 * (16 + 12)

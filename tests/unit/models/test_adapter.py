@@ -12,13 +12,23 @@ from piecework.models.adapter import build_causal_lm
 from piecework.spec.model_spec import ModelSpec
 from tests.choice import slow_but
 from tests.unit.models.batches import Part, error, expected, run
-from tests.unit.models.tiny import FAMILIES, LATENT_FAMILIES, EagerModel, eager_pair, reference_model, write_config
+from tests.unit.models.tiny import (
+    FAMILIES,
+    HYBRID_FAMILIES,
+    LATENT_FAMILIES,
+    EagerModel,
+    eager_pair,
+    reference_model,
+    write_config,
+)
 
 
-@pytest.mark.parametrize("family", slow_but([*FAMILIES, *LATENT_FAMILIES], "llama", "mistral", "qwen3"))
+@pytest.mark.parametrize(
+    "family", slow_but([*FAMILIES, *HYBRID_FAMILIES, *LATENT_FAMILIES], "llama", "mistral", "qwen3", *HYBRID_FAMILIES)
+)
 def test_logits_equal_transformers_for_prefill_chunks_decode_and_a_mix(tmp_path: Path, family: str) -> None:
     reference, model = eager_pair(tmp_path, family)
-    model.make_states({"blocks": 9})
+    model.make_states({"blocks": 9, "state_slots": 9})
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randint(3, 131, (40,), generator=generator) for _ in range(2))
     a_blocks, b_blocks = [7, 2, 5], [1, 8, 3]
