@@ -69,6 +69,19 @@ def test_needs_are_counted_from_plan_and_config(tmp_path: Path) -> None:
     assert needs.activations == (256 * (2 * 64 + 192) + 8 * 131) * 6
 
 
+def test_recurrent_states_are_counted_for_every_sequence(tmp_path: Path) -> None:
+    config = read_config(write_config(tmp_path, "bamba"))
+    states = [
+        State("a", (2, "blocks", 16, 2, 16), "bfloat16", "cpu"),
+        State("b", ("state_slots", 8, 3), "bfloat16", "cpu"),
+        State("c", ("state_slots", 4, 8, 6), "float32", "cpu"),
+    ]
+    needs = memory_needs(plan_of(states=states), config, max_seqs=5)
+    assert (needs.block, needs.states) == (2 * 16 * 2 * 16 * 2, 5 * (8 * 3 * 2 + 4 * 8 * 6 * 4))
+    assert needs.activations == 8 * 131 * 6  # as bfloat16 and float32: what states are kept in is not what is computed
+    assert num_blocks_in(Memory(total=64, free=64), MemoryNeeds(16, 16, block=2, states=8), fraction=1.0) == 12
+
+
 def test_of_experts_those_are_counted_that_a_token_chooses(tmp_path: Path) -> None:
     config = read_config(write_config(tmp_path, "mixtral", num_experts_per_tok=3))
     states = [State("s", (2, "blocks", 16, 2, 16), "bfloat16", "cpu")]
