@@ -29,14 +29,22 @@ COUNTS = {
     "glm4_moe": (2, 6),
     "llama4_text": (2, 4),
     "bamba": (2, 5),
+    "qwen3_5_text": (2, 5),
+    "olmo_hybrid": (2, 5),
     "qwen3_next": (2, 8),
+    "granitemoehybrid": (2, 8),
+    "falcon_h1": (1, 5),
+    "nemotron_h": (3, 4),
+    "zamba2": (1, 6),
+    "mamba2": (1, 4),
+    "lfm2": (2, 4),
 }
 """Kinds of blocks, and different pieces, counted by hand; elsewhere a kind, and what comes first, between and last.
 
 Experts add what comes between their two products and after the second one; a dense layer among them its own step. Of
-Llama 4's three layers no two steps are the same: first, to one without rotary embedding, to one with, last. A mixer
-with a recurrent state adds what comes between its convolution and its scan; of the hybrids' three layers, the two kinds
-come next to each other both ways round.
+Llama 4's three layers no two steps are the same: first, to one without rotary embedding, to one with, last. Mixers
+with a recurrent state add what comes between their convolution and their scan; where layers that attend come between
+those, what leads from one kind to the other and back is not the same. Zamba's layer that does both is no block.
 """
 
 

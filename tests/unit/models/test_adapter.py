@@ -24,7 +24,8 @@ from tests.unit.models.tiny import (
 
 
 @pytest.mark.parametrize(
-    "family", slow_but([*FAMILIES, *HYBRID_FAMILIES, *LATENT_FAMILIES], "llama", "mistral", "qwen3", *HYBRID_FAMILIES)
+    "family",
+    slow_but([*FAMILIES, *HYBRID_FAMILIES, *LATENT_FAMILIES], "llama", "mistral", "qwen3", "qwen3_next", "bamba"),
 )
 def test_logits_equal_transformers_for_prefill_chunks_decode_and_a_mix(tmp_path: Path, family: str) -> None:
     reference, model = eager_pair(tmp_path, family)
