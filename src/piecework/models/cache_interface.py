@@ -92,8 +92,8 @@ def cache_arguments(module: nn.Module, past: Past) -> dict[str, Any]:
 
 def _kept(layer: int | None) -> UnsupportedModelError:
     return UnsupportedModelError(
-        asked="a model whose sequences share batches",
-        found=f"layer {layer} keeps a recurrent state past functions that are known here",
+        asked="a language model on the engine",
+        found=f"layer {layer} keeps a recurrent state of a function that piecework has no operator for",
         try_="piecework.compile for the module as it is, without the engine",
     )
 

@@ -70,10 +70,12 @@ class MixerStates(Cache):  # type: ignore[misc]  # transformers' classes have no
     def update_recurrent_state(self, recurrent_states: Tensor | None, *_: object, **__: object) -> None:
         """Take what our functions give for a state, which is None. Raises UnsupportedModelError for anything else."""
         if recurrent_states is not None:
-            raise unreached(self._mixer, "keeps a state that none of the functions computed which are known here")
+            raise unreached(self._mixer, "keeps a recurrent state of a function that piecework has no operator for")
 
-    def run(self, name: str, op: Callable[..., Tensor], *tensors: Tensor | None, like: Tensor) -> Tensor:
-        """Run an operator on tensors and the mixer's state `name`, of which a slot has the shape and type of `like`.
+    def run(
+        self, name: str, op: Callable[..., Tensor], x: Tensor, *tensors: Tensor | None, slot: tuple[int, ...]
+    ) -> Tensor:
+        """Run an operator on tensors and the mixer's state `name`, whose slots have the shape `slot` and the type of x.
 
         Raises UnsupportedModelError the second time.
         """
@@ -81,15 +83,15 @@ class MixerStates(Cache):  # type: ignore[misc]  # transformers' classes have no
             raise unreached(self._mixer, f"uses its {name} twice in one forward")
         self._used.add(name)
         if not hasattr(self._mixer, name):
-            self._mixer.register_buffer(name, like.unsqueeze(0), persistent=False)
+            self._mixer.register_buffer(name, x.new_empty((1, *slot)), persistent=False)
         batch = self._batch
         state = getattr(self._mixer, name)
-        return op(*tensors, state, batch.seq_lens, batch.query_start, batch.num_decode_tokens, batch.state_slots)
+        return op(x, *tensors, state, batch.seq_lens, batch.query_start, batch.num_decode_tokens, batch.state_slots)
 
     def check(self) -> None:
         """Raise UnsupportedModelError where the mixer asked for a state that nothing of ours has used."""
         for name in sorted(self._asked - self._used):
-            raise unreached(self._mixer, f"has a {name} that goes to none of {', '.join(_FUNCTIONS)}")
+            raise unreached(self._mixer, f"gives its {name} to none of {', '.join(_FUNCTIONS)}")
 
 
 def _forward(mixer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -118,8 +120,8 @@ def _convolve(
 ) -> Tensor:
     """Serve as `causal_conv1d_fn`: hidden_states [1, C, T], weight [C, K] -> [1, C, T]."""
     x = hidden_states.squeeze(0).t()
-    window = x.new_zeros((weight.shape[0], weight.shape[1] - 1))
-    out = states.run(CONV_STATE, torch.ops.piecework.causal_conv, x, weight, bias, like=window)
+    window = (weight.shape[0], weight.shape[1] - 1)
+    out = states.run(CONV_STATE, torch.ops.piecework.causal_conv, x, weight, bias, slot=window)
     if activation is not None:
         out = ACT2FN[activation](out)
     return out.t().unsqueeze(0)
@@ -145,9 +147,9 @@ def _scan(
         steps = softplus(steps)
     low, high = options.get("dt_limit", (0.0, float("inf")))
     steps = steps.clamp(low, high)
-    state = x.new_zeros((*x.shape[1:], b.shape[-1]))
+    slot = (*x.shape[1:], b.shape[-1])
     scaled, log_decay = x * steps.unsqueeze(-1), steps * A.float()
-    out = states.run(RECURRENT_STATE, torch.ops.piecework.mamba2_scan, scaled, log_decay, b, c, like=state)
+    out = states.run(RECURRENT_STATE, torch.ops.piecework.mamba2_scan, scaled, log_decay, b, c, slot=slot)
     if options.get("D") is not None:
         out = out + x * options["D"].float().unsqueeze(-1)
     return (out.unsqueeze(0), None) if options.get("return_final_states") else out.unsqueeze(0)
@@ -171,9 +173,9 @@ def _correct(
     if use_qk_l2norm_in_kernel:
         q, k = (t * torch.rsqrt(t.square().sum(-1, keepdim=True) + _EPS) for t in (q, k))
     q = q * q.shape[-1] ** -0.5
-    state = v.new_zeros((v.shape[1], k.shape[2], v.shape[2]))
+    slot = (v.shape[1], k.shape[2], v.shape[2])
     tokens = (q, k, v, log_decay, corrected)
-    out = states.run(RECURRENT_STATE, torch.ops.piecework.delta_rule, *tokens, like=state)
+    out = states.run(RECURRENT_STATE, torch.ops.piecework.delta_rule, *tokens, slot=slot)
     return out.to(query.dtype).unsqueeze(0), None
 
 

@@ -83,10 +83,10 @@ def _two_tokens(module: nn.Module) -> dict[str, Any]:
 
 
 def unreached(module: nn.Module, why: str) -> UnsupportedModelError:
-    """Return the error for a module that attends in a way that can't be paged, with the place of its code."""
+    """Return the error for a module whose attention or state can't be kept for many, with the place of its code."""
     code = inspect.unwrap(type(module).forward).__code__
     return UnsupportedModelError(
-        asked="attention over a paged cache",
+        asked="a language model on the engine",
         found=f"{type(module).__name__} ({code.co_filename}:{code.co_firstlineno}) {why}",
         try_="piecework.compile for the module as it is, without the engine",
     )

@@ -42,9 +42,11 @@ def test_a_language_model_stamped_equals_it_traced(tmp_path: Path, family: str, 
 def test_a_hybrid_stamped_equals_it_traced_and_its_pieces_do_not_grow(
     tmp_path: Path, family: str, unique: int, layers: int
 ) -> None:
-    """Two layers with states, then one that attends, and so on. Without experts, pieces lead from the start to a
-    convolution; to a scan; from there to the next of a kind, or to attention; back from it; to the end. With experts,
-    they lead to their first product from either kind of layer, to their second, and from there to either, or to the end.
+    """Two layers with states, then one that attends, and so on.
+
+    Without experts, pieces lead from the start to a convolution; to a scan; from there to the next of a kind, or to
+    attention; back from it; to the end. With experts, they lead to their first product from either kind of layer, to
+    their second, and from there to either kind, or to the end.
     """
     kinds: dict[str, object] = {
         "layer_types": ["linear_attention", "linear_attention", "full_attention"] * (layers // 3)
