@@ -22,7 +22,7 @@ from piecework.models.adapter import build_causal_lm
 from piecework.spec.compile_options import BackendName
 from piecework.spec.model_spec import ModelSpec
 from tests.choice import slow_but
-from tests.unit.models.tiny import FAMILIES, MORE_FAMILIES, config_dict, reference_model, write_config
+from tests.unit.models.tiny import FAMILIES, HYBRID_FAMILIES, MORE_FAMILIES, config_dict, reference_model, write_config
 
 COUNTS = {
     "mixtral": (1, 5),
@@ -32,19 +32,34 @@ COUNTS = {
     "qwen2_moe": (2, 6),
     "glm4_moe": (2, 6),
     "llama4_text": (2, 4),
+    "bamba": (2, 5),
+    "qwen3_5_text": (2, 5),
+    "olmo_hybrid": (2, 5),
+    "qwen3_next": (2, 8),
+    "granitemoehybrid": (2, 8),
+    "falcon_h1": (1, 5),
+    "nemotron_h": (3, 4),
+    "zamba2": (1, 6),
+    "mamba2": (1, 4),
+    "lfm2": (2, 4),
 }
 """Kinds of blocks, and different pieces, counted by hand; elsewhere a kind, and what comes first, between and last.
 
 Experts add what comes between their two products and after the second one; a dense layer among them its own step. Of
-Llama 4's three layers no two steps are the same: first, to one without rotary embedding, to one with, last.
+Llama 4's three layers no two steps are the same: first, to one without rotary embedding, to one with, last. Mixers
+with a recurrent state add what comes between their convolution and their scan; where layers that attend come between
+those, what leads from one kind to the other and back is not the same. Zamba's layer that does both is no block.
 """
 
 
 @pytest.mark.parametrize(
     ("family", "backend"),
     slow_but(
-        itertools.product([*sorted(set(FAMILIES) - {"llama"}), *MORE_FAMILIES], [BackendName.EAGER, BackendName.AOTI]),
-        *((family, BackendName.EAGER) for family in ("qwen3", "gemma3_text", "gpt_oss")),
+        itertools.product(
+            [*sorted(set(FAMILIES) - {"llama"}), *MORE_FAMILIES, *HYBRID_FAMILIES],
+            [BackendName.EAGER, BackendName.AOTI],
+        ),
+        *((family, BackendName.EAGER) for family in ("qwen3", "gpt_oss", "bamba")),
     ),
 )
 def test_a_family_equals_transformers(family: str, backend: BackendName, home: Path, tmp_path: Path) -> None:
@@ -60,7 +75,7 @@ def test_a_family_equals_transformers(family: str, backend: BackendName, home: P
 
     count = 21
     ids = torch.randint(5, 130, (count,), generator=torch.Generator().manual_seed(1))
-    model.make_states({"blocks": 8})
+    model.make_states({"blocks": 8, "state_slots": 1})
     logits = model.run(
         {
             "input_ids": ids,
@@ -70,6 +85,7 @@ def test_a_family_equals_transformers(family: str, backend: BackendName, home: P
             "seq_lens": torch.tensor([count]),
             "query_start": torch.tensor([0, count]),
             "logits_indices": torch.arange(count),
+            "state_slots": torch.tensor([0]),
             "num_decode_tokens": 0,
         }
     )[0]
@@ -79,7 +95,7 @@ def test_a_family_equals_transformers(family: str, backend: BackendName, home: P
 
     params = SamplingParams(max_tokens=64, ignore_eos=True)
     prompts = [ids[:9].tolist(), ids[9:12].tolist()]
-    sizes = EngineConfig(num_blocks=10, max_tokens=64, max_seqs=8)
+    sizes = EngineConfig(num_blocks=10, max_tokens=64, max_seqs=8, prefix_caching=family not in HYBRID_FAMILIES)
     engine = engine_for(model, sizes, model_config=spec.config, tokenizer=None)
     for index, prompt in enumerate(prompts):
         engine.add(GenerationRequest(str(index), tuple(prompt), params))

@@ -144,7 +144,7 @@ def test_memory_is_counted_in_bytes_of_fp8(made: Made) -> None:
     needs = []
     for kind in ("auto", "fp8"):
         model_dir, bundle = made("deepseek_v3", kv_cache_dtype=kind)
-        needs.append(memory_needs(Plan.from_json(bundle.plan()), read_config(model_dir)))
+        needs.append(memory_needs(Plan.from_json(bundle.plan()), read_config(model_dir), max_seqs=8))
     auto, fp8 = needs
     assert (auto.block, fp8.block) == (16 * LAYERS * (RANK + ROPE) * 4, 16 * TOKEN_BYTES)
     assert (auto.weights, auto.activations) == (fp8.weights, fp8.activations)

@@ -20,6 +20,7 @@ from piecework.engine.sampling.sampler import Sampler, SamplingRow
 from piecework.engine.scheduler import ScheduledBatch, Scheduler
 from piecework.engine.text.tokenizer import Tokenizer
 from piecework.errors import RequestError
+from piecework.models.batch import STATE_SLOTS
 from piecework.spec.config import ModelConfig
 
 
@@ -27,7 +28,7 @@ class Runner(Protocol):
     """What an engine needs of a loaded model."""
 
     def make_states(self, sizes: Mapping[str, int]) -> None:
-        """Allocate the KV caches for {"blocks": number of blocks}."""
+        """Allocate the states for {"blocks": blocks of the KV caches, "state_slots": slots of recurrent states}."""
 
     def run(self, inputs: Mapping[str, Tensor | int]) -> list[Tensor]:
         """Run one forward on the named inputs; the logits [logits, vocab] come first."""
@@ -98,7 +99,7 @@ class Engine:
         self._prompt_logprobs: dict[str, list[SampledToken | None]] = {}
         self._num_generated = 0
         self._num_steps = 0
-        runner.make_states({"blocks": config.num_blocks})
+        self._make_states()
 
     @property
     def has_work(self) -> bool:
@@ -191,7 +192,11 @@ class Engine:
             self._inputs.release(sequence)
         self._runner.close()  # so that there is room for the new one's KV caches
         self._runner = runner
-        runner.make_states({"blocks": self._config.num_blocks})
+        self._make_states()
+
+    def _make_states(self) -> None:
+        """Allocate the KV caches, and a slot of recurrent states for each sequence that may run."""
+        self._runner.make_states({"blocks": self._config.num_blocks, STATE_SLOTS: self._config.max_seqs})
 
     def close(self) -> None:
         """Close the model; the engine can't be used afterwards."""

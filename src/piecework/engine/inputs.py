@@ -11,6 +11,7 @@ from torch import Tensor
 
 from piecework.engine.request import Sequence
 from piecework.engine.scheduler import ScheduledBatch, ScheduledSequence
+from piecework.models.batch import STATE_SLOTS
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class ForwardInputs:
 @final
 class InputBuilder:
     """Builds inputs step by step. Keeps the block tables of sequences between steps, and adds only what is new.
+
+    The place of a sequence in these is also its slot in recurrent states.
 
     Args:
         block_size: tokens per block.
@@ -102,6 +105,7 @@ class InputBuilder:
             "seq_lens": torch.from_numpy(seq_lens),
             "query_start": torch.from_numpy(query_start),
             "logits_indices": torch.tensor(last or [len(token_ids) - 1]),
+            STATE_SLOTS: torch.from_numpy(rows),
             "num_decode_tokens": batch.num_decode,
             "num_prefill_tokens": len(token_ids) - batch.num_decode,
         }

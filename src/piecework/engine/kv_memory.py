@@ -16,9 +16,10 @@ from typing import Final
 
 import torch
 
-from piecework.bundle.plan import OpStep, Plan, Recipe
+from piecework.bundle.plan import OpStep, Plan, Recipe, State
 from piecework.bundle.sizes import size_expression
 from piecework.errors import CapacityError
+from piecework.models.batch import STATE_SLOTS
 from piecework.ops.mla.plain import CONTEXT_CHUNK
 from piecework.spec.config import ModelConfig
 
@@ -39,11 +40,15 @@ class Memory:
 
 @dataclass(frozen=True)
 class MemoryNeeds:
-    """Bytes that a model needs besides its KV cache, and for one block of it."""
+    """Bytes that a model needs besides its KV cache, and for one block of it.
+
+    `states` are recurrent states, of all sequences that may run.
+    """
 
     weights: int
     activations: int
     block: int
+    states: int = 0
 
 
 def read_memory(device: str) -> Memory:
@@ -67,13 +72,13 @@ def num_blocks_in(memory: Memory, needs: MemoryNeeds, *, fraction: float) -> int
     Raises CapacityError where not even one block is left.
     """
     step = max(1, memory.total // _STEPS)
-    left = memory.free // step * step - needs.weights - needs.activations
+    left = memory.free // step * step - needs.weights - needs.activations - needs.states
     num_blocks = int(fraction * left) // needs.block
     if num_blocks < 1:
         raise CapacityError(
             asked=f"a KV cache in {fraction:.0%} of what {_mib(memory.free)} of free memory leave",
-            found=f"weights take {_mib(needs.weights)}, activations {_mib(needs.activations)}, a block "
-            f"{_mib(needs.block)}",
+            found=f"weights take {_mib(needs.weights)}, activations {_mib(needs.activations)}, recurrent states "
+            f"{_mib(needs.states)}, a block {_mib(needs.block)}",
             try_="free memory, take a larger fraction or fewer tokens per forward, or give the KV cache's bytes",
         )
     return num_blocks
@@ -88,14 +93,20 @@ def num_blocks_of_bytes(num_bytes: int, needs: MemoryNeeds) -> int:
     return num_bytes // needs.block
 
 
-def memory_needs(plan: Plan, config: ModelConfig) -> MemoryNeeds:
-    """Return what a model needs, from its plan and config."""
+def has_slots(state: State) -> bool:
+    """Whether a state has a slot for each sequence, as recurrent ones have, and not blocks."""
+    return STATE_SLOTS in state.shape
+
+
+def memory_needs(plan: Plan, config: ModelConfig, *, max_seqs: int) -> MemoryNeeds:
+    """Return what a model needs, from its plan and config, where so many sequences may run."""
     weights = sum(prod(r.shape) * _itemsize(r.dtype) for r in plan.recipes)
-    block = sum(
-        prod(size_expression(str(dim))({"blocks": 1}) for dim in state.shape) * _itemsize(state.dtype)
-        for state in plan.states
-    )
-    return MemoryNeeds(weights, activation_bytes(plan, config), block)
+    sizes = {"blocks": 1, STATE_SLOTS: max_seqs}
+    num_bytes = {False: 0, True: 0}
+    for state in plan.states:
+        shape = (size_expression(str(dim))(sizes) for dim in state.shape)
+        num_bytes[has_slots(state)] += prod(shape) * _itemsize(state.dtype)
+    return MemoryNeeds(weights, activation_bytes(plan, config), num_bytes[False], num_bytes[True])
 
 
 def activation_bytes(plan: Plan, config: ModelConfig) -> int:
@@ -139,11 +150,11 @@ def _recipes_of(step: OpStep) -> list[int]:
 
 
 def _activation_itemsize(plan: Plan) -> int:
-    """Return the bytes of a number of the activations, which is of the widest state's type.
+    """Return the bytes of a number of the activations, which is of the widest KV cache's type.
 
-    Where states are bytes, as caches in fp8 are, it is of the type that most weights have.
+    Where these are bytes, as caches in fp8 are, it is of the type that most weights have.
     """
-    numbers = [s.dtype for s in plan.states if s.dtype != "uint8"]
+    numbers = [s.dtype for s in plan.states if s.dtype != "uint8" and not has_slots(s)]
     if plan.states and not numbers:
         weights = Counter[str]()
         for recipe in plan.recipes:

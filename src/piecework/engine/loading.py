@@ -15,7 +15,14 @@ from piecework.bundle.run.loading import read_plan
 from piecework.engine.block_pool import DEFAULT_BLOCK_SIZE, num_blocks_for
 from piecework.engine.engine import Engine, EngineConfig, Runner, engine_for
 from piecework.engine.events import Note, OnEvent, Phase, phase
-from piecework.engine.kv_memory import DEFAULT_FRACTION, memory_needs, num_blocks_in, num_blocks_of_bytes, read_memory
+from piecework.engine.kv_memory import (
+    DEFAULT_FRACTION,
+    has_slots,
+    memory_needs,
+    num_blocks_in,
+    num_blocks_of_bytes,
+    read_memory,
+)
 from piecework.engine.options import EngineOptions
 from piecework.engine.text.tokenizer import Tokenizer
 from piecework.foundation.process import seconds_since_start
@@ -56,13 +63,15 @@ def make_engine(
     loaded: Loaded, spec: ModelSpec, options: EngineOptions, *, tokenizer: Tokenizer | None, on_event: OnEvent
 ) -> Engine:
     """Return an engine for a loaded model; its KV cache is allocated here. Raises CapacityError."""
-    sizes = loaded.model.plan.sizes
-    most_seqs = sizes["seqs"][1]
+    plan = loaded.model.plan
+    recurrent = any(has_slots(state) for state in plan.states)
+    if recurrent and options.prefix_caching:
+        on_event(Note("the model has recurrent states, which are not kept for prefixes: each prompt is read whole"))
     config = EngineConfig(
         num_blocks=loaded.num_blocks,
-        max_tokens=sizes["tokens"][1],
-        max_seqs=most_seqs if options.max_seqs is None else min(options.max_seqs, most_seqs),
-        prefix_caching=options.prefix_caching,
+        max_tokens=plan.sizes["tokens"][1],
+        max_seqs=_max_seqs(plan, options),
+        prefix_caching=options.prefix_caching and not recurrent,
     )
     runner: Runner = loaded.model
     if options.profile is not None:
@@ -78,12 +87,20 @@ def num_blocks_for_cache(plan: Plan, spec: ModelSpec, options: EngineOptions) ->
     if options.kv_cache_tokens is not None:
         longest = min(options.kv_cache_tokens, spec.config.max_positions)
         return num_blocks_for(longest, block_size=DEFAULT_BLOCK_SIZE)
-    needs = memory_needs(plan, spec.config)
+    needs = memory_needs(plan, spec.config, max_seqs=_max_seqs(plan, options))
+    if not needs.block:  # recurrent states only: blocks cost nothing
+        return num_blocks_for(spec.config.max_positions, block_size=DEFAULT_BLOCK_SIZE) * _max_seqs(plan, options)
     if options.kv_cache_memory is not None:
         return num_blocks_of_bytes(options.kv_cache_memory, needs)
     device = spec.options.device
     fraction = DEFAULT_FRACTION[device] if options.memory_fraction is None else options.memory_fraction
     return num_blocks_in(read_memory(device), needs, fraction=fraction)
+
+
+def _max_seqs(plan: Plan, options: EngineOptions) -> int:
+    """Return the most sequences that run at the same time."""
+    most = plan.sizes["seqs"][1]
+    return most if options.max_seqs is None else min(options.max_seqs, most)
 
 
 def _check_model_plan(plan: Plan) -> None:

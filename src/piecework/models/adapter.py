@@ -23,8 +23,8 @@ from piecework.capture.request import CaptureRequest, Dim, SizeInput, TensorInpu
 from piecework.capture.sources import is_users
 from piecework.errors import PieceworkError, UnsupportedModelError
 from piecework.models.adapted import AdaptedModel
-from piecework.models.batch import BLOCK_SIZE, ForwardBatch
-from piecework.models.cache_interface import Past
+from piecework.models.batch import BLOCK_SIZE, STATE_SLOTS, ForwardBatch
+from piecework.models.cache_interface import Past, cache_arguments
 from piecework.models.deepseek import adapt_deepseek
 from piecework.models.paged_attention import adapt_paged
 from piecework.ops.mla.core import Regime
@@ -58,6 +58,9 @@ def build_causal_lm(spec: ModelSpec) -> CaptureRequest:
         *(TensorInput(name, shape, "int64", device) for name, shape in _INPUTS.items()),
         SizeInput("num_decode_tokens", "decode_tokens"),
     ]
+    if any(STATE_SLOTS in state.shape for state in model.states.values()):
+        inputs.append(TensorInput(STATE_SLOTS, ("seqs",), "int64", device))
+        sizes[STATE_SLOTS] = Dim(1, MAX_SEQS)
     if regimes:
         inputs.append(SizeInput("num_prefill_tokens", "prefill_tokens"))
         sizes["prefill_tokens"] = Dim(0, spec.max_tokens)
@@ -85,14 +88,14 @@ def call_causal_lm(module: nn.Module, inputs: Mapping[str, Any], *, regime: Regi
         query_start=inputs["query_start"],
         num_decode_tokens=num_decode,
         num_prefill_tokens=inputs.get("num_prefill_tokens", num_tokens - num_decode),
+        state_slots=inputs.get(STATE_SLOTS),
         regime=regime,
     )
     positions = inputs["positions"].unsqueeze(0)
     output = module(
         input_ids=inputs["input_ids"].unsqueeze(0),
         position_ids=positions,
-        past_key_values=Past(positions, batch),
-        use_cache=False,
+        **cache_arguments(module, Past(positions, batch)),
         logits_to_keep=inputs["logits_indices"],
         batch=batch,
     )

@@ -11,6 +11,8 @@ from piecework.ops.mla.core import Regime
 
 BLOCK_SIZE: Final = 16
 """Tokens per block of a paged cache."""
+STATE_SLOTS: Final = "state_slots"
+"""The size of states that have a slot for each sequence, and the input that says which."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class ForwardBatch:
         query_start: [S + 1] int64, prefix sums of the new tokens per sequence.
         num_decode_tokens: how many of the first sequences decode.
         num_prefill_tokens: T minus that.
+        state_slots: [S] int64, the slot of each sequence in recurrent states; None in models without them.
         regime: what is known of the batch while a graph is traced: no prefill tokens (`DECODE`), no decode tokens
             (`PREFILL`), or nothing (`MIXED`), as which every batch may be run.
     """
@@ -37,4 +40,5 @@ class ForwardBatch:
     query_start: Tensor
     num_decode_tokens: int
     num_prefill_tokens: int
+    state_slots: Tensor | None = None
     regime: Regime = Regime.MIXED

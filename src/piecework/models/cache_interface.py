@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 from transformers.masking_utils import causal_mask_function, chunked_overlay, sliding_window_overlay
 
@@ -35,10 +36,10 @@ class Past(Cache):  # type: ignore[misc]  # transformers' classes have no types
 
     Args:
         positions: [1, T] int64, of the new tokens.
-        batch: of the forward, for attention that isn't given it.
+        batch: of the forward, for attention that isn't given it and for mixers with recurrent states.
     """
 
-    def __init__(self, positions: Tensor, batch: ForwardBatch | None = None) -> None:
+    def __init__(self, positions: Tensor, batch: ForwardBatch) -> None:
         super().__init__(layers=[])
         self.batch = batch
         self._positions = positions
@@ -58,9 +59,43 @@ class Past(Cache):  # type: ignore[misc]  # transformers' classes have no types
         """Return how many keys there are, and where they begin; nobody counts them."""
         return query_length, 0
 
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Any:
+        """Raise UnsupportedModelError: of mixers with recurrent states only those come here that aren't reached."""
+        raise _kept(layer_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Any:
+        """Raise UnsupportedModelError, as `get_conv_state` does."""
+        raise _kept(layer_idx)
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *_: object, **__: object) -> Any:
+        """Raise UnsupportedModelError, as `get_conv_state` does."""
+        raise _kept(layer_idx)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *_: object, **__: object) -> Any:
+        """Raise UnsupportedModelError, as `get_conv_state` does."""
+        raise _kept(layer_idx)
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> Any:
+        """Raise UnsupportedModelError, as `get_conv_state` does."""
+        raise _kept(layer_idx)
+
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Return where queries begin."""
         return 0
+
+
+def cache_arguments(module: nn.Module, past: Past) -> dict[str, Any]:
+    """Return the arguments by which a model's forward takes a cache and returns none."""
+    names = inspect.signature(type(module).forward).parameters
+    return {"cache_params" if "cache_params" in names else "past_key_values": past, "use_cache": False}
+
+
+def _kept(layer: int | None) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        asked="a language model on the engine",
+        found=f"layer {layer} keeps a recurrent state of a function that piecework has no operator for",
+        try_="piecework.compile for the module as it is, without the engine",
+    )
 
 
 def sight(*, mask_function: Callable[..., Any], **_ignored: object) -> Sight:

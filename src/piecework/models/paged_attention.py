@@ -19,8 +19,9 @@ from piecework.models.cache_interface import Sight, sight
 from piecework.models.conversions import checkpoint_sources
 from piecework.models.direct_attention import build_with_sdpa, redirect
 from piecework.models.meta import meta_parameters
+from piecework.models.recurrent_mixers import keep_states
 from piecework.models.rope import fixed_frequencies
-from piecework.models.trial import TRIAL, give_caches, try_attention, unreached
+from piecework.models.trial import TRIAL, give_states, try_attention, unreached
 from piecework.ops import attention as _attention  # noqa: F401  registers piecework::attention
 from piecework.spec.config import ModelConfig
 
@@ -40,7 +41,8 @@ def adapt_paged(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
         module = build_with_sdpa(hf_config, dtype=dtype, masks=ATTENTION)
         redirect(module, try_attention)
     notes = fixed_frequencies(module, longest=config.max_positions)
-    states = give_caches(module.eval())
+    keep_states(module)
+    states = give_states(module.eval())
     if module.config._attn_implementation == TRIAL:
         module.set_attn_implementation(ATTENTION)
     else:

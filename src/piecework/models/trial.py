@@ -1,8 +1,9 @@
-"""Which modules of a model attend, and to caches of which heads: seen in a forward without values."""
+"""Which modules of a model attend or keep a state, and of which shapes: seen in a forward without values."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Final
 
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from piecework.capture.request import TensorInput
 from piecework.errors import UnsupportedModelError
 from piecework.foundation.torch_private import SymbolicSession, grouped_products_of_any_type
-from piecework.models.batch import BLOCK_SIZE
-from piecework.models.cache_interface import Past, Sight
+from piecework.models.batch import BLOCK_SIZE, STATE_SLOTS, ForwardBatch
+from piecework.models.cache_interface import Past, Sight, cache_arguments
 
 KV_CACHE: Final = "kv_cache"
+CONV_STATE: Final = "conv_state"
+RECURRENT_STATE: Final = "recurrent_state"
 TRIAL: Final = "piecework, on trial"
 """The name of attention during the trial."""
 
@@ -42,40 +45,51 @@ def try_attention(
     return query.transpose(1, 2).contiguous(), None
 
 
-def give_caches(module: nn.Module) -> dict[str, TensorInput]:
-    """Give every module that attends a `kv_cache` on the meta device; return them by qualified name.
+def give_states(module: nn.Module) -> dict[str, TensorInput]:
+    """Give every module that attends or keeps a state its buffers on the meta device; return these by qualified name.
 
-    Which these are, and the heads of each, is seen in a forward of two tokens without values.
+    Which modules these are, and the shapes, is seen in a forward of two tokens without values.
     """
     given = [*module.named_parameters(), *module.named_buffers()]
     with torch.no_grad(), grouped_products_of_any_type(), SymbolicSession().fake_mode:
-        tokens = torch.zeros((1, 2), dtype=torch.int64)
-        rows = torch.zeros(1, dtype=torch.int64)
-        inputs = {"input_ids": tokens, "position_ids": tokens, "past_key_values": Past(tokens), "use_cache": False}
-        inputs |= {"logits_to_keep": rows, "batch": None}
         tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in given}
         with _siblings_left_out(module) as twins:
-            output = torch.func.functional_call(module, tensors, kwargs=inputs)
+            output = torch.func.functional_call(module, tensors, kwargs=_two_tokens(module))
     if output.logits.shape[:2] != (1, 1):
         raise unreached(module, "gives logits of tokens that weren't asked for in `logits_to_keep`")
     for block, first in twins:
         for part, like in zip(block.modules(), first.modules(), strict=True):
-            part.register_buffer(KV_CACHE, vars(like)["_buffers"].get(KV_CACHE), persistent=False)
+            for name in _SIZES.keys() & vars(like)["_buffers"].keys():
+                part.register_buffer(name, vars(like)["_buffers"][name], persistent=False)
     states = {}
     for name, part in module.named_modules():
-        fake = vars(part)["_buffers"].get(KV_CACHE)
-        if fake is not None:
-            part.register_buffer(KV_CACHE, torch.empty(fake.shape, dtype=fake.dtype, device="meta"), persistent=False)
-            qualified, dtype = f"{name}.{KV_CACHE}", str(fake.dtype).removeprefix("torch.")
-            states[qualified] = TensorInput(qualified, (2, "blocks", *fake.shape[2:]), dtype)
+        for buffer, (axis, size) in _SIZES.items():
+            fake = vars(part)["_buffers"].get(buffer)
+            if fake is not None:
+                part.register_buffer(buffer, torch.empty(fake.shape, dtype=fake.dtype, device="meta"), persistent=False)
+                qualified, dtype = f"{name}.{buffer}", str(fake.dtype).removeprefix("torch.")
+                shape = (*fake.shape[:axis], size, *fake.shape[axis + 1 :])
+                states[qualified] = TensorInput(qualified, shape, dtype)
     return states
 
 
+_SIZES: Final = {KV_CACHE: (1, "blocks"), CONV_STATE: (0, STATE_SLOTS), RECURRENT_STATE: (0, STATE_SLOTS)}
+"""States, by the axis of theirs that has a size of the engine's, and that size."""
+
+
+def _two_tokens(module: nn.Module) -> dict[str, Any]:
+    """Return the arguments of a forward of one sequence that begins with two tokens."""
+    tokens, one = torch.zeros((1, 2), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    batch = ForwardBatch(tokens[0], one[None], one, tokens[0], 0, 2, one)
+    arguments = {"input_ids": tokens, "position_ids": tokens, "logits_to_keep": one, "batch": batch}
+    return arguments | cache_arguments(module, Past(tokens, batch))
+
+
 def unreached(module: nn.Module, why: str) -> UnsupportedModelError:
-    """Return the error for a module that attends in a way that can't be paged, with the place of its code."""
-    code = type(module).forward.__code__
+    """Return the error for a module whose attention or state can't be kept for many, with the place of its code."""
+    code = inspect.unwrap(type(module).forward).__code__
     return UnsupportedModelError(
-        asked="attention over a paged cache",
+        asked="a language model on the engine",
         found=f"{type(module).__name__} ({code.co_filename}:{code.co_firstlineno}) {why}",
         try_="piecework.compile for the module as it is, without the engine",
     )

@@ -1,12 +1,8 @@
 """`piecework::gated_delta_net`: the core of a gated delta net layer, between its projections and its gated norm.
 
-Convolution and gated delta rule (Yang, Kautz and Hatamizadeh 2024, arXiv:2412.06464), as in Qwen3-Next. The state maps
-keys to values; each token lets it fade, then corrects what it holds for the token's key. One token per sequence is one
-such step, all sequences together. A prompt goes in chunks, whose corrections are found together by a triangular solve
-(Yang et al. 2024, arXiv:2406.06484), with the state handed from chunk to chunk and from forward to forward.
+Convolution (ops/causal_conv.py) and gated delta rule (ops/delta_rule.py), as in Qwen3-Next.
 
-Shape suffixes: T tokens, L tokens of a chunk, Hk key heads, Hv value heads, each key head serving Hv / Hk consecutive
-ones, Dk and Dv their sizes, C = 2 * Hk * Dk + Hv * Dv convolved channels, K taps.
+Shape suffixes as in ops/delta_rule.py, and C = 2 * Hk * Dk + Hv * Dv convolved channels, K taps.
 """
 
 from __future__ import annotations
@@ -15,12 +11,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import silu, softplus
 
-from piecework.ops.ir.forward_context import layer_state, running_context
+from piecework.ops.causal_conv import convolve
+from piecework.ops.delta_rule import CHUNK, corrected
+from piecework.ops.ir.forward_context import layer_state
 from piecework.ops.ir.layer import LayerNameType
 from piecework.ops.ir.opaque_op import opaque_op
-from piecework.ops.recurrent import DecodeSequences, causal_conv, check_size, decode_sequences, prefill_chunks
+from piecework.ops.recurrent import check_size, running_sequences
 
 _NORM_EPS = 1e-6
 
@@ -41,7 +39,7 @@ class GatedDeltaNetWeights:
     conv_bias: Tensor | None
     dt_bias: Tensor
     a_log: Tensor
-    chunk_size: int = 64
+    chunk_size: int = CHUNK
 
 
 @dataclass(frozen=True)
@@ -78,90 +76,31 @@ def gated_delta_net(mixed_qkv: Tensor, b: Tensor, a: Tensor, layer: LayerNameTyp
     """
     state = layer_state(layer, GatedDeltaNetState)
     weights = state.weights
-    batch = running_context().batch
-    decode, chunks = decode_sequences(batch), prefill_chunks(batch, num_tokens=mixed_qkv.shape[0])
+    sequences = running_sequences()
     _, num_heads, key_dim, value_dim = state.recurrent_state.shape
     check_size(layer, what="head_dim", given=head_dim, found=value_dim)
-    convolved = causal_conv(
-        mixed_qkv,
-        weight=weights.conv_weight,
-        bias=weights.conv_bias,
-        conv_state=state.conv_state,
-        decode=decode,
-        chunks=chunks,
-    )
+    convolved = convolve(mixed_qkv, weights.conv_weight, weights.conv_bias, state.conv_state, sequences)
     values = num_heads * value_dim
-    qk, v = convolved.float().split([convolved.shape[1] - values, values], dim=-1)
+    qk, v = silu(convolved).float().split([convolved.shape[1] - values, values], dim=-1)
     q, k = qk.unflatten(-1, (2, -1, key_dim)).unbind(1)
-    shared = num_heads // q.shape[1]
-    q = (_unit(q) * key_dim**-0.5).repeat_interleave(shared, dim=1)
-    k = _unit(k).repeat_interleave(shared, dim=1)
     v = v.unflatten(-1, (num_heads, value_dim))
-    beta = b.float().sigmoid()
     log_decay = -weights.a_log.float().exp() * softplus(a.float() + weights.dt_bias.float())
-    tokens = _Tokens(q, k, v, beta, log_decay)
-    out = torch.zeros_like(v, memory_format=torch.contiguous_format)
-    if decode is not None:
-        one = slice(decode.num)
-        out[one] = _step(tokens.part(one), state=state.recurrent_state, decode=decode)
-    for chunk in chunks:
-        carried = chunk.read(state.recurrent_state)
-        for start in range(chunk.tokens.start, chunk.tokens.stop, weights.chunk_size):
-            part = slice(start, min(start + weights.chunk_size, chunk.tokens.stop))
-            out[part], carried = _chunk(tokens.part(part), state=carried)
-        state.recurrent_state[chunk.slot] = carried.to(state.recurrent_state.dtype)
+    out = corrected(
+        _unit(q) * key_dim**-0.5,
+        _unit(k),
+        v,
+        log_decay,
+        b.float().sigmoid(),
+        state.recurrent_state,
+        sequences,
+        chunk_size=weights.chunk_size,
+    )
     return out.to(mixed_qkv.dtype)
 
 
 @gated_delta_net.fake
 def _gated_delta_net_fake(mixed_qkv: Tensor, b: Tensor, a: Tensor, layer: LayerNameType, head_dim: int) -> Tensor:
     return mixed_qkv.new_empty(*b.shape, head_dim)
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """Some tokens, all in float32: q, k [T, Hv, Dk], v [T, Hv, Dv], beta and log_decay [T, Hv]."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    beta: Tensor
-    log_decay: Tensor
-
-    def part(self, which: slice) -> _Tokens:
-        """Return some of the tokens."""
-        return _Tokens(self.q[which], self.k[which], self.v[which], self.beta[which], self.log_decay[which])
-
-
-def _step(tokens: _Tokens, *, state: Tensor, decode: DecodeSequences) -> Tensor:
-    """Advance each of D sequences by one token, [D, Hv, Dv]; `state` [slots, Hv, Dk, Dv] is written."""
-    new = decode.read(state).mul_(tokens.log_decay.exp()[..., None, None])
-    held = torch.matmul(tokens.k.unsqueeze(-2), new).squeeze(-2)
-    correction = (tokens.v - held) * tokens.beta.unsqueeze(-1)
-    new.addcmul_(tokens.k.unsqueeze(-1), correction.unsqueeze(-2))
-    decode.write(state, new)
-    return torch.matmul(tokens.q.unsqueeze(-2), new).squeeze(-2)
-
-
-def _chunk(tokens: _Tokens, *, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Go through L tokens of one sequence: result [L, Hv, Dv] and the state [Hv, Dk, Dv] after them.
-
-    Token i's correction depends on those of the tokens before it: u_i = beta_i (v_i - decay(0, i) k_i S -
-    sum over j < i of decay(j, i) (k_i k_j) u_j), a unit lower triangular system with a row per token.
-    """
-    q, k, v = (t.transpose(0, 1) for t in (tokens.q, tokens.k, tokens.v))
-    beta, total = tokens.beta.t().unsqueeze(-1), tokens.log_decay.t().cumsum(-1)
-    between = total.unsqueeze(-1) - total.unsqueeze(-2)
-    later = torch.ones(between.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
-    decay = between.masked_fill_(later, float("-inf")).exp_()
-    since_start = total.exp().unsqueeze(-1)
-    system = (torch.matmul(k, k.transpose(-1, -2)) * decay * beta).tril_(-1)
-    wanted = beta * (v - since_start * torch.matmul(k, state))
-    corrections = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
-    out = since_start * torch.matmul(q, state) + torch.matmul(torch.matmul(q, k.transpose(-1, -2)) * decay, corrections)
-    left = (total[:, -1:] - total).exp().unsqueeze(-1)
-    state = state * since_start[:, -1:] + torch.matmul((k * left).transpose(-1, -2), corrections)
-    return out.transpose(0, 1), state
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -1,11 +1,8 @@
 """`piecework::mamba2_mixer`: the core of a Mamba2 layer, between its input and output projections.
 
-Convolution, selective scan and gated norm of Mamba2 (Dao and Gu 2024, arXiv:2405.21060). One token per sequence is one
-step of the recurrence, all sequences together; a prompt is scanned in chunks, each as matrix products (the paper's
-section 6), with the state handed from chunk to chunk and from forward to forward.
+Convolution (ops/causal_conv.py), selective scan (ops/mamba2_scan.py) and gated norm of Mamba2.
 
-Shape suffixes: T tokens, L tokens of a chunk, H heads, P head dim, G groups of heads that share B and C, N state size,
-C = H * P + 2 * G * N convolved channels, K taps.
+Shape suffixes as in ops/mamba2_scan.py, and C = H * P + 2 * G * N convolved channels, K taps.
 """
 
 from __future__ import annotations
@@ -16,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
-from piecework.ops.ir.forward_context import layer_state, running_context
+from piecework.ops.causal_conv import convolve
+from piecework.ops.ir.forward_context import layer_state
 from piecework.ops.ir.layer import LayerNameType
 from piecework.ops.ir.opaque_op import opaque_op
-from piecework.ops.recurrent import DecodeSequences, causal_conv, check_size, decode_sequences, prefill_chunks
+from piecework.ops.mamba2_scan import CHUNK, scanned
+from piecework.ops.recurrent import check_size, running_sequences
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Mamba2Weights:
     norm_eps: float = 1e-5
     norm_group_size: int | None = None
     time_step_limit: tuple[float, float] = (0.0, float("inf"))
-    chunk_size: int = 128
+    chunk_size: int = CHUNK
 
 
 @dataclass(frozen=True)
@@ -83,74 +82,24 @@ def mamba2_mixer(projected: Tensor, layer: LayerNameType, inner_size: int) -> Te
     """
     state = layer_state(layer, Mamba2State)
     weights = state.weights
-    batch = running_context().batch
-    decode, chunks = decode_sequences(batch), prefill_chunks(batch, num_tokens=projected.shape[0])
+    sequences = running_sequences()
     _, num_heads, head_dim, state_size = state.ssm_state.shape
     check_size(layer, what="inner_size", given=inner_size, found=num_heads * head_dim)
-    gate, convolved, dt = projected.split([inner_size, weights.conv_weight.shape[0], num_heads], dim=-1)
-    convolved = causal_conv(
-        convolved,
-        weight=weights.conv_weight,
-        bias=weights.conv_bias,
-        conv_state=state.conv_state,
-        decode=decode,
-        chunks=chunks,
-    )
-    x, b, c = convolved.float().tensor_split([inner_size, (inner_size + convolved.shape[1]) // 2], dim=-1)
-    num_groups = b.shape[1] // state_size
-    x = x.unflatten(-1, (num_groups, -1, head_dim))
-    b, c = b.unflatten(-1, (num_groups, state_size)), c.unflatten(-1, (num_groups, state_size))
+    gate, mixed, dt = projected.split([inner_size, weights.conv_weight.shape[0], num_heads], dim=-1)
+    mixed = silu(convolve(mixed, weights.conv_weight, weights.conv_bias, state.conv_state, sequences))
+    x, b, c = mixed.float().tensor_split([inner_size, (inner_size + mixed.shape[1]) // 2], dim=-1)
+    x = x.unflatten(-1, (-1, head_dim))
+    b, c = b.unflatten(-1, (-1, state_size)), c.unflatten(-1, (-1, state_size))
     dt = softplus(dt.float() + weights.dt_bias.float()).clamp(*weights.time_step_limit)
-    log_decay = (dt * -weights.a_log.float().exp()).unflatten(-1, (num_groups, -1))
-    scaled = x * dt.unflatten(-1, (num_groups, -1)).unsqueeze(-1)
-    scanned = torch.zeros_like(x)
-    if decode is not None:
-        one = slice(decode.num)
-        scanned[one] = _step(scaled[one], log_decay[one], b[one], c[one], state=state.ssm_state, decode=decode)
-    for chunk in chunks:
-        carried = chunk.read(state.ssm_state).unflatten(0, (num_groups, -1))
-        for start in range(chunk.tokens.start, chunk.tokens.stop, weights.chunk_size):
-            part = slice(start, min(start + weights.chunk_size, chunk.tokens.stop))
-            scanned[part], carried = _scan(scaled[part], log_decay[part], b[part], c[part], state=carried)
-        state.ssm_state[chunk.slot] = carried.flatten(0, 1).to(state.ssm_state.dtype)
-    mixed = scanned + x * weights.d.float().view(num_groups, -1, 1)
-    return _gated_norm(mixed.flatten(1), gate, weights).to(projected.dtype)
+    log_decay = dt * -weights.a_log.float().exp()
+    read = scanned(x * dt.unsqueeze(-1), log_decay, b, c, state.ssm_state, sequences, chunk_size=weights.chunk_size)
+    out = read + x * weights.d.float().unsqueeze(-1)
+    return _gated_norm(out.flatten(1), gate, weights).to(projected.dtype)
 
 
 @mamba2_mixer.fake
 def _mamba2_mixer_fake(projected: Tensor, layer: LayerNameType, inner_size: int) -> Tensor:
     return projected.new_empty(projected.shape[0], inner_size)
-
-
-def _step(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, *, state: Tensor, decode: DecodeSequences) -> Tensor:
-    """Advance each of D sequences by one token; `state` [slots, H, P, N] is written.
-
-    x [D, G, H/G, P] times its time step, log_decay [D, G, H/G], b and c [D, G, N] -> [D, G, H/G, P].
-    """
-    new = decode.read(state).unflatten(1, x.shape[1:3]).mul_(log_decay.exp()[..., None, None])
-    new.addcmul_(x.unsqueeze(-1), b[:, :, None, None, :])
-    decode.write(state, new.flatten(1, 2))
-    return torch.matmul(new.flatten(2, 3), c.unsqueeze(-1)).view(x.shape)
-
-
-def _scan(x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, *, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Scan one chunk of one sequence: token j reaches token i >= j with the decay of the steps between them.
-
-    x [L, G, H/G, P] times its time step, log_decay [L, G, H/G], b and c [L, G, N], state [G, H/G, P, N] ->
-    result [L, G, H/G, P] and the state after the chunk.
-    """
-    b, c = b.transpose(0, 1), c.transpose(0, 1)
-    total = log_decay.cumsum(0)
-    by_head = total.permute(1, 2, 0)
-    between = by_head.unsqueeze(-1) - by_head.unsqueeze(-2)
-    later = torch.ones(between.shape[-2:], dtype=torch.bool, device=x.device).triu_(1)
-    reach = between.masked_fill_(later, float("-inf")).exp_().mul_(torch.matmul(c, b.transpose(1, 2)).unsqueeze(1))
-    # all heads of a group share b and c, so that their states are one matrix
-    out = torch.matmul(c, state.flatten(1, 2).transpose(1, 2)).transpose(0, 1).view(x.shape)
-    out = out * total.exp().unsqueeze(-1) + torch.matmul(reach, x.permute(1, 2, 0, 3)).permute(2, 0, 1, 3)
-    left = (x * (total[-1] - total).exp().unsqueeze(-1)).flatten(2).permute(1, 2, 0)
-    state = state * total[-1].exp()[..., None, None] + torch.matmul(left, b).view(state.shape)
-    return out, state
 
 
 def _gated_norm(x: Tensor, gate: Tensor, weights: Mamba2Weights) -> Tensor:

@@ -1,4 +1,4 @@
-"""What mixers with recurrent states share: a batch's sequences with their state slots, and the causal convolution.
+"""What operators with recurrent states share: a batch's sequences with their state slots.
 
 A sequence's state lives in one slot, from its first token to its last. A slot that another sequence had before holds
 what that one left: where a sequence has no token before this forward, its state counts as zero, whatever is there.
@@ -8,14 +8,30 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv1d, silu
 
 from piecework.errors import OpError
-from piecework.ops.ir.forward_context import Batch
+from piecework.ops.ir.forward_context import Batch, running_context
 from piecework.ops.ir.layer import LayerNameType, resolve
+
+
+class StateSequences(NamedTuple):
+    """S sequences whose new tokens are grouped by sequence; those that decode, with one new token each, come first.
+
+    Attributes:
+        seq_lens: [S] int64, tokens of each sequence after this step.
+        query_start: [S + 1] int64, prefix sums of the new tokens per sequence.
+        num_decode_tokens: how many of the first sequences decode; also how many of the first tokens are theirs.
+        state_slots: [S] int64, the slot of each sequence, of which no two share one.
+    """
+
+    seq_lens: Tensor
+    query_start: Tensor
+    num_decode_tokens: int
+    state_slots: Tensor
 
 
 @dataclass(frozen=True)
@@ -56,73 +72,55 @@ class PrefillChunk:
         return torch.zeros_like(state, dtype=torch.float32) if self.fresh else state.float()
 
 
-def decode_sequences(batch: Batch) -> DecodeSequences | None:
+def decode_sequences(sequences: StateSequences) -> DecodeSequences | None:
     """Return the sequences that are handled together, or None where there are none. Nothing waits for the device."""
-    num = batch.num_decode_tokens
-    slots = _slots(batch)[:num]
-    return DecodeSequences(num, slots, batch.seq_lens[:num] == 1) if num else None
+    num = sequences.num_decode_tokens
+    return DecodeSequences(num, sequences.state_slots[:num], sequences.seq_lens[:num] == 1) if num else None
 
 
-def prefill_chunks(batch: Batch, *, num_tokens: int) -> list[PrefillChunk]:
+def prefill_chunks(sequences: StateSequences, *, num_tokens: int) -> list[PrefillChunk]:
     """Return the other sequences, those without a new token left out. Waits for the device where there are some."""
-    if batch.num_decode_tokens == num_tokens:
+    num = sequences.num_decode_tokens
+    if num == num_tokens:
         return []
-    starts, lengths, slots = batch.query_start.tolist(), batch.seq_lens.tolist(), _slots(batch).tolist()
+    starts, lengths = sequences.query_start.tolist(), sequences.seq_lens.tolist()
+    slots = sequences.state_slots.tolist()
     return [
         PrefillChunk(slice(start, stop), slots[i], fresh=lengths[i] == stop - start)
         for i, (start, stop) in enumerate(itertools.pairwise(starts))
-        if i >= batch.num_decode_tokens and stop > start
+        if i >= num and stop > start
     ]
 
 
-def causal_conv(
-    x: Tensor,
-    *,
-    weight: Tensor,
-    bias: Tensor | None,
-    conv_state: Tensor,
-    decode: DecodeSequences | None,
-    chunks: list[PrefillChunk],
-) -> Tensor:
-    """Convolve each channel over its sequence's tokens, this one and those before, and apply SiLU.
-
-    Args:
-        x: [T, C].
-        weight: [C, K], the last tap is the token's own.
-        bias: [C] or None.
-        conv_state: [N, C, K - 1], the last K - 1 inputs of the sequence in each slot; written in place.
-        decode: the sequences with one token each.
-        chunks: the others.
-
-    Returns:
-        [T, C], dtype of x.
-    """
-    out = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    if decode is not None:
-        window = torch.cat([decode.read(conv_state), x[: decode.num].float().unsqueeze(-1)], dim=-1)
-        decode.write(conv_state, window[..., 1:])
-        mixed = (window * weight.float()).sum(-1)
-        out[: decode.num] = silu(mixed if bias is None else mixed + bias.float()).to(x.dtype)
-    for chunk in chunks:
-        new = x[chunk.tokens].t()
-        inputs = torch.cat([chunk.read(conv_state).to(x.dtype), new], dim=-1)
-        conv_state[chunk.slot] = inputs[:, new.shape[1] :].to(conv_state.dtype)
-        mixed = conv1d(inputs.unsqueeze(0), weight.unsqueeze(1), bias, groups=x.shape[1])
-        out[chunk.tokens] = silu(mixed.squeeze(0).t())
-    return out
-
-
-def check_size(layer: LayerNameType, *, what: str, given: int, found: int) -> None:
-    """Raise OpError where an operator was told another size than the layer's state has."""
-    if given != found:
-        raise OpError(asked=f"run layer {resolve(layer)!r} with {what} = {given}", found=f"a state of {found}")
-
-
-def _slots(batch: Batch) -> Tensor:
+def running_sequences() -> StateSequences:
+    """Return those of the running forward context's batch. Raises OpError without one, or without state_slots."""
+    batch: Batch = running_context().batch
     if batch.state_slots is None:
         raise OpError(
             asked="run a mixer with a recurrent state",
             found="a batch without state_slots",
             try_="Batch(..., state_slots=slots), the slot of each sequence",
         )
-    return batch.state_slots
+    return StateSequences(batch.seq_lens, batch.query_start, batch.num_decode_tokens, batch.state_slots)
+
+
+def check_shapes(op: str, sequences: StateSequences, *same: tuple[object, object]) -> None:
+    """Raise OpError where sequences, or sizes of which each pair is to be equal, can't go together in a trace of `op`.
+
+    Sizes that a trace doesn't know as numbers are taken to be right.
+    """
+    lens, starts, _, slots = sequences
+    indices = (lens, starts, slots)
+    if any(t.dim() != 1 or t.dtype is not torch.int64 for t in indices):
+        raise OpError(asked=f"trace {op}", found="sequences that aren't vectors of int64", try_="as it is documented")
+    for a, b in ((lens.shape[0], slots.shape[0]), *same):
+        if isinstance(a, int) and isinstance(b, int) and a != b:
+            raise OpError(
+                asked=f"trace {op}", found=f"sizes {a} and {b} that should be equal", try_="tensors as it says"
+            )
+
+
+def check_size(layer: LayerNameType, *, what: str, given: int, found: int) -> None:
+    """Raise OpError where an operator was told another size than the layer's state has."""
+    if given != found:
+        raise OpError(asked=f"run layer {resolve(layer)!r} with {what} = {given}", found=f"a state of {found}")

@@ -13,6 +13,7 @@ from piecework.compiler.split import OpaqueCall, split
 from piecework.models.adapter import build_causal_lm
 from piecework.ops.ir.layer import LayerName
 from piecework.spec.model_spec import ModelSpec
+from tests.choice import slow_but
 from tests.unit.capture.graphs import (
     NAMED,
     Block,
@@ -32,6 +33,30 @@ def test_a_language_model_stamped_equals_it_traced(tmp_path: Path, family: str, 
     model_dir = write_config(tmp_path, family, num_hidden_layers=layers)
     wanted = build_causal_lm(ModelSpec.of(model_dir, max_tokens=64))
     assert_stamped_equals_traced(wanted, traced=1, stamped=layers - 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "unique", "layers"),
+    slow_but([(*f, n) for f in (("bamba", 6), ("qwen3_next", 8)) for n in (6, 12)], ("bamba", 6, 6)),
+)
+def test_a_hybrid_stamped_equals_it_traced_and_its_pieces_do_not_grow(
+    tmp_path: Path, family: str, unique: int, layers: int
+) -> None:
+    """Two layers with states, then one that attends, and so on.
+
+    Without experts, pieces lead from the start to a convolution; to a scan; from there to the next of a kind, or to
+    attention; back from it; to the end. With experts, they lead to their first product from either kind of layer, to
+    their second, and from there to either kind, or to the end.
+    """
+    kinds: dict[str, object] = {
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"] * (layers // 3)
+    }
+    if family == "bamba":
+        kinds = {"attn_layer_indices": [*range(2, layers, 3)]}
+    model_dir = write_config(tmp_path, family, num_hidden_layers=layers, **kinds)
+    wanted = build_causal_lm(ModelSpec.of(model_dir, max_tokens=64))
+    assert_stamped_equals_traced(wanted, traced=2, stamped=layers - 2)
+    assert len({p.fingerprint() for p in programs(wanted)}) == unique
 
 
 def test_layer_types_that_differ_in_constants_of_attention_only_share_a_template(tmp_path: Path) -> None:

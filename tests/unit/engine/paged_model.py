@@ -39,14 +39,25 @@ class PagedModel:
     Args:
         salt: models with different salts give different answers and can't use each other's states.
         max_tokens, max_seqs: what a batch may have.
+        recurrent: whether what came before a step is kept in the sequence's state slot, not read from the cache.
     """
 
-    def __init__(self, *, block_size: int = 4, max_tokens: int = 1000, max_seqs: int = 1000, salt: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        block_size: int = 4,
+        max_tokens: int = 1000,
+        max_seqs: int = 1000,
+        salt: int = 0,
+        recurrent: bool = False,
+    ) -> None:
         self.block_size = block_size
         self.max_tokens = max_tokens
         self.max_seqs = max_seqs
         self.salt = salt
+        self.recurrent = recurrent
         self.slots: list[int] = []
+        self.kept: list[int] = []
         self.batches: list[tuple[int, int, int]] = []
         self.closed = False
         self.fail: BaseException | None = None
@@ -54,6 +65,7 @@ class PagedModel:
     def make_states(self, sizes: Mapping[str, int]) -> None:
         assert not self.closed
         self.slots = [-1 - slot for slot in range(sizes["blocks"] * self.block_size)]  # no two alike, none right
+        self.kept = [-1 - slot for slot in range(sizes["state_slots"])]
 
     def close(self) -> None:
         self.closed = True
@@ -71,7 +83,7 @@ class PagedModel:
         starts = given["query_start"]
         # all is written before anything is read, but for what a state itself depends on
         for index, table in enumerate(given["block_tables"]):
-            self.write(given, table, starts[index], starts[index + 1])
+            self.write(given, table, index)
         for index, table in enumerate(given["block_tables"]):
             for query in range(starts[index], starts[index + 1]):
                 if query in wanted:
@@ -91,6 +103,7 @@ class PagedModel:
         assert starts[: decodes + 1] == list(range(decodes + 1))
         assert len(set(given["slot_mapping"])) == num_tokens, "two tokens in one slot"
         assert len(set(given["logits_indices"])) == len(given["logits_indices"]) >= 1
+        assert len(set(given["state_slots"])) == num_seqs, "two sequences in one slot"
         width = len(given["block_tables"][0])
         assert width == -(-max(given["seq_lens"]) // self.block_size)
         blocks = len(self.slots) // self.block_size
@@ -99,12 +112,16 @@ class PagedModel:
             queries = range(starts[index], starts[index + 1])
             assert [given["positions"][q] for q in queries] == list(range(length - len(queries), length))
 
-    def write(self, given: dict[str, Any], table: list[int], begin: int, end: int) -> None:
+    def write(self, given: dict[str, Any], table: list[int], index: int) -> None:
+        begin, end = given["query_start"][index : index + 2]
+        state_slot = given["state_slots"][index]
         for query in range(begin, end):
             position, slot = given["positions"][query], given["slot_mapping"][query]
             assert slot == self.slot(table, position)
             before = self.slots[self.slot(table, position - 1)] if position else self.salt
-            self.slots[slot] = mix(given["input_ids"][query], position, before)
+            if self.recurrent and position:
+                before = self.kept[state_slot]
+            self.slots[slot] = self.kept[state_slot] = mix(given["input_ids"][query], position, before)
 
     def answer(self, table: list[int], length: int) -> np.ndarray:
         seed = mix(*(self.slots[self.slot(table, position)] for position in range(length)))

@@ -107,7 +107,8 @@ actions = st.lists(
 def test_whatever_happens_tokens_are_those_of_a_request_alone(
     actions: list[Any], num_blocks: int, block_size: int, max_tokens: int, max_seqs: int, prefix_caching: bool
 ) -> None:
-    model = PagedModel(block_size=block_size, max_tokens=max_tokens, max_seqs=max_seqs)
+    recurrent = not prefix_caching  # a prefix's state isn't kept
+    model = PagedModel(block_size=block_size, max_tokens=max_tokens, max_seqs=max_seqs, recurrent=recurrent)
     engine = make_engine(model, num_blocks=num_blocks * 4 // block_size, prefix_caching=prefix_caching)
     found = Collected()
     requests: dict[str, GenerationRequest] = {}
@@ -132,7 +133,8 @@ def test_whatever_happens_tokens_are_those_of_a_request_alone(
                 found.add(engine.step())
         else:
             # the same answers from other states: what was left in the cache would be wrong
-            old, model = model, PagedModel(block_size=block_size, max_tokens=max_tokens, max_seqs=max_seqs)
+            old = model
+            model = PagedModel(block_size=block_size, max_tokens=max_tokens, max_seqs=max_seqs, recurrent=recurrent)
             engine.swap_runner(model)
             assert old.closed
     run_all(engine, found)

@@ -45,6 +45,7 @@ def test_a_mixed_batch() -> None:
         "seq_lens": [3, 5],
         "query_start": [0, 1, 3],
         "logits_indices": [0],
+        "state_slots": [0, 1],
         "num_decode_tokens": 1,
         "num_prefill_tokens": 2,
     }

@@ -63,10 +63,23 @@ def test_needs_are_counted_from_plan_and_config(tmp_path: Path) -> None:
     states = [State(f"{i}", (2, "blocks", 16, 2, 16), "bfloat16", "cpu") for i in range(3)]
     embedding, norm = Recipe("a", (131, 64), "bfloat16"), Recipe("b", (64,), "float32")
     gate_up = Recipe("c", (192, 64), "bfloat16")
-    needs = memory_needs(plan_of(embedding, norm, gate_up, states=states), config)
+    needs = memory_needs(plan_of(embedding, norm, gate_up, states=states), config, max_seqs=8)
     assert needs.weights == (131 + 192) * 64 * 2 + 64 * 4
     assert needs.block == 3 * 2 * 16 * 2 * 16 * 2
     assert needs.activations == (256 * (2 * 64 + 192) + 8 * 131) * 6
+
+
+def test_recurrent_states_are_counted_for_every_sequence(tmp_path: Path) -> None:
+    config = read_config(write_config(tmp_path, "bamba"))
+    states = [
+        State("a", (2, "blocks", 16, 2, 16), "bfloat16", "cpu"),
+        State("b", ("state_slots", 8, 3), "bfloat16", "cpu"),
+        State("c", ("state_slots", 4, 8, 6), "float32", "cpu"),
+    ]
+    needs = memory_needs(plan_of(states=states), config, max_seqs=5)
+    assert (needs.block, needs.states) == (2 * 16 * 2 * 16 * 2, 5 * (8 * 3 * 2 + 4 * 8 * 6 * 4))
+    assert needs.activations == 8 * 131 * 6  # as bfloat16 and float32: what states are kept in is not what is computed
+    assert num_blocks_in(Memory(total=64, free=64), MemoryNeeds(16, 16, block=2, states=8), fraction=1.0) == 12
 
 
 def test_of_experts_those_are_counted_that_a_token_chooses(tmp_path: Path) -> None:
@@ -74,7 +87,7 @@ def test_of_experts_those_are_counted_that_a_token_chooses(tmp_path: Path) -> No
     states = [State("s", (2, "blocks", 16, 2, 16), "bfloat16", "cpu")]
     embedding, experts = Recipe("a", (131, 64), "bfloat16"), Recipe("b", (4, 192, 64), "bfloat16")
     step = OpStep("aten::_grouped_mm", ({"slot": 0}, {"recipe": 1}), {}, (1,))
-    needs = memory_needs(plan_of(embedding, experts, states=states, steps=(step,)), config)
+    needs = memory_needs(plan_of(embedding, experts, states=states, steps=(step,)), config, max_seqs=8)
     assert needs.activations == (256 * (2 * 64 + 3 * 192) + 8 * 131) * 6
 
 
@@ -108,7 +121,7 @@ def test_latents_are_what_a_token_of_a_latent_model_takes(tmp_path: Path) -> Non
     config = read_config(write_config(tmp_path, "deepseek_v3"))
     request = build_causal_lm(ModelSpec.of(tmp_path, dtype="bfloat16", max_tokens=256))
     states = [State(name, given.shape, given.dtype, "cpu") for name, given in request.states.items()]
-    needs = memory_needs(plan_of(states=states), config)
+    needs = memory_needs(plan_of(states=states), config, max_seqs=8)
     latents, rotary, layers = 32, 8, 3
     assert needs.block == 16 * (latents + rotary) * 2 * layers
     heads, expanded = 4, 4 * (16 + 12)

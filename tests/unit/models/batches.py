@@ -14,7 +14,7 @@ BLOCK = 16
 
 @dataclass(frozen=True)
 class Part:
-    """A sequence's tokens so far, how many of them are new, and its blocks."""
+    """A sequence's tokens so far, how many of them are new, and its blocks; the first is its state slot as well."""
 
     tokens: Tensor
     num_new: int
@@ -40,6 +40,7 @@ def inputs_of(parts: list[Part]) -> dict[str, Tensor | int]:
         "seq_lens": torch.tensor([len(part.tokens) for part in parts]),
         "query_start": torch.tensor([0, *news]).cumsum(0),
         "logits_indices": torch.arange(sum(news)),
+        "state_slots": torch.tensor([part.blocks[0] for part in parts]),
         "num_decode_tokens": num_decode,
         "num_prefill_tokens": sum(news) - num_decode,
     }

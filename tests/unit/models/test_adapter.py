@@ -14,6 +14,7 @@ from tests.choice import slow_but
 from tests.unit.models.batches import Part, error, expected, run
 from tests.unit.models.tiny import (
     FAMILIES,
+    HYBRID_FAMILIES,
     LATENT_FAMILIES,
     MORE_FAMILIES,
     EagerModel,
@@ -22,13 +23,13 @@ from tests.unit.models.tiny import (
     write_config,
 )
 
+ALL = (*FAMILIES, *MORE_FAMILIES, *HYBRID_FAMILIES, *LATENT_FAMILIES)
 
-@pytest.mark.parametrize(
-    "family", slow_but([*FAMILIES, *MORE_FAMILIES, *LATENT_FAMILIES], "llama", "mistral", "gemma2", "gpt_oss")
-)
+
+@pytest.mark.parametrize("family", slow_but(ALL, "llama", "mistral", "gemma2", "gpt_oss", "qwen3_next", "bamba"))
 def test_logits_equal_transformers_for_prefill_chunks_decode_and_a_mix(tmp_path: Path, family: str) -> None:
     reference, model = eager_pair(tmp_path, family)
-    model.make_states({"blocks": 9})
+    model.make_states({"blocks": 9, "state_slots": 9})
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randint(3, 131, (40,), generator=generator) for _ in range(2))
     a_blocks, b_blocks = [7, 2, 5], [1, 8, 3]
@@ -43,7 +44,7 @@ def test_logits_equal_transformers_for_prefill_chunks_decode_and_a_mix(tmp_path:
         assert error(run(model, step), expected(reference, step)) <= 1e-5
 
 
-@pytest.mark.parametrize("family", slow_but([*FAMILIES, *MORE_FAMILIES, *LATENT_FAMILIES], "qwen2", "deepseek_v3"))
+@pytest.mark.parametrize("family", slow_but(ALL, "qwen2", "deepseek_v3"))
 def test_bfloat16_is_as_close_to_float32_as_transformers_bfloat16(tmp_path: Path, family: str) -> None:
     model_dir = write_config(tmp_path, family)
     step = [Part(torch.arange(3, 43), 40, [1, 3, 2])]
@@ -54,7 +55,7 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_bfloat16(tmp_path: Path
         rounded = reference_model(model_dir, seed=seed).to(torch.bfloat16)
         request = build_causal_lm(ModelSpec.of(model_dir, dtype="bfloat16", max_tokens=64))
         model = EagerModel(request, rounded.state_dict())
-        model.make_states({"blocks": 4})
+        model.make_states({"blocks": 4, "state_slots": 4})
         wanted = expected(exact, step)
         ours += float((run(model, step).float() - wanted).abs().mean())
         theirs += float((expected(rounded, step).float() - wanted).abs().mean())
@@ -119,6 +120,26 @@ def test_an_architecture_that_is_not_what_transformers_builds_is_refused(tmp_pat
     model_dir = write_config(tmp_path, "llama", architectures=["OtherForCausalLM"])
     with pytest.raises(UnsupportedModelError, match="OtherForCausalLM"):
         build_causal_lm(ModelSpec.of(model_dir, max_tokens=64))
+
+
+def test_a_mixer_without_an_operator_is_refused_with_the_place_of_its_code(tmp_path: Path) -> None:
+    model_dir = write_config(tmp_path, "bamba", model_type="jamba", architectures=["JambaForCausalLM"], num_experts=1)
+    with pytest.raises(UnsupportedModelError, match=r"JambaMambaMixer \(.*modeling_jamba.py:\d+\) keeps a recurrent"):
+        build_causal_lm(ModelSpec.of(model_dir, max_tokens=64))
+
+
+def test_states_have_a_slot_for_each_sequence(tmp_path: Path) -> None:
+    request = build_causal_lm(ModelSpec.of(write_config(tmp_path, "bamba"), dtype="bfloat16", max_tokens=64))
+    shapes = {name.removeprefix("model.layers."): (state.shape, state.dtype) for name, state in request.states.items()}
+    assert shapes == {
+        "0.mamba.conv_state": (("state_slots", 128 + 2 * 2 * 12, 3), "bfloat16"),
+        "0.mamba.recurrent_state": (("state_slots", 8, 16, 12), "float32"),
+        "1.self_attn.kv_cache": ((2, "blocks", 16, 2, 16), "bfloat16"),
+        "2.mamba.conv_state": (("state_slots", 128 + 2 * 2 * 12, 3), "bfloat16"),
+        "2.mamba.recurrent_state": (("state_slots", 8, 16, 12), "float32"),
+    }
+    assert "state_slots" in request.sizes
+    assert "state_slots" in {given.name for given in request.inputs}
 
 
 def test_an_unknown_dtype_is_refused(tmp_path: Path) -> None:

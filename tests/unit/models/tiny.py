@@ -87,6 +87,59 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Families whose windows, experts, rotary embeddings and blocks are of other kinds."""
 
+_DELTA: dict[str, Any] = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+_MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 12, "mamba_n_groups": 2}
+
+HYBRID_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_next": {
+        "architectures": ["Qwen3NextForCausalLM"],
+        **_EXPERTS,
+        **_DELTA,
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 48,
+        "head_dim": 16,
+    },
+    "qwen3_5_text": {"architectures": ["Qwen3_5ForCausalLM"], **_DELTA, "head_dim": 16},
+    "olmo_hybrid": {"architectures": ["OlmoHybridForCausalLM"], **_DELTA},
+    "bamba": {"architectures": ["BambaForCausalLM"], **_MAMBA, "attn_layer_indices": [1]},
+    "granitemoehybrid": {
+        "architectures": ["GraniteMoeHybridForCausalLM"],
+        **_MAMBA,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 48,
+        "layer_types": ["mamba", "attention", "mamba"],
+    },
+    "falcon_h1": {"architectures": ["FalconH1ForCausalLM"], **_MAMBA, "mamba_d_ssm": 128, "head_dim": 16},
+    "nemotron_h": {
+        "architectures": ["NemotronHForCausalLM"],
+        "layers_block_type": ["mamba", "attention", "mlp"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 12,
+        "n_groups": 2,
+        "head_dim": 16,
+    },
+    "zamba2": {
+        "architectures": ["Zamba2ForCausalLM"],
+        "mamba_d_state": 12,
+        "n_mamba_heads": 8,
+        "mamba_ngroups": 2,
+        "layers_block_type": ["mamba", "hybrid", "mamba"],
+        "num_mem_blocks": 1,
+        "use_shared_attention_adapter": False,
+    },
+    "mamba2": {"architectures": ["Mamba2ForCausalLM"], "num_heads": 8, "head_dim": 16, "state_size": 12, "n_groups": 2},
+    "lfm2": {"architectures": ["Lfm2ForCausalLM"], "layer_types": ["conv", "full_attention", "conv"]},
+}
+"""Models with recurrent states: gated delta nets, Mamba2, and convolutions alone."""
+
 _LATENT: dict[str, Any] = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 32,
@@ -167,7 +220,7 @@ def config_dict(family: str, **changes: Any) -> dict[str, Any]:
         "eos_token_id": 2,
         "bos_token_id": 1,
         "pad_token_id": 0,
-        **{**FAMILIES, **MORE_FAMILIES, **LATENT_FAMILIES}[family],
+        **{**FAMILIES, **MORE_FAMILIES, **HYBRID_FAMILIES, **LATENT_FAMILIES}[family],
         **changes,
     }
 

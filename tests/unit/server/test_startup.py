@@ -89,7 +89,7 @@ class World:
 
     def load_model(self, bundle: Any, spec: ModelSpec, options: EngineOptions, *, on_event: Any) -> Loaded:
         model = SlowModel(block_size=16)
-        model.plan = SimpleNamespace(sizes={"tokens": (1, 1000), "seqs": (1, 1000)})
+        model.plan = SimpleNamespace(states=(), sizes={"tokens": (1, 1000), "seqs": (1, 1000)})
         self.loaded.append(model)
         return Loaded(model, self.num_blocks)
 
