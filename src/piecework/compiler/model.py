@@ -106,11 +106,11 @@ def _compiled(
         with recorder.phase("import"):
             # heavy imports, while the backend prepares in other processes
             from piecework.compiler.driver import compile_request  # noqa: PLC0415
-            from piecework.models.adapter import build_causal_lm  # noqa: PLC0415
+            from piecework.models.adapter import build_request  # noqa: PLC0415
             from piecework.models.reads import model_reads  # noqa: PLC0415
         reads = stack.enter_context(model_reads(spec.config))
         with recorder.phase("build"), reads.building():
-            request = build_causal_lm(spec)
+            request = build_request(spec)
             if check_weights:
                 _check_weights(spec, request)
         setup = CompileSetup(spec.options, backend, store, target, recorder, on_progress, environment.overtake_s)

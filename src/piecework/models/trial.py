@@ -18,6 +18,7 @@ from piecework.models.cache_interface import Past, Sight
 KV_CACHE: Final = "kv_cache"
 TRIAL: Final = "piecework, on trial"
 """The name of attention during the trial."""
+UNKNOWN_MASK: Final = "attends with a mask that transformers' mask interface didn't make"
 
 
 def try_attention(
@@ -34,7 +35,9 @@ def try_attention(
         shapes = ", ".join(str(list(t.shape)) for t in (query, key, value))
         raise unreached(module, f"attends with queries, keys and values of shapes {shapes}")
     if not isinstance(attention_mask, Sight):
-        raise unreached(module, "attends with a mask that transformers' mask interface didn't make")
+        raise unreached(module, UNKNOWN_MASK)
+    if not attention_mask.causal:
+        raise unreached(module, "attends to tokens that come later")
     if hasattr(module, KV_CACHE):
         raise unreached(module, "attends twice in one forward")
     entry = (key.shape[1], key.shape[3])
@@ -67,11 +70,11 @@ def give_caches(module: nn.Module) -> dict[str, TensorInput]:
     return states
 
 
-def unreached(module: nn.Module, why: str) -> UnsupportedModelError:
-    """Return the error for a module that attends in a way that can't be paged, with the place of its code."""
+def unreached(module: nn.Module, why: str, *, asked: str = "attention over a paged cache") -> UnsupportedModelError:
+    """Return the error for a module that attends in a way that isn't ours to take over, with the place of its code."""
     code = type(module).forward.__code__
     return UnsupportedModelError(
-        asked="attention over a paged cache",
+        asked=asked,
         found=f"{type(module).__name__} ({code.co_filename}:{code.co_firstlineno}) {why}",
         try_="piecework.compile for the module as it is, without the engine",
     )
