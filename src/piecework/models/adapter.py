@@ -69,11 +69,12 @@ def build_encoder(spec: ModelSpec) -> CaptureRequest:
 def call_encoder(module: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """Run a `TextEncoder` on the named inputs of a batch; returns vectors [seqs, dim] or scores [seqs, 1]."""
     types = inputs.get(TOKEN_TYPES)
+    row = (1, inputs["input_ids"].shape[0])  # the size is asked for here, and not in the first of the layers
     made: Tensor = module(
-        inputs["input_ids"].unsqueeze(0),
-        inputs["positions"].unsqueeze(0),
+        inputs["input_ids"].view(row),
+        inputs["positions"].view(row),
         PackedTexts(inputs["query_start"], []),
-        None if types is None else types.unsqueeze(0),
+        None if types is None else types.view(row),
     )
     return made
 

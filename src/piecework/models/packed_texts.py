@@ -100,7 +100,7 @@ def attend_packed(
     if softcap or s_aux is not None or attention_mask.chunk or key.shape != value.shape:
         raise unreached(module, "attends with soft-capped scores, sinks, chunks or wider values", asked=_ASKED)
     texts.attended.append(module)
-    out = packed_attention(
+    out = torch.ops.piecework.packed_attention(
         query.squeeze(0).transpose(0, 1),
         key.squeeze(0).transpose(0, 1),
         value.squeeze(0).transpose(0, 1),
