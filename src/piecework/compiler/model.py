@@ -143,8 +143,9 @@ def started_backend(
 def _check_weights(spec: ModelSpec, request: CaptureRequest) -> None:
     """Raise WeightsError where the checkpoint does not hold what the module needs. Reads headers only."""
     from piecework.models.checkpoint import open_checkpoint  # noqa: PLC0415  torch comes after the backend has started
+    from piecework.models.folders import with_folders  # noqa: PLC0415
 
-    checkpoint = open_checkpoint(spec.source)
+    checkpoint = with_folders(open_checkpoint(spec.source), spec.source, spec.config.weight_folders)
     names = frozenset(checkpoint.names())
     sources = {n: request.sources.get(n, Take(n, tuple(p.shape))) for n, p in request.module.named_parameters()}
     needed = (take for source in sources.values() for take in takes(resolved(source, names)))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from piecework.errors import UnsupportedModelError
-from piecework.spec.encoder_config import EncoderConfig, read_encoder
+from piecework.spec.encoder_config import EncoderConfig, Task, read_encoder
 from piecework.spec.json_file import read_json_file
 from piecework.spec.latent_config import (
     LATENT_MODEL_TYPES,
@@ -56,6 +56,16 @@ class ModelConfig:
     latent: LatentSizes | None = None
     experts: ExpertRouting | None = None
     read: frozenset[str] = frozenset()
+
+    @property
+    def task(self) -> Task:
+        """What it does with texts."""
+        return Task.GENERATE if self.encoder is None else self.encoder.task
+
+    @property
+    def weight_folders(self) -> tuple[str, ...]:
+        """Folders of the directory that have weights of their own."""
+        return () if self.encoder is None else tuple(layer.path for layer in self.encoder.dense)
 
 
 def read_config(model_dir: Path) -> ModelConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +26,14 @@ ACTIVATIONS: Final = ("Identity", "Tanh", "Sigmoid", "ReLU", "GELU", "SiLU")
 _PLAIN: Final = ("Model", "ForMaskedLM", "ForPreTraining")
 _SCORES: Final = "ForSequenceClassification"
 _NORMALIZE: Final = "normalize"
+
+
+class Task(Enum):
+    """What a model does with texts: continues them, makes a vector of each, or gives a pair of them a score."""
+
+    GENERATE = "generate"
+    EMBED = "embed"
+    SCORE = "score"
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,11 @@ class EncoderConfig:
     lower_case: bool = False
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str = ""
+
+    @property
+    def task(self) -> Task:
+        """What it does with texts."""
+        return Task.SCORE if self.scores else Task.EMBED
 
     @property
     def fact(self) -> str:
@@ -126,7 +140,9 @@ def _sentence_transformer(model_dir: Path, *, max_positions: int, asked: str) ->
         elif kind == "Normalize" and poolings:
             normalize = True
         elif kind != "Dropout":
-            raise _refused(asked, f"the module {kind} in place {number + 1}", "Pooling, Dense, Normalize, in this order")
+            raise _refused(
+                asked, f"the module {kind} in place {number + 1}", "Pooling, Dense, Normalize, in this order"
+            )
     if not poolings:
         raise _refused(asked, "no Pooling after the Transformer", "a model that gives a vector for each text")
     texts = _texts(model_dir, max_positions, asked=asked)
