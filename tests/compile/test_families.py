@@ -20,6 +20,7 @@ from piecework.spec.model_spec import ModelSpec
 from tests.choice import slow_but
 from tests.unit.models.tiny import FAMILIES, reference_model, write_config
 
+
 COUNTS = {
     "mixtral": (1, 5),
     "qwen3_moe": (1, 5),

@@ -88,9 +88,9 @@ class EncodeEngine:
         """Return what it is doing. Cheap; any thread may call it."""
         return self._encoder.stats()
 
-    def swap(self, model: EncoderModel) -> None:
+    def swap_runner(self, model: EncoderModel) -> None:
         """Go over to another model of the same texts and results."""
-        self._encoder.swap(model)
+        self._encoder.swap_runner(model)
 
     def close(self) -> None:
         """Let go of the model, once what runs has ended."""

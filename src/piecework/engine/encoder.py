@@ -92,7 +92,7 @@ class Encoder:
             raise job.error
         return torch.stack([row for row in job.results if row is not None])
 
-    def swap(self, model: EncoderModel) -> None:
+    def swap_runner(self, model: EncoderModel) -> None:
         """Go over to another model of the same texts and results, and let go of the one before."""
         with self._running:
             before, self._model = self._model, model

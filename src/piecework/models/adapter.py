@@ -1,8 +1,9 @@
 """From a directory in Hugging Face layout to a request to capture its model on piecework's ops.
 
 How depends on the family: models/paged_attention.py for causal language models that transformers' attention interface
-reaches, models/deepseek.py for latent attention, models/packed_texts.py for encoders. The result needs no weights: parameters are on the meta device, and only
-buffers that are computed from the config (rotary frequencies) are real.
+reaches, models/deepseek.py for latent attention, models/packed_texts.py for encoders. The result needs no
+weights: parameters are on the meta device, and only buffers that are computed from the config (rotary frequencies) are
+real.
 """
 
 from __future__ import annotations

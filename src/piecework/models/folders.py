@@ -1,4 +1,4 @@
-"""Weights of a model directory's folders, such as sentence-transformers' Dense modules have: "2_Dense/linear.weight"."""
+"""Weights of a model directory's folders: those of sentence-transformers' Dense modules."""
 
 from __future__ import annotations
 

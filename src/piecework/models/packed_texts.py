@@ -188,22 +188,20 @@ def _pooled(hidden: Tensor, query_start: Tensor, name: str) -> Tensor:
     """Return one vector [S, E] for each text of its tokens' [T, E], by one of sentence-transformers' poolings."""
     begins, ends = query_start[:-1], query_start[1:]
     lengths = (ends - begins).unsqueeze(1)
-    match name:
-        case "cls":
-            return hidden[begins]
-        case "lasttoken":
-            return hidden[ends - 1]
-        case "max":
-            return packed_reduce(hidden, query_start, True)
-        case "mean":
-            return packed_reduce(hidden, query_start)
-        case "mean_sqrt_len_tokens":
-            return packed_reduce(hidden, query_start) * lengths.to(hidden.dtype).sqrt()
-    # "weightedmean": a text's first token counts once, its second twice, and so on
-    tokens = torch.arange(hidden.shape[0], device=hidden.device)
-    text = torch.searchsorted(ends, tokens, right=True)
-    weights = 2.0 * (tokens - begins[text] + 1) / (lengths.squeeze(1)[text] + 1)
-    return packed_reduce(hidden.float() * weights.unsqueeze(1), query_start).to(hidden.dtype)
+    if name in {"cls", "lasttoken"}:
+        return hidden[begins if name == "cls" else ends - 1]
+    if name == "weightedmean":  # a text's first token counts once, its second twice, and so on
+        tokens = torch.arange(hidden.shape[0], device=hidden.device)
+        text = torch.searchsorted(ends, tokens, right=True)
+        weights = 2.0 * (tokens - begins[text] + 1) / (lengths.squeeze(1)[text] + 1)
+        return _reduced(hidden.float() * weights.unsqueeze(1), query_start).to(hidden.dtype)
+    reduced = _reduced(hidden, query_start, largest=name == "max")
+    return reduced * lengths.to(hidden.dtype).sqrt() if name == "mean_sqrt_len_tokens" else reduced
+
+
+def _reduced(x: Tensor, query_start: Tensor, *, largest: bool = False) -> Tensor:
+    made: Tensor = packed_reduce(x, query_start, largest)
+    return made
 
 
 def _activated(x: Tensor, name: str) -> Tensor:
@@ -269,7 +267,7 @@ def _run_without_values(module: TextEncoder, attended: list[nn.Module]) -> list[
 
 
 def _sources(module: TextEncoder, config: EncoderConfig) -> Sources:
-    """Say how parameters are made: a checkpoint may name them as a model without a head has them, or one with a head."""
+    """Say how parameters are made; a checkpoint may name them as a model with a head has them."""
     model = module.model
     made = checkpoint_sources(model)
     sources: dict[str, Source] = {}

@@ -1,13 +1,14 @@
 """`piecework::packed_attention` and `piecework::packed_reduce`: whole texts one after the other, without padding.
 
-A batch of texts is one row of tokens. `query_start` says where each text begins: what is computed for a text depends on
-its own tokens only. Texts of the same length are computed together.
+A batch of texts is one row of tokens. `query_start` says where each text begins: what is computed for a text depends
+on its own tokens only. Texts of the same length are computed together.
 
-Shape suffixes: T tokens, S texts, H query heads, K key/value heads, D head dim, L tokens of a text, N texts of a length.
+Shape suffixes: T tokens, S texts, H query heads, K key/value heads, D head dim, L tokens of a text.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Final
 
@@ -91,7 +92,7 @@ def _alike(query_start: Tensor, *, num_tokens: int) -> Iterator[tuple[_Rows, _Ro
     Raises OpError where that isn't so for every text: one has no token, or tokens belong to none.
     """
     starts = query_start.tolist()
-    lengths = [end - begin for begin, end in zip(starts, starts[1:], strict=False)]
+    lengths = [end - begin for begin, end in itertools.pairwise(starts)]
     if not lengths or starts[0] != 0 or starts[-1] != num_tokens or min(lengths) < 1:
         raise OpError(
             asked=f"{len(lengths)} texts of {num_tokens} tokens",

@@ -138,8 +138,8 @@ def _check_causal_lm(architecture: str, *, asked: str) -> None:
         raise UnsupportedModelError(
             asked=asked,
             found=f"architecture {architecture}, which is neither a causal language model nor an encoder",
-            try_="a checkpoint whose architecture ends in ForCausalLM, ForMaskedLM, ForSequenceClassification or Model, "
-            "or piecework.compile for the module as it is",
+            try_="a checkpoint whose architecture ends in ForCausalLM, ForMaskedLM, ForSequenceClassification or "
+            "Model, or piecework.compile for the module as it is",
         )
 
 

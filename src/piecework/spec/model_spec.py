@@ -120,7 +120,7 @@ class ModelSpec:
 
     @property
     def own_facts(self) -> dict[str, JsonScalar]:
-        """What is chosen for the model itself, beside how its graph is compiled; of encoders, what they give as well."""
+        """What is chosen for the model itself, beside how its graph is compiled, and what an encoder gives."""
         own: dict[str, JsonScalar] = {
             d.name: value
             for d, value in zip(declared_options(ModelSpec), written(self).values(), strict=True)
