@@ -21,6 +21,7 @@ from piecework.bundle.plan import Plan
 from piecework.bundle.run import LoadedModel, load
 from piecework.engine.loading import open_weights
 from piecework.models.sample_batches import Batch, batch_inputs
+from piecework.spec.model_spec import ModelSpec
 
 _SEED: Final = 0
 _WARM_UP: Final = 2
@@ -38,7 +39,7 @@ def open_model(model: Path, bundle: Path) -> LoadedModel:
     """Return a bundle with random weights."""
     opened = open_bundle(bundle)
     plan = Plan.from_json(opened.plan())
-    return load(opened, weights=open_weights(model, plan, random_seed=_SEED))
+    return load(opened, weights=open_weights(ModelSpec.of(model), plan, random_seed=_SEED))
 
 
 def measure(

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from piecework.compiler.api import compile
     from piecework.compiler.eager_ops import EagerOps, eager_ops
     from piecework.compiler.explain import explain
+    from piecework.engine.embedder import CrossEncoder, Embedder
     from piecework.engine.llm import LLM
     from piecework.engine.sampling_params import SamplingParams, StructuredOutput
     from piecework.engine.text.completion import Completion, Continuation
@@ -76,6 +77,8 @@ _LAZY = {
     "LoadedModel": "piecework.bundle.run.model",
     "Bundle": "piecework.bundle.bundle",
     "LLM": "piecework.engine.llm",
+    "Embedder": "piecework.engine.embedder",
+    "CrossEncoder": "piecework.engine.embedder",
     "Completion": "piecework.engine.text.completion",
     "Continuation": "piecework.engine.text.completion",
     "SamplingParams": "piecework.engine.sampling_params",
@@ -116,8 +119,10 @@ __all__ = [
     "Completion",
     "Continuation",
     "CorruptBundle",
+    "CrossEncoder",
     "Dim",
     "EagerOps",
+    "Embedder",
     "EngineError",
     "ForwardBatch",
     "ForwardContext",

@@ -79,7 +79,7 @@ def _checked(spec: ModelSpec, bundle: Bundle, *, random_seed: int | None) -> lis
     from piecework.compiler.check.model import check_model  # noqa: PLC0415
     from piecework.engine.loading import open_weights  # noqa: PLC0415
 
-    weights = open_weights(spec.source, read_plan(bundle), random_seed=random_seed)
+    weights = open_weights(spec, read_plan(bundle), random_seed=random_seed)
     return check_model(spec, bundle, weights=weights).lines()
 
 

@@ -42,7 +42,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "serve",
         help="serve a model over HTTP, as OpenAI does",
         description="Serve the model of a directory in Hugging Face layout at /v1/completions and "
-        "/v1/chat/completions, with a page to try it at /. Uses a valid bundle of the local store, else compiles one "
+        "/v1/chat/completions, or an encoder at /v1/embeddings, a cross-encoder at /v1/rerank and /v1/score; with a "
+        "page to try it at /. Uses a valid bundle of the local store, else compiles one "
         "in a process of its own and stores it.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -148,6 +149,7 @@ def _settings(args: argparse.Namespace, environment: Environment) -> ServerSetti
         body_bytes=args.max_body,
         prompt_tokens=args.max_prompt_tokens,
         prompts=args.max_prompts,
+        texts=args.max_texts,
         n=args.max_n,
         logprobs=args.max_logprobs,
         concurrent_requests=args.max_requests,
@@ -230,6 +232,9 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--max-prompts", type=_positive, default=128, metavar="N", help="in one request (default: %(default)s)"
+    )
+    group.add_argument(
+        "--max-texts", type=_positive, default=2048, metavar="N", help="to encode in one request (default: %(default)s)"
     )
     group.add_argument(
         "--max-n", type=_positive, default=16, metavar="N", help="continuations of one prompt (default: %(default)s)"

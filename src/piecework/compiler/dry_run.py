@@ -15,7 +15,7 @@ from piecework.compiler.job import Job
 from piecework.compiler.setup import CompileSetup
 from piecework.errors import ShapeContractError
 from piecework.foundation.target import read_target
-from piecework.models.adapter import build_causal_lm
+from piecework.models.adapter import build_request
 from piecework.spec.model_spec import ModelSpec
 
 
@@ -41,7 +41,7 @@ def dry_run(spec: ModelSpec, *, store: Store) -> DryRun:
     recorder, backend = Recorder(), _Dry()
     with contextlib.suppress(_StopHere):
         build(
-            capture_variants(build_causal_lm(spec)),
+            capture_variants(build_request(spec)),
             CompileSetup(spec.options, backend, store, read_target(), recorder),
         )
     counts = recorder.finish().counts

@@ -143,9 +143,9 @@ def explain_model(spec: ModelSpec, *, store: Store, layers: tuple[int, int] | No
             note = "its bundle in the store was compiled without explanations"
     except BundleError as error:
         note = f"its bundle in the store can't be used: {error.found}"
-    from piecework.models.adapter import build_causal_lm  # noqa: PLC0415  imports transformers
+    from piecework.models.adapter import build_request  # noqa: PLC0415  imports transformers
 
-    request = build_causal_lm(spec)
+    request = build_request(spec)
     return explain_subject(captured_subject(request, name=str(spec.source), notes=(note,)), layers=layers)
 
 

@@ -110,11 +110,11 @@ def _compiled(
         with recorder.phase("import"):
             # heavy imports, while the backend prepares in other processes
             from piecework.compiler.driver import compile_request  # noqa: PLC0415
-            from piecework.models.adapter import build_causal_lm  # noqa: PLC0415
+            from piecework.models.adapter import build_request  # noqa: PLC0415
             from piecework.models.reads import model_reads  # noqa: PLC0415
         reads = stack.enter_context(model_reads(spec.config))
         with recorder.phase("build"), reads.building():
-            request = build_causal_lm(spec)
+            request = build_request(spec)
             if check_weights:
                 _check_weights(spec, wanted_by_module(request))
         setup = CompileSetup(spec.options, backend, store, target, recorder, on_progress, environment.overtake_s)
@@ -146,7 +146,8 @@ def started_backend(
 
 def _check_weights(spec: ModelSpec, wanted: Sequence[Wanted]) -> None:
     """Raise WeightsError where the checkpoint does not hold what the model needs. Reads headers, where they tell."""
-    if find_wanted(weight_files(spec.source), wanted).untied:
+    folders = spec.config.weight_folders
+    if find_wanted(weight_files(spec.source, folders), wanted).untied:
         from piecework.models.checkpoint import open_checkpoint  # noqa: PLC0415  a hit does without torch
 
-        open_checkpoint(spec.source, wanted)
+        open_checkpoint(spec.source, wanted, folders=folders)

@@ -65,7 +65,7 @@ class LLM:
         keep_freed_memory()
         check_names(options, known=(*spec_options(), *_OPTIONS))
         how = {name: options[name] for name in options if name in {d.name for d in spec_options()}}
-        spec = _as_spec(model, how, weights=options.get("random_weights") is None)
+        spec = as_spec(model, how, weights=options.get("random_weights") is None)
         opened = open_engine(
             spec,
             read_engine_options(options, profile=profile),
@@ -141,7 +141,8 @@ class LLM:
         return GenerationRequest(f"llm-{next(self._numbers)}", tuple(tokens), params)
 
 
-def _as_spec(model: str | Path | ModelSpec, options: Mapping[str, Any], *, weights: bool) -> ModelSpec:
+def as_spec(model: str | Path | ModelSpec, options: Mapping[str, Any], *, weights: bool) -> ModelSpec:
+    """Return the spec of a model; raises CompileError for options beside one, and as `ModelSpec.of`."""
     if not isinstance(model, ModelSpec):
         return ModelSpec.of(model, weights=weights, **options)
     if options:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -13,6 +12,7 @@ from piecework.bundle.plan import Plan
 from piecework.bundle.run import LoadedModel, load
 from piecework.bundle.run.loading import read_plan
 from piecework.engine.block_pool import DEFAULT_BLOCK_SIZE, num_blocks_for
+from piecework.engine.encoder import TEXT_SIZE, TOKEN_SIZE, Encoder
 from piecework.engine.engine import Engine, EngineConfig, Runner, engine_for
 from piecework.engine.events import Note, OnEvent, Phase, phase
 from piecework.engine.kv_memory import (
@@ -33,7 +33,7 @@ from piecework.spec.model_spec import ModelSpec
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with its weights, and how many blocks its KV cache shall have."""
+    """A model with its weights, and how many blocks its KV cache shall have; an encoder has none."""
 
     model: LoadedModel
     num_blocks: int
@@ -47,10 +47,14 @@ def load_model(bundle: Bundle, spec: ModelSpec, options: EngineOptions, *, on_ev
     Raises CorruptBundle, WeightsError, CapacityError.
     """
     plan = read_plan(bundle)
-    _check_model_plan(plan)
-    num_blocks = num_blocks_for_cache(plan, spec, options)
+    if spec.config.encoder is None:
+        _check_model_plan(plan)
+        num_blocks = num_blocks_for_cache(plan, spec, options)
+    else:
+        _check_encoder_plan(plan)
+        num_blocks = 0
     at = seconds_since_start()
-    weights = open_weights(spec.source, plan, random_seed=options.random_weights)
+    weights = open_weights(spec, plan, random_seed=options.random_weights)
     model = load(bundle, weights=weights, check_facts=False)
     for name, seconds in model.record.phases.items():  # they came one after the other
         if name != "verify":
@@ -82,6 +86,19 @@ def make_engine(
         return engine_for(runner, config, model_config=spec.config, tokenizer=tokenizer)
 
 
+def make_encoder(loaded: Loaded, spec: ModelSpec) -> Encoder:
+    """Return what computes texts with a loaded encoder."""
+    assert spec.config.encoder is not None
+    sizes = loaded.model.plan.sizes
+    return Encoder(
+        loaded.model,
+        max_tokens=sizes[TOKEN_SIZE][1],
+        max_texts=sizes[TEXT_SIZE][1] - 1,
+        longest=spec.config.encoder.longest,
+        vocab_size=spec.config.vocab_size,
+    )
+
+
 def num_blocks_for_cache(plan: Plan, spec: ModelSpec, options: EngineOptions) -> int:
     """Return the blocks of a KV cache of the size asked for; raises CapacityError where there is no room for any."""
     if options.kv_cache_tokens is not None:
@@ -111,11 +128,19 @@ def _check_model_plan(plan: Plan) -> None:
         raise lie(f"{what}, in the plan of a language model")
 
 
-def open_weights(model_dir: Path, plan: Plan, *, random_seed: int | None = None) -> Checkpoint:
+def _check_encoder_plan(plan: Plan) -> None:
+    """Raise CorruptBundle where a plan is none of an encoder, which has these sizes."""
+    missing = {TOKEN_SIZE, TEXT_SIZE} - plan.sizes.keys()
+    if missing or plan.states or len(plan.output_slots) != 1:
+        what = f"no size {min(missing)!r}" if missing else "a KV cache, or not one result"
+        raise lie(f"{what}, in the plan of an encoder")
+
+
+def open_weights(spec: ModelSpec, plan: Plan, *, random_seed: int | None = None) -> Checkpoint:
     """Return a model directory's weights, or random ones of the plan's shapes; raises WeightsError where
     they aren't those of the plan."""
     if random_seed is None:
-        return open_checkpoint(model_dir, wanted_by(plan))
+        return open_checkpoint(spec.source, wanted_by(plan), folders=spec.config.weight_folders)
     specs = {
         take.name: TensorMeta(take.shape, getattr(torch, recipe.dtype))
         for recipe in plan.recipes

@@ -1,4 +1,5 @@
-"""`open_engine`: from a spec to an engine. `LLM`, `piecework generate` and `piecework serve` all come up this way.
+"""`open_engine`: from a spec to an engine. `LLM`, `piecework generate` and `piecework serve` all come up this way, and
+by `open_encoder` so do `Embedder` and `CrossEncoder`.
 
 Warm: the tokenizer is loaded, the bundle is looked up and checked, and the weights' files are read ahead while torch is
 being imported; then weights are bound. Nothing imports transformers or a compiler. Cold: a process compiles, and says
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from piecework.bundle.bundle import open_bundle
 from piecework.bundle.facts import require
@@ -32,19 +33,23 @@ from piecework.engine.events import (
     phase,
 )
 from piecework.engine.options import EngineOptions, WhileCompiling
+from piecework.errors import UnsupportedModelError
 from piecework.foundation.environment import Environment
 from piecework.spec.compile_options import BackendName
+from piecework.spec.encoder_config import Task
 from piecework.spec.model_spec import ModelSpec
 from piecework.spec.passes import MERGE_LINEAR
 from piecework.spec.weight_files import weight_files
 
 if TYPE_CHECKING:
     from piecework.bundle.run import LoadedModel
+    from piecework.engine.encoder import Encoder
     from piecework.engine.engine import Engine
     from piecework.engine.loading import Loaded
     from piecework.engine.text.tokenizer import Tokenizer
 
 _DEFAULT: Final = EngineOptions()
+AnyOpened = TypeVar("AnyOpened", bound="Opened")
 
 
 @dataclass(frozen=True)
@@ -61,25 +66,21 @@ class _Start:
 
 
 @dataclass(frozen=True)
-class OpenEngine:
-    """An engine that takes requests.
+class Opened:
+    """A model that runs.
 
     Attributes:
-        engine: the engine.
-        model: what it runs.
-        found: the model's bundle.
+        model: what runs.
+        found: its bundle.
         spec: what that was compiled as: the spec asked for, or its eager form while the other one isn't there.
         tokenizer: the model's, if it has one.
-        num_blocks: of the KV cache.
         reason: why there was no bundle, or "".
     """
 
-    engine: Engine
     model: LoadedModel
     found: FoundBundle
     spec: ModelSpec
     tokenizer: Tokenizer | None
-    num_blocks: int
     reason: str
     _start: _Start
 
@@ -87,6 +88,30 @@ class OpenEngine:
     def is_meanwhile(self) -> bool:
         """Whether it runs the eager form, until `open_compiled` gives what was asked for."""
         return self.spec != self._start.spec
+
+
+@dataclass(frozen=True)
+class OpenEngine(Opened):
+    """An engine that takes requests.
+
+    Attributes:
+        engine: the engine.
+        num_blocks: of the KV cache.
+    """
+
+    engine: Engine
+    num_blocks: int
+
+
+@dataclass(frozen=True)
+class OpenEncoder(Opened):
+    """An encoder that takes texts.
+
+    Attributes:
+        encoder: the encoder.
+    """
+
+    encoder: Encoder
 
 
 @dataclass(frozen=True)
@@ -122,15 +147,64 @@ def open_engine(
 
     Raises BundleError, UntrustedBundle, WeightsError, CompileError, CapacityError, UnsupportedModelError, StoreError.
     """
+    check_task(spec, Task.GENERATE)
+    start = _begun(spec, options, environment, on_event, hears_compile=hears_compile)
+    with start.store.in_use():
+        loaded, opened = _open(start, tokenizer)
+        from piecework.engine.loading import make_engine  # noqa: PLC0415  imports torch
+
+        engine = make_engine(loaded, spec, options, tokenizer=opened.tokenizer, on_event=on_event)
+        return OpenEngine(**vars(opened), engine=engine, num_blocks=loaded.num_blocks)
+
+
+def open_encoder(
+    spec: ModelSpec,
+    options: EngineOptions = _DEFAULT,
+    *,
+    environment: Environment,
+    on_event: OnEvent = lambda _: None,
+    hears_compile: bool = False,
+) -> OpenEncoder:
+    """Do what `open_engine` does, for a spec whose model encodes texts; arguments and errors are the same."""
+    if spec.config.task is Task.GENERATE:
+        check_task(spec, Task.EMBED)
+    start = _begun(spec, options, environment, on_event, hears_compile=hears_compile)
+    with start.store.in_use():
+        loaded, opened = _open(start, None)
+        from piecework.engine.loading import make_encoder  # noqa: PLC0415  imports torch
+
+        return OpenEncoder(**vars(opened), encoder=make_encoder(loaded, spec))
+
+
+def check_task(spec: ModelSpec, wanted: Task) -> None:
+    """Raise UnsupportedModelError where a model does something else with texts."""
+    task = spec.config.task
+    if task is not wanted:
+        raise UnsupportedModelError(
+            asked=f"{_DOES[wanted]} with {spec.source}",
+            found=f"{spec.config.architecture}, made to {_DOES[task]}",
+            try_=_USE[task],
+        )
+
+
+_DOES: Final = {Task.GENERATE: "continue texts", Task.EMBED: "embed texts", Task.SCORE: "score pairs of texts"}
+_USE: Final = {
+    Task.GENERATE: "piecework.LLM, piecework generate, or piecework serve",
+    Task.EMBED: "piecework.Embedder, or piecework serve and POST /v1/embeddings",
+    Task.SCORE: "piecework.CrossEncoder, or piecework serve and POST /v1/rerank",
+}
+
+
+def _begun(
+    spec: ModelSpec, options: EngineOptions, environment: Environment, on_event: OnEvent, *, hears_compile: bool
+) -> _Start:
     store = DirectoryStore(environment.store_root)
     trust = read_trust(environment.keys_file(options.trust), is_own=store.made_here)
-    start = _Start(spec, options, store, environment, trust, on_event, hears_compile)
-    with store.in_use():
-        return _open(start, tokenizer)
+    return _Start(spec, options, store, environment, trust, on_event, hears_compile)
 
 
-def _open(start: _Start, tokenizer: Callable[[], Tokenizer | None] | None) -> OpenEngine:
-    spec, options, on_event = start.spec, start.options, start.on_event
+def _open(start: _Start, tokenizer: Callable[[], Tokenizer | None] | None) -> tuple[Loaded, Opened]:
+    spec = start.spec
     pool = ThreadPoolExecutor(3, thread_name_prefix="piecework-start")
     try:
         # importing torch is the longest part; the rest waits for the disk, or computes without Python's lock
@@ -148,25 +222,14 @@ def _open(start: _Start, tokenizer: Callable[[], Tokenizer | None] | None) -> Op
     finally:
         pool.shutdown(wait=False)
     loaded = _load(start, chosen)
-    from piecework.engine.loading import make_engine  # noqa: PLC0415  imports torch
-
-    engine = make_engine(loaded, spec, options, tokenizer=made, on_event=on_event)
-    return OpenEngine(
-        engine,
-        model=loaded.model,
-        found=chosen.found,
-        spec=chosen.spec,
-        tokenizer=made,
-        num_blocks=loaded.num_blocks,
-        reason=chosen.reason,
-        _start=start,
-    )
+    opened = Opened(loaded.model, chosen.found, chosen.spec, made, chosen.reason, _start=start)
+    return loaded, opened
 
 
-def open_compiled(opened: OpenEngine) -> OpenEngine:
+def open_compiled(opened: AnyOpened) -> AnyOpened:
     """Compile and load what was asked for while its eager form runs; raises as `open_engine`.
 
-    The engine is the same: its runner is to be swapped for the model that is returned.
+    The engine, or the encoder, is the same: its runner is to be swapped for the model that is returned.
     """
     start = opened._start
     with start.store.in_use():
@@ -192,16 +255,19 @@ def _load_tokenizer(start: _Start, load: Callable[[], Tokenizer | None] | None) 
             return load()
         from piecework.engine.text.tokenizer import load_tokenizer  # noqa: PLC0415  a part of what is measured
 
-        return load_tokenizer(start.spec.source) if (start.spec.source / "tokenizer.json").exists() else None
+        encoder = start.spec.config.encoder
+        if encoder is None and not (start.spec.source / "tokenizer.json").exists():
+            return None
+        return load_tokenizer(start.spec.source, longest=None if encoder is None else encoder.longest)
 
 
 def _read_weights_ahead(start: _Start) -> None:
     """Have the system read the weights' files, which are mapped into memory later. Raises WeightsError."""
     if start.options.random_weights is not None:
         return
-    directory = start.spec.source
+    files = weight_files(start.spec.source, start.spec.config.weight_folders)
     with phase("read weights ahead", on_event=start.on_event):
-        for path in weight_files(directory).paths:
+        for path in files.prefixes:
             with contextlib.suppress(OSError), path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 

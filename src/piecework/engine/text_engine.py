@@ -15,6 +15,7 @@ from piecework.engine.text.completion import Completion, completion_of
 from piecework.engine.text.deltas import RequestTexts, TextDelta
 from piecework.engine.text.tokenizer import Tokenizer
 from piecework.errors import RequestError
+from piecework.spec.encoder_config import Task
 
 
 @final
@@ -31,6 +32,11 @@ class TextEngine:
         self._tokenizer = tokenizer
         self._token_bytes: list[bytes] | None = None
         self._mutex = threading.Lock()
+
+    @property
+    def task(self) -> Task:
+        """What it does with texts."""
+        return Task.GENERATE
 
     @property
     def max_positions(self) -> int:

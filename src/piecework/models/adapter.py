@@ -1,8 +1,9 @@
-"""From a directory in Hugging Face layout to a request to capture its causal language model on piecework's ops.
+"""From a directory in Hugging Face layout to a request to capture its model on piecework's ops.
 
-How depends on the family: models/paged_attention.py for those that transformers' attention interface reaches,
-models/deepseek.py for latent attention. The result needs no weights: parameters are on the meta device, and only
-buffers that are computed from the config (rotary frequencies) are real.
+How depends on the family: models/paged_attention.py for causal language models that transformers' attention interface
+reaches, models/deepseek.py for latent attention, models/packed_texts.py for encoders. The result needs no
+weights: parameters are on the meta device, and only buffers that are computed from the config (rotary frequencies) are
+real.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from piecework.models.adapted import AdaptedModel
 from piecework.models.batch import BLOCK_SIZE, STATE_SLOTS, ForwardBatch
 from piecework.models.cache_interface import Past, cache_arguments
 from piecework.models.deepseek import adapt_deepseek
+from piecework.models.packed_texts import TOKEN_TYPES, PackedTexts, TextEncoder, adapt_encoder
 from piecework.models.paged_attention import adapt_paged
 from piecework.ops.mla.core import Regime
 from piecework.spec.config import ModelConfig
@@ -43,6 +45,42 @@ _INPUTS: Final[Mapping[str, tuple[str, ...]]] = {
     "query_start": ("seqs_plus_one",),
     "logits_indices": ("logits",),
 }
+
+
+def build_request(spec: ModelSpec) -> CaptureRequest:
+    """Return what to capture for a model, which continues texts or encodes them; raises as `build_causal_lm`."""
+    return build_causal_lm(spec) if spec.config.encoder is None else build_encoder(spec)
+
+
+def build_encoder(spec: ModelSpec) -> CaptureRequest:
+    """Return what to capture for an encoder, on packed texts; reads and raises as `build_causal_lm`."""
+    model, device = _adapt(spec), spec.options.device
+    assert isinstance(model.module, TextEncoder)
+    inputs = {"input_ids": "tokens", "positions": "tokens", "query_start": "seqs_plus_one"}
+    if model.module.takes_types:
+        inputs[TOKEN_TYPES] = "tokens"
+    return CaptureRequest(
+        module=model.module,
+        call=call_encoder,
+        inputs=tuple(TensorInput(name, (size,), "int64", device) for name, size in inputs.items()),
+        sizes={"tokens": Dim(1, spec.max_tokens), "seqs_plus_one": Dim(2, MAX_SEQS + 1)},
+        device=device,
+        sources=model.sources,
+        notes=model.notes,
+    )
+
+
+def call_encoder(module: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Run a `TextEncoder` on the named inputs of a batch; returns vectors [seqs, dim] or scores [seqs, 1]."""
+    types = inputs.get(TOKEN_TYPES)
+    row = (1, inputs["input_ids"].shape[0])  # the size is asked for here, and not in the first of the layers
+    made: Tensor = module(
+        inputs["input_ids"].view(row),
+        inputs["positions"].view(row),
+        PackedTexts(inputs["query_start"], []),
+        None if types is None else types.view(row),
+    )
+    return made
 
 
 def build_causal_lm(spec: ModelSpec) -> CaptureRequest:
@@ -127,12 +165,14 @@ def _adapt(spec: ModelSpec) -> AdaptedModel:
     config = spec.config
     asked = f"the model in {config.path}"
     hf_config = _transformers_config(config, asked=asked)
+    dtype = getattr(torch, spec.dtype)
     try:
-        model = (
-            adapt_paged(config, hf_config, dtype=getattr(torch, spec.dtype))
-            if config.latent is None
-            else adapt_deepseek(spec, hf_config)
-        )
+        if config.encoder is not None:
+            model = adapt_encoder(config, hf_config, dtype=dtype)
+        elif config.latent is None:
+            model = adapt_paged(config, hf_config, dtype=dtype)
+        else:
+            model = adapt_deepseek(spec, hf_config)
     except PieceworkError:
         raise
     except Exception as error:  # what modelling code makes of values that it doesn't expect
@@ -142,6 +182,16 @@ def _adapt(spec: ModelSpec) -> AdaptedModel:
             f"(at {_place(error)})",
             try_="check its config.json, or piecework.compile for the module as it is, without the engine",
         ) from error
+    module = model.module
+    if config.encoder is None:
+        _check_model(model, config, asked=asked)
+        module.tie_weights()  # type: ignore[operator]
+    module.requires_grad_(False)
+    module.eval()
+    return model
+
+
+def _check_model(model: AdaptedModel, config: ModelConfig, *, asked: str) -> None:
     module = model.module
     if type(module).__name__ != config.architecture:
         raise UnsupportedModelError(
@@ -155,10 +205,6 @@ def _adapt(spec: ModelSpec) -> AdaptedModel:
             found=f"no attention that transformers' AttentionInterface reaches in {config.architecture}",
             try_="piecework.compile for the module as it is, without the engine",
         )
-    module.tie_weights()  # type: ignore[operator]
-    module.requires_grad_(False)
-    module.eval()
-    return model
 
 
 def _place(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""What transformers' models are given in place of a mask and of a cache: what a token sees; the rest is paged."""
+"""What transformers' models are given in place of a mask and of a cache: what a token sees; the rest is attention's."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.masking_utils import causal_mask_function, chunked_overlay, sliding_window_overlay
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    chunked_overlay,
+    sliding_window_bidirectional_overlay,
+    sliding_window_overlay,
+)
 
 from piecework.errors import UnsupportedModelError
 from piecework.models.batch import ForwardBatch
 
 _WINDOW: Final = sliding_window_overlay(1).__code__
+_WINDOW_BOTH_WAYS: Final = sliding_window_bidirectional_overlay(1).__code__
 _CHUNK: Final = chunked_overlay(1, torch.zeros(1)).__code__
 
 
@@ -23,11 +30,13 @@ _CHUNK: Final = chunked_overlay(1, torch.zeros(1)).__code__
 class Sight:
     """What a token sees, in place of a mask: of the tokens up to itself all, or the last `window`, or its chunk's.
 
-    Chunks are `chunk` tokens each, counted from the sequence's first. 0 stands for no window, and no chunks.
+    Chunks are `chunk` tokens each, counted from the sequence's first. 0 stands for no window, and no chunks. Where
+    sight is not `causal`, a token sees those behind itself as well, less than `window` places away.
     """
 
     window: int = 0
     chunk: int = 0
+    causal: bool = True
 
 
 @final
@@ -39,10 +48,16 @@ class Past(Cache):  # type: ignore[misc]  # transformers' classes have no types
         batch: of the forward, for attention that isn't given it and for mixers with recurrent states.
     """
 
-    def __init__(self, positions: Tensor, batch: ForwardBatch) -> None:
+    def __init__(self, positions: Tensor, batch: ForwardBatch | None = None) -> None:
         super().__init__(layers=[])
-        self.batch = batch
+        self._batch = batch
         self._positions = positions
+
+    @property
+    def batch(self) -> ForwardBatch:
+        """The forward's batch, which a model that caches has."""
+        assert self._batch is not None
+        return self._batch
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Return the new keys and values."""
@@ -104,19 +119,25 @@ def sight(*, mask_function: Callable[..., Any], **_ignored: object) -> Sight:
     Raises UnsupportedModelError for any other rule.
     """
     window = chunk = 0
+    causal = False
     for rule in _rules(mask_function):
         held = _held(rule)
         if rule.__code__ is _WINDOW:
-            window = int(held["sliding_window"])
+            window, causal = int(held["sliding_window"]), True
+        elif rule.__code__ is _WINDOW_BOTH_WAYS:
+            window = int(held["sliding_window"]) + 1
         elif rule.__code__ is _CHUNK:
             chunk = int(held["chunk_size"])
-        elif rule is not causal_mask_function:
+        elif rule is causal_mask_function:
+            causal = True
+        elif rule is not bidirectional_mask_function:
             raise UnsupportedModelError(
-                asked="attention over a paged cache",
-                found=f"tokens see each other by the rule {rule.__qualname__}, which isn't causal, a window or chunks",
+                asked="attention by transformers' interface",
+                found=f"tokens see each other by the rule {rule.__qualname__}, which isn't causal, bidirectional, a "
+                "window or chunks",
                 try_="piecework.compile for the module as it is, without the engine",
             )
-    return Sight(window, chunk)
+    return Sight(window, chunk, causal)
 
 
 def _rules(mask_function: Callable[..., Any]) -> list[Any]:

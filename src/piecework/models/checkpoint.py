@@ -43,19 +43,22 @@ class Checkpoint(ABC):
         """Return a tensor; raises WeightsError where there is none or it can't be read."""
 
 
-def open_checkpoint(model_dir: Path, wanted: Sequence[Wanted] = ()) -> SafetensorsCheckpoint:
+def open_checkpoint(
+    model_dir: Path, wanted: Sequence[Wanted] = (), *, folders: Sequence[str] = ()
+) -> SafetensorsCheckpoint:
     """Open the safetensors of a model directory, in one file or sharded by model.safetensors.index.json.
 
     Args:
         model_dir: the directory.
         wanted: what will be taken of them; it is found under other names too, see models/weight_check.py.
+        folders: of the directory, which have weights of their own.
 
     Raises WeightsError where files are missing or damaged, something wanted isn't there as it is wanted, or there is a
     head that isn't the embedding, while the model has one tensor for both.
     """
-    files = weight_files(model_dir)
+    files = weight_files(model_dir, folders)
     names = find_wanted(files, wanted)
-    checkpoint = SafetensorsCheckpoint(files.paths, renamed=names.renamed)
+    checkpoint = SafetensorsCheckpoint(files.prefixes, renamed=names.renamed)
     if names.untied:
         _check_tied(checkpoint, *names.untied)
     return checkpoint
@@ -66,19 +69,19 @@ class SafetensorsCheckpoint(Checkpoint):
     """Tensors of safetensors files, mapped into memory and read when used.
 
     Args:
-        paths: the files.
+        paths: the files, or a mapping of each to what is put before its tensors' names.
         renamed: the files' name of each tensor that is asked for under another one.
 
     Raises WeightsError where a file is missing or damaged.
     """
 
-    def __init__(self, paths: Iterable[Path], *, renamed: Mapping[str, str] = _NONE) -> None:
-        self._files: dict[str, tuple[Path, Any]] = {}
+    def __init__(self, paths: Iterable[Path] | Mapping[Path, str], *, renamed: Mapping[str, str] = _NONE) -> None:
+        self._files: dict[str, tuple[Path, Any, str]] = {}
         self._renamed = renamed
-        for path in paths:
+        for path, prefix in (paths if isinstance(paths, Mapping) else dict.fromkeys(paths, "")).items():
             handle = open_file(path, framework="pt")
             for name in handle.keys():  # noqa: SIM118  a handle is no mapping
-                self._files[name] = (path, handle)
+                self._files[f"{prefix}{name}"] = (path, handle, name)
 
     def names(self) -> Sequence[str]:
         """Return the names of all tensors, file by file, and the other ones that they go by."""
@@ -86,17 +89,17 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def get(self, name: str) -> Tensor:
         """Return a tensor whose memory is the mapped file; raises WeightsError where there is none."""
-        path, handle = self._find(name)
+        path, handle, inside = self._find(name)
         try:
-            tensor: Tensor = handle.get_tensor(self._renamed.get(name, name))
+            tensor: Tensor = handle.get_tensor(inside)
         except SafetensorError as error:
             raise damaged(path, error) from error
         return tensor
 
-    def _find(self, name: str) -> tuple[Path, Any]:
+    def _find(self, name: str) -> tuple[Path, Any, str]:
         found = self._files.get(self._renamed.get(name, name))
         if found is None:
-            raise _missing(name, [path.name for path, _ in dict.fromkeys(self._files.values())])
+            raise _missing(name, [path.name for path in dict.fromkeys(path for path, _, _ in self._files.values())])
         return found
 
 

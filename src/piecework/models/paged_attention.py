@@ -21,7 +21,7 @@ from piecework.models.direct_attention import build_with_sdpa, redirect
 from piecework.models.meta import meta_parameters
 from piecework.models.recurrent_mixers import keep_states
 from piecework.models.rope import fixed_frequencies
-from piecework.models.trial import TRIAL, give_states, try_attention, unreached
+from piecework.models.trial import TRIAL, UNKNOWN_MASK, give_states, try_attention, unreached
 from piecework.ops import attention as _attention  # noqa: F401  registers piecework::attention
 from piecework.spec.config import ModelConfig
 
@@ -75,7 +75,7 @@ def paged_attention(
     Of the module only the `kv_cache` is read, so that nothing tells sibling layers apart.
     """
     if not isinstance(attention_mask, Sight):
-        raise unreached(module, "attends with a mask that transformers' mask interface didn't make")
+        raise unreached(module, UNKNOWN_MASK)
     out = torch.ops.piecework.attention(
         query.squeeze(0).transpose(0, 1),
         key.squeeze(0).transpose(0, 1),

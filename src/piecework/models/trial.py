@@ -21,6 +21,7 @@ CONV_STATE: Final = "conv_state"
 RECURRENT_STATE: Final = "recurrent_state"
 TRIAL: Final = "piecework, on trial"
 """The name of attention during the trial."""
+UNKNOWN_MASK: Final = "attends with a mask that transformers' mask interface didn't make"
 
 
 def try_attention(
@@ -37,7 +38,9 @@ def try_attention(
         shapes = ", ".join(str(list(t.shape)) for t in (query, key, value))
         raise unreached(module, f"attends with queries, keys and values of shapes {shapes}")
     if not isinstance(attention_mask, Sight):
-        raise unreached(module, "attends with a mask that transformers' mask interface didn't make")
+        raise unreached(module, UNKNOWN_MASK)
+    if not attention_mask.causal:
+        raise unreached(module, "attends to tokens that come later")
     if hasattr(module, KV_CACHE):
         raise unreached(module, "attends twice in one forward")
     entry = (key.shape[1], key.shape[3])
@@ -85,11 +88,11 @@ def _two_tokens(module: nn.Module) -> dict[str, Any]:
     return arguments | cache_arguments(module, Past(tokens, batch))
 
 
-def unreached(module: nn.Module, why: str) -> UnsupportedModelError:
+def unreached(module: nn.Module, why: str, *, asked: str = "a language model on the engine") -> UnsupportedModelError:
     """Return the error for a module whose attention or state can't be kept for many, with the place of its code."""
     code = inspect.unwrap(type(module).forward).__code__
     return UnsupportedModelError(
-        asked="a language model on the engine",
+        asked=asked,
         found=f"{type(module).__name__} ({code.co_filename}:{code.co_firstlineno}) {why}",
         try_="piecework.compile for the module as it is, without the engine",
     )

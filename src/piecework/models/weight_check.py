@@ -97,12 +97,12 @@ def wanted_by_module(request: CaptureRequest) -> tuple[Wanted, ...]:
 def read_headers(files: WeightFiles) -> dict[str, TensorHeader]:
     """Return what the files say of their tensors. Raises WeightsError where one can't be read, or lacks a tensor."""
     found: dict[str, TensorHeader] = {}
-    for path in files.paths:
+    for path, prefix in files.prefixes.items():
         with open_file(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118  a file is no mapping
                 piece = file.get_slice(name)
                 code = piece.get_dtype()
-                found[name] = TensorHeader(tuple(piece.get_shape()), DTYPES.get(code, code))
+                found[f"{prefix}{name}"] = TensorHeader(tuple(piece.get_shape()), DTYPES.get(code, code))
     for name in files.names:
         if name not in found:
             raise missing([name], files)

@@ -8,11 +8,13 @@ from piecework.foundation.version import VERSION
 from piecework.server.chat import chat_routes
 from piecework.server.completions import completion_routes
 from piecework.server.context import Admission, ServerContext
+from piecework.server.embeddings import embedding_routes
 from piecework.server.errors import add_error_answers
 from piecework.server.information import health_routes, model_routes, page_routes, start_routes
 from piecework.server.log import EventLog
 from piecework.server.metrics import Metrics
 from piecework.server.middleware import Counted, JsonBody, KeyRequired, KnownHost
+from piecework.server.rerank import rerank_routes
 from piecework.server.responses import documented_openapi
 from piecework.server.settings import ServerSettings
 from piecework.server.status import ServerStatus, State
@@ -36,11 +38,20 @@ def make_app(
     app = FastAPI(
         title="piecework",
         version=VERSION,
-        summary="OpenAI-compatible text generation",
+        summary="OpenAI-compatible text generation and embeddings",
         docs_url=None,
         redoc_url=None,
     )
-    for routes in (completion_routes, chat_routes, model_routes, health_routes, start_routes, page_routes):
+    for routes in (
+        completion_routes,
+        chat_routes,
+        embedding_routes,
+        rerank_routes,
+        model_routes,
+        health_routes,
+        start_routes,
+        page_routes,
+    ):
         app.include_router(routes(context))
     add_error_answers(app)
     app.openapi = documented_openapi(app, has_key=settings.api_key is not None)  # type: ignore[method-assign]

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import Final, cast, final
 
-from piecework.server.errors import ApiError
+from piecework.server.errors import ApiError, invalid
 from piecework.server.log import EventLog
 from piecework.server.metrics import Metrics
-from piecework.server.service import Service
+from piecework.server.service import AnyService, EncodeService, Service
 from piecework.server.settings import Limits, ServerSettings
 from piecework.server.status import ServerStatus, State
+from piecework.spec.encoder_config import Task
+
+_DOES: Final = {
+    Task.GENERATE: "continues texts: POST /v1/completions or /v1/chat/completions",
+    Task.EMBED: "embeds texts: POST /v1/embeddings",
+    Task.SCORE: "scores pairs of texts: POST /v1/rerank or /v1/score",
+}
 
 
 @dataclass(frozen=True)
@@ -24,12 +31,24 @@ class ServerContext:
     log: EventLog
 
     def ready_service(self) -> Service:
-        """Return what generates; raises ApiError 503, with Retry-After, while nothing does."""
+        """Return what generates; raises ApiError as `ready_encoder`."""
+        return cast("Service", self._ready(Task.GENERATE))
+
+    def ready_encoder(self, task: Task) -> EncodeService:
+        """Return what embeds texts or scores pairs of them.
+
+        Raises ApiError 503, with Retry-After, while nothing does, and 400 where the model does something else.
+        """
+        return cast("EncodeService", self._ready(task))
+
+    def _ready(self, task: Task) -> AnyService:
         status = self.status
         state = status.state
         if state is State.FAILED:
             raise ApiError(503, f"the model doesn't run: {status.failure}", code="failed")
         if status.service is not None and state is not State.DRAINING:
+            if status.service.task is not task:
+                raise invalid(f"this server's model {_DOES[status.service.task]}", param="model", code="wrong_task")
             return status.service
         seconds = self.settings.limits.retry_after_s
         why = {

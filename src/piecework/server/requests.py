@@ -168,3 +168,38 @@ class ChatRequest(Sampling):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+
+class EmbeddingRequest(Given):
+    """The body of POST /v1/embeddings. `truncate_prompt_tokens` -1, as vLLM has it, cuts off what is too long."""
+
+    model: Annotated[str, Field(min_length=1)]
+    input: str | list[str] | TokenPrompt | list[TokenPrompt]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int | None, Field(ge=1, le=2**31 - 1)] = None
+    truncate_prompt_tokens: Literal[-1] | None = None
+    user: str | None = None
+
+
+class RerankDocument(Given):
+    """A document as an object."""
+
+    text: str
+
+
+class RerankRequest(Given):
+    """The body of POST /v1/rerank, as Cohere, Jina and vLLM have it; documents that are too long are cut off."""
+
+    model: Annotated[str, Field(min_length=1)]
+    query: str
+    documents: Annotated[list[str | RerankDocument], Field(min_length=1)]
+    top_n: Annotated[int | None, Field(ge=1, le=2**31 - 1)] = None
+    return_documents: bool | None = None
+
+
+class ScoreRequest(Given):
+    """The body of POST /v1/score, as vLLM has it: as many texts as others, or one for all of the others."""
+
+    model: Annotated[str, Field(min_length=1)]
+    text_1: str | Annotated[list[str], Field(min_length=1)]
+    text_2: str | Annotated[list[str], Field(min_length=1)]

@@ -194,6 +194,72 @@ class ChatChunk(Answered):
     usage: Usage | None = None
 
 
+class TextUsage(Answered):
+    """How many tokens texts had that nothing was generated for."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(Answered):
+    """A text's vector: numbers, or base64 of them as little-endian float32."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingAnswer(Answered):
+    """The answer to POST /v1/embeddings."""
+
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: TextUsage
+
+
+class RankedDocument(Answered):
+    """A document's text."""
+
+    text: str
+
+
+class Ranked(Answered):
+    """A document's place in the request, and its score."""
+
+    index: int
+    relevance_score: float
+    document: RankedDocument | None = None
+
+
+class RerankAnswer(Answered):
+    """The answer to POST /v1/rerank: the best document first."""
+
+    id: str
+    model: str
+    results: list[Ranked]
+    usage: TextUsage
+
+
+class Score(Answered):
+    """A pair's score."""
+
+    object: Literal["score"]
+    index: int
+    score: float
+
+
+class ScoreAnswer(Answered):
+    """The answer to POST /v1/score."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Score]
+    usage: TextUsage
+
+
 class Model(Answered):
     """A model that is served."""
 
@@ -275,6 +341,11 @@ def generation_responses(answer: type[BaseModel], *, chunk: type[BaseModel]) -> 
     stream = {"itemSchema": {"type": "object", "properties": {"data": data}, "required": ["data"]}}
     whole = {"model": answer, "description": "The text.", "content": {"text/event-stream": stream}}
     return {200: whole, **error_responses(*_MEANINGS)}
+
+
+def encode_responses(answer: type[BaseModel]) -> Responses:
+    """Return the answers of a request that encodes texts."""
+    return {200: {"model": answer, "description": "The numbers."}, **error_responses(*_MEANINGS)}
 
 
 def documented_openapi(app: FastAPI, *, has_key: bool) -> Callable[[], dict[str, Any]]:

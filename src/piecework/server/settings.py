@@ -15,6 +15,7 @@ class Limits:
         body_bytes: of a request's body; 413 beyond.
         prompt_tokens: of one prompt, or None for what the model's positions allow.
         prompts: in one request to /v1/completions.
+        texts: in one request to /v1/embeddings, /v1/rerank or /v1/score.
         n: continuations of one prompt.
         logprobs: likeliest tokens reported at each place.
         concurrent_requests: that generate at the same time, waiting ones included; 429 beyond.
@@ -30,6 +31,7 @@ class Limits:
     body_bytes: int = 8 << 20
     prompt_tokens: int | None = None
     prompts: int = 128
+    texts: int = 2048
     n: int = 16
     logprobs: int = 20
     concurrent_requests: int = 512

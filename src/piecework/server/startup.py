@@ -16,18 +16,23 @@ from piecework.engine.events import (
     StartEvent,
     phase,
 )
-from piecework.engine.opening import OpenEngine, open_compiled, open_engine
+from piecework.engine.opening import Opened, open_compiled, open_encoder, open_engine
 from piecework.engine.options import EngineOptions
 from piecework.errors import PieceworkError
 from piecework.foundation.environment import Environment
 from piecework.report.inspect import describe
 from piecework.server.log import EventLog
 from piecework.server.status import BundleUse, ServerStatus, State
+from piecework.spec.encoder_config import Task
 from piecework.spec.model_spec import ModelSpec
 
 if TYPE_CHECKING:
     from piecework.engine.async_engine import AsyncEngine
+    from piecework.engine.encode_engine import EncodeEngine
     from piecework.engine.text.tokenizer import Tokenizer
+    from piecework.server.service import AnyService
+
+    _Engine = AsyncEngine | EncodeEngine
 
 _STOP_S: Final = 10.0
 
@@ -64,7 +69,7 @@ class ModelStart:
         self._thread = threading.Thread(target=self._run, name="piecework-start", daemon=True)
         self._mutex = threading.Lock()
         self._process: CompileProcess | None = None
-        self._engine: AsyncEngine | None = None
+        self._engine: _Engine | None = None
         self._stopped = False
         self.error: Exception | None = None
 
@@ -99,6 +104,12 @@ class ModelStart:
             self._failed.set()
 
     def _bring_up(self) -> None:
+        if self._spec.config.task is Task.GENERATE:
+            self._bring_up_engine()
+        else:
+            self._bring_up_encoder()
+
+    def _bring_up_engine(self) -> None:
         opened = open_engine(
             self._spec,
             self._options,
@@ -111,21 +122,29 @@ class ModelStart:
         from piecework.engine.text_engine import TextEngine  # noqa: PLC0415
 
         engine = AsyncEngine(opened.engine)
+        self._serve(opened, engine, TextEngine(engine, opened.tokenizer), kv_blocks=opened.num_blocks)
+
+    def _bring_up_encoder(self) -> None:
+        opened = open_encoder(
+            self._spec, self._options, environment=self._environment, on_event=self._hear, hears_compile=True
+        )
+        from piecework.engine.embedder import engine_of  # noqa: PLC0415  imports torch
+
+        engine = engine_of(opened)
+        self._serve(opened, engine, engine)
+
+    def _serve(self, opened: Opened, engine: _Engine, service: AnyService, **figures: int) -> None:
+        """Let a service answer; where it runs the eager form, compile what was asked for meanwhile."""
         with self._mutex:
             self._engine = engine
         use = _use(opened)
-        self._status.serves(TextEngine(engine, opened.tokenizer), bundle=use)
-        self._log.event(
-            "ready",
-            seconds=self._status.uptime_s,
-            backend=use.backend,
-            bundle="hit" if use.hit else "miss",
-            kv_blocks=opened.num_blocks,
-        )
+        self._status.serves(service, bundle=use)
+        hit = "hit" if use.hit else "miss"
+        self._log.event("ready", seconds=self._status.uptime_s, backend=use.backend, bundle=hit, **figures)
         if opened.is_meanwhile:
             self._replace(opened, engine)
 
-    def _replace(self, opened: OpenEngine, engine: AsyncEngine) -> None:
+    def _replace(self, opened: Opened, engine: _Engine) -> None:
         """Compile what was asked for while its eager form serves, and go over to it between two steps."""
         try:
             compiled = open_compiled(opened)
@@ -170,7 +189,7 @@ class ModelStart:
                 self._status.compile_ends()
 
 
-def _use(opened: OpenEngine) -> BundleUse:
+def _use(opened: Opened) -> BundleUse:
     bundle = opened.found.bundle
     return BundleUse(
         hit=not opened.reason,

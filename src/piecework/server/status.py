@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Any, final
 
 from piecework.engine.events import Phase
-from piecework.server.service import Service
+from piecework.server.service import AnyService
 
 
 class State(Enum):
@@ -70,7 +70,7 @@ class ServerStatus:
         self._mutex = threading.Lock()
         self._state = State.STARTING
         self._phases: dict[str, Phase] = {}
-        self._service: Service | None = None
+        self._service: AnyService | None = None
         self._compile: CompileProgress | None = None
         self._bundle: BundleUse | None = None
         self._failure = ""
@@ -82,8 +82,8 @@ class ServerStatus:
         return State.FAILED if self.failure else self._state
 
     @property
-    def service(self) -> Service | None:
-        """What generates, or None while nothing can."""
+    def service(self) -> AnyService | None:
+        """What generates or encodes, or None while nothing can."""
         return self._service
 
     @property
@@ -152,7 +152,7 @@ class ServerStatus:
             if self._compile is not None:
                 self._compile = replace(self._compile, stage=stage, done=done, total=total)
 
-    def serves(self, service: Service, *, bundle: BundleUse) -> None:
+    def serves(self, service: AnyService, *, bundle: BundleUse) -> None:
         """Note that `service` answers from now on, with a bundle; a compile that goes on keeps its state."""
         with self._mutex:
             self._service = service

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from piecework.errors import UnsupportedModelError
+from piecework.spec.encoder_config import EncoderConfig, Task, read_encoder
+from piecework.spec.json_file import read_json_file
 from piecework.spec.latent_config import (
     LATENT_MODEL_TYPES,
     ExpertRouting,
@@ -16,7 +17,7 @@ from piecework.spec.latent_config import (
     expert_routing,
     latent_sizes,
 )
-from piecework.spec.other_models import LAYOUT, refuse_others
+from piecework.spec.other_models import refuse_others
 
 _LONGEST: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _DEFAULT_LONGEST: Final = 2048
@@ -37,6 +38,7 @@ class ModelConfig:
         dtype: the weights' type as the checkpoint's author gives it, one of DTYPES.
         eos_token_ids: tokens that end a generation.
         tie_word_embeddings: whether the output projection is the embedding.
+        encoder: how its texts become vectors or scores, or None where it continues texts.
         latent: sizes of its latent attention, or None where keys and values are cached as they are.
         experts: how tokens choose among experts, or None where all layers are dense.
         read: the fields of config.json that all this was read from.
@@ -51,24 +53,39 @@ class ModelConfig:
     dtype: str
     eos_token_ids: tuple[int, ...]
     tie_word_embeddings: bool
+    encoder: EncoderConfig | None = None
     latent: LatentSizes | None = None
     experts: ExpertRouting | None = None
     read: frozenset[str] = frozenset()
+
+    @property
+    def task(self) -> Task:
+        """What it does with texts."""
+        return Task.GENERATE if self.encoder is None else self.encoder.task
+
+    @property
+    def weight_folders(self) -> tuple[str, ...]:
+        """Folders of the directory that have weights of their own."""
+        return () if self.encoder is None else tuple(layer.path for layer in self.encoder.dense)
 
 
 def read_config(model_dir: Path) -> ModelConfig:
     """Read a model directory in Hugging Face layout.
 
-    Raises UnsupportedModelError where config.json is missing or broken, or its model is no causal language model.
+    Raises UnsupportedModelError where config.json is missing or broken, or its model neither continues texts nor
+    encodes them.
     """
     asked = f"the model in {model_dir}"
     refuse_others(model_dir, asked=asked)
     raw = read_json_file(model_dir / "config.json", asked=asked)
     fields = _Fields(raw)
-    model_type, architecture = _causal_lm(fields, asked=asked)
+    model_type, architecture = _architecture(fields, asked=asked)
     try:
         config = _model_config(model_dir, fields, model_type, architecture)
-        return replace(config, raw=raw, read=frozenset(fields.read))
+        encoder = read_encoder(model_dir, fields, architecture, max_positions=config.max_positions, asked=asked)
+        if encoder is None:
+            _check_causal_lm(architecture, asked=asked)
+        return replace(config, encoder=encoder, raw=raw, read=frozenset(fields.read))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UnsupportedModelError(
             asked=asked,
@@ -95,26 +112,7 @@ class _Fields(Mapping[str, Any]):
         return len(self._raw)
 
 
-def read_json_file(path: Path, *, asked: str) -> dict[str, Any]:
-    """Read a JSON object of a model directory; raises UnsupportedModelError where that isn't one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UnsupportedModelError(
-            asked=asked,
-            found=f"no {path.name} in {path.parent}" if path.parent.is_dir() else f"no directory {path.parent}",
-            try_=LAYOUT,
-        ) from error
-    except (OSError, ValueError) as error:
-        raise UnsupportedModelError(
-            asked=asked, found=f"{path} can't be read as JSON: {error}", try_="download or write the file again"
-        ) from error
-    if not isinstance(value, dict):
-        raise UnsupportedModelError(asked=asked, found=f"{path} holds no JSON object", try_="write the file again")
-    return value
-
-
-def _causal_lm(raw: Mapping[str, Any], *, asked: str) -> tuple[str, str]:
+def _architecture(raw: Mapping[str, Any], *, asked: str) -> tuple[str, str]:
     """Return model type and architecture, or raise UnsupportedModelError."""
     model_type = raw.get("model_type")
     if not (isinstance(model_type, str) and model_type):
@@ -130,17 +128,21 @@ def _causal_lm(raw: Mapping[str, Any], *, asked: str) -> tuple[str, str]:
             found='config.json names no "architectures"',
             try_='add what transformers writes there, such as "architectures": ["LlamaForCausalLM"]',
         )
-    if not architectures[0].endswith("ForCausalLM"):
-        raise UnsupportedModelError(
-            asked=asked,
-            found=f"architecture {architectures[0]}, which is no causal language model",
-            try_="a checkpoint whose architecture ends in ForCausalLM, or piecework.compile for the module as it is",
-        )
     if "quantization_config" in raw:
         raise UnsupportedModelError(
             asked=asked, found="quantized weights (quantization_config)", try_="use the unquantized checkpoint"
         )
     return model_type, architectures[0]
+
+
+def _check_causal_lm(architecture: str, *, asked: str) -> None:
+    if not architecture.endswith("ForCausalLM"):
+        raise UnsupportedModelError(
+            asked=asked,
+            found=f"architecture {architecture}, which is neither a causal language model nor an encoder",
+            try_="a checkpoint whose architecture ends in ForCausalLM, ForMaskedLM, ForSequenceClassification or "
+            "Model, or piecework.compile for the module as it is",
+        )
 
 
 def _model_config(model_dir: Path, raw: Mapping[str, Any], model_type: str, architecture: str) -> ModelConfig:

@@ -14,6 +14,7 @@ from piecework.errors import CompileError, UnsupportedModelError
 from piecework.foundation.digests import JsonScalar, digest_json
 from piecework.spec.compile_options import CompileOptions, ranges_text
 from piecework.spec.config import DTYPES, ModelConfig, read_config
+from piecework.spec.encoder_config import EncoderConfig
 from piecework.spec.latent_config import (
     DEFAULT_KV_CACHE_DTYPE,
     DEFAULT_MLA,
@@ -35,7 +36,8 @@ class ModelSpec:
     Attributes:
         config: what the model directory says.
         dtype: type of weights and activations; "auto" becomes the config's.
-        max_tokens: most tokens in one forward pass.
+        max_tokens: most tokens in one forward pass; of an encoder, whose texts are computed whole, the default is never
+            less than its longest text.
         mla: for models with latent attention: "exposed" has the steps of a layer compiled, "opaque" is one operator;
             see `models/latent_attention.py`.
         kv_cache_dtype: "auto" caches in the model's type; "fp8", for models with latent attention, caches latents in a
@@ -67,6 +69,8 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.dtype == CONFIG_DTYPE:
             object.__setattr__(self, "dtype", self.config.dtype)
+        if self.config.encoder is not None:
+            object.__setattr__(self, "max_tokens", _most_tokens(self.max_tokens, self.config.encoder, self.source))
         wrong = wrong_choice(self)
         if wrong is not None:
             raise UnsupportedModelError(
@@ -123,12 +127,13 @@ class ModelSpec:
 
     @property
     def own_facts(self) -> dict[str, JsonScalar]:
-        """What is chosen for the model itself, beside how its graph is compiled."""
-        return {
+        """What is chosen for the model itself, beside how its graph is compiled, and what an encoder gives."""
+        own: dict[str, JsonScalar] = {
             d.name: value
             for d, value in zip(declared_options(ModelSpec), written(self).values(), strict=True)
             if self.config.latent is not None or not d.option.latent_only
         }
+        return own if self.config.encoder is None else {**own, "encoder": self.config.encoder.fact}
 
     @property
     def identity(self) -> dict[str, JsonScalar]:
@@ -148,7 +153,7 @@ class ModelSpec:
     @property
     def named(self) -> Asked:
         """What a bundle must be which the caller named: of this model, and of the options that aren't the default."""
-        default = set(ModelSpec(self.config).facts)
+        default = {fact for fact in ModelSpec(self.config).facts if fact.name != "encoder"}
         return Asked(tuple(fact for fact in self.facts if fact not in default), config=self.config.raw)
 
     @property
@@ -171,6 +176,19 @@ class ModelSpec:
                 asked="a compile of --spec", found=f"no spec: {error}", try_="what ModelSpec.to_json returns"
             ) from error
         return ModelSpec.of(source, **values)
+
+
+def _most_tokens(chosen: int, encoder: EncoderConfig, source: Path) -> int:
+    """Return the most tokens of an encoder's forward pass. Raises CompileError where texts don't fit in it."""
+    if chosen == DEFAULT_MAX_TOKENS:
+        return max(chosen, encoder.longest)
+    if chosen < encoder.longest:
+        raise CompileError(
+            asked=f"{source} with forward passes of {chosen} tokens",
+            found=f"texts of up to {encoder.longest} tokens, which an encoder computes whole",
+            try_=f"--max-tokens {encoder.longest} or more, or a smaller max_seq_length in sentence_bert_config.json",
+        )
+    return chosen
 
 
 def spec_options() -> tuple[Declared, ...]:

@@ -49,8 +49,6 @@ def _of_file(path: Path) -> tuple[str, str]:
 def _of_directory(path: Path) -> tuple[str, str] | None:
     """Return what a directory is that is none of a language model, and what to try."""
     names = {entry.name for entry in path.iterdir()}
-    if "modules.json" in names:
-        return "an encoder of sentence-transformers (modules.json), which continues no texts", "a causal language model"
     if "config.json" in names:
         return None
     if "manifest.json" in names:

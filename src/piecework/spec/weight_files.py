@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -17,19 +18,37 @@ _INDEX: Final = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The files, and the names of tensors that must be in one of them (by the index)."""
+    """The files of weights.
+
+    Attributes:
+        paths: of the model's own.
+        names: of tensors that must be in one of them, by the index.
+        folders: those of folders with weights of their own, by the folder's name: tensors are "folder/name".
+    """
 
     paths: tuple[Path, ...]
     names: tuple[str, ...] = ()
+    folders: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def prefixes(self) -> Mapping[Path, str]:
+        """All files, each with what comes before its tensors' names."""
+        return dict.fromkeys(self.paths, "") | {path: f"{folder}/" for folder, path in self.folders.items()}
 
 
-def weight_files(model_dir: Path) -> WeightFiles:
-    """Return the files of a directory's weights. Raises WeightsError where one is missing, or there are none."""
+def weight_files(model_dir: Path, folders: Sequence[str] = ()) -> WeightFiles:
+    """Return the files of a directory's weights. Raises WeightsError where one is missing, or there are none.
+
+    Args:
+        model_dir: the directory.
+        folders: its folders that have weights of their own.
+    """
+    inside = {folder: model_dir / folder / _SINGLE for folder in folders}
     index, single = model_dir / _INDEX, model_dir / _SINGLE
     if not index.exists():
         if not single.exists():
             raise _none(model_dir)
-        return WeightFiles((single,))
+        return WeightFiles((single,), folders=inside)
     shard_of = _read_index(index)
     shards = tuple(model_dir / shard for shard in sorted(set(shard_of.values())))
     missing = [path for path in shards if not path.exists()]
@@ -39,7 +58,7 @@ def weight_files(model_dir: Path) -> WeightFiles:
             found=f"no such file; {index.name} names {len(shards)}, of which {len(missing)} are missing",
             try_="download the checkpoint again, with all its shards",
         )
-    return WeightFiles(shards, tuple(shard_of))
+    return WeightFiles(shards, tuple(shard_of), inside)
 
 
 def damaged(path: Path, error: Exception) -> WeightsError:

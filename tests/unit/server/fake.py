@@ -15,6 +15,7 @@ from piecework.engine.text.deltas import TextDelta
 from piecework.errors import RequestError
 from piecework.server.service import Service
 from piecework.server.status import BundleUse, ServerStatus
+from piecework.spec.encoder_config import Task
 
 WORDS = ("red", "green", "blue", "black", "white", "grün", "漢字", "🙂", "one", "two", "three", "four", "five", "six")
 FIRST_WORD = 256  # smaller ids are the bytes of a prompt
@@ -45,6 +46,10 @@ class FakeService(Service):
         self.prompt_tokens = 0
         self.generated = 0
         self._max_positions = max_positions
+
+    @property
+    def task(self) -> Task:
+        return Task.GENERATE
 
     @property
     def max_positions(self) -> int:

@@ -26,7 +26,6 @@ DIRECTORIES = {
     ),
     "pipeline": ({"model_index.json": '{"_class_name": "FluxPipeline"}'}, "FluxPipeline", "piecework.compile"),
     "broken pipeline": ({"model_index.json": "["}, "a pipeline of diffusers", "piecework.compile"),
-    "encoder": ({"modules.json": "[]", "config.json": '{"model_type": "bert"}'}, "an encoder", "causal"),
     "bundle": ({"manifest.json": "{}", "plan.json": ""}, "a bundle", "--bundle"),
 }
 FILES = {

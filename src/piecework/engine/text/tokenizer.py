@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final, NamedTuple, final
 
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 from tokenizers.decoders import DecodeStream
@@ -21,8 +21,15 @@ _CONTEXT: Final = 8
 _LONGEST_CHARACTER: Final = 4
 
 
-def load_tokenizer(model_dir: Path) -> Tokenizer:
-    """Load a model directory's tokenizer; raises UnsupportedModelError where tokenizer.json is missing or broken."""
+def load_tokenizer(model_dir: Path, *, longest: int | None = None) -> Tokenizer:
+    """Load a model directory's tokenizer.
+
+    Args:
+        model_dir: the directory.
+        longest: cut texts off after so many tokens, special ones included, and pad none; else as tokenizer.json says.
+
+    Raises UnsupportedModelError where tokenizer.json is missing or broken.
+    """
     path = model_dir / "tokenizer.json"
     asked = f"the tokenizer of {model_dir}"
     if not path.exists():
@@ -40,7 +47,24 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
         raise UnsupportedModelError(
             asked=asked, found=f"tokenizer.json is broken: {error}", try_="download the file again"
         ) from error
+    if longest is not None:
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(longest)
     return Tokenizer(tokenizer, settings=_read_settings(model_dir))
+
+
+class TextTokens(NamedTuple):
+    """The tokens of a text, or of a pair of texts.
+
+    Attributes:
+        ids: the tokens.
+        types: for each token 0, or 1 where it is of a pair's second text and the tokenizer says so.
+        cut: whether the text had more.
+    """
+
+    ids: Sequence[int]
+    types: Sequence[int]
+    cut: bool = False
 
 
 @final
@@ -54,6 +78,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer: HuggingFaceTokenizer, *, settings: Mapping[str, Any]) -> None:
         self._tokenizer = tokenizer
+        self._has_types = "token_type_ids" in settings.get("model_input_names", ["token_type_ids"])
         special = {name: _token_text(settings[name]) for name in _SPECIAL if settings.get(name)}
         # a template that asks for a token the model lacks gets "", rather than an error for an unknown name
         special = {"bos_token": "", "eos_token": "", "pad_token": "", **special}
@@ -77,6 +102,13 @@ class Tokenizer:
         """Return the tokens of a text, with a BOS token and the like where the tokenizer adds them."""
         tokens: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return tokens
+
+    def encode_all(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> list[TextTokens]:
+        """Return the tokens of texts, or of pairs of texts, with special ones; on several cores."""
+        encoded = self._tokenizer.encode_batch(list(texts))
+        return [
+            TextTokens(e.ids, e.type_ids if self._has_types else [0] * len(e), bool(e.overflowing)) for e in encoded
+        ]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, without special ones."""
