@@ -17,7 +17,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gptj": ({"architectures": ["GPTJForCausalLM"], "n_embd": 64, "n_head": 4, "rotary_dim": 8}, "GPTJ"),
     "falcon": ({"architectures": ["FalconForCausalLM"], "alibi": True, "num_kv_heads": 2}, "modeling_falcon"),
     "diffllama": ({"architectures": ["DiffLlamaForCausalLM"]}, "attends twice"),
-    "qwen3": ({"architectures": ["Qwen3ForCausalLM"], "is_causal": False}, "isn't causal"),
+    "qwen3": ({"architectures": ["Qwen3ForCausalLM"], "is_causal": False}, "tokens that come later"),
 }
 
 
