@@ -53,7 +53,7 @@ only one of its class, and so no block. Qwen 3.5's rotary embedding has all of i
     ("family", "backend"),
     slow_but(
         itertools.product(sorted({*FAMILIES, *HYBRID_FAMILIES} - {"llama"}), [BackendName.EAGER, BackendName.AOTI]),
-        *((family, BackendName.EAGER) for family in ("qwen3", "gemma3_text", "gpt_oss", "bamba")),
+        *((family, BackendName.EAGER) for family in ("qwen3", "gemma3_text", "gpt_oss")),
     ),
 )
 def test_a_family_equals_transformers(family: str, backend: BackendName, home: Path, tmp_path: Path) -> None:
