@@ -43,10 +43,10 @@ def causal_conv(
 def _causal_conv_fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, sequences: StateSequences
 ) -> Tensor:
-    channels = x.shape[1]
-    own = () if bias is None else ((bias.shape[0], channels),)
-    state = ((conv_state.shape[1], channels), (conv_state.shape[2], weight.shape[1] - 1))
-    check_shapes(CAUSAL_CONV_OP, sequences, (weight.shape[0], channels), *own, *state)
+    (_, channels), taps = x.shape, weight.shape[-1]
+    own = () if bias is None else ((bias, (channels,)),)
+    state = (conv_state, (conv_state.shape[0], channels, taps - 1))
+    check_shapes(CAUSAL_CONV_OP, sequences, (weight, (channels, taps)), state, *own)
     return x.new_empty(x.shape)
 
 

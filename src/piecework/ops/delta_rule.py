@@ -22,6 +22,7 @@ from piecework.ops.ir.values import flattened
 from piecework.ops.recurrent import (
     DecodeSequences,
     StateSequences,
+    check_groups,
     check_shapes,
     decode_sequences,
     prefill_chunks,
@@ -71,12 +72,12 @@ def _delta_rule_fake(
     recurrent_state: Tensor,
     sequences: StateSequences,
 ) -> Tensor:
-    tokens, heads, value_dim = value.shape
-    tokens_of_all = [(t.shape[0], tokens) for t in (query, key, log_decay, beta)]
-    heads_of_all = [(t.shape[1], heads) for t in (log_decay, beta, recurrent_state)]
-    state = [(recurrent_state.shape[2], key.shape[2]), (recurrent_state.shape[3], value_dim)]
-    keys = [(query.shape[1], key.shape[1]), (query.shape[2], key.shape[2]), (heads % key.shape[1], 0)]
-    check_shapes(DELTA_RULE_OP, sequences, *tokens_of_all, *heads_of_all, *state, *keys)
+    (tokens, heads, value_dim), (_, key_heads, key_dim) = value.shape, key.shape
+    keys = [(t, (tokens, key_heads, key_dim)) for t in (query, key)]
+    strengths = [(t, (tokens, heads)) for t in (log_decay, beta)]
+    state = (recurrent_state, (recurrent_state.shape[0], heads, key_dim, value_dim))
+    check_shapes(DELTA_RULE_OP, sequences, *keys, *strengths, state)
+    check_groups(DELTA_RULE_OP, heads, key_heads)
     return value.new_empty(value.shape)
 
 

@@ -19,6 +19,7 @@ from piecework.ops.ir.values import flattened
 from piecework.ops.recurrent import (
     DecodeSequences,
     StateSequences,
+    check_groups,
     check_shapes,
     decode_sequences,
     prefill_chunks,
@@ -55,11 +56,11 @@ def mamba2_scan(
 def _mamba2_scan_fake(
     x: Tensor, log_decay: Tensor, b: Tensor, c: Tensor, ssm_state: Tensor, sequences: StateSequences
 ) -> Tensor:
-    tokens, heads, head_dim = x.shape
-    _, groups, size = b.shape
-    state = [(ssm_state.shape[1], heads), (ssm_state.shape[2], head_dim), (ssm_state.shape[3], size)]
-    inputs = [(t.shape[0], tokens) for t in (log_decay, b, c)] + [(c.shape[1], groups), (c.shape[2], size)]
-    check_shapes(MAMBA2_SCAN_OP, sequences, *state, *inputs, (log_decay.shape[1], heads), (heads % groups, 0))
+    (tokens, heads, head_dim), (_, groups, size) = x.shape, b.shape
+    where = [(t, (tokens, groups, size)) for t in (b, c)]
+    state = (ssm_state, (ssm_state.shape[0], heads, head_dim, size))
+    check_shapes(MAMBA2_SCAN_OP, sequences, (log_decay, (tokens, heads)), *where, state)
+    check_groups(MAMBA2_SCAN_OP, heads, groups)
     return x.new_empty(x.shape)
 
 

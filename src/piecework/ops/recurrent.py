@@ -104,20 +104,29 @@ def running_sequences() -> StateSequences:
     return StateSequences(batch.seq_lens, batch.query_start, batch.num_decode_tokens, batch.state_slots)
 
 
-def check_shapes(op: str, sequences: StateSequences, *same: tuple[object, object]) -> None:
-    """Raise OpError where sequences, or sizes of which each pair is to be equal, can't go together in a trace of `op`.
+def check_shapes(op: str, sequences: StateSequences, *given: tuple[Tensor, tuple[object, ...]]) -> None:
+    """Raise OpError where tensors don't have the shapes beside them, or sequences aren't such, in a trace of `op`.
 
     Sizes that a trace doesn't know as numbers are taken to be right.
     """
     lens, starts, _, slots = sequences
-    indices = (lens, starts, slots)
-    if any(t.dim() != 1 or t.dtype is not torch.int64 for t in indices):
+    if any(t.dim() != 1 or t.dtype is not torch.int64 for t in (lens, starts, slots)):
         raise OpError(asked=f"trace {op}", found="sequences that aren't vectors of int64", try_="as it is documented")
-    for a, b in ((lens.shape[0], slots.shape[0]), *same):
-        if isinstance(a, int) and isinstance(b, int) and a != b:
+    for tensor, wanted in ((slots, (lens.shape[0],)), *given):
+        found = tuple(tensor.shape)
+        known = [(a, b) for a, b in zip(found, wanted, strict=False) if isinstance(a, int) and isinstance(b, int)]
+        if len(found) != len(wanted) or any(a != b for a, b in known):
             raise OpError(
-                asked=f"trace {op}", found=f"sizes {a} and {b} that should be equal", try_="tensors as it says"
+                asked=f"trace {op}",
+                found=f"a tensor {list(found)} in place of {list(wanted)}",
+                try_="as it is documented",
             )
+
+
+def check_groups(op: str, heads: int, groups: int) -> None:
+    """Raise OpError where heads can't be in so many groups of the same size."""
+    if groups < 1 or heads % groups:
+        raise OpError(asked=f"trace {op}", found=f"{heads} heads in {groups} groups", try_="as it is documented")
 
 
 def check_size(layer: LayerNameType, *, what: str, given: int, found: int) -> None:
