@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 
@@ -51,7 +52,8 @@ def write_encoder(
     """Write a sentence-transformers directory without weights: the transformer, the pooling and the rest."""
     write_plain(directory, family, **changes)
     modules = [{"type": "sentence_transformers.models.Transformer", "path": ""}, POOLING, *rest]
-    _write(directory / "modules.json", modules)
+    named = [{"idx": number, "name": str(number), **module} for number, module in enumerate(modules)]
+    _write(directory / "modules.json", named)
     _write(directory / "1_Pooling" / "config.json", {"word_embedding_dimension": 32, "pooling_mode": pooling})
     _write(directory / "sentence_bert_config.json", {"max_seq_length": 48, "do_lower_case": False})
     if DENSE in rest:
@@ -78,15 +80,15 @@ def write_plain(directory: Path, family: str = "bert", **changes: Any) -> Path:
         **changes,
     }
     _write(directory / "config.json", config)
-    _write(directory / "tokenizer_config.json", {"model_max_length": 40})
+    special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 40, **special}
+    _write(directory / "tokenizer_config.json", settings)
     _tokenizer().save(str(directory / "tokenizer.json"))
     return directory
 
 
 def save_weights(directory: Path, *, seed: int = 0) -> nn.Module:
     """Give a directory random weights; return transformers' own model with them."""
-    from safetensors.torch import save_file
-
     model = reference_encoder(directory, seed=seed)
     save_file({n: t.contiguous() for n, t in model.state_dict().items()}, directory / "model.safetensors")
     if (directory / "2_Dense").exists():
