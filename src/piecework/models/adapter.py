@@ -178,7 +178,7 @@ def _adapt(spec: ModelSpec) -> AdaptedModel:
     except Exception as error:  # what modelling code makes of values that it doesn't expect
         raise UnsupportedModelError(
             asked=asked,
-            found=f"transformers' code can't be built or run on a paged cache: {type(error).__name__}: {error} "
+            found=f"transformers' code can't be built or run on a paged cache: {type(error).__name__}: {_first_line(error)} "
             f"(at {_place(error)})",
             try_="check its config.json, or piecework.compile for the module as it is, without the engine",
         ) from error
@@ -205,6 +205,10 @@ def _check_model(model: AdaptedModel, config: ModelConfig, *, asked: str) -> Non
             found=f"no attention that transformers' AttentionInterface reaches in {config.architecture}",
             try_="piecework.compile for the module as it is, without the engine",
         )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
 
 
 def _place(error: BaseException) -> str:

@@ -9,12 +9,11 @@ from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, masking_utils
 from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
     chunked_overlay,
-    sliding_window_bidirectional_overlay,
     sliding_window_overlay,
 )
 
@@ -22,7 +21,8 @@ from piecework.errors import UnsupportedModelError
 from piecework.models.batch import ForwardBatch
 
 _WINDOW: Final = sliding_window_overlay(1).__code__
-_WINDOW_BOTH_WAYS: Final = sliding_window_bidirectional_overlay(1).__code__
+_overlay = getattr(masking_utils, "sliding_window_bidirectional_overlay", None)  # not in the first versions
+_WINDOW_BOTH_WAYS: Final = None if _overlay is None else _overlay(1).__code__
 _CHUNK: Final = chunked_overlay(1, torch.zeros(1)).__code__
 
 
