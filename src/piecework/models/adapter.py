@@ -178,8 +178,8 @@ def _adapt(spec: ModelSpec) -> AdaptedModel:
     except Exception as error:  # what modelling code makes of values that it doesn't expect
         raise UnsupportedModelError(
             asked=asked,
-            found=f"transformers' code can't be built or run on a paged cache: {type(error).__name__}: {_first_line(error)} "
-            f"(at {_place(error)})",
+            found=f"transformers' code can't be built or run on a paged cache: {type(error).__name__}: "
+            f"{_first_line(error)} (at {_place(error)})",
             try_="check its config.json, or piecework.compile for the module as it is, without the engine",
         ) from error
     module = model.module
