@@ -13,7 +13,7 @@ from torch.nn.functional import conv1d
 
 from piecework.ops.ir.opaque_op import opaque_op
 from piecework.ops.ir.values import flattened
-from piecework.ops.recurrent import StateSequences, check_shapes, decode_sequences, prefill_chunks
+from piecework.ops.recurrent import DecodeSequences, StateSequences, check_shapes, decode_sequences, prefill_chunks
 
 CAUSAL_CONV_OP: Final = "piecework::causal_conv"
 
@@ -52,17 +52,24 @@ def _causal_conv_fake(
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, conv_state: Tensor, sequences: StateSequences) -> Tensor:
     """Do what the operator does."""
-    decode, chunks = decode_sequences(sequences), prefill_chunks(sequences, num_tokens=x.shape[0])
+    decode = decode_sequences(sequences)
+    if decode is not None and decode.num == x.shape[0]:
+        return _step(x, weight, bias, conv_state=conv_state, decode=decode)
     out = torch.zeros_like(x, memory_format=torch.contiguous_format)
     if decode is not None:
-        window = torch.cat([decode.read(conv_state), x[: decode.num].float().unsqueeze(-1)], dim=-1)
-        decode.write(conv_state, window[..., 1:])
-        mixed = (window * weight.float()).sum(-1)
-        out[: decode.num] = mixed if bias is None else mixed + bias.float()
-    for chunk in chunks:
+        out[: decode.num] = _step(x[: decode.num], weight, bias, conv_state=conv_state, decode=decode)
+    for chunk in prefill_chunks(sequences, num_tokens=x.shape[0]):
         new = x[chunk.tokens].t()
         inputs = torch.cat([chunk.read(conv_state).to(x.dtype), new], dim=-1)
         conv_state[chunk.slot] = inputs[:, new.shape[1] :].to(conv_state.dtype)
         mixed = conv1d(inputs.unsqueeze(0), weight.unsqueeze(1), bias, groups=x.shape[1])
         out[chunk.tokens] = mixed.squeeze(0).t()
     return out
+
+
+def _step(x: Tensor, weight: Tensor, bias: Tensor | None, *, conv_state: Tensor, decode: DecodeSequences) -> Tensor:
+    """Convolve one token of each of D sequences, [D, C]; `conv_state` is written."""
+    window = torch.cat([decode.read(conv_state), x.float().unsqueeze(-1)], dim=-1)
+    decode.write(conv_state, window[..., 1:])
+    mixed = (window * weight.float()).sum(-1)
+    return (mixed if bias is None else mixed + bias.float()).to(x.dtype)

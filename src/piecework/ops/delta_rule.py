@@ -96,8 +96,10 @@ def corrected(
     shared = value.shape[1] // key.shape[1]
     q, k = (t.float().repeat_interleave(shared, dim=1) for t in (query, key))
     tokens = _Tokens(q, k, value.float(), beta.float(), log_decay.float())
-    out = torch.zeros_like(tokens.v, memory_format=torch.contiguous_format)
     decode = decode_sequences(sequences)
+    if decode is not None and decode.num == value.shape[0]:
+        return _step(tokens, state=recurrent_state, decode=decode).to(value.dtype)
+    out = torch.zeros_like(tokens.v, memory_format=torch.contiguous_format)
     if decode is not None:
         one = slice(decode.num)
         out[one] = _step(tokens.part(one), state=recurrent_state, decode=decode)
@@ -127,12 +129,12 @@ class _Tokens:
 
 def _step(tokens: _Tokens, *, state: Tensor, decode: DecodeSequences) -> Tensor:
     """Advance each of D sequences by one token, [D, Hv, Dv]; `state` [slots, Hv, Dk, Dv] is written."""
-    new = decode.read(state).mul_(tokens.log_decay.exp()[..., None, None])
-    held = torch.matmul(tokens.k.unsqueeze(-2), new).squeeze(-2)
+    rows = decode.read(state).mul_(tokens.log_decay.exp()[..., None, None])
+    held = torch.matmul(tokens.k.unsqueeze(-2), rows).squeeze(-2)
     correction = (tokens.v - held) * tokens.beta.unsqueeze(-1)
-    new.addcmul_(tokens.k.unsqueeze(-1), correction.unsqueeze(-2))
-    decode.write(state, new)
-    return torch.matmul(tokens.q.unsqueeze(-2), new).squeeze(-2)
+    rows.addcmul_(tokens.k.unsqueeze(-1), correction.unsqueeze(-2))
+    decode.write(state, rows)
+    return torch.matmul(tokens.q.unsqueeze(-2), rows).squeeze(-2)
 
 
 def _chunk(tokens: _Tokens, *, state: Tensor) -> tuple[Tensor, Tensor]:

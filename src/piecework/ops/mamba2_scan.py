@@ -79,8 +79,10 @@ def scanned(
     x = x.float().unflatten(1, (num_groups, -1))
     log_decay = log_decay.float().unflatten(1, (num_groups, -1))
     b, c = b.float(), c.float()
-    out = torch.zeros_like(x, memory_format=torch.contiguous_format)
     decode = decode_sequences(sequences)
+    if decode is not None and decode.num == x.shape[0]:
+        return _step(x, log_decay, b, c, state=ssm_state, decode=decode).view(shape).to(dtype)
+    out = torch.zeros_like(x, memory_format=torch.contiguous_format)
     if decode is not None:
         one = slice(decode.num)
         out[one] = _step(x[one], log_decay[one], b[one], c[one], state=ssm_state, decode=decode)

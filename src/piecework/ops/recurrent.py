@@ -41,21 +41,29 @@ class DecodeSequences:
     Attributes:
         num: D.
         slots: [D] int64.
-        fresh: [D] bool, whether the token is the sequence's first.
+        fresh: [D] bool, whether the token is the sequence's first; None where no token is known to be.
+        first: the first slot, where the others are known to follow one another.
     """
 
     num: int
     slots: Tensor
-    fresh: Tensor
+    fresh: Tensor | None
+    first: int | None
 
     def read(self, states: Tensor) -> Tensor:
-        """Copy the sequences' states [D, ...] out of their slots [N, ...], in float32."""
-        found = states.index_select(0, self.slots).float()
-        return found.masked_fill_(self.fresh.view(-1, *[1] * (found.dim() - 1)), 0.0)
+        """Return the sequences' states [D, ...] from their slots [N, ...], in float32, to be changed and written."""
+        if self.first is None or states.dtype is not torch.float32:
+            found = states.index_select(0, self.slots).float()
+        else:
+            found = states[self.first : self.first + self.num]
+        if self.fresh is not None:
+            found.masked_fill_(self.fresh.view(-1, *[1] * (found.dim() - 1)), 0.0)
+        return found
 
     def write(self, states: Tensor, new: Tensor) -> None:
-        """Put the sequences' new states [D, ...] into their slots [N, ...]."""
-        states.index_copy_(0, self.slots, new.to(states.dtype))
+        """Put the sequences' new states [D, ...] into their slots [N, ...], unless they are what `read` changed."""
+        if self.first is None or new.data_ptr() != states[self.first].data_ptr():
+            states.index_copy_(0, self.slots, new.to(states.dtype))
 
 
 @dataclass(frozen=True)
@@ -74,8 +82,15 @@ class PrefillChunk:
 
 def decode_sequences(sequences: StateSequences) -> DecodeSequences | None:
     """Return the sequences that are handled together, or None where there are none. Nothing waits for the device."""
-    num = sequences.num_decode_tokens
-    return DecodeSequences(num, sequences.state_slots[:num], sequences.seq_lens[:num] == 1) if num else None
+    lens, _, num, slots = sequences
+    if num == 0:
+        return None
+    lens, slots = lens[:num], slots[:num]
+    if lens.device.type != "cpu":
+        return DecodeSequences(num, slots, lens == 1, None)
+    numbers = slots.tolist()
+    first = numbers[0] if numbers == [*range(numbers[0], numbers[0] + num)] else None
+    return DecodeSequences(num, slots, lens == 1 if 1 in lens.tolist() else None, first)
 
 
 def prefill_chunks(sequences: StateSequences, *, num_tokens: int) -> list[PrefillChunk]:

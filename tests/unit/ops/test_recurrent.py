@@ -78,6 +78,19 @@ def test_what_a_slot_held_matters_to_those_that_go_on_and_to_no_others(case: Cas
     assert same.tolist() == began
 
 
+@pytest.mark.parametrize("second_length", [1, 6])
+def test_where_the_slots_are_makes_no_difference(case: Case, second_length: int) -> None:
+    """Slots that follow one another are changed in place."""
+    apart, together = case.args(), case.args()
+    for args in (apart, together):
+        args[-4] = torch.tensor([LENGTHS[0], second_length, *LENGTHS[2:]])
+    slots = [2, 3, 5, 0]
+    state_of(together)[slots] = state_of(apart)[list(SLOTS)]
+    together[-1] = torch.tensor(slots)
+    torch.testing.assert_close(case.op(*together), case.op(*apart))
+    torch.testing.assert_close(state_of(together)[slots], state_of(apart)[list(SLOTS)])
+
+
 def test_shapes_that_do_not_go_together_are_refused(case: Case) -> None:
     args = [a.to("meta") if isinstance(a, Tensor) else a for a in case.args()]
     assert case.op.results(*args).shape[0] == TOKENS
