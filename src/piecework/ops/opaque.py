@@ -8,11 +8,11 @@ from typing import Any
 from piecework.errors import BundleError
 from piecework.foundation.torch_private import TORCHS_NAMESPACES, find_overload, is_computation
 from piecework.ops import moe_experts as _moe_experts  # noqa: F401  registers piecework::moe_experts
-from piecework.ops import packed_texts as _packed_texts  # noqa: F401  registers its operators
 from piecework.ops.attention import ATTENTION_OP, attention_native
 from piecework.ops.ir.opaque_op import declared_op
 from piecework.ops.mla import attention as _mla  # noqa: F401  registers its operators, and those of ops/mla/operators.py
 from piecework.ops.rows import ROWS_OP, rows_view
+from piecework.ops.texts import packed as _packed_texts  # noqa: F401  registers its operators
 
 _DIRECT: Mapping[str, Callable[..., Any]] = {ATTENTION_OP: attention_native, ROWS_OP: rows_view}
 
