@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from piecework.compiler.api import compile
     from piecework.compiler.eager_ops import EagerOps, eager_ops
     from piecework.compiler.explain import explain
-    from piecework.engine.embedder import CrossEncoder, Embedder
+    from piecework.engine.encoding.embedder import CrossEncoder, Embedder
     from piecework.engine.llm import LLM
     from piecework.engine.sampling_params import SamplingParams, StructuredOutput
     from piecework.engine.text.completion import Completion, Continuation
@@ -77,8 +77,8 @@ _LAZY = {
     "LoadedModel": "piecework.bundle.run.model",
     "Bundle": "piecework.bundle.bundle",
     "LLM": "piecework.engine.llm",
-    "Embedder": "piecework.engine.embedder",
-    "CrossEncoder": "piecework.engine.embedder",
+    "Embedder": "piecework.engine.encoding.embedder",
+    "CrossEncoder": "piecework.engine.encoding.embedder",
     "Completion": "piecework.engine.text.completion",
     "Continuation": "piecework.engine.text.completion",
     "SamplingParams": "piecework.engine.sampling_params",

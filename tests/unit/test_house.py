@@ -20,6 +20,7 @@ MOST_FILES = 20
 
 LONG_SIGNATURES: Mapping[str, str] = {
     "compiler/api.py: compile": "what a user may say of a module, by keyword",
+    "models/packed_texts.py: attend_packed": "transformers calls it with these",
     "models/paged_attention.py: paged_attention": "transformers calls it with these",
 }
 """Functions of more parameters, and why."""

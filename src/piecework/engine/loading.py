@@ -12,7 +12,6 @@ from piecework.bundle.plan import Plan
 from piecework.bundle.run import LoadedModel, load
 from piecework.bundle.run.loading import read_plan
 from piecework.engine.block_pool import DEFAULT_BLOCK_SIZE, num_blocks_for
-from piecework.engine.encoder import TEXT_SIZE, TOKEN_SIZE, Encoder
 from piecework.engine.engine import Engine, EngineConfig, Runner, engine_for
 from piecework.engine.events import Note, OnEvent, Phase, phase
 from piecework.engine.kv_memory import (
@@ -86,19 +85,6 @@ def make_engine(
         return engine_for(runner, config, model_config=spec.config, tokenizer=tokenizer)
 
 
-def make_encoder(loaded: Loaded, spec: ModelSpec) -> Encoder:
-    """Return what computes texts with a loaded encoder."""
-    assert spec.config.encoder is not None
-    sizes = loaded.model.plan.sizes
-    return Encoder(
-        loaded.model,
-        max_tokens=sizes[TOKEN_SIZE][1],
-        max_texts=sizes[TEXT_SIZE][1] - 1,
-        longest=spec.config.encoder.longest,
-        vocab_size=spec.config.vocab_size,
-    )
-
-
 def num_blocks_for_cache(plan: Plan, spec: ModelSpec, options: EngineOptions) -> int:
     """Return the blocks of a KV cache of the size asked for; raises CapacityError where there is no room for any."""
     if options.kv_cache_tokens is not None:
@@ -130,7 +116,7 @@ def _check_model_plan(plan: Plan) -> None:
 
 def _check_encoder_plan(plan: Plan) -> None:
     """Raise CorruptBundle where a plan is none of an encoder, which has these sizes."""
-    missing = {TOKEN_SIZE, TEXT_SIZE} - plan.sizes.keys()
+    missing = {"tokens", "seqs_plus_one"} - plan.sizes.keys()
     if missing or plan.states or len(plan.output_slots) != 1:
         what = f"no size {min(missing)!r}" if missing else "a KV cache, or not one result"
         raise lie(f"{what}, in the plan of an encoder")

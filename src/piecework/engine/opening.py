@@ -1,5 +1,5 @@
 """`open_engine`: from a spec to an engine. `LLM`, `piecework generate` and `piecework serve` all come up this way, and
-by `open_encoder` so do `Embedder` and `CrossEncoder`.
+by engine/encoding/opening.py so do `Embedder` and `CrossEncoder`.
 
 Warm: the tokenizer is loaded, the bundle is looked up and checked, and the weights' files are read ahead while torch is
 being imported; then weights are bound. Nothing imports transformers or a compiler. Cold: a process compiles, and says
@@ -43,7 +43,6 @@ from piecework.spec.weight_files import weight_files
 
 if TYPE_CHECKING:
     from piecework.bundle.run import LoadedModel
-    from piecework.engine.encoder import Encoder
     from piecework.engine.engine import Engine
     from piecework.engine.loading import Loaded
     from piecework.engine.text.tokenizer import Tokenizer
@@ -53,7 +52,7 @@ AnyOpened = TypeVar("AnyOpened", bound="Opened")
 
 
 @dataclass(frozen=True)
-class _Start:
+class Start:
     """What is to be opened, and who hears of it; see `open_engine`."""
 
     spec: ModelSpec
@@ -82,7 +81,7 @@ class Opened:
     spec: ModelSpec
     tokenizer: Tokenizer | None
     reason: str
-    _start: _Start
+    _start: Start
 
     @property
     def is_meanwhile(self) -> bool:
@@ -101,17 +100,6 @@ class OpenEngine(Opened):
 
     engine: Engine
     num_blocks: int
-
-
-@dataclass(frozen=True)
-class OpenEncoder(Opened):
-    """An encoder that takes texts.
-
-    Attributes:
-        encoder: the encoder.
-    """
-
-    encoder: Encoder
 
 
 @dataclass(frozen=True)
@@ -148,32 +136,13 @@ def open_engine(
     Raises BundleError, UntrustedBundle, WeightsError, CompileError, CapacityError, UnsupportedModelError, StoreError.
     """
     check_task(spec, Task.GENERATE)
-    start = _begun(spec, options, environment, on_event, hears_compile=hears_compile)
+    start = begin_opening(spec, options, environment, on_event, hears_compile=hears_compile)
     with start.store.in_use():
-        loaded, opened = _open(start, tokenizer)
+        loaded, opened = open_model(start, tokenizer)
         from piecework.engine.loading import make_engine  # noqa: PLC0415  imports torch
 
         engine = make_engine(loaded, spec, options, tokenizer=opened.tokenizer, on_event=on_event)
         return OpenEngine(**vars(opened), engine=engine, num_blocks=loaded.num_blocks)
-
-
-def open_encoder(
-    spec: ModelSpec,
-    options: EngineOptions = _DEFAULT,
-    *,
-    environment: Environment,
-    on_event: OnEvent = lambda _: None,
-    hears_compile: bool = False,
-) -> OpenEncoder:
-    """Do what `open_engine` does, for a spec whose model encodes texts; arguments and errors are the same."""
-    if spec.config.task is Task.GENERATE:
-        check_task(spec, Task.EMBED)
-    start = _begun(spec, options, environment, on_event, hears_compile=hears_compile)
-    with start.store.in_use():
-        loaded, opened = _open(start, None)
-        from piecework.engine.loading import make_encoder  # noqa: PLC0415  imports torch
-
-        return OpenEncoder(**vars(opened), encoder=make_encoder(loaded, spec))
 
 
 def check_task(spec: ModelSpec, wanted: Task) -> None:
@@ -195,15 +164,17 @@ _USE: Final = {
 }
 
 
-def _begun(
+def begin_opening(
     spec: ModelSpec, options: EngineOptions, environment: Environment, on_event: OnEvent, *, hears_compile: bool
-) -> _Start:
+) -> Start:
+    """Return what is to be opened, with the local store and whose bundles are trusted; arguments as `open_engine`."""
     store = DirectoryStore(environment.store_root)
     trust = read_trust(environment.keys_file(options.trust), is_own=store.made_here)
-    return _Start(spec, options, store, environment, trust, on_event, hears_compile)
+    return Start(spec, options, store, environment, trust, on_event, hears_compile)
 
 
-def _open(start: _Start, tokenizer: Callable[[], Tokenizer | None] | None) -> tuple[Loaded, Opened]:
+def open_model(start: Start, tokenizer: Callable[[], Tokenizer | None] | None = None) -> tuple[Loaded, Opened]:
+    """Find the spec's bundle, else compile it, and load it with its weights; arguments and errors as `open_engine`."""
     spec = start.spec
     pool = ThreadPoolExecutor(3, thread_name_prefix="piecework-start")
     try:
@@ -238,18 +209,18 @@ def open_compiled(opened: AnyOpened) -> AnyOpened:
     return replace(opened, model=loaded.model, found=found, spec=start.spec)
 
 
-def _load(start: _Start, chosen: _Chosen) -> Loaded:
+def _load(start: Start, chosen: _Chosen) -> Loaded:
     from piecework.engine.loading import load_model  # noqa: PLC0415  imports torch
 
     return load_model(chosen.found.bundle, start.spec, start.options, on_event=start.on_event)
 
 
-def _import_torch(start: _Start) -> None:
+def _import_torch(start: Start) -> None:
     with phase("import torch", on_event=start.on_event):
         import piecework.engine.loading  # noqa: PLC0415, F401  in its own phase, beside the others
 
 
-def _load_tokenizer(start: _Start, load: Callable[[], Tokenizer | None] | None) -> Tokenizer | None:
+def _load_tokenizer(start: Start, load: Callable[[], Tokenizer | None] | None) -> Tokenizer | None:
     with phase("tokenizer", on_event=start.on_event):
         if load is not None:
             return load()
@@ -261,7 +232,7 @@ def _load_tokenizer(start: _Start, load: Callable[[], Tokenizer | None] | None) 
         return load_tokenizer(start.spec.source, longest=None if encoder is None else encoder.longest)
 
 
-def _read_weights_ahead(start: _Start) -> None:
+def _read_weights_ahead(start: Start) -> None:
     """Have the system read the weights' files, which are mapped into memory later. Raises WeightsError."""
     if start.options.random_weights is not None:
         return
@@ -272,7 +243,7 @@ def _read_weights_ahead(start: _Start) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
-def _find(start: _Start) -> FoundBundle | None:
+def _find(start: Start) -> FoundBundle | None:
     """Return the bundle that was given, or the store's, with its files and facts checked."""
     with phase("bundle", on_event=start.on_event):
         path, spec = start.options.bundle, start.spec
@@ -284,14 +255,14 @@ def _find(start: _Start) -> FoundBundle | None:
         return FoundBundle(bundle, compiled=False, verify_s=time.perf_counter() - begun)
 
 
-def _find_stored(start: _Start, spec: ModelSpec, *, remote: str | None = None) -> FoundBundle | None:
+def _find_stored(start: Start, spec: ModelSpec, *, remote: str | None = None) -> FoundBundle | None:
     def note(text: str) -> None:
         start.on_event(Note(text))
 
     return find(spec, store=start.store, on_note=note, trust=start.trust, remote=remote)
 
 
-def _compile(start: _Start) -> _Chosen:
+def _compile(start: Start) -> _Chosen:
     """Compile the spec's bundle, or find or compile the eager one that runs meanwhile."""
     spec = start.spec
     reason = why_missing(spec, store=start.store)
@@ -309,7 +280,7 @@ def eager_form(spec: ModelSpec) -> ModelSpec:
     return replace(spec, options=replace(spec.options, backend=BackendName.EAGER, passes_off=off))
 
 
-def _run_compile(start: _Start, spec: ModelSpec, *, reason: str) -> FoundBundle:
+def _run_compile(start: Start, spec: ModelSpec, *, reason: str) -> FoundBundle:
     """Compile a bundle in a process, and report how far it is."""
     process = CompileProcess(spec, trust=start.options.trust, weights=start.options.random_weights is None)
     backend = spec.options.backend.value

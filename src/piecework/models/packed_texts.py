@@ -34,7 +34,7 @@ from piecework.models.conversions import checkpoint_sources
 from piecework.models.meta import meta_parameters
 from piecework.models.rope import fixed_frequencies
 from piecework.models.trial import UNKNOWN_MASK, unreached
-from piecework.ops.packed_texts import packed_reduce
+from piecework.ops.texts.packed import packed_reduce
 from piecework.spec.config import ModelConfig
 from piecework.spec.encoder_config import EncoderConfig
 

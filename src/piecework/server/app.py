@@ -8,13 +8,13 @@ from piecework.foundation.version import VERSION
 from piecework.server.chat import chat_routes
 from piecework.server.completions import completion_routes
 from piecework.server.context import Admission, ServerContext
-from piecework.server.embeddings import embedding_routes
+from piecework.server.encoders.embeddings import embedding_routes
+from piecework.server.encoders.rerank import rerank_routes
 from piecework.server.errors import add_error_answers
 from piecework.server.information import health_routes, model_routes, page_routes, start_routes
 from piecework.server.log import EventLog
 from piecework.server.metrics import Metrics
 from piecework.server.middleware import Counted, JsonBody, KeyRequired, KnownHost
-from piecework.server.rerank import rerank_routes
 from piecework.server.responses import documented_openapi
 from piecework.server.settings import ServerSettings
 from piecework.server.status import ServerStatus, State

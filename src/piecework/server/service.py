@@ -11,7 +11,7 @@ from piecework.engine.text.deltas import TextDelta
 from piecework.spec.encoder_config import Task
 
 if TYPE_CHECKING:
-    from piecework.engine.encode_engine import Vectors
+    from piecework.engine.encoding.encode_engine import Vectors
     from piecework.engine.text.tokenizer import TextTokens
 
 

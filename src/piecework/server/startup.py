@@ -6,6 +6,7 @@ import threading
 from typing import TYPE_CHECKING, Final, final
 
 from piecework.engine.compile_process import CompileProcess
+from piecework.engine.encoding.opening import open_encoder
 from piecework.engine.events import (
     BundleMissing,
     CompileBegins,
@@ -16,7 +17,7 @@ from piecework.engine.events import (
     StartEvent,
     phase,
 )
-from piecework.engine.opening import Opened, open_compiled, open_encoder, open_engine
+from piecework.engine.opening import Opened, open_compiled, open_engine
 from piecework.engine.options import EngineOptions
 from piecework.errors import PieceworkError
 from piecework.foundation.environment import Environment
@@ -28,7 +29,7 @@ from piecework.spec.model_spec import ModelSpec
 
 if TYPE_CHECKING:
     from piecework.engine.async_engine import AsyncEngine
-    from piecework.engine.encode_engine import EncodeEngine
+    from piecework.engine.encoding.encode_engine import EncodeEngine
     from piecework.engine.text.tokenizer import Tokenizer
     from piecework.server.service import AnyService
 
@@ -128,10 +129,7 @@ class ModelStart:
         opened = open_encoder(
             self._spec, self._options, environment=self._environment, on_event=self._hear, hears_compile=True
         )
-        from piecework.engine.embedder import engine_of  # noqa: PLC0415  imports torch
-
-        engine = engine_of(opened)
-        self._serve(opened, engine, engine)
+        self._serve(opened, opened.engine, opened.engine)
 
     def _serve(self, opened: Opened, engine: _Engine, service: AnyService, **figures: int) -> None:
         """Let a service answer; where it runs the eager form, compile what was asked for meanwhile."""

@@ -20,7 +20,7 @@ _CONTEXT: Final = 8
 """How many tokens of a prompt are looked at to see how the text after it starts."""
 _LONGEST_CHARACTER: Final = 4
 _TYPES: Final = "token_type_ids"
-_INPUTS: Final = {"PreTrainedTokenizerFast": (), "TokenizersBackend": ()}
+_INPUTS: Final[Mapping[str, Sequence[str]]] = {"PreTrainedTokenizerFast": (), "TokenizersBackend": ()}
 """transformers' tokenizers of no model's own give no token types, unless tokenizer_config.json says so."""
 
 
@@ -81,7 +81,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer: HuggingFaceTokenizer, *, settings: Mapping[str, Any]) -> None:
         self._tokenizer = tokenizer
-        inputs = settings.get("model_input_names") or _INPUTS.get(str(settings.get("tokenizer_class")), _TYPES)
+        inputs = settings.get("model_input_names") or _INPUTS.get(str(settings.get("tokenizer_class")), (_TYPES,))
         self._has_types = _TYPES in inputs
         special = {name: _token_text(settings[name]) for name in _SPECIAL if settings.get(name)}
         # a template that asks for a token the model lacks gets "", rather than an error for an unknown name

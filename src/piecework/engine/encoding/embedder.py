@@ -8,10 +8,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, final
 
 from piecework.bundle.bundle import Bundle
-from piecework.engine.encode_engine import EncodeEngine, shortened
+from piecework.engine.encoding.encode_engine import shortened
+from piecework.engine.encoding.opening import open_encoder
 from piecework.engine.events import notes_to
 from piecework.engine.llm import as_spec
-from piecework.engine.opening import OpenEncoder, check_task, open_encoder
+from piecework.engine.opening import check_task
 from piecework.engine.options import engine_options, read_engine_options
 from piecework.engine.output import Stats
 from piecework.foundation.environment import read_environment
@@ -20,7 +21,7 @@ from piecework.spec.encoder_config import Task
 from piecework.spec.model_spec import ModelSpec, check_names, spec_options
 
 if TYPE_CHECKING:
-    from piecework.engine.encode_engine import Vectors
+    from piecework.engine.encoding.encode_engine import Vectors
 
 _OPTIONS: Final = engine_options("bundle", "trust", "random_weights")
 
@@ -51,7 +52,7 @@ class Encodes:
             spec, read_engine_options(options), environment=read_environment(), on_event=notes_to(on_note)
         )
         self._bundle = opened.found.bundle
-        self._engine = engine_of(opened)
+        self._engine = opened.engine
 
     @property
     def bundle(self) -> Bundle:
@@ -133,11 +134,3 @@ class CrossEncoder(Encodes):
         """Return the scores of pairs such as (question, document), [n] float32, in their order."""
         scores: Vectors = self._engine.encode(self._engine.pair_tokens(pairs))[:, 0]
         return scores
-
-
-def engine_of(opened: OpenEncoder) -> EncodeEngine:
-    """Return what encodes texts with an open encoder."""
-    config, tokenizer = opened.spec.config.encoder, opened.tokenizer
-    assert config is not None
-    assert tokenizer is not None
-    return EncodeEngine(opened.encoder, tokenizer, config)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, final
 
 import numpy
 
-from piecework.engine.encoder import Encoder, EncoderModel
+from piecework.engine.encoding.encoder import Encoder, EncoderModel
 from piecework.engine.output import Stats
 from piecework.engine.text.tokenizer import TextTokens, Tokenizer
 from piecework.errors import RequestError

@@ -9,10 +9,10 @@ from typing import Any, cast
 
 from fastapi import APIRouter, Request, Response
 
-from piecework.engine.encode_engine import shortened
+from piecework.engine.encoding.encode_engine import shortened
 from piecework.engine.text.tokenizer import TextTokens
 from piecework.server.context import ServerContext
-from piecework.server.encoding import check_number, encoded
+from piecework.server.encoders.answering import check_number, encoded
 from piecework.server.errors import invalid
 from piecework.server.requests import EmbeddingRequest
 from piecework.server.responses import Embedding, EmbeddingAnswer, encode_responses

@@ -20,7 +20,7 @@ from piecework.server.responses import TextUsage
 from piecework.server.service import EncodeService
 
 if TYPE_CHECKING:
-    from piecework.engine.encode_engine import Vectors
+    from piecework.engine.encoding.encode_engine import Vectors
 
 
 @dataclass(frozen=True)

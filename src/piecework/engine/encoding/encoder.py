@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol, final
+from typing import Any, Protocol, final
 
 import numpy
 import torch
@@ -14,9 +14,6 @@ from torch import Tensor
 from piecework.engine.output import Stats
 from piecework.engine.text.tokenizer import TextTokens
 from piecework.errors import EngineError, RequestError
-
-TOKEN_SIZE: Final = "tokens"
-TEXT_SIZE: Final = "seqs_plus_one"
 
 
 class EncoderModel(Protocol):

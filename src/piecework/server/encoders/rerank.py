@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from piecework.engine.text.tokenizer import TextTokens
 from piecework.server.context import ServerContext
-from piecework.server.encoding import Encoded, check_number, encoded
+from piecework.server.encoders.answering import Encoded, check_number, encoded
 from piecework.server.errors import invalid
 from piecework.server.requests import RerankRequest, ScoreRequest
 from piecework.server.responses import (

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from piecework.engine.encode_engine import shortened
-from piecework.engine.encoder import Encoder
+from piecework.engine.encoding.encode_engine import shortened
+from piecework.engine.encoding.encoder import Encoder
 from piecework.engine.text.tokenizer import TextTokens
 from piecework.errors import EngineError, RequestError
 

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from piecework.errors import OpError
 from piecework.ops.ir.opaque_op import check_ops
-from piecework.ops.packed_texts import packed_attention, packed_reduce
+from piecework.ops.texts.packed import packed_attention, packed_reduce
 
 LENGTHS = [5, 2, 7, 2, 1, 7, 7]
 STARTS = torch.tensor([0, *LENGTHS]).cumsum(0)

@@ -1,0 +1,1 @@
+"""Operators over whole texts, packed one after the other."""

@@ -1,0 +1,1 @@
+"""Routes of servers whose model encodes texts."""
