@@ -232,7 +232,8 @@ def _inside(piece: Compiled, bounds: Bounds) -> Bounds:
 
 def _job(piece: Compiled, *, bounds: Bounds | None, options: CompileOptions, target: Target) -> Job:
     if options.backend is BackendName.EAGER:
-        return Job(program=piece.program, options={"backend": "eager", "format": FORMAT})
+        own = {"generator": _generator_digest()}  # what an artifact says that it takes and gives depends on it
+        return Job(program=piece.program, options={"backend": "eager", "format": FORMAT}, target=own)
     narrower = {} if piece.primary is None or bounds is None else {piece.primary: _inside(piece, bounds)}
     return Job(
         program=piece.program,

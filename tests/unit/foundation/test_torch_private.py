@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
 from piecework.foundation.torch_private import (
     Operator,
+    SymbolicSession,
+    kernels_for_symbols,
     last_node,
     nodes_after,
     operator_name,
@@ -47,3 +51,14 @@ def test_positions_of_parameters() -> None:
     assert [parameter_position(torch.ops.aten.add.Tensor, name) for name in ("self", "other", "alpha")] == [0, 1, 2]
     with pytest.raises(ValueError, match="beta"):
         parameter_position(torch.ops.aten.add.Tensor, "beta")
+
+
+def test_kernels_in_python_keep_sizes_symbolic() -> None:
+    """Without them `torch.complex` makes a number of a symbolic size; where it doesn't, they are needed no more."""
+    for kernels, guards in ((contextlib.nullcontext(), {"Eq(n, 32)"}), (kernels_for_symbols(), set[str]())):
+        session = SymbolicSession()
+        size = session.size("n", low=2, high=64, hint=32)
+        with session.fake_mode, kernels:
+            x = torch.empty(size, 8)
+            torch.complex(x, x)
+        assert {guard.expr for guard in session.narrowing_guards()} == guards

@@ -96,7 +96,7 @@ def compared(
     errors = {}
     for name, one, other in zip(names, wanted, found, strict=True):
         errors[name] = _apart(one, other)
-        if errors[name] > TOLERANCES.get(one.dtype, 0.0):
+        if errors[name] > (_allowed(one.dtype) or 0.0):
             raise _differs(name, one, errors[name], where=where)
     return errors
 
@@ -176,9 +176,13 @@ def _labels(structure: Any, where: str) -> Iterator[str]:
             yield from _labels(part, f"{where}.{number}")
 
 
+def _allowed(dtype: torch.dtype) -> float | None:
+    return TOLERANCES.get(dtype.to_real() if dtype.is_complex else dtype)
+
+
 def _differs(name: str, wanted: Tensor, apart: float, *, where: str) -> CheckError:
     dtype = str(wanted.dtype).removeprefix("torch.")
-    allowed = TOLERANCES.get(wanted.dtype)
+    allowed = _allowed(wanted.dtype)
     return CheckError(
         asked=f"output {name} as the module computes it, at {where}",
         found=f"it differs by {apart:.1e} of its greatest value"

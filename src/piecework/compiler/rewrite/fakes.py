@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from piecework.compiler.encode import encode_torch_type
-from piecework.foundation.torch_private import SymbolicSession, size_oblivious
+from piecework.foundation.torch_private import SymbolicSession, kernels_for_symbols, size_oblivious
 from piecework.ops.ir.decode import decode
 from piecework.ops.ir.program import Call, Program, TensorSpec, encode_float
 from piecework.ops.ir.resolve import resolve_target
@@ -125,7 +125,7 @@ def run_on_fakes(program: Program, *, known: Callable[[Call, FakeRun], Any] | No
             "c": [sizes.tensor(spec) for spec in program.constants],
         },
     )
-    with torch.no_grad(), sizes.session.fake_mode, size_oblivious():
+    with torch.no_grad(), sizes.session.fake_mode, size_oblivious(), kernels_for_symbols():
         for call in program.calls:
             found = None if known is None else known(call, run)
             if found is None:

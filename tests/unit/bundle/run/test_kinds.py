@@ -19,6 +19,11 @@ from piecework.spec.compile_options import BackendName, CompileOptions
 ROWS = {"rows": Dim(1, 64)}
 
 
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIECEWORK_HOME", str(tmp_path / "home"))
+
+
 def loaded(module: nn.Module, args: tuple[Any, ...], out: Path, **kwargs: Any) -> piecework.LoadedModel:
     options = CompileOptions(backend=BackendName.EAGER)
     bundle = piecework.compile(module, args, kwargs, dynamic=ROWS, options=options, out=out / "b")

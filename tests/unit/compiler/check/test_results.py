@@ -17,6 +17,11 @@ from piecework.spec.compile_options import BackendName, CompileOptions
 EAGER = CompileOptions(backend=BackendName.EAGER)
 
 
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIECEWORK_HOME", str(tmp_path / "home"))
+
+
 class Two(nn.Module):
     """A table that is looked up and is a weight as well, and another way below 8 rows."""
 
@@ -71,6 +76,20 @@ def test_a_result_that_is_another_is_an_error_and_no_bundle(dtype: torch.dtype, 
     assert "output 0" in caught.value.asked
     assert "at rows = 2" in caught.value.asked
     assert not (tmp_path / "far").exists()
+
+
+class Turned(nn.Module):
+    """A complex result, which a trace computes in another order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = torch.polar(torch.ones_like(x), x)
+        return turned * (1 + 1e-6) if type(x) is Tensor else turned * 1.0
+
+
+def test_a_complex_result(tmp_path: Path) -> None:
+    found = notes(Turned(), (torch.randn(3, 8),), Dim(2, 64), tmp_path / "b")
+    (line,) = (note for note in found if note.startswith("output 0: "))
+    assert 0 < float(line.split()[2]) < 1e-5
 
 
 class Counted(Otherwise):
