@@ -211,11 +211,9 @@ def size_oblivious(answer: Callable[[Any], bool | None] = unanswered) -> Iterato
     torch 2.11-2.13: `torch.fx.experimental._config.backed_size_oblivious`. It leaves out `size == 1` and `size == 0` in
     C++ (contiguity above all, equal strides), which arrive at `SymNode.guard_bool` with the name of c10/core/SymInt.h.
     There "no" is the general answer, as it is elsewhere: torch then makes a copy that size 1 would not need. And what
-    `copy_` asks of its target, in `_debug_has_internal_overlap`, only tells whether it is an error. The Python
-    dispatcher is on, because some operators (`polar` in torch 2.13) ask for sizes as plain numbers only in C++.
+    `copy_` asks of its target, in `_debug_has_internal_overlap`, only tells whether it is an error.
     """
     import sympy
-    from torch._dispatch.python import enable_python_dispatcher
     from torch.fx.experimental import _config
     from torch.fx.experimental.sym_node import SymNode
 
@@ -238,7 +236,7 @@ def size_oblivious(answer: Callable[[Any], bool | None] = unanswered) -> Iterato
     SymNode.guard_bool = guard_bool  # type: ignore[method-assign]
     torch._debug_has_internal_overlap = has_overlap
     try:
-        with enable_python_dispatcher(), config.patch(backed_size_oblivious=True):
+        with config.patch(backed_size_oblivious=True):
             yield
     finally:
         SymNode.guard_bool = original  # type: ignore[method-assign]
