@@ -185,15 +185,16 @@ def _innermost_line(is_users: Callable[[str], bool]) -> str:
     return ""
 
 
-def kernels_for_symbols() -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def kernels_for_symbols() -> Iterator[None]:
     """Let operators find torch's kernels in Python, as a trace does: some of those in C++ make symbolic sizes numbers.
 
     torch 2.11-2.13: `torch._dispatch.python.enable_python_dispatcher`. `torch.complex` and `torch.polar` need it.
     """
     from torch._dispatch.python import enable_python_dispatcher
 
-    made: contextlib.AbstractContextManager[None] = enable_python_dispatcher()
-    return made
+    with enable_python_dispatcher():  # which begins when it is made
+        yield
 
 
 def unanswered(expr: object) -> bool | None:
