@@ -98,6 +98,7 @@ def batch_inputs(batch: Batch, *, scattered: bool = False) -> Inputs:
         "seq_lens": seq_lens,
         "query_start": query_start,
         "logits_indices": query_start[1:] - 1,
+        "state_slots": torch.arange(len(sequences)),
         "num_decode_tokens": batch.decode,
         "num_prefill_tokens": batch.num_tokens - batch.decode,
     }
