@@ -22,7 +22,7 @@ from piecework.bundle.bundle import Bundle
 from piecework.bundle.plan import Plan
 from piecework.foundation.torch_private import read_calls
 from piecework.ops.activations import silu_mul
-from piecework.ops.moe_experts import moe_experts
+from piecework.ops.moe.experts import moe_experts
 from piecework.ops.norms import rms_norm
 from tests.choice import slow_but
 from tests.unit.compiler.native_modules import WIDTH, gated_int8, layers

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from piecework.bundle.recipes import Concat, Sources, Stack, Take
-from piecework.ops import moe_experts as _moe_experts  # noqa: F401  registers piecework::moe_experts
+from piecework.ops.moe import experts as _moe_experts  # noqa: F401  registers piecework::moe_experts
 from piecework.spec.latent_config import ExpertRouting
 
 

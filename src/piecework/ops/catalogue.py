@@ -24,8 +24,8 @@ from piecework.ops.ir.op import IrOp, existing
 from piecework.ops.layer_attention import AttentionState
 from piecework.ops.layer_attention import kv_write as kv_write_op
 from piecework.ops.linear import LINEAR_OP, linear_native
-from piecework.ops.moe_experts import MOE_EXPERTS_OP, moe_experts
-from piecework.ops.moe_route import moe_route
+from piecework.ops.moe.experts import MOE_EXPERTS_OP, moe_experts
+from piecework.ops.moe.route import moe_route
 from piecework.ops.norms import TOLERANCE, add_rms_norm, layer_norm, rms_norm
 from piecework.ops.quantize import quantize_dynamic_per_token, quantize_group_fp8, quantize_static_fp8
 from piecework.ops.rotary import rotary, rotate_pairs

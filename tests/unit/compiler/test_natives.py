@@ -18,7 +18,7 @@ from piecework.bundle.plan import Plan
 from piecework.errors import OpError
 from piecework.ops.activations import silu_mul
 from piecework.ops.ir.selection import current_selection
-from piecework.ops.moe import MoeWeights, moe_forward
+from piecework.ops.moe.layer import MoeWeights, moe_forward
 from piecework.ops.norms import rms_norm
 from tests.unit.compiler.native_modules import WIDTH, activate, gated_int8, layers
 

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from piecework.bundle.recipes import Take
 from piecework.errors import UnsupportedModelError
 from piecework.models.adapter import build_request
 from piecework.spec.model_spec import ModelSpec
 from tests.choice import slow_but
 from tests.unit.models.encoders import (
+    DENSE,
     ENCODERS,
     NORMALIZE,
     packed_encoder,
@@ -116,3 +118,11 @@ def test_a_text_longer_than_the_table_of_positions_is_refused(tmp_path: Path) ->
     (directory / "tokenizer_config.json").unlink()  # so that all 66 rows count, of which the first is number 2
     with pytest.raises(UnsupportedModelError, match="positions for 64"):
         build_request(ModelSpec.of(directory))
+
+
+def test_weights_may_be_named_as_a_model_with_a_head_has_them(tmp_path: Path) -> None:
+    request = build_request(ModelSpec.of(write_encoder(tmp_path, rest=[DENSE])))
+    name = "embeddings.LayerNorm.weight"
+    assert request.sources[f"model.{name}"] == Take(name, (32,), f"bert.{name}")
+    assert request.sources["dense.0.weight"] == Take("2_Dense/linear.weight", (20, 32))
+    assert not any("pooler" in parameter for parameter, _ in request.module.named_parameters())

@@ -11,7 +11,7 @@ from piecework.ops.ir.layer import LayerName, LayerNameType
 from piecework.ops.ir.opaque_op import OpaqueOp, opaque_op
 from piecework.ops.layer_attention import kv_write, layer_attention
 from piecework.ops.mamba2 import mamba2_mixer
-from piecework.ops.moe import moe_forward
+from piecework.ops.moe.layer import moe_forward
 from tests.unit.names.adapter import adapter
 
 KINDS: Mapping[str, Callable[[int], Any]] = {

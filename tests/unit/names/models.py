@@ -13,7 +13,7 @@ from piecework.ops.gated_delta_net import GatedDeltaNetState, GatedDeltaNetWeigh
 from piecework.ops.ir.forward_context import Batch
 from piecework.ops.layer_attention import AttentionState, kv_write, layer_attention
 from piecework.ops.mamba2 import Mamba2State, Mamba2Weights, mamba2_mixer
-from piecework.ops.moe import MoeWeights, moe_forward
+from piecework.ops.moe.layer import MoeWeights, moe_forward
 from tests.unit.names.adapter import Adapter, adapter
 from tests.unit.names.kinds import KINDS, OPS
 

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 
 from piecework.models.routed_experts import Router
 from piecework.ops.activations import gelu_mul, silu_mul
-from piecework.ops.moe_route import moe_route
+from piecework.ops.moe.route import moe_route
 from piecework.ops.norms import add_rms_norm, layer_norm, rms_norm
 from piecework.ops.quantize import FP8, quantize_dynamic_per_token, quantize_group_fp8, quantize_static_fp8
 from piecework.ops.rotary import rotary

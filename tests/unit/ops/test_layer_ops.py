@@ -17,7 +17,7 @@ from piecework.ops.gated_delta_net import GatedDeltaNetState, GatedDeltaNetWeigh
 from piecework.ops.ir.layer import IS_OBJECT
 from piecework.ops.layer_attention import AttentionState, kv_write, layer_attention
 from piecework.ops.mamba2 import Mamba2State, Mamba2Weights, mamba2_mixer
-from piecework.ops.moe import MoeWeights, SharedMoeWeights, moe_forward, moe_forward_shared
+from piecework.ops.moe.layer import MoeWeights, SharedMoeWeights, moe_forward, moe_forward_shared
 
 assert IS_OBJECT == (sys.argv[1] == "1")
 routed = MoeWeights(torch.ones(2, 6, 4), torch.ones(2, 4, 3), top_k=1)

@@ -9,7 +9,7 @@ from torch.nn.functional import silu
 
 from piecework import LayerName, OpError, check_ops
 from piecework.ops.ir.forward_context import ForwardContext
-from piecework.ops.moe import MoeWeights, Scoring, SharedMoeWeights, moe_forward, moe_forward_shared
+from piecework.ops.moe.layer import MoeWeights, Scoring, SharedMoeWeights, moe_forward, moe_forward_shared
 
 LAYER = LayerName("model.layers.0.mlp")
 HIDDEN, INTERMEDIATE, EXPERTS = 12, 8, 6

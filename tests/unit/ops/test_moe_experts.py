@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from piecework.ops.moe_experts import moe_experts
+from piecework.ops.moe.experts import moe_experts
 from piecework.ops.opaque import implementation
 
 HIDDEN, INTERMEDIATE, EXPERTS = 12, 8, 6

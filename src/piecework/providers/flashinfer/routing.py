@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from piecework.ops.ir.values import flattened
-from piecework.ops.moe_route import Routing, moe_route
+from piecework.ops.moe.route import Routing, moe_route
 from piecework.providers.families.conditions import first_of, of_types, on_device
 from piecework.providers.flashinfer.norms import NAME
 

@@ -22,7 +22,7 @@ from piecework.ops.ir.declared_calls import DynamicSizes
 from piecework.ops.ir.forward_context import has_running_context, layer_state
 from piecework.ops.ir.layer import LayerNameType
 from piecework.ops.ir.opaque_op import opaque_op
-from piecework.ops.moe_experts import gated_mlp, gated_mlp_call, moe_experts
+from piecework.ops.moe.experts import gated_mlp, gated_mlp_call, moe_experts
 
 
 class Scoring(Enum):

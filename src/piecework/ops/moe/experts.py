@@ -1,6 +1,6 @@
 """`piecework::moe_experts`: routed experts whose tokens were chosen before, by a router in a piece.
 
-The weights are arguments, so that a plan binds each layer's own; `ops/moe.py` has operators that find them by a layer's
+The weights are arguments, so that a plan binds each layer's own; `layer.py` has operators that find them by a layer's
 name. How many tokens an expert has is a matter of values, so this is opaque to compilers.
 
 Shape suffixes: T tokens, H hidden size, E experts, k experts per token, I an expert's intermediate size.

@@ -1,0 +1,1 @@
+"""Experts: who goes where, and what they compute."""
