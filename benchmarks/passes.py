@@ -92,7 +92,7 @@ def take_turns(models: Mapping[str, LoadedModel], seqs: int, args: argparse.Name
     batch = Batch(decode=seqs, decode_context=CACHED - 1)
     inputs, wanted_rounds = batch_inputs(batch), max(1, args.repeats // 2)
     for model in models.values():
-        model.make_states({"blocks": batch.num_blocks})
+        model.make_states({"blocks": batch.num_blocks, "state_slots": batch.num_seqs})
     wanted = models[NONE].run(inputs)[0].clone()
     for name, model in models.items():
         off_by = (model.run(inputs)[0] - wanted).abs().max() / wanted.abs().max()

@@ -33,13 +33,13 @@ def measure(args: argparse.Namespace, *, after_torch: int) -> None:
 
     model = load(args.bundle, weights=open_checkpoint(args.model))
     with torch.inference_mode():
-        model.make_states({"blocks": 1})
+        model.make_states({"blocks": 1, "state_slots": 1})
         model.run(batch_inputs(Batch(prompts=1, prompt_tokens=args.prompt_tokens)))
         figures = _load_ms(model.record.phases)
         figures |= _memory(model, args.model / "model.safetensors", after_torch=after_torch)
         if args.steps:
             batch = Batch(decode=args.batch, decode_context=args.context)
-            model.make_states({"blocks": batch.num_blocks})
+            model.make_states({"blocks": batch.num_blocks, "state_slots": batch.num_seqs})
             inputs = batch_inputs(batch)
             (times,) = time_steps([lambda: model.run(inputs)], least_steps=args.steps, least_seconds=args.seconds)
             figures |= times.to_json()

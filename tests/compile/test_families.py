@@ -41,6 +41,9 @@ COUNTS = {
     "nemotron_h": (3, 4),
     "zamba2": (1, 6),
     "mamba2": (1, 4),
+    "mamba": (1, 4),
+    "falcon_mamba": (1, 4),
+    "jamba": (1, 5),
     "lfm2": (2, 4),
 }
 """Kinds of blocks, and different pieces, counted by hand; elsewhere a kind, and what comes first, between and last.
@@ -48,8 +51,8 @@ COUNTS = {
 Experts add what comes between their two products and after the second one; a dense layer among them its own step. Of
 Llama 4's three layers no two steps are the same: first, to one without rotary embedding, to one with, last. Mixers
 with a recurrent state add what comes between their convolution and their scan; where layers that attend come between
-those, what leads from one kind to the other and back is not the same. In Zamba and OLMo, the layer that attends is the
-only one of its class, and so no block. Qwen 3.5's rotary embedding has all of it once more for a single token.
+those, what leads from one kind to the other and back is not the same. In Zamba, OLMo and Jamba, the layer that attends
+is the only one of its class, and so no block. Qwen 3.5's rotary embedding has all of it once more for a single token.
 """
 
 

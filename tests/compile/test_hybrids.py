@@ -39,9 +39,12 @@ def test_many_requests(family: str, backend: BackendName, home: Path, tmp_path: 
     prompts = mixed_prompts(12)
     # one layer of bamba's and of qwen3_next's three attends; mamba2 has no KV cache, and so nobody is preempted
     block = 2 * 16 * 2 * 16 * 4
-    with LLM(model_dir, bundle=compiled.bundle.path, kv_cache_memory=BLOCKS * block, max_seqs=8) as llm:
+    notes: list[str] = []
+    options = {"kv_cache_memory": BLOCKS * block, "max_seqs": 8}
+    with LLM(model_dir, bundle=compiled.bundle.path, on_note=notes.append, **options) as llm:
         found = llm.generate(prompts, PARAMS)
         stats = llm.stats()
     for prompt, completion in zip(prompts, found, strict=True):
         assert_greedy(reference, prompt, list(completion.tokens))
     assert (stats.preemptions > 0, stats.prefix_hit_tokens) == (family != "mamba2", 0)
+    assert any("recurrent states" in note for note in notes)

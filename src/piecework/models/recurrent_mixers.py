@@ -1,6 +1,6 @@
 """Mixers of transformers' models on operators with a state per sequence, by the functions that their code calls.
 
-A mixer, Mamba2's or a gated delta net's, asks its cache for what came before, and gives that to functions of its own
+A mixer, Mamba's or a gated delta net's, asks its cache for what came before, and gives that to functions of its own
 file: a causal convolution, then a scan or the delta rule. Here its forward runs as it is, with a cache that has
 nothing, and with functions of ours under those names, whose states lie in a slot per sequence. No model is known by
 name.
@@ -16,7 +16,7 @@ from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import silu, softplus
 from transformers import Cache
 from transformers.activations import ACT2FN
 
@@ -26,6 +26,7 @@ from piecework.models.trial import CONV_STATE, RECURRENT_STATE, unreached
 from piecework.ops import causal_conv as _causal_conv  # noqa: F401  as the next ones, registers its operator
 from piecework.ops import delta_rule as _delta_rule  # noqa: F401
 from piecework.ops import mamba2_scan as _mamba2_scan  # noqa: F401
+from piecework.ops import selective_scan as _selective_scan  # noqa: F401
 
 _EPS: Final = 1e-6  # of the length that queries and keys are divided by
 
@@ -141,18 +142,45 @@ def _scan(
     Returns [1, T, H, P] in float32, and with `return_final_states` None beside it.
     """
     x, steps, b, c = (t.squeeze(0).float() for t in (hidden_states, dt, B, C))
-    if options.get("dt_bias") is not None:
-        steps = steps + options["dt_bias"].float()
-    if options.get("dt_softplus"):
-        steps = softplus(steps)
     low, high = options.get("dt_limit", (0.0, float("inf")))
-    steps = steps.clamp(low, high)
+    steps = _time_steps(steps, options.get("dt_bias"), positive=options.get("dt_softplus", False)).clamp(low, high)
     slot = (*x.shape[1:], b.shape[-1])
     scaled, log_decay = x * steps.unsqueeze(-1), steps * A.float()
     out = states.run(RECURRENT_STATE, torch.ops.piecework.mamba2_scan, scaled, log_decay, b, c, slot=slot)
     if options.get("D") is not None:
         out = out + x * options["D"].float().unsqueeze(-1)
     return (out.unsqueeze(0), None) if options.get("return_final_states") else out.unsqueeze(0)
+
+
+def _scan_channels(
+    states: MixerStates,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    **options: Any,
+) -> Any:
+    """Serve as `mamba_selective_scan`: hidden_states and dt [1, I, T], A [I, N], B and C [1, N, T].
+
+    Returns [1, I, T] in float32, and with `return_last_state` None beside it.
+    """
+    x, steps, b, c = (t.squeeze(0).t().float() for t in (hidden_states, dt, B, C))
+    steps = _time_steps(steps, options.get("delta_bias"), positive=options.get("delta_softplus", False))
+    tokens, slot = (x * steps, steps, A.float(), b, c), (x.shape[1], A.shape[1])
+    out = states.run(RECURRENT_STATE, torch.ops.piecework.selective_scan, *tokens, slot=slot)
+    if options.get("D") is not None:
+        out = out + x * options["D"].float()
+    if options.get("z") is not None:
+        out = out * silu(options["z"].squeeze(0).t().float())
+    out = out.t().unsqueeze(0)
+    return (out, None) if options.get("return_last_state") else out
+
+
+def _time_steps(steps: Tensor, bias: Tensor | None, *, positive: bool) -> Tensor:
+    """Return time steps of projected ones, with a bias, and by softplus where they are to be made positive."""
+    biased = steps if bias is None else steps + bias.float()
+    return softplus(biased) if positive else biased
 
 
 def _correct(
@@ -182,6 +210,7 @@ def _correct(
 _FUNCTIONS: Final[Mapping[str, Callable[..., Any]]] = {
     "causal_conv1d_fn": _convolve,
     "mamba2_chunk_scan": _scan,
+    "mamba_selective_scan": _scan_channels,
     "torch_chunk_gated_delta_rule": _correct,
 }
 """Functions of transformers' modelling files, and what is called in their place."""

@@ -10,6 +10,7 @@ from piecework.foundation.torch_private import TORCHS_NAMESPACES, find_overload,
 from piecework.ops import causal_conv as _causal_conv  # noqa: F401  as the next ones, registers its operator
 from piecework.ops import delta_rule as _delta_rule  # noqa: F401
 from piecework.ops import mamba2_scan as _mamba2_scan  # noqa: F401
+from piecework.ops import selective_scan as _selective_scan  # noqa: F401
 from piecework.ops.attention import ATTENTION_OP, attention_native
 from piecework.ops.ir.opaque_op import declared_op
 from piecework.ops.mla import attention as _mla  # noqa: F401  registers its operators, and those of ops/mla/operators.py

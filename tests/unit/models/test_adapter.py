@@ -123,8 +123,9 @@ def test_an_architecture_that_is_not_what_transformers_builds_is_refused(tmp_pat
 
 
 def test_a_mixer_without_an_operator_is_refused_with_the_place_of_its_code(tmp_path: Path) -> None:
-    model_dir = write_config(tmp_path, "bamba", model_type="jamba", architectures=["JambaForCausalLM"], num_experts=1)
-    with pytest.raises(UnsupportedModelError, match=r"JambaMambaMixer \(.*modeling_jamba.py:\d+\) keeps a recurrent"):
+    model_dir = write_config(tmp_path, "llama", model_type="kimi_linear", architectures=["KimiLinearForCausalLM"])
+    place = r"KimiLinearDeltaAttention \(.*modeling_kimi_linear.py:\d+\)"
+    with pytest.raises(UnsupportedModelError, match=f"{place} keeps a recurrent"):
         build_causal_lm(ModelSpec.of(model_dir, max_tokens=64))
 
 

@@ -136,9 +136,18 @@ HYBRID_FAMILIES: dict[str, dict[str, Any]] = {
         "use_shared_attention_adapter": False,
     },
     "mamba2": {"architectures": ["Mamba2ForCausalLM"], "num_heads": 8, "head_dim": 16, "state_size": 12, "n_groups": 2},
+    "mamba": {"architectures": ["MambaForCausalLM"], "state_size": 12},
+    "falcon_mamba": {"architectures": ["FalconMambaForCausalLM"], "state_size": 12},
+    "jamba": {
+        "architectures": ["JambaForCausalLM"],
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 12,
+        "num_experts": 1,
+    },
     "lfm2": {"architectures": ["Lfm2ForCausalLM"], "layer_types": ["conv", "full_attention", "conv"]},
 }
-"""Models with recurrent states: gated delta nets, Mamba2, and convolutions alone."""
+"""Models with recurrent states: gated delta nets, Mamba2, Mamba, and convolutions alone."""
 
 _LATENT: dict[str, Any] = {
     "num_key_value_heads": 4,

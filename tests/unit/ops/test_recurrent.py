@@ -15,6 +15,7 @@ from piecework.ops.causal_conv import causal_conv
 from piecework.ops.delta_rule import delta_rule
 from piecework.ops.ir.opaque_op import OpaqueOp
 from piecework.ops.mamba2_scan import mamba2_scan
+from piecework.ops.selective_scan import selective_scan
 
 # two that decode, one of them from its first token; a chunk with tokens before it, and one that begins
 LENGTHS, NEW, SLOTS, NUM_DECODE = (5, 1, 7, 4), (1, 1, 3, 4), (4, 0, 2, 5), 2
@@ -42,6 +43,13 @@ CASES = {
         lambda r: [
             *(r(TOKENS, heads, dim) for heads, dim in ((2, 8), (2, 8), (4, 6))),
             *(-(r(TOKENS, 4) ** 2), r(TOKENS, 4).sigmoid(), r(NUM_SLOTS, 4, 8, 6)),
+        ],
+    ),
+    "channels": Case(
+        selective_scan,
+        lambda r: [
+            *(r(TOKENS, 6), r(TOKENS, 6) ** 2, -(r(6, 5) ** 2)),
+            *(r(TOKENS, 5), r(TOKENS, 5), r(NUM_SLOTS, 6, 5)),
         ],
     ),
     "scan": Case(
