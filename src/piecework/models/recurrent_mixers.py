@@ -23,10 +23,10 @@ from transformers.activations import ACT2FN
 from piecework.models.batch import ForwardBatch
 from piecework.models.cache_interface import Past
 from piecework.models.trial import CONV_STATE, RECURRENT_STATE, unreached
-from piecework.ops import causal_conv as _causal_conv  # noqa: F401  as the next ones, registers its operator
-from piecework.ops import delta_rule as _delta_rule  # noqa: F401
-from piecework.ops import mamba2_scan as _mamba2_scan  # noqa: F401
-from piecework.ops import selective_scan as _selective_scan  # noqa: F401
+from piecework.ops.states import causal_conv as _causal_conv  # noqa: F401  as the next ones, registers its operator
+from piecework.ops.states import delta_rule as _delta_rule  # noqa: F401
+from piecework.ops.states import mamba2_scan as _mamba2_scan  # noqa: F401
+from piecework.ops.states import selective_scan as _selective_scan  # noqa: F401
 
 _EPS: Final = 1e-6  # of the length that queries and keys are divided by
 

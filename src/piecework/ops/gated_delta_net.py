@@ -1,8 +1,8 @@
 """`piecework::gated_delta_net`: the core of a gated delta net layer, between its projections and its gated norm.
 
-Convolution (ops/causal_conv.py) and gated delta rule (ops/delta_rule.py), as in Qwen3-Next.
+Convolution (ops/states/causal_conv.py) and gated delta rule (ops/states/delta_rule.py), as in Qwen3-Next.
 
-Shape suffixes as in ops/delta_rule.py, and C = 2 * Hk * Dk + Hv * Dv convolved channels, K taps.
+Shape suffixes as in ops/states/delta_rule.py, and C = 2 * Hk * Dk + Hv * Dv convolved channels, K taps.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
-from piecework.ops.causal_conv import convolve
-from piecework.ops.delta_rule import CHUNK, corrected
 from piecework.ops.ir.forward_context import layer_state
 from piecework.ops.ir.layer import LayerNameType
 from piecework.ops.ir.opaque_op import opaque_op
 from piecework.ops.recurrent import check_size, running_sequences
+from piecework.ops.states.causal_conv import convolve
+from piecework.ops.states.delta_rule import CHUNK, corrected
 
 _NORM_EPS = 1e-6
 

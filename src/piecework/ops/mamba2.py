@@ -1,8 +1,8 @@
 """`piecework::mamba2_mixer`: the core of a Mamba2 layer, between its input and output projections.
 
-Convolution (ops/causal_conv.py), selective scan (ops/mamba2_scan.py) and gated norm of Mamba2.
+Convolution (ops/states/causal_conv.py), selective scan (ops/states/mamba2_scan.py) and gated norm of Mamba2.
 
-Shape suffixes as in ops/mamba2_scan.py, and C = H * P + 2 * G * N convolved channels, K taps.
+Shape suffixes as in ops/states/mamba2_scan.py, and C = H * P + 2 * G * N convolved channels, K taps.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
-from piecework.ops.causal_conv import convolve
 from piecework.ops.ir.forward_context import layer_state
 from piecework.ops.ir.layer import LayerNameType
 from piecework.ops.ir.opaque_op import opaque_op
-from piecework.ops.mamba2_scan import CHUNK, scanned
 from piecework.ops.recurrent import check_size, running_sequences
+from piecework.ops.states.causal_conv import convolve
+from piecework.ops.states.mamba2_scan import CHUNK, scanned
 
 
 @dataclass(frozen=True)

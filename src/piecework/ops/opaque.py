@@ -7,15 +7,15 @@ from typing import Any
 
 from piecework.errors import BundleError
 from piecework.foundation.torch_private import TORCHS_NAMESPACES, find_overload, is_computation
-from piecework.ops import causal_conv as _causal_conv  # noqa: F401  as the next ones, registers its operator
-from piecework.ops import delta_rule as _delta_rule  # noqa: F401
-from piecework.ops import mamba2_scan as _mamba2_scan  # noqa: F401
-from piecework.ops import selective_scan as _selective_scan  # noqa: F401
 from piecework.ops.attention import ATTENTION_OP, attention_native
 from piecework.ops.ir.opaque_op import declared_op
 from piecework.ops.mla import attention as _mla  # noqa: F401  registers its operators, and those of ops/mla/operators.py
 from piecework.ops.moe import experts as _moe_experts  # noqa: F401
 from piecework.ops.rows import ROWS_OP, rows_view
+from piecework.ops.states import causal_conv as _causal_conv  # noqa: F401  as the next ones, registers its operator
+from piecework.ops.states import delta_rule as _delta_rule  # noqa: F401
+from piecework.ops.states import mamba2_scan as _mamba2_scan  # noqa: F401
+from piecework.ops.states import selective_scan as _selective_scan  # noqa: F401
 from piecework.ops.texts import packed as _packed_texts  # noqa: F401  registers its operators
 
 _DIRECT: Mapping[str, Callable[..., Any]] = {ATTENTION_OP: attention_native, ROWS_OP: rows_view}

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from piecework import OpError
-from piecework.ops.causal_conv import causal_conv
-from piecework.ops.delta_rule import delta_rule
 from piecework.ops.ir.opaque_op import OpaqueOp
-from piecework.ops.mamba2_scan import mamba2_scan
-from piecework.ops.selective_scan import selective_scan
+from piecework.ops.states.causal_conv import causal_conv
+from piecework.ops.states.delta_rule import delta_rule
+from piecework.ops.states.mamba2_scan import mamba2_scan
+from piecework.ops.states.selective_scan import selective_scan
 
 # two that decode, one of them from its first token; a chunk with tokens before it, and one that begins
 LENGTHS, NEW, SLOTS, NUM_DECODE = (5, 1, 7, 4), (1, 1, 3, 4), (4, 0, 2, 5), 2
