@@ -17,6 +17,7 @@ from piecework.capture.general import Called
 from piecework.capture.request import CaptureRequest
 from piecework.compiler.check.results import Checked, compared
 from piecework.models.adapter import build_causal_lm
+from piecework.models.batch import STATE_SLOTS
 from piecework.models.sample_batches import Batch, batch_inputs
 from piecework.spec.model_spec import ModelSpec
 
@@ -36,7 +37,7 @@ def check_model(spec: ModelSpec, bundle: Bundle, *, weights: TensorSource) -> Ch
     named = _named_weights(request, weights)
     tried, worst = [], 0.0
     for batch in _batches(spec):
-        blocks = {"blocks": batch.num_blocks}
+        blocks = {"blocks": batch.num_blocks, STATE_SLOTS: batch.num_seqs}
         states = _random_states(request, blocks)
         model.make_states(blocks)
         for name, state in model.states.items():
