@@ -17,6 +17,7 @@ UNITS: Final = {
     "request_throughput": "requests/s",
     "output_throughput": "tokens/s",
     "tok_s": "tokens/s",
+    "texts_s": "texts/s",
     "_s": "s",
     "_ms": "ms",
     "_us": "us",
