@@ -305,9 +305,7 @@ def test_a_checkpoint_without_an_expert_is_refused(compile_family: Compile, refe
 
 @pytest.mark.parametrize(
     ("family", "mla"),
-    slow_but(
-        [("deepseek_v2", "exposed"), ("deepseek_v3", "exposed"), ("deepseek_v2", "opaque")], ("deepseek_v2", "opaque")
-    ),
+    slow_but([("deepseek_v2", "exposed"), ("deepseek_v3", "exposed"), ("deepseek_v2", "opaque")]),
 )
 def test_native_code_equals_transformers(family: str, mla: str, compile_family: Compile, references: Any) -> None:
     model_dir, reference = references(family)

@@ -15,6 +15,9 @@ from piecework.errors import CorruptBundle
 from piecework.spec.compile_options import BackendName
 
 
+pytestmark = pytest.mark.slow  # native code of two pieces, for nobody else
+
+
 @pytest.fixture(scope="module")
 def sample(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Sample:
     with pytest.MonkeyPatch.context() as patch:
@@ -22,7 +25,6 @@ def sample(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Sample:
         return llama(tmp_path_factory.mktemp("exchanged"), BackendName.AOTI)
 
 
-@pytest.mark.slow
 def test_every_exchange_of_two_is_refused(sample: Sample, tmp_path: Path) -> None:
     text = json.dumps(content_of(sample.bundle).plan)
     pairs = list(itertools.combinations(sample.bundle.artifacts, 2))

@@ -27,7 +27,7 @@ FOUR = {"num_local_experts": 4, "num_experts_per_tok": 2}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 KEPT = ("gpt2", "mixtral", "bert", "t5")
-"""Those that run each time, with several depths; the others have as many unique pieces with 4 layers."""
+"""Those that run with several depths, three of them each time; the others have as many unique pieces with 4 layers."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def check(kind: str, family: Family, tmp_path: Path, kwargs: dict[str, Any], *, 
                 torch.testing.assert_close(model(ids, **kwargs)[0], module(ids, **kwargs)[0], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", slow_but(CAUSAL, *KEPT[:2]))
+@pytest.mark.parametrize("kind", slow_but(CAUSAL, KEPT[0]))
 def test_language_models(kind: str, tmp_path: Path) -> None:
     check(kind, CAUSAL[kind], tmp_path, {"use_cache": False}, depths=(2, 4) if kind in KEPT else (4,))
 
