@@ -14,7 +14,6 @@ from benchmarks.common.sample_bundles import Sample, llama
 from piecework.errors import CorruptBundle
 from piecework.spec.compile_options import BackendName
 
-
 pytestmark = pytest.mark.slow  # native code of two pieces, for nobody else
 
 
