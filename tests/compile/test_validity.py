@@ -60,9 +60,9 @@ def others(value: Any) -> list[Any]:
 
 
 @pytest.mark.slow  # some forty captures each
-@pytest.mark.parametrize("family", ["llama", "qwen3", "deepseek_v2_groups", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
 def test_a_changed_field_is_a_miss_exactly_where_the_bundle_would_differ(family: str, tmp_path: Path) -> None:
-    model_dir = write_config(tmp_path / "model", family)
+    model_dir = write_config(tmp_path / "model", family, num_hidden_layers=2)
     config = json.loads((model_dir / "config.json").read_text())
     first = spec_of(model_dir)
     made = compiled(first, tmp_path / "first")

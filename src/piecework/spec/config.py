@@ -19,6 +19,7 @@ from piecework.spec.latent_config import (
 )
 from piecework.spec.other_models import refuse_others
 
+_LAYERS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _LONGEST: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _DEFAULT_LONGEST: Final = 2048
 DTYPES: Final = ("float32", "bfloat16", "float16")
@@ -33,6 +34,7 @@ class ModelConfig:
         raw: config.json as it stands.
         model_type: "llama", ...
         architecture: the class that transformers would build, "LlamaForCausalLM".
+        num_layers: of its stack, 0 where config.json has no name for it that is known here.
         vocab_size: how many tokens there are.
         max_positions: longest sequence the positions are made for, in tokens.
         dtype: the weights' type as the checkpoint's author gives it, one of DTYPES.
@@ -48,6 +50,7 @@ class ModelConfig:
     raw: Mapping[str, Any]
     model_type: str
     architecture: str
+    num_layers: int
     vocab_size: int
     max_positions: int
     dtype: str
@@ -152,6 +155,7 @@ def _model_config(model_dir: Path, raw: Mapping[str, Any], model_type: str, arch
         raw=raw,
         model_type=model_type,
         architecture=architecture,
+        num_layers=next((int(raw[name]) for name in _LAYERS if raw.get(name)), 0),
         vocab_size=int(raw["vocab_size"]),
         max_positions=next((int(raw[name]) for name in _LONGEST if raw.get(name)), _DEFAULT_LONGEST),
         dtype=_dtype(raw),

@@ -138,7 +138,7 @@ class ModelSpec:
     @property
     def identity(self) -> dict[str, JsonScalar]:
         """What its bundle says that it is of."""
-        return {"architecture": self.config.architecture, **self.own_facts}
+        return {"architecture": self.config.architecture, "layers": self.config.num_layers, **self.own_facts}
 
     @property
     def facts(self) -> tuple[Fact, ...]:

@@ -30,7 +30,7 @@ FEW, MANY = (
     schemathesis.openapi.from_asgi(
         "/openapi.json", APP, config=SchemathesisConfig.from_str(CONFIG.format(examples=examples))
     )
-    for examples in (8, 150)
+    for examples in (8, 60)
 )
 
 
