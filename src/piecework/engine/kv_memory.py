@@ -119,7 +119,9 @@ def activation_bytes(plan: Plan, config: ModelConfig) -> int:
     max_tokens, max_seqs = plan.sizes["tokens"][1], plan.sizes["seqs"][1]
     hidden = max((r.shape[1] for r in plan.recipes if _is_of_tokens(r, config)), default=0)
     steps = [sum(_rows(plan.recipes[i], config) for i in instance.constants) for instance in plan.instances]
-    of_ops = [sum(_rows(plan.recipes[i], config) for i in _recipes_of(s)) for s in plan.steps if isinstance(s, OpStep)]
+    chosen = int(config.raw.get("num_experts_per_tok") or _CHOSEN)
+    taken = [[plan.recipes[i] for i in _recipes_of(step)] for step in plan.steps if isinstance(step, OpStep)]
+    of_ops = [sum(_rows(recipe, config, most=chosen) for recipe in recipes) for recipes in taken]
     rows = min(max_tokens, max_seqs)
     numbers = max_tokens * (2 * hidden + max([*steps, *of_ops], default=0)) + rows * config.vocab_size
     if config.latent is not None:
@@ -131,10 +133,14 @@ def activation_bytes(plan: Plan, config: ModelConfig) -> int:
     return numbers * (_activation_itemsize(plan) + 4)
 
 
-def _rows(recipe: Recipe, config: ModelConfig) -> int:
-    """Return how many numbers per token come of multiplying with a constant."""
+def _rows(recipe: Recipe, config: ModelConfig, *, most: int | None = None) -> int:
+    """Return how many numbers per token come of multiplying with a constant; of several matrices with `most` of them.
+
+    In a piece a token goes through all of them, as through each head's, or Llama 4's experts.
+    """
     if len(recipe.shape) == 3:
-        return int(config.raw.get("num_experts_per_tok") or _CHOSEN) * recipe.shape[1]
+        count, *sides = recipe.shape
+        return (count if most is None else min(most, count)) * max(sides)
     return recipe.shape[0] if len(recipe.shape) == 2 and not _is_of_tokens(recipe, config) else 0
 
 

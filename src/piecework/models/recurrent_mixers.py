@@ -98,7 +98,7 @@ class MixerStates(Cache):  # type: ignore[misc]  # transformers' classes have no
 def _forward(mixer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run a mixer's own forward, with our functions and states."""
     past = next((value for value in (*args, *kwargs.values()) if isinstance(value, Past)), None)
-    if past is None or past.batch is None:
+    if past is None:
         raise unreached(mixer, "is not given the model's cache")
     states = MixerStates(mixer, past.batch)
     own: Any = inspect.unwrap(type(mixer).forward)

@@ -117,6 +117,14 @@ def test_where_nobody_knows_how_much_is_free_it_is_said_so(tmp_path: Path, monke
         read_memory("cpu")
 
 
+def test_experts_in_a_piece_compute_every_token(tmp_path: Path) -> None:
+    config = read_config(write_config(tmp_path, "llama4_text"))
+    states = [State("s", (2, "blocks", 16, 2, 16), "bfloat16", "cpu")]
+    embedding, experts = Recipe("a", (131, 64), "bfloat16"), Recipe("b", (4, 64, 192), "bfloat16")
+    needs = memory_needs(plan_of(embedding, experts, states=states), config, max_seqs=8)
+    assert needs.activations == (256 * (2 * 64 + 4 * 192) + 8 * 131) * 6
+
+
 def test_latents_are_what_a_token_of_a_latent_model_takes(tmp_path: Path) -> None:
     config = read_config(write_config(tmp_path, "deepseek_v3"))
     request = build_causal_lm(ModelSpec.of(tmp_path, dtype="bfloat16", max_tokens=256))
