@@ -1,18 +1,26 @@
 """Unmodified models of transformers: cold and warm starts and steps by depth, beside torch's own ways to compile them.
 
-Every measurement is a new process; a cold one starts with empty caches. In a round the systems take turns.
+`modules` are forwards through `piecework.compile`. `engine` are language models as they are served: cold compiles by
+depth, then decode steps at the greatest depth beside transformers' own model with its static cache, compiled as a
+whole; both read the same random checkpoint. Every measurement is a new process; a cold one starts with empty caches. In
+a round the systems take turns.
 """
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
+from itertools import product
 from typing import Any, Final
 
+from benchmarks.cells import decode_step
 from benchmarks.cells.unmodified import MODELS, WAYS
+from benchmarks.common.language_models import FAMILIES, ServedModel
 from benchmarks.common.main import Benchmark, add_option, names, numbers
 from benchmarks.common.run import Bound, Run
 
 LAYERS: Final = (4, 16)
+PARTS: Final = ("modules", "engine")
 MOST_GROWTH: Final = 1.15
 MOST_OF_REGIONAL: Final = 0.9
 _COLD: Final = "process start to the first result, caches empty"
@@ -21,6 +29,8 @@ _WARM: Final = "process start to the first result, a new process with the caches
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
+    add_option(parser, "--parts", PARTS, "which", type_=names(PARTS), metavar="P,…")
+    add_option(parser, "--families", tuple(FAMILIES), "on the engine", type_=names(tuple(FAMILIES)), metavar="F,…")
     add_option(parser, "--models", ("gpt2",), "which", type_=names(MODELS), metavar="M,…")
     add_option(parser, "--systems", WAYS, "which", type_=names(WAYS), metavar="S,…")
     add_option(parser, "--layers", LAYERS, "of the models", type_=numbers, metavar="N,…")
@@ -31,6 +41,15 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace, run: Run) -> dict[str, Any]:
     """Measure all models."""
+    if "modules" in args.parts:
+        _measure_modules(args, run)
+    if "engine" in args.parts:
+        _measure_engine(args, run)
+    _compare(args, run)
+    return {name: getattr(args, name) for name in ("parts", "families", "models", "layers", "batch", "length")}
+
+
+def _measure_modules(args: argparse.Namespace, run: Run) -> None:
     cases = [(model, layers) for model in args.models for layers in args.layers]
     _Cell(args, run, "eager", *cases[0]).start(cold=False)  # brings torch and transformers into the page cache
     for number in range(args.repeats):
@@ -39,8 +58,19 @@ def measure(args: argparse.Namespace, run: Run) -> dict[str, Any]:
             for system in turn:
                 cell = _Cell(args, run, system, model, layers)
                 run.attempt("start", system, cell.measure, case=f"{model}, {layers} layers")
-    _compare(args, run)
-    return {name: getattr(args, name) for name in ("models", "layers", "batch", "length")}
+
+
+def _measure_engine(args: argparse.Namespace, run: Run) -> None:
+    models = [ServedModel(run, family, steps=args.steps) for family in args.families]
+    for number in range(args.repeats):
+        for model in models:
+            for layers in args.layers:
+                case = f"{model.family}, {layers} layers"
+                run.attempt("compile", "piecework", partial(model.compile, layers), case=case)
+            turn = decode_step.WAYS if number % 2 == 0 else decode_step.WAYS[::-1]
+            for batch, system in product(args.batch, turn):
+                steps = partial(model.steps, system, batch, layers=args.layers[-1])
+                run.attempt("steps", system, steps, case=f"{model.family}, batch {batch}")
 
 
 class _Cell:
@@ -85,10 +115,13 @@ class _Cell:
 def _compare(args: argparse.Namespace, run: Run) -> None:
     """Hold depth against depth, and piecework against torch."""
     least, most = args.layers[0], args.layers[-1]
-    for model in args.models:
+    modules = args.models if "modules" in args.parts else ()
+    served = args.families if "engine" in args.parts else ()
+    for model in (*modules, *served):
         of = {"system": "piecework", "model": model}
         run.compare({**of, "layers": most, "metric": "cold_s"}, MOST_GROWTH, layers=least)
-        run.compare({**of, "layers": most, "metric": "cold_s"}, MOST_OF_REGIONAL, system="torch_regional")
+        if model in modules:
+            run.compare({**of, "layers": most, "metric": "cold_s"}, MOST_OF_REGIONAL, system="torch_regional")
         for batch in args.batch:
             key = {**of, "layers": most, "batch": batch, "metric": "step_ms"}
             run.compare(key, 1.0, Bound.AT_MOST, system="torch_compile")

@@ -10,6 +10,8 @@ from piecework.ops.gated_delta_net import gated_delta_net
 from piecework.ops.ir.layer import LayerName, LayerNameType
 from piecework.ops.ir.opaque_op import OpaqueOp, opaque_op
 from piecework.ops.layer_attention import kv_write, layer_attention
+from piecework.ops.layer_mla import layer_mla_attention
+from piecework.ops.mamba import mamba_mixer
 from piecework.ops.mamba2 import mamba2_mixer
 from piecework.ops.moe.layer import moe_forward
 from tests.unit.names.adapter import adapter
@@ -46,6 +48,16 @@ def _variant(op: OpaqueOp, kind: str, annotation: type) -> OpaqueOp:
 
 
 OPS: Mapping[OpaqueOp, Mapping[str, OpaqueOp]] = {
-    op: _variants(op) for op in (layer_attention, kv_write, moe_forward, mamba2_mixer, gated_delta_net, adapter)
+    op: _variants(op)
+    for op in (
+        layer_attention,
+        kv_write,
+        layer_mla_attention,
+        moe_forward,
+        mamba_mixer,
+        mamba2_mixer,
+        gated_delta_net,
+        adapter,
+    )
 }
 """For each operator: itself and its variants, by the type of its argument `layer`."""

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from piecework.ops.gated_delta_net import GatedDeltaNetState, GatedDeltaNetWeights, gated_delta_net
 from piecework.ops.ir.forward_context import Batch
 from piecework.ops.layer_attention import AttentionState, kv_write, layer_attention
+from piecework.ops.layer_mla import LatentState, layer_mla_attention
+from piecework.ops.mamba import MambaState, MambaWeights, mamba_mixer
 from piecework.ops.mamba2 import Mamba2State, Mamba2Weights, mamba2_mixer
+from piecework.ops.mla.core import LatentWeights
 from piecework.ops.moe.layer import MoeWeights, moe_forward
 from tests.unit.names.adapter import Adapter, adapter
 from tests.unit.names.kinds import KINDS, OPS
@@ -20,6 +23,7 @@ from tests.unit.names.kinds import KINDS, OPS
 HIDDEN = 8
 HEADS, HEAD_DIM = 2, 4
 SLOTS, TAPS, STATE = 2, 4, 4
+LATENT, ROTARY, RANK = 6, 2, 3
 
 
 class Block(nn.Module):
@@ -70,6 +74,27 @@ class MoeBlock(Block):
         return self.experts(projected, self.router(projected), self.layer)
 
 
+class LatentBlock(Block):
+    def __init__(self, kind: str, index: int) -> None:
+        super().__init__(kind, index, features=HEADS * (HEAD_DIM + ROTARY) + LATENT + ROTARY)
+        self.attention = OPS[layer_mla_attention][kind]
+
+    def mix(self, projected: Tensor) -> Tensor:
+        queries, compressed = projected.tensor_split([HEADS * (HEAD_DIM + ROTARY)], dim=-1)
+        q_nope, q_pe = queries.unflatten(-1, (HEADS, -1)).split([HEAD_DIM, ROTARY], dim=-1)
+        ones = compressed[:, : ROTARY // 2] * 0 + 1
+        return self.attention(q_nope, q_pe, compressed, ones, ones * 0, self.layer, 0.5, HEAD_DIM)
+
+
+class MambaBlock(Block):
+    def __init__(self, kind: str, index: int) -> None:
+        super().__init__(kind, index, features=2 * HIDDEN)
+        self.mixer = OPS[mamba_mixer][kind]
+
+    def mix(self, projected: Tensor) -> Tensor:
+        return self.mixer(projected, self.layer, HIDDEN)
+
+
 class Mamba2Block(Block):
     def __init__(self, kind: str, index: int) -> None:
         super().__init__(kind, index, features=HIDDEN + (HIDDEN + 2 * STATE) + HEADS)
@@ -117,6 +142,26 @@ def _experts() -> MoeWeights:
     return MoeWeights(torch.randn(4, 12, HIDDEN), torch.randn(4, HIDDEN, 6), top_k=2)
 
 
+def _latent() -> LatentState:
+    keys, values = torch.randn(HEADS, HEAD_DIM, LATENT), torch.randn(HEADS, LATENT, HEAD_DIM)
+    expanding = torch.cat([keys, values.transpose(1, 2)], dim=1).flatten(0, 1)
+    weights = LatentWeights(expanding, keys, values)
+    return LatentState(torch.rand(LATENT), 1e-6, weights, torch.randn(4, 4, LATENT + ROTARY))
+
+
+def _mamba() -> MambaState:
+    weights = MambaWeights(
+        conv_weight=torch.randn(HIDDEN, TAPS),
+        conv_bias=torch.randn(HIDDEN),
+        x_proj=torch.randn(RANK + 2 * STATE, HIDDEN),
+        dt_proj=torch.randn(HIDDEN, RANK),
+        dt_bias=torch.randn(HIDDEN),
+        a_log=torch.rand(HIDDEN, STATE),
+        d=torch.randn(HIDDEN),
+    )
+    return MambaState(weights, torch.randn(SLOTS, HIDDEN, TAPS - 1), torch.randn(SLOTS, HIDDEN, STATE))
+
+
 def _mamba2() -> Mamba2State:
     channels = HIDDEN + 2 * STATE
     weights = Mamba2Weights(
@@ -152,7 +197,9 @@ class Family:
 FAMILIES: Mapping[str, Family] = {
     "attention": Family(AttentionBlock, _cache),
     "KV update": Family(UpdateBlock, _cache),
+    "latent attention": Family(LatentBlock, _latent),
     "MoE": Family(MoeBlock, _experts),
+    "Mamba": Family(MambaBlock, _mamba),
     "Mamba2": Family(Mamba2Block, _mamba2),
     "gated delta net": Family(DeltaBlock, _delta),
     "user's op": Family(AdapterBlock, _adapter),

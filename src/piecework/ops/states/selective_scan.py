@@ -46,6 +46,25 @@ def selective_scan(
     Returns:
         [T, I], contiguous, dtype of `x`.
     """
+    return scanned(x, dt, a, b, c, ssm_state, sequences)
+
+
+@selective_scan.fake
+@flattened
+def _selective_scan_fake(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, ssm_state: Tensor, sequences: StateSequences
+) -> Tensor:
+    (tokens, channels), size = x.shape, a.shape[-1]
+    where = [(t, (tokens, size)) for t in (b, c)]
+    state = (ssm_state, (ssm_state.shape[0], channels, size))
+    check_shapes(SELECTIVE_SCAN_OP, sequences, (dt, (tokens, channels)), (a, (channels, size)), *where, state)
+    return x.new_empty(x.shape)
+
+
+def scanned(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, ssm_state: Tensor, sequences: StateSequences
+) -> Tensor:
+    """Do what the operator does."""
     dtype = x.dtype
     x, dt, a, b, c = (t.float() for t in (x, dt, a, b, c))
     decode = decode_sequences(sequences)
@@ -62,18 +81,6 @@ def selective_scan(
             out[part], carried = _scan(x[part], dt[part], a, b[part], c[part], state=carried)
         ssm_state[chunk.slot] = carried.to(ssm_state.dtype)
     return out.to(dtype)
-
-
-@selective_scan.fake
-@flattened
-def _selective_scan_fake(
-    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, ssm_state: Tensor, sequences: StateSequences
-) -> Tensor:
-    (tokens, channels), size = x.shape, a.shape[-1]
-    where = [(t, (tokens, size)) for t in (b, c)]
-    state = (ssm_state, (ssm_state.shape[0], channels, size))
-    check_shapes(SELECTIVE_SCAN_OP, sequences, (dt, (tokens, channels)), (a, (channels, size)), *where, state)
-    return x.new_empty(x.shape)
 
 
 def _step(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, *, state: Tensor, decode: DecodeSequences) -> Tensor:
