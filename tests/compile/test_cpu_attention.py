@@ -79,6 +79,18 @@ def test_chunks(attention: CpuAttention, batch: str, dtype: torch.dtype) -> None
     check(attention, case, scale=0.3, chunk=6)
 
 
+@pytest.mark.parametrize(("batch", "dtype", "kv_heads"), one_in(6, BATCHES, TOLERANCES, [4, 2]))
+def test_biases(attention: CpuAttention, batch: str, dtype: torch.dtype, kv_heads: int) -> None:
+    case = make_case(BATCHES[batch], heads=4, kv_heads=kv_heads, stale=NAN, dtype=dtype)
+    check(attention, case, scale=0.3, key_bias=torch.randn(4, 110) * 4)
+
+
+def test_a_sequence_longer_than_its_biases_is_refused(attention: CpuAttention) -> None:
+    case = make_case([(0, 9)], heads=4, kv_heads=2)
+    with pytest.raises(OpError, match="sequence lengths"):
+        attention(*case.args, scale=0.3, key_bias=torch.randn(4, 8))
+
+
 @pytest.mark.slow
 @given(drawn=drawn_cases())
 @settings(max_examples=40, deadline=None)

@@ -20,9 +20,11 @@ class AdaptedModel:
         states: its caches, by qualified name.
         sources: how those parameters are made that a checkpoint has in another form.
         notes: what was decided about it, for people.
+        cache_length: the tokens that its cache seems to hold, where its code attends by itself; else 0.
     """
 
     module: nn.Module
     states: Mapping[str, TensorInput]
     sources: Sources = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    cache_length: int = 0

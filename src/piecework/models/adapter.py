@@ -104,7 +104,7 @@ def build_causal_lm(spec: ModelSpec) -> CaptureRequest:
         sizes["prefill_tokens"] = Dim(0, spec.max_tokens)
     return CaptureRequest(
         module=model.module,
-        call=partial(call_causal_lm, regime=Regime.MIXED),
+        call=partial(call_causal_lm, regime=Regime.MIXED, cache_length=model.cache_length),
         inputs=tuple(inputs),
         sizes=sizes,
         states=model.states,
@@ -115,8 +115,11 @@ def build_causal_lm(spec: ModelSpec) -> CaptureRequest:
     )
 
 
-def call_causal_lm(module: nn.Module, inputs: Mapping[str, Any], *, regime: Regime) -> Tensor:
-    """Run transformers' forward on the named inputs of a batch; returns the logits [logits, vocab]."""
+def call_causal_lm(module: nn.Module, inputs: Mapping[str, Any], *, regime: Regime, cache_length: int = 0) -> Tensor:
+    """Run transformers' forward on the named inputs of a batch; returns the logits [logits, vocab].
+
+    Its cache seems to hold `cache_length` tokens, where its code attends by itself.
+    """
     num_tokens = inputs["input_ids"].shape[0]
     num_decode = {Regime.DECODE: num_tokens, Regime.PREFILL: 0}.get(regime, inputs["num_decode_tokens"])
     batch = ForwardBatch(
@@ -133,7 +136,7 @@ def call_causal_lm(module: nn.Module, inputs: Mapping[str, Any], *, regime: Regi
     output = module(
         input_ids=inputs["input_ids"].unsqueeze(0),
         position_ids=positions,
-        **cache_arguments(module, Past(positions, batch)),
+        **cache_arguments(module, Past(positions, batch, cache_length)),
         logits_to_keep=inputs["logits_indices"],
         batch=batch,
     )

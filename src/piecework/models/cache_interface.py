@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Final, final
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Final, final
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,35 @@ class Sight:
 
     Chunks are `chunk` tokens each, counted from the sequence's first. 0 stands for no window, and no chunks. Where
     sight is not `causal`, a token sees those behind itself as well, less than `window` places away.
+
+    Code that has no attention interface handles its mask like a tensor. `bias`, added to scores, is what such code
+    has put into it: [1, H, 1, P], for each head and key.
     """
 
     window: int = 0
     chunk: int = 0
     causal: bool = True
+    bias: Tensor | None = field(default=None, compare=False)
+
+    ndim: ClassVar[int] = 4
+    dtype: ClassVar[None] = None
+
+    def to(self, *_: object, **__: object) -> Sight:
+        """Return the same."""
+        return self
+
+    def __lt__(self, _other: object) -> Sight:
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Take what is masked for the bias; other functions of torch's don't take a `Sight`."""
+        if func in _MASKED_FILLS and len(args) > 1 and isinstance(args[1], Sight) and isinstance(args[0], Tensor):
+            return replace(args[1], bias=args[0])
+        return NotImplemented
+
+
+_MASKED_FILLS: Final = (torch.masked_fill, torch.Tensor.masked_fill)
 
 
 @final
@@ -46,10 +70,18 @@ class Past(Cache):  # type: ignore[misc]  # transformers' classes have no types
     Args:
         positions: [1, T] int64, of the new tokens.
         batch: of the forward, for attention that isn't given it and for mixers with recurrent states.
+        length: the tokens that it seems to hold after this forward, new ones included; 0: these alone.
+
+    Attributes:
+        follower: while a module attends by itself, makes of its new keys and values what stands for all.
+        biased: whether such a module has added biases by keys' positions to its scores.
     """
 
-    def __init__(self, positions: Tensor, batch: ForwardBatch | None = None) -> None:
+    def __init__(self, positions: Tensor, batch: ForwardBatch | None = None, length: int = 0) -> None:
         super().__init__(layers=[])
+        self.length = length
+        self.biased = False
+        self.follower: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
         self._batch = batch
         self._positions = positions
 
@@ -60,11 +92,16 @@ class Past(Cache):  # type: ignore[misc]  # transformers' classes have no types
         return self._batch
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Return the new keys and values."""
-        return key_states, value_states
+        """Return the new keys and values, or what stands for all of them."""
+        return (key_states, value_states) if self.follower is None else self.follower(key_states, value_states)
 
     def get_seq_length(self, layer_idx: int | None = None) -> Any:
-        """Return 0; of a layer what its new tokens' places are to be shifted by, [T], to become their positions."""
+        """Return 0, or how many tokens there seem to be before the new ones.
+
+        Of a layer, return what its new tokens' places are to be shifted by, [T], to become their positions.
+        """
+        if self.length:
+            return self.length - self._positions.shape[-1]
         if layer_idx is None:
             return 0
         positions = self._positions.view(-1)
@@ -72,7 +109,7 @@ class Past(Cache):  # type: ignore[misc]  # transformers' classes have no types
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Return how many keys there are, and where they begin; nobody counts them."""
-        return query_length, 0
+        return self.length or query_length, 0
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Any:
         """Raise UnsupportedModelError: of mixers with recurrent states only those come here that aren't reached."""

@@ -17,7 +17,7 @@ from piecework.models.adapted import AdaptedModel
 from piecework.models.batch import ForwardBatch
 from piecework.models.cache_interface import Sight, sight
 from piecework.models.conversions import checkpoint_sources
-from piecework.models.direct_attention import build_with_sdpa, redirect
+from piecework.models.direct_attention import build_by_name, direct_parts, redirect
 from piecework.models.meta import meta_parameters
 from piecework.models.recurrent_mixers import keep_states
 from piecework.models.rope import fixed_frequencies
@@ -38,16 +38,19 @@ def adapt_paged(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: torc
         with meta_parameters(), no_init_weights():
             module: Any = AutoModelForCausalLM.from_config(hf_config, attn_implementation=TRIAL, dtype=dtype)
     except KeyError:  # its classes are looked up by that name
-        module = build_with_sdpa(hf_config, dtype=dtype, masks=ATTENTION)
-        redirect(module, try_attention)
+        module = build_by_name(hf_config, dtype=dtype, masks=ATTENTION)
     notes = fixed_frequencies(module, longest=config.max_positions)
     keep_states(module)
-    states = give_states(module.eval())
-    if module.config._attn_implementation == TRIAL:
-        module.set_attn_implementation(ATTENTION)
+    direct = direct_parts(module)
+    length = config.max_positions if direct else 0
+    redirect(direct, try_attention)
+    states = give_states(module.eval(), cache_length=length)
+    redirect(direct, paged_attention)
+    if direct:
+        module.config._attn_implementation = ATTENTION
     else:
-        redirect(module, paged_attention)
-    return AdaptedModel(module, states, checkpoint_sources(module), notes)
+        module.set_attn_implementation(ATTENTION)
+    return AdaptedModel(module, states, checkpoint_sources(module), notes, cache_length=length)
 
 
 def register_interfaces() -> None:
@@ -68,6 +71,7 @@ def paged_attention(
     batch: ForwardBatch,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    key_bias: Tensor | None = None,
     **_ignored: object,
 ) -> tuple[Tensor, None]:
     """Serve as transformers' attention function: query [1, H, T, D], key/value [1, K, T, D] -> [1, T, H, D].
@@ -91,5 +95,6 @@ def paged_attention(
         softcap or 0.0,
         s_aux,
         attention_mask.chunk,
+        key_bias,
     )
     return out.unsqueeze(0), None

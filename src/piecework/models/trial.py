@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from piecework.capture.request import TensorInput
 from piecework.errors import UnsupportedModelError
@@ -48,16 +49,22 @@ def try_attention(
     return query.transpose(1, 2).contiguous(), None
 
 
-def give_states(module: nn.Module) -> dict[str, TensorInput]:
+def give_states(module: nn.Module, *, cache_length: int = 0) -> dict[str, TensorInput]:
     """Give every module that attends or keeps a state its buffers on the meta device; return these by qualified name.
 
-    Which modules these are, and the shapes, is seen in a forward of two tokens without values.
+    Which modules these are, and the shapes, is seen in a forward of two tokens without values. Its cache
+    seems to hold `cache_length` tokens.
     """
     given = [*module.named_parameters(), *module.named_buffers()]
     with torch.no_grad(), grouped_products_of_any_type(), SymbolicSession().fake_mode:
         tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in given}
-        with _siblings_left_out(module) as twins:
-            output = torch.func.functional_call(module, tensors, kwargs=_two_tokens(module))
+        past = _first_two(cache_length)
+        arguments = _two_tokens(module, past)
+        uses = _Uses(arguments["position_ids"])
+        with _siblings_left_out(module) as twins, uses if cache_length else contextlib.nullcontext():
+            output = torch.func.functional_call(module, tensors, kwargs=arguments)
+    if cache_length and not (uses.found or past.biased):
+        raise unreached(module, "takes positions from its cache's length, and not those that it is given")
     if output.logits.shape[:2] != (1, 1):
         raise unreached(module, "gives logits of tokens that weren't asked for in `logits_to_keep`")
     for block, first in twins:
@@ -80,12 +87,32 @@ _SIZES: Final = {KV_CACHE: (1, "blocks"), CONV_STATE: (0, STATE_SLOTS), RECURREN
 """States, by the axis of theirs that has a size of the engine's, and that size."""
 
 
-def _two_tokens(module: nn.Module) -> dict[str, Any]:
-    """Return the arguments of a forward of one sequence that begins with two tokens."""
+def _first_two(cache_length: int) -> Past:
+    """Return the cache of a forward of one sequence that begins with two tokens."""
     tokens, one = torch.zeros((1, 2), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    batch = ForwardBatch(tokens[0], one[None], one, tokens[0], 0, 2, one)
-    arguments = {"input_ids": tokens, "position_ids": tokens, "logits_to_keep": one, "batch": batch}
-    return arguments | cache_arguments(module, Past(tokens, batch))
+    return Past(tokens, ForwardBatch(tokens[0], one[None], one, tokens[0], 0, 2, one), cache_length)
+
+
+def _two_tokens(module: nn.Module, past: Past) -> dict[str, Any]:
+    """Return the arguments of that forward."""
+    tokens, positions, one = (torch.zeros(shape, dtype=torch.int64) for shape in ((1, 2), (1, 2), (1,)))
+    arguments = {"input_ids": tokens, "position_ids": positions, "logits_to_keep": one, "batch": past.batch}
+    return arguments | cache_arguments(module, past)
+
+
+class _Uses(TorchFunctionMode):
+    """While active, sees whether one of torch's functions is given a tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.found = False
+        self._tensor = tensor
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Do a call."""
+        kwargs = kwargs or {}
+        self.found = self.found or any(value is self._tensor for value in (*args, *kwargs.values()))
+        return func(*args, **kwargs)
 
 
 def unreached(module: nn.Module, why: str, *, asked: str = "a language model on the engine") -> UnsupportedModelError:

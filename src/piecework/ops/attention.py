@@ -22,7 +22,7 @@ ATTENTION_OP = "piecework::attention"
 _SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor(a!) kv_cache, Tensor slot_mapping, Tensor block_tables, "
     "Tensor seq_lens, Tensor query_start, SymInt num_decode_tokens, float scale, SymInt sliding_window=0, "
-    "float softcap=0.0, Tensor? sinks=None, SymInt chunk=0) -> Tensor"
+    "float softcap=0.0, Tensor? sinks=None, SymInt chunk=0, Tensor? key_bias=None) -> Tensor"
 )
 
 

@@ -29,6 +29,8 @@ class Scores(NamedTuple):
         softcap: scores become softcap * tanh(score / softcap); 0 means off.
         sinks: [H], a further score for each head that takes part in the softmax and has no value; or None.
         chunk: a token sees none before the last multiple of this many tokens of its sequence; 0 means all.
+        key_bias: [H, P], any floating type, for P positions; to a token's score for a key is added, at the end, the
+            bias of the key's position less that of the token's own (ALiBi, arXiv:2108.12409); or None.
     """
 
     scale: float
@@ -36,6 +38,7 @@ class Scores(NamedTuple):
     softcap: float = 0.0
     sinks: Tensor | None = None
     chunk: int = 0
+    key_bias: Tensor | None = None
 
 
 def attend_with(query: Tensor, kv_cache: Tensor, sequences: Sequences, scores: Scores) -> Tensor:
@@ -64,18 +67,22 @@ def decode(query: Tensor, kv_cache: Tensor, block_tables: Tensor, seq_lens: Tens
     else:  # asking would wait for the device
         longest, shortest = block_tables.shape[1] * kv_cache.shape[2], 0
     span = min(longest, scores.sliding_window or longest, scores.chunk or longest)
-    mask = None
+    mask = bias = None
+    # Aligned at their ends, so that a window is the same columns for all sequences.
+    positions = seq_lens.unsqueeze(1) + torch.arange(-span, 0, device=query.device)
     if shortest == longest and not scores.chunk:
         keys, values = _gather_blocks(kv_cache, block_tables, longest - span, longest)
     else:
-        # Aligned at their ends, so that a window is the same columns for all sequences.
-        positions = seq_lens.unsqueeze(1) + torch.arange(-span, 0, device=query.device)
         if shortest < span or scores.chunk:
             newest = seq_lens.unsqueeze(1) - 1
             seen = positions >= (newest - newest % scores.chunk if scores.chunk else 0)
             mask = seen.view(num_seqs, 1, 1, span)
             positions = torch.where(seen, positions, newest)
         keys, values = _gather_tokens(kv_cache, block_tables, positions)
+    if scores.key_bias is not None:
+        biases = scores.key_bias.float()
+        bias = biases[:, positions] - biases[:, seq_lens - 1].unsqueeze(2)
+        bias = bias.transpose(0, 1).unflatten(1, (num_kv_heads, -1))
     # The query heads that share a key/value head become the rows of one matrix.
     grouped = query.reshape(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
@@ -83,7 +90,7 @@ def decode(query: Tensor, kv_cache: Tensor, block_tables: Tensor, seq_lens: Tens
         # One row per key/value head: torch's CPU kernel is 1.5 to 4 times slower in half precision than in float32.
         grouped, keys, values = grouped.float(), keys.float(), values.float()
     sinks = None if scores.sinks is None else scores.sinks.view(1, num_kv_heads, -1, 1)
-    out = _attend(grouped, keys, values, mask, scores, sinks=sinks, causal=False)
+    out = _attend(grouped, keys, values, mask, scores, sinks=sinks, bias=bias, causal=False)
     return out.to(query.dtype).reshape(query.shape)
 
 
@@ -150,6 +157,7 @@ def _prefill_alike(query: Tensor, keys: Tensor, values: Tensor, scores: Scores, 
         or 0 < scores.chunk < begin + length
         or scores.softcap
         or scores.sinks is not None
+        or scores.key_bias is not None
     )
     mask = None
     if not causal:
@@ -161,10 +169,13 @@ def _prefill_alike(query: Tensor, keys: Tensor, values: Tensor, scores: Scores, 
         if scores.chunk:
             chunks = torch.arange(begin, begin + length, device=query.device) // scores.chunk
             mask = mask & (chunks[length - num_new :].unsqueeze(1) == chunks)
-    sinks = None
+    sinks = bias = None
     if scores.sinks is not None:
-        sinks = scores.sinks.view(1, num_kv_heads, num_groups, 1, 1).expand(num_seqs, -1, -1, -1, -1).flatten(0, 1)
-    out = _attend(grouped, keys, values, mask, scores, sinks=sinks, causal=causal)
+        sinks = scores.sinks.view(num_kv_heads, num_groups, 1, 1).repeat(num_seqs, 1, 1, 1)
+    if scores.key_bias is not None:
+        biases = scores.key_bias[:, begin : begin + length].float().unflatten(0, (num_kv_heads, num_groups))
+        bias = (biases.unsqueeze(2) - biases[..., length - num_new :].unsqueeze(3)).repeat(num_seqs, 1, 1, 1)
+    out = _attend(grouped, keys, values, mask, scores, sinks=sinks, bias=bias, causal=causal)
     by_token: Tensor = out.unflatten(0, (num_seqs, num_kv_heads)).permute(0, 3, 1, 2, 4)
     return by_token.reshape(query.shape)
 
@@ -195,15 +206,21 @@ def _attend(
     scores: Scores,
     *,
     sinks: Tensor | None,
+    bias: Tensor | None,
     causal: bool,
 ) -> Tensor:
-    """Attend, all [.., .., rows or L, D]; `sinks` broadcasts to [.., .., rows, 1]; `causal` stands for a mask."""
-    if not scores.softcap and sinks is None:
+    """Attend, all [.., .., rows or L, D]; `causal` stands for a mask.
+
+    `sinks` broadcasts to [.., .., rows, 1], `bias` is [.., .., rows, L] in float32.
+    """
+    if not scores.softcap and sinks is None and bias is None:
         return scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=causal, scale=scores.scale)
-    # torch's fused kernels know neither cap nor sinks
+    # torch's fused kernels know neither cap nor sinks, and biases in the query's type only
     logits = torch.matmul(query, keys.transpose(-1, -2)).float() * scores.scale
     if scores.softcap:
         logits = torch.tanh(logits / scores.softcap) * scores.softcap
+    if bias is not None:
+        logits = logits + bias
     if mask is not None:
         logits = logits.masked_fill(~mask, float("-inf"))
     if sinks is not None:

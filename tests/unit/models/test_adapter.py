@@ -26,7 +26,9 @@ from tests.unit.models.tiny import (
 ALL = (*FAMILIES, *MORE_FAMILIES, *HYBRID_FAMILIES, *LATENT_FAMILIES)
 
 
-@pytest.mark.parametrize("family", slow_but(ALL, "llama", "mistral", "gemma2", "gpt_oss", "qwen3_next", "bamba"))
+@pytest.mark.parametrize(
+    "family", slow_but(ALL, "llama", "mistral", "gemma2", "gpt_oss", "qwen3_next", "bamba", "bloom", "falcon_alibi")
+)
 def test_logits_equal_transformers_for_prefill_chunks_decode_and_a_mix(tmp_path: Path, family: str) -> None:
     reference, model = eager_pair(tmp_path, family)
     model.make_states({"blocks": 9, "state_slots": 9})

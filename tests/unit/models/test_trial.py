@@ -13,9 +13,15 @@ from piecework.spec.model_spec import ModelSpec
 from tests.unit.models.tiny import config_dict, write_config
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "bloom": ({"architectures": ["BloomForCausalLM"], "n_head": 4}, "modeling_bloom"),
-    "gptj": ({"architectures": ["GPTJForCausalLM"], "n_embd": 64, "n_head": 4, "rotary_dim": 8}, "GPTJ"),
-    "falcon": ({"architectures": ["FalconForCausalLM"], "alibi": True, "num_kv_heads": 2}, "modeling_falcon"),
+    "gpt_neox_japanese": (
+        {"architectures": ["GPTNeoXJapaneseForCausalLM"]},
+        "GPTNeoXJapaneseAttention",  # masks scores with a tensor of its own, which is a bias for each query
+    ),
+    "roformer": ({"architectures": ["RoFormerForCausalLM"], "is_decoder": True}, "positions from its cache's length"),
+    "xglm": (
+        {"architectures": ["XGLMForCausalLM"], "d_model": 64, "attention_heads": 4, "ffn_dim": 96},
+        "modeling_xglm",
+    ),
     "diffllama": ({"architectures": ["DiffLlamaForCausalLM"]}, "attends twice"),
     "qwen3": ({"architectures": ["Qwen3ForCausalLM"], "is_causal": False}, "tokens that come later"),
 }

@@ -84,6 +84,20 @@ MORE_FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"architectures": ["GPTNeoXForCausalLM"], "rotary_pct": 0.5},
     "opt": {"architectures": ["OPTForCausalLM"], "ffn_dim": 96, "word_embed_proj_dim": 64},
     "falcon": {"architectures": ["FalconForCausalLM"], "num_kv_heads": 2, "new_decoder_architecture": True},
+    "bloom": {"architectures": ["BloomForCausalLM"], "n_head": 4},
+    "mpt": {"architectures": ["MptForCausalLM"], "d_model": 64, "n_heads": 4, "max_seq_len": 512},
+    "falcon_alibi": {
+        "model_type": "falcon",
+        "architectures": ["FalconForCausalLM"],
+        "alibi": True,
+        "num_attention_heads": 6,  # no power of two, so that transformers' biases are rounded
+        "hidden_size": 96,
+        "multi_query": False,
+        "parallel_attn": False,
+        "bias": True,
+    },
+    "gptj": {"architectures": ["GPTJForCausalLM"], "n_embd": 64, "n_head": 4, "rotary_dim": 8},
+    "codegen": {"architectures": ["CodeGenForCausalLM"], "n_embd": 64, "n_head": 4, "rotary_dim": 8},
 }
 """Families whose windows, experts, rotary embeddings and blocks are of other kinds."""
 
@@ -245,7 +259,8 @@ def reference_model(model_dir: Path, *, seed: int = 0, dtype: torch.dtype = torc
     """Return transformers' own model with random weights and eager attention."""
     torch.manual_seed(seed)
     config = transformers.AutoConfig.from_pretrained(model_dir)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
+    attention = "sdpa" if getattr(config, "alibi", False) else "eager"  # Falcon's own adds its biases twice
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith("bias"):
             nn.init.normal_(tensor, std=0.2)

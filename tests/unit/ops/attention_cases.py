@@ -88,6 +88,7 @@ def reference(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     chunk: int = 0,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """Attend token by token in float64."""
     query, query_start = case.args[0], case.args[7].tolist()
@@ -104,6 +105,8 @@ def reference(
             scores = torch.einsum("hd,lhd->hl", row, keys[start:end]) * scale
             if softcap:
                 scores = torch.tanh(scores / softcap) * softcap
+            if key_bias is not None:
+                scores = scores + key_bias[:, start:end].double() - key_bias[:, end - 1 : end].double()
             if sinks is not None:
                 scores = torch.cat([scores, sinks.double().unsqueeze(1)], dim=1)
             weights = scores.softmax(-1)[:, : end - start]
@@ -140,5 +143,8 @@ def drawn_cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = tuple(TOLERAN
     sinks = None
     if draw(st.booleans()):
         sinks = torch.randn(kv_heads * groups, generator=torch.Generator().manual_seed(seed)).mul(4).to(dtype)
+    key_bias = None
+    if draw(st.booleans()):  # up to the longest sequence, 120 + 110 tokens
+        key_bias = torch.randn(kv_heads * groups, 230, generator=torch.Generator().manual_seed(seed)) * 4
     options = {"scale": draw(st.sampled_from([0.05, 0.3])), "sliding_window": window, "sinks": sinks, "chunk": chunk}
-    return case, {**options, "softcap": draw(st.sampled_from([0.0, 1.5, 30.0]))}
+    return case, {**options, "softcap": draw(st.sampled_from([0.0, 1.5, 30.0])), "key_bias": key_bias}

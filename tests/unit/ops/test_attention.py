@@ -58,6 +58,14 @@ def test_a_chunk_is_seen_from_inside_only(batch: str, window: int) -> None:
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("window", "batch"), one_in(3, [0, 5], BATCHES))
+def test_biases_are_of_a_head_and_a_keys_position(batch: str, window: int) -> None:
+    case = make_case(BATCHES[batch], heads=4, kv_heads=2, stale=NAN, window=window)
+    options = {"sliding_window": window, "key_bias": torch.randn(4, 110) * 4}
+    out = attention_native(*case.args, 0.3, **options)
+    torch.testing.assert_close(out.double(), reference(case, scale=0.3, **options), atol=1e-5, rtol=1e-5)
+
+
 @given(drawn_cases(dtypes=(torch.float32,)))
 @settings(max_examples=20, deadline=None)
 def test_equals_the_reference_whatever_the_batch(drawn: tuple[Case, dict[str, Any]]) -> None:

@@ -28,6 +28,7 @@ Result check(const Call& call) {
   for (int64_t s = 0; s < call.num_seqs; ++s) {
     const int64_t num_new = call.starts[s + 1] - call.starts[s], len = call.lens[s];
     if (num_new < 0 || len < num_new || len < 1 || len > call.table_width * call.block_size) return kBadLength;
+    if (call.key_bias != nullptr && len > call.bias_width) return kBadLength;
     const int64_t* table = call.tables + s * call.table_width;
     for (int64_t b = 0; b * call.block_size < len; ++b)
       if (table[b] < 0 || table[b] >= call.num_blocks) return kBadBlock;
@@ -126,7 +127,7 @@ Result attend(const Call& call) {
 }  // namespace piecework
 
 // The name tells the layout of Call. Types that this library was not built for are not supported.
-extern "C" __attribute__((visibility("default"))) int32_t piecework_attention_2(const piecework::Call* call) {
+extern "C" __attribute__((visibility("default"))) int32_t piecework_attention_3(const piecework::Call* call) {
   using namespace piecework;
   if (call->head_dim < 2 || call->head_dim > kMaxHeadDim || call->head_dim % 2) return kUnsupported;
   const Result checked = check(*call);

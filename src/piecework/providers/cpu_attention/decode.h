@@ -64,12 +64,14 @@ PIECEWORK_INLINE void weigh_values(const float* weights, const uint32_t* const* 
       for (int p = 0; p < kParts; ++p) store(made[n][v][p], sums + n * head + (kParts * v + p) * kLanes);
 }
 
-// Makes weights of scores; returns what becomes of earlier weights.
-inline float soften(const Call& call, float* scores, int64_t num, float& top, float& total) {
+// Makes weights of scores; returns what becomes of earlier weights. What is added to scores, less `own`, is at `biases`.
+inline float soften(const Call& call, float* scores, int64_t num, const float* biases, float own, float& top,
+                    float& total) {
   Floats most = all(top);
   for (int64_t i = 0; i < num; i += kLanes) {
     Floats s = load(scores + i) * (float)call.scale;
     if (call.softcap != 0) s = hyperbolic_tangent(s * (float)(1 / call.softcap)) * (float)call.softcap;
+    if (biases != nullptr) s += load_some(biases + i, std::min<int64_t>(kLanes, num - i)) - own;
     store(s, scores + i);
     if (i + kLanes > num) {
       std::fill(scores + num, scores + i + kLanes, -INFINITY);
@@ -124,7 +126,7 @@ struct Decode {
         take((const T*)call.cache + kv_head * dim, num, num_next, turn);
         const int64_t first = kv_head * call.groups(), last = first + call.groups();
         for (int64_t head = first; head < last; head += kHeads)
-          heads(head, std::min<int64_t>(kHeads, last - head), num);
+          heads(head, std::min<int64_t>(kHeads, last - head), key, num);
       }
     }
   }
@@ -150,7 +152,7 @@ struct Decode {
     }
   }
 
-  void heads(int64_t first, int64_t count, int64_t num) {
+  void heads(int64_t first, int64_t count, int64_t key, int64_t num) {
     const T* query = (const T*)call.query + call.starts[seq] * call.query_token + first * call.query_head;
     for (int64_t h = 0; h < count; ++h) {
       uint32_t* to = queries + h * kQueryWords;
@@ -166,8 +168,11 @@ struct Decode {
       if (h + 2 <= count) score_some<2>(h, i), h += 2;
       if (h < count) score_some<1>(h, i);
     }
-    for (int64_t h = 0; h < count; ++h)
-      decay[h] = soften(call, scores + h * kChunk, num, into.top[first + h], into.total[first + h]);
+    for (int64_t h = 0; h < count; ++h) {
+      const float* row = call.key_bias == nullptr ? nullptr : call.biases(first + h);
+      decay[h] = soften(call, scores + h * kChunk, num, row == nullptr ? nullptr : row + key,
+                        row == nullptr ? 0.f : row[call.lens[seq] - 1], into.top[first + h], into.total[first + h]);
+    }
     int64_t h = 0;
     for (; h + 4 <= count; h += 4) weigh_some<4, 2 / kParts>(first, h, num);
     if (h + 2 <= count) weigh_some<2, 4 / kParts>(first, h, num), h += 2;

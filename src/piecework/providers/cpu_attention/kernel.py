@@ -23,8 +23,8 @@ from piecework.ops.sequences import Sequences
 SOURCES: Final = Path(__file__).resolve().parent
 DTYPES: Final = ("float32", "bfloat16", "float16")  # in the order of their numbers in attention.cpp
 
-_ENTRY: Final = "piecework_attention_2"  # the number is that of the layout below
-_CALL: Final = struct.Struct("10P18q2d")  # `Call` in call.h
+_ENTRY: Final = "piecework_attention_3"  # the number is that of the layout below
+_CALL: Final = struct.Struct("11P19q2d")  # `Call` in call.h
 _NUMBERS: Final = {getattr(torch, name): number for number, name in enumerate(DTYPES)}
 _DONE, _UNSUPPORTED = 0, 1
 _WRONG: Final = {
@@ -86,8 +86,9 @@ class CpuAttention:
         self, query: Tensor, kv_cache: Tensor, sequences: Sequences, scores: Scores, new: NewKeys | None
     ) -> Tensor | None:
         """Return None, with nothing written, where the library can't do it."""
-        if not _attendable(query, kv_cache, sequences, scores.sinks):
+        if not _attendable(query, kv_cache, sequences, scores):
             return None
+        bias = None if scores.key_bias is None else scores.key_bias.float().contiguous()
         block_tables, seq_lens, query_start, _ = sequences
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         _, num_blocks, block_size, num_kv_heads, _ = kv_cache.shape
@@ -101,6 +102,7 @@ class CpuAttention:
             seq_lens.data_ptr(),
             query_start.data_ptr(),
             0 if scores.sinks is None else scores.sinks.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
             out.data_ptr(),
             *query.stride()[:2],
             *((0, 0) if new is None else new.key.stride()[:2]),
@@ -115,6 +117,7 @@ class CpuAttention:
             block_tables.shape[1],
             scores.sliding_window,
             scores.chunk,
+            0 if bias is None else bias.shape[1],
             _NUMBERS[query.dtype],
             torch.get_num_threads(),
             scores.scale,
@@ -145,9 +148,10 @@ def _readable(query: Tensor, key: Tensor, value: Tensor, kv_cache: Tensor, slot_
     )
 
 
-def _attendable(query: Tensor, kv_cache: Tensor, sequences: Sequences, sinks: Tensor | None) -> bool:
+def _attendable(query: Tensor, kv_cache: Tensor, sequences: Sequences, scores: Scores) -> bool:
     """Whether the library can read the rest: dense tensors on the CPU whose shapes go together."""
     block_tables, seq_lens, query_start, _ = sequences
+    sinks, bias = scores.sinks, scores.key_bias
     num_seqs = seq_lens.shape[0]
     return (
         query.device.type == kv_cache.device.type == "cpu"
@@ -167,4 +171,5 @@ def _attendable(query: Tensor, kv_cache: Tensor, sequences: Sequences, sinks: Te
         and (
             sinks is None or (sinks.shape == query.shape[1:2] and sinks.dtype is query.dtype and sinks.is_contiguous())
         )
+        and (bias is None or (bias.is_cpu and bias.dim() == 2 and bias.shape[0] == query.shape[1]))
     )

@@ -29,6 +29,8 @@ struct Rows {
   int64_t offsets[kTileKeys];
   const uint32_t *keys[kTileKeys], *values[kTileKeys];
   Ints positions[V], first_keys[V];
+  const float* biases[kRows];  // of each row's head
+  Floats own_bias[V];          // at each row's position
   Floats top[V], total[V], decay[V];  // largest score, sum of weights, and what becomes of earlier weights
 
   Rows(const Call& call, int64_t seq, int64_t kv_head, int64_t first, int64_t count)
@@ -44,8 +46,13 @@ struct Rows {
       top[v] = all(kNone);
       total[v] = Floats{};
       for (int i = 0; i < kLanes; ++i) {
-        const int64_t position = begin + std::min(first + v * kLanes + i, first + count - 1) / call.groups();
+        const int64_t row = std::min(first + v * kLanes + i, first + count - 1);
+        const int64_t position = begin + row / call.groups();
         positions[v][i] = position;
+        if (call.key_bias != nullptr) {
+          biases[v * kLanes + i] = call.biases(head_of(row));
+          own_bias[v][i] = biases[v * kLanes + i][position];
+        }
         first_keys[v][i] = call.first_key(position);
       }
     }
@@ -136,6 +143,11 @@ struct Rows {
         float* at = scores + (k * V + v) * kLanes;
         Floats s = load(at) * scale;
         if (call.softcap != 0) s = hyperbolic_tangent(s * (float)(1 / call.softcap)) * (float)call.softcap;
+        if (call.key_bias != nullptr) {
+          Floats bias;
+          for (int i = 0; i < kLanes; ++i) bias[i] = biases[v * kLanes + i][key + k];
+          s += bias - own_bias[v];
+        }
         if (masked) {
           const Ints at_key = Ints{} + (int32_t)(key + k);
           s = (at_key <= positions[v]) & (at_key >= first_keys[v]) ? s : all(-INFINITY);
