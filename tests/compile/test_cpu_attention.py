@@ -27,7 +27,8 @@ NAN = float("nan")
 
 @pytest.fixture(scope="module", params=MACHINES)
 def attention(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CpuAttention:
-    return CpuAttention(build(CPU_ATTENTION, request.param, tmp_path_factory.mktemp("kernel")))
+    directory = tmp_path_factory.mktemp("kernel")
+    return CpuAttention(build(CPU_ATTENTION.main, CPU_ATTENTION.dtypes, request.param, directory))
 
 
 @pytest.fixture(autouse=True)

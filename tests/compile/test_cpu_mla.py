@@ -44,7 +44,7 @@ LITE = Sizes(heads=16, nope=128, rope=64, value=128, rank=512)
 
 @pytest.fixture(scope="module", params=MACHINES)
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(CPU_MLA, request.param, tmp_path_factory.mktemp("kernel"))
+    return build(CPU_MLA.main, CPU_MLA.dtypes, request.param, tmp_path_factory.mktemp("kernel"))
 
 
 @pytest.fixture(scope="module")

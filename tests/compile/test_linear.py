@@ -12,7 +12,7 @@ import piecework
 from piecework.bundle.run import LoadedModel
 from tests.choice import slow_but
 
-TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
+TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 TOKENS = [0, 1, 2, 3, 4, 7, 8, 9, 15, 40, 260, 700]  # several tiles, and several chunks of tokens
 WIDTH = 70
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
@@ -10,7 +11,10 @@ from piecework.compiler.passes.packing import Packing
 from piecework.foundation.target import Target
 from piecework.foundation.torch_private import operator_of, parameter_position
 from piecework.ops.mla.operators import PACKABLE
+from piecework.ops.packed import PACKED_DTYPES
 from piecework.spec.compile_options import BackendName, CompileOptions
+
+_OWN_LEVELS: Final = frozenset({"avx2", "avx512", "avx512_bf16"})
 
 
 def packing_of(options: CompileOptions, *, target: Target, device: str) -> Packing:
@@ -21,10 +25,10 @@ def packing_of(options: CompileOptions, *, target: Target, device: str) -> Packi
     """
     if device != "cpu" or options.backend is not BackendName.AOTI:
         return Packing()
-    both = frozenset({"float32", "bfloat16"})
     asked = options.pack_linear
-    own = both if asked == "own" or (asked is None and target.isa == "avx512_bf16") else frozenset()
-    return Packing(onednn=_onednn_dtypes(target) if asked is not False else frozenset(), own=own, matrices=True)
+    own = asked == "own" or (asked is None and target.isa in _OWN_LEVELS)
+    onednn = _onednn_dtypes(target) if asked is not False else frozenset()
+    return Packing(onednn=onednn, own=frozenset(PACKED_DTYPES if own else ()), matrices=True)
 
 
 def _onednn_dtypes(target: Target) -> frozenset[str]:

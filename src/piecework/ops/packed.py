@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 BLOCK_COLUMNS: Final = 32
-PACKED_DTYPES: Final = ("float32", "bfloat16")
+PACKED_DTYPES: Final = ("float32", "bfloat16", "float16")
 
 
 def can_be_packed(rows: int, columns: int, dtype: str) -> bool:

@@ -11,6 +11,7 @@ from piecework.foundation.target import Target
 from piecework.ops.ir.program import Call, Program, TensorSpec
 
 BOTH = frozenset({"float32", "bfloat16"})
+ALL = BOTH | {"float16"}
 
 
 def _target(isa: str, machine: str = "x86_64") -> Target:
@@ -20,10 +21,10 @@ def _target(isa: str, machine: str = "x86_64") -> Target:
 @pytest.mark.parametrize(
     ("target", "onednn", "own"),
     [
-        (_target("avx512_bf16"), BOTH, BOTH),
+        (_target("avx512_bf16"), BOTH, ALL),
         (_target("amx_bf16"), BOTH, frozenset()),
-        (_target("avx512"), BOTH, frozenset()),
-        (_target("avx2"), {"float32"}, frozenset()),
+        (_target("avx512"), BOTH, ALL),
+        (_target("avx2"), {"float32"}, ALL),
         (_target("baseline"), frozenset(), frozenset()),
         (_target("sve2_bf16", "aarch64"), frozenset(), frozenset()),
     ],
@@ -34,9 +35,9 @@ def test_the_target_decides(target: Target, onednn: frozenset[str], own: frozens
 
 
 def test_an_option_decides_instead() -> None:
-    fast, other = _target("avx512_bf16"), _target("avx2")
+    fast, other = _target("avx512_bf16"), _target("amx_bf16")
     assert packing_of(CompileOptions(pack_linear="onednn"), target=fast, device="cpu").own == frozenset()
-    assert packing_of(CompileOptions(pack_linear="own"), target=other, device="cpu").own == BOTH
+    assert packing_of(CompileOptions(pack_linear="own"), target=other, device="cpu").own == ALL
     none = packing_of(CompileOptions(pack_linear=False), target=fast, device="cpu")
     assert (none.onednn, none.own) == (frozenset(), frozenset())
     with pytest.raises(CompileError, match="pack_linear='mkl'"):

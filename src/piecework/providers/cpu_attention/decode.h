@@ -225,7 +225,7 @@ void finish(const Call& call, int64_t seq, int64_t head, float* parts, int64_t n
       from_float(out[(2 * unit + inside % 2) * kLanes + inside / 2] * factor, to[d]);
     }
   } else {
-    for (int64_t d = 0; d < dim; ++d) from_float(out[d] * factor, to[d]);
+    from_floats(out, dim, factor, to);
   }
 }
 

@@ -4,8 +4,10 @@
 #if defined(__AVX512F__) && defined(__AVX512BF16__)
 #define PIECEWORK_PAIRS
 #endif
-#if defined(PIECEWORK_PAIRS) || defined(PIECEWORK_WRITTEN_FMA)
+#if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #include "vectors.h"
@@ -34,15 +36,14 @@ PIECEWORK_INLINE void from_float(float value, BFloat16& to) {
 }
 
 #if defined(__FLT16_MAX__)
+#if defined(__aarch64__)
+typedef __fp16 Half;
+#else
 typedef _Float16 Half;
+#endif
 PIECEWORK_INLINE float to_float(Half value) { return (float)value; }
 PIECEWORK_INLINE void from_float(float value, Half& to) { to = (Half)value; }
 #endif
-
-template <class T>
-PIECEWORK_INLINE void to_floats(const T* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
-}
 
 // Whether a word holds two T, whose products are summed without converting them.
 template <class T>
@@ -68,6 +69,8 @@ PIECEWORK_INLINE Floats multiply_add(Floats to, Words a, Words b) {
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)to);
 #elif defined(PIECEWORK_WRITTEN_FMA) && defined(__AVX__) && defined(__FMA__)
   return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)to);
+#elif defined(PIECEWORK_WRITTEN_FMA) && defined(__aarch64__)
+  return (Floats)vfmaq_f32((float32x4_t)to, (float32x4_t)a, (float32x4_t)b);
 #else
   return to + (Floats)a * (Floats)b;
 #endif

@@ -32,20 +32,57 @@ PIECEWORK_INLINE Floats load_as(const BFloat16* from) {
 }
 PIECEWORK_INLINE Floats rounded_as(Floats value, const BFloat16*) { return high(joined(value, value)); }
 
-template <class T>
-PIECEWORK_INLINE void store_as(Floats value, T* to) {
-  for (int i = 0; i < kLanes; ++i) from_float(value[i], to[i]);
-}
-template <class T>
-PIECEWORK_INLINE Floats load_as(const T* from) {
-  Floats made;
-  for (int i = 0; i < kLanes; ++i) made[i] = to_float(from[i]);
+#if defined(__FLT16_MAX__)
+PIECEWORK_INLINE Halves halves_of(Floats value) {
+#if defined(__AVX512F__)
+  return (Halves)_mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX__) && defined(__F16C__)
+  return (Halves)_mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  Halves made;
+  for (int i = 0; i < kLanes; ++i) {
+    const Half half = (Half)value[i];
+    uint16_t bits;
+    std::memcpy(&bits, &half, sizeof bits);
+    made[i] = bits;
+  }
   return made;
+#endif
 }
+PIECEWORK_INLINE Floats floats_of(Halves value) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps((__m256i)value);
+#elif defined(__AVX__) && defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps((__m128i)value);
+#else
+  Floats made;
+  for (int i = 0; i < kLanes; ++i) {
+    Half half;
+    const uint16_t bits = value[i];
+    std::memcpy(&half, &bits, sizeof bits);
+    made[i] = (float)half;
+  }
+  return made;
+#endif
+}
+PIECEWORK_INLINE void store_as(Floats value, Half* to) { store(halves_of(value), to); }
+PIECEWORK_INLINE Floats load_as(const Half* from) { return floats_of(load<Halves>(from)); }
+PIECEWORK_INLINE Floats rounded_as(Floats value, const Half*) { return floats_of(halves_of(value)); }
+#endif
+
 template <class T>
-PIECEWORK_INLINE Floats rounded_as(Floats value, const T*) {
-  for (int i = 0; i < kLanes; ++i) value[i] = rounded<T>(value[i]);
-  return value;
+PIECEWORK_INLINE void to_floats(const T* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(load_as(from + i), to + i);
+  for (; i < count; ++i) to[i] = to_float(from[i]);
+}
+
+// Floats times a factor, as T.
+template <class T>
+PIECEWORK_INLINE void from_floats(const float* from, int64_t count, float factor, T* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store_as(load(from + i) * factor, to + i);
+  for (; i < count; ++i) from_float(from[i] * factor, to[i]);
 }
 
 }  // namespace piecework

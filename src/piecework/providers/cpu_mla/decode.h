@@ -312,7 +312,7 @@ void finish(const DecodeCall& call, int64_t seq, int64_t head, float* parts, int
       std::memcpy(to + d, &pairs, std::min<int64_t>(2 * kLanes, call.rank - d) * sizeof(T));
     }
   } else {
-    for (int64_t d = 0; d < call.rank; ++d) from_float(out[d] * factor, to[d]);
+    from_floats(out, call.rank, factor, to);
   }
 }
 

@@ -230,8 +230,7 @@ Result expand(PrefillCall& call) {
   product.num_heads = apart ? call.num_heads : 1;
   product.width = apart ? width : all;
   product.num_threads = call.num_threads;
-  multiply<T>(product);
-  return kDone;
+  return multiply<T>(product) ? kDone : kNoMemory;
 }
 
 template <class T, class E>

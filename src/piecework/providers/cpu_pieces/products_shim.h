@@ -30,7 +30,7 @@ inline AOTITorchError shape_of(AtenTensorHandle tensor, Shape& shape) {
 
 // Of rows whose elements lie apart, or which are at no regular distance, a copy is multiplied.
 template <class T>
-void multiply(Product call, const Shape& x, bool by_token) {
+bool multiply(Product call, const Shape& x, bool by_token) {
   if (by_token && x.strides[x.dims - 1] == 1) return multiply<T>(call);
   int64_t count = 1, at[8] = {};
   for (int d = 0; d < x.dims; ++d) count *= x.sizes[d];
@@ -48,7 +48,7 @@ void multiply(Product call, const Shape& x, bool by_token) {
   call.x = rows.data();
   call.x_token = call.num_heads * call.depth;
   call.x_head = call.depth;
-  multiply<T>(call);
+  return multiply<T>(call);
 }
 
 // Whether all axes but the last are one of a regular stride, which is written to `stride`.
@@ -90,10 +90,13 @@ inline AOTITorchError product(AtenTensorHandle x, const Shape& shape, AtenTensor
   call.num_threads = omp_get_max_threads();
   try {
 #if defined(PIECEWORK_FLOAT32)
-    if (dtype == aoti_torch_dtype_float32()) return multiply<float>(call, shape, by_token), AOTI_TORCH_SUCCESS;
+    if (dtype == aoti_torch_dtype_float32() && multiply<float>(call, shape, by_token)) return AOTI_TORCH_SUCCESS;
 #endif
 #if defined(PIECEWORK_BFLOAT16)
-    if (dtype == aoti_torch_dtype_bfloat16()) return multiply<BFloat16>(call, shape, by_token), AOTI_TORCH_SUCCESS;
+    if (dtype == aoti_torch_dtype_bfloat16() && multiply<BFloat16>(call, shape, by_token)) return AOTI_TORCH_SUCCESS;
+#endif
+#if defined(PIECEWORK_FLOAT16) && defined(__FLT16_MAX__)
+    if (dtype == aoti_torch_dtype_float16() && multiply<Half>(call, shape, by_token)) return AOTI_TORCH_SUCCESS;
 #endif
   } catch (...) {  // no memory
   }
