@@ -24,7 +24,8 @@ def packing_of(options: CompileOptions, *, target: Target, device: str) -> Packi
     both = frozenset({"float32", "bfloat16"})
     asked = options.pack_linear
     own = both if asked == "own" or (asked is None and target.isa == "avx512_bf16") else frozenset()
-    return Packing(onednn=_onednn_dtypes(target) if asked is not False else frozenset(), own=own, matrices=True)
+    onednn = _onednn_dtypes(target) if asked is not False else frozenset()
+    return Packing(onednn=onednn, own=own, matrices=True, quantized=True)
 
 
 def _onednn_dtypes(target: Target) -> frozenset[str]:
