@@ -34,7 +34,7 @@ from piecework.ops.packed import can_be_packed
 from piecework.providers import cpu_pieces
 
 _HEADS: Final = "piecework.head_matmul.default"
-_SHARED: Final = ("elements", "fp8", "lanes", "products", "quantized", "vectors")
+_SHARED: Final = ("elements", "fp8", "lanes", "products", "quantized", "quantized_amx", "vectors")
 _HANDLE: Final = "AtenTensorHandle"
 _PRODUCTS: Final = tuple(f"piecework.{name}.default" for name in ("head_matmul_cpu", "linear_cpu", "linear_bias_cpu"))
 

@@ -2,7 +2,7 @@
 // out[t] = sum over groups g of scale[g] * (x[t] * numbers) + offset[g] * (sum of x[t]) + bias
 // A word has four or eight numbers of a column. They are widened in registers for a few tokens; for more, a block is
 // widened once and read from a near cache. Numbers have few bits, so they are exact as bfloat16 too, and what comes out
-// for a token is the same to the bit whatever other tokens there are.
+// for a token is the same to the bit whatever other tokens there are; but with matrix units (quantized_amx.h).
 #pragma once
 
 #include <type_traits>
@@ -10,6 +10,7 @@
 
 #include "fp8.h"
 #include "products.h"
+#include "quantized_amx.h"
 
 namespace piecework {
 
@@ -28,10 +29,16 @@ struct Int8 {
   }
 };
 
+// As `fp8_values`, with fewer steps; NaN, which no weight is, comes out as 480.
 struct Fp8 {
   static constexpr int kNumbers = 4;
   template <int I>
-  PIECEWORK_INLINE static Floats number(Words word) { return fp8_values((word >> (8 * I)) & 0xffu); }
+  PIECEWORK_INLINE static Floats number(Words word) {
+    const Words code = word << (24 - 8 * I);
+    const Words normal = ((code >> 4) & 0x07f00000u) + (120u << 23);
+    const Floats other = multiply_add<false>(all(-kLeastNormalFp8), normal, (Words)all(2.f));
+    return (Floats)((Words)(other < (Floats)normal ? other : (Floats)normal) | (code & 0x80000000u));
+  }
 };
 
 struct Int4 {
@@ -150,9 +157,63 @@ struct QuantizedTiles {
       for (int c = 0; c < kRowWords; c += kLanes) widen_row(load<Words>(words + c), to + c, Steps());
   }
 
+#if defined(PIECEWORK_MATRIX_UNITS)
+  // Pairs of numbers times their scales, with their offsets, rounded.
+  template <int... I>
+  PIECEWORK_INLINE static void scale_row(Words word, Floats scale, Floats offset, uint32_t* to,
+                                         std::integer_sequence<int, I...>) {
+    const auto scaled = [&](Floats number) { return multiply_add<false>(offset, (Words)number, (Words)scale); };
+    (store(pairs_of(scaled(F::template number<2 * I>(word)), scaled(F::template number<2 * I + 1>(word))),
+           to + I * kRowWords),
+     ...);
+  }
+
+  void widen_scaled(int64_t block, const uint32_t* words, uint32_t* to) const {
+    const int64_t first = block * call.groups * kColumns;
+    for (int64_t g = 0; g < call.groups; ++g)
+      for (int64_t r = 0; r < rows() / call.groups; ++r, words += kRowWords, to += kSteps * kRowWords)
+        for (int c = 0; c < kRowWords; c += kLanes) {
+          const int64_t number = first + g * kColumns + c;
+          const Floats offset = call.offsets ? load(call.offsets + number) : Floats{};
+          scale_row(load<Words>(words + c), load(call.scales + number), offset, to + c, Steps());
+        }
+  }
+
+  void run_units(int64_t block, int64_t t, int64_t end, const uint32_t* words, uint32_t* wide) const {
+    const bool scaled = call.groups > 1;
+    if (scaled)
+      widen_scaled(block, words, wide);
+    else
+      widen(words, wide);
+    constexpr int kTokens = 2 * kUnitRows;
+    alignas(64) float made[kTokens][kRowWords];
+    UnitShapes shapes;
+    for (; t < end; t += kTokens) {
+      const int64_t count = std::min<int64_t>(kTokens, end - t);
+      multiply_units((const BFloat16*)x + t * x_token, x_token, count, wide, call.of.depth, made, shapes);
+      for (int64_t n = 0; n < count; ++n)
+        for (int c = 0; c < kRowWords; c += kLanes) {
+          Floats total = load(made[n] + c);
+          const int64_t number = block * kColumns + c;
+          if (!scaled) total *= load(call.scales + number);
+          if (!scaled && call.offsets) total += sums[t + n] * load(call.offsets + number);
+          give(total, t + n, number);
+        }
+    }
+  }
+#endif
+
   // Tokens t to end, one block.
   void run(int64_t block, int64_t t, int64_t end, std::vector<uint32_t>& room) const {
     const uint32_t* words = (const uint32_t*)call.of.matrices + block * rows() * kRowWords;
+#if defined(PIECEWORK_MATRIX_UNITS)
+    if constexpr (std::is_same_v<X, BFloat16>) {
+      if (end - t >= kTileTokens && call.of.depth % (2 * kUnitRows) == 0 && matrix_units()) {
+        room.resize(rows() * kSteps * kRowWords);
+        return run_units(block, t, end, words, room.data());
+      }
+    }
+#endif
     if (end - t >= kTileTokens) {
       room.resize(rows() * kSteps * kRowWords);
       widen(words, room.data());
