@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from piecework.bundle.plan import NativeCall, OpStep, Plan, Recipe
-from piecework.bundle.recipes import Concat, HeadRows, Source, Stack, Take, numbered
+from piecework.bundle.recipes import Concat, HeadProduct, HeadRows, Source, Stack, Take, numbered
 from piecework.bundle.sizes import size_expression
 from piecework.foundation.torch_private import find_overload
 from piecework.ops.ir.decode import decode
@@ -148,6 +148,7 @@ def _made(source: Source, tensors: Mapping[str, Tensor]) -> Tensor:
         whole = _made(source.of, tensors)
         rows = whole.reshape(source.heads, -1, whole.shape[1])[:, source.begin : source.end]
         return rows.mT if source.transpose else rows
+    assert isinstance(source, HeadProduct), "of a model without quantized weights"
     left, right = _made(source.left, tensors), _made(source.right, tensors)
     heads = left.reshape(left.shape[0], source.heads, -1)
     return torch.einsum("xhv,hvl->xhl", heads, right).reshape(source.shape)

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from piecework.bundle.format import artifact_digest
 from piecework.bundle.plan import NativeCall, OpStep, PieceStep, Plan, PlanInput, PlanVariant, UniquePiece
-from piecework.bundle.recipes import Concat, HeadProduct, HeadRows, Source, Stack
+from piecework.bundle.recipes import Concat, HeadProduct, HeadRows, Quantized, Source, Stack
 from piecework.bundle.sizes import names_in, size_expression
 from piecework.bundle.structures import check_arguments, check_structure
 from piecework.errors import CorruptBundle
@@ -157,9 +157,11 @@ def _check_packing(pack: str, shape: Sequence[int], dtype: str) -> None:
     if not pack:
         return
     rank = 3 if pack == "head_columns" else 2
-    fits = len(shape) == rank and dtype in {"float32", "bfloat16", "float16"} and all(shape)
+    quantized = {"int8": 4, "float8_e4m3fn": 4, "int32": 1} if pack == "linear_columns" else {}
+    numbers = {"float32": 1, "bfloat16": 2, "float16": 2, **quantized}
+    fits = len(shape) == rank and dtype in numbers and all(shape)
     if pack == "linear_columns":
-        fits = fits and shape[0] % 32 == 0 and shape[1] % 2 == 0
+        fits = fits and shape[0] % 32 == 0 and shape[1] % numbers[dtype] == 0
     elif pack == "head_columns":
         fits = fits and shape[2] % 32 == 0 and shape[1] % 2 == 0
     _require(fits, f"a constant {dtype}{list(shape)} that is packed as {pack}")
@@ -175,6 +177,8 @@ def _num_takes(source: Source) -> int:
             return _num_takes(of)
         case HeadProduct(left, right):
             return _num_takes(left) + _num_takes(right)
+        case Quantized(of=parts):
+            return sum(_num_takes(part) for part in parts)
     return 1
 
 
@@ -191,6 +195,9 @@ def _check_growth(source: Source) -> None:
             _check_growth(right)
             given = _numel(left.shape) + _numel(right.shape)
             _require(_numel(source.shape) <= _MOST_GROWTH * given, f"a product of shape {list(source.shape)}")
+        case Quantized(of=parts):
+            for part in parts:
+                _check_growth(part)
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -1,15 +1,17 @@
 """How a parameter is made from checkpoint tensors, as data; `bundle/run/constants.py` does it, once, at load.
 
-What is here moves values, so that every dtype keeps its bits; only `HeadProduct` computes with them.
+What is here moves values, so that every dtype keeps its bits; only `HeadProduct` and `Quantized` compute with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any, Final
 
-from piecework.foundation.reading import flag, items, text, whole, wholes
+from piecework.bundle.quantized_layouts import FLOATS, LAYOUTS, Part, Sizes
+from piecework.foundation.reading import flag, items, one_of, text, whole, wholes
 
 _MOST_NESTED: Final = 8
 _MOST_STACKED: Final = 1 << 16
@@ -94,25 +96,60 @@ class HeadProduct:
         return (self.left.shape[0], self.heads * self.right.shape[2])
 
 
-Source = Take | Concat | Stack | HeadRows | HeadProduct
+@dataclass(frozen=True)
+class Quantized:
+    """One constant of a quantized linear weight, of the tensors that a checkpoint keeps it in.
+
+    `layout` is one of LAYOUTS, which says what `of` is; a weight that isn't quantized may be made of others.
+    """
+
+    layout: str
+    part: Part
+    sizes: Sizes
+    of: tuple[Source, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        return LAYOUTS[self.layout].shape(self.part, self.sizes)
+
+
+Source = Take | Concat | Stack | HeadRows | HeadProduct | Quantized
 
 
 def takes(source: Source) -> Iterator[Take]:
     """Yield the checkpoint tensors of a source, in order."""
+    if isinstance(source, Take):
+        yield source
+    for part in _parts(source):
+        yield from takes(part)
+
+
+def stored_takes(source: Source, may_be: frozenset[str]) -> Iterator[tuple[Take, frozenset[str]]]:
+    """Yield the checkpoint tensors of a source, with the types that each may have: `may_be`, or its layout's."""
+    if isinstance(source, Take):
+        yield source, may_be
+    stored = [tensor.dtypes for tensor in LAYOUTS[source.layout].tensors] if isinstance(source, Quantized) else ()
+    for part, types in zip(_parts(source), stored or repeat(may_be), strict=False):
+        yield from stored_takes(part, types)
+
+
+def castable(dtype: str) -> frozenset[str]:
+    """Return the types of a checkpoint's tensors that a constant of type `dtype` may be made of."""
+    return FLOATS if dtype in FLOATS else frozenset({dtype})
+
+
+def _parts(source: Source) -> Iterator[Source]:
+    """Yield what a source is made of, in order."""
     match source:
-        case Take():
-            yield source
-        case Concat(parts):
-            for part in parts:
-                yield from takes(part)
+        case Concat(parts) | Quantized(of=parts):
+            yield from parts
         case Stack(of, count):
-            for number in range(count):
-                yield from takes(numbered(of, number))
+            yield from (numbered(of, number) for number in range(count))
         case HeadRows(of):
-            yield from takes(of)
+            yield of
         case HeadProduct(left, right):
-            yield from takes(left)
-            yield from takes(right)
+            yield from (left, right)
 
 
 def numbered(source: Source, number: int) -> Source:
@@ -133,6 +170,8 @@ def renamed(source: Source, change: Callable[[str], str]) -> Source:
             return replace(source, of=renamed(of, change))
         case HeadProduct(left, right):
             return replace(source, left=renamed(left, change), right=renamed(right, change))
+        case Quantized(of=parts):
+            return replace(source, of=tuple(renamed(part, change) for part in parts))
 
 
 def resolved(source: Source, names: Container[str]) -> Source:
@@ -150,6 +189,8 @@ def resolved(source: Source, names: Container[str]) -> Source:
             return replace(source, of=resolved(of, names))
         case HeadProduct(left, right):
             return replace(source, left=resolved(left, names), right=resolved(right, names))
+        case Quantized(of=parts):
+            return replace(source, of=tuple(resolved(part, names) for part in parts))
 
 
 def source_to_json(source: Source) -> list[Any]:
@@ -165,6 +206,9 @@ def source_to_json(source: Source) -> list[Any]:
             return ["heads", source_to_json(of), heads, begin, end, transpose]
         case HeadProduct(left, right, heads):
             return ["product", source_to_json(left), source_to_json(right), heads]
+        case Quantized(layout, part, sizes, parts):
+            numbers = [sizes.rows, sizes.columns, sizes.group, sizes.group_rows]
+            return ["quantized", layout, part.value, numbers, *map(source_to_json, parts)]
 
 
 def source_from_json(data: object, *, depth: int = 0) -> Source:
@@ -190,10 +234,15 @@ def source_from_json(data: object, *, depth: int = 0) -> Source:
             return _checked(HeadRows(inner(of), count, first, last, flag(transpose, "transpose")))
         case "product", [left, right, heads]:
             return _checked(HeadProduct(inner(left), inner(right), whole(heads, "heads", most=1 << 40)))
+        case "quantized", [layout, part, [_, _, _, _] as numbers, *parts]:
+            sizes = Sizes(*wholes(numbers, "a quantized weight's sizes", least=1, most=1 << 40))
+            made = Part(one_of(part, "a part", {member.value for member in Part}))
+            name = one_of(layout, "a layout", LAYOUTS)
+            return _checked(Quantized(name, made, sizes, tuple(inner(part) for part in parts)))
     raise ValueError(f"a weight's source of kind {kind!r}"[:80])
 
 
-def _checked(source: Concat | HeadRows | HeadProduct) -> Source:
+def _checked(source: Concat | HeadRows | HeadProduct | Quantized) -> Source:
     """Return a source as it is; raises ValueError where its parts' shapes don't agree."""
     match source:
         case Concat(parts):
@@ -205,6 +254,10 @@ def _checked(source: Concat | HeadRows | HeadProduct) -> Source:
         case HeadProduct(left, right, heads):
             fits = len(left.shape) == 2 and len(right.shape) == 3 and right.shape[0] == heads
             fits = fits and left.shape[1] == heads * right.shape[1]
+        case Quantized(layout, _, sizes, parts):
+            wanted = [stored.shape(sizes) for stored in LAYOUTS[layout].tensors]
+            fits = [part.shape for part in parts] == wanted and sizes.columns % sizes.groups == 0
+            fits = fits and (LAYOUTS[layout].values != "int32" or sizes.columns % 8 == 0)
     if not fits:
         raise ValueError(f"a weight's source of parts that don't fit: {label(source)}"[:200])
     return source
@@ -225,6 +278,8 @@ def label(source: Source) -> str:
         case HeadProduct(left, right):
             first = label(left)
             return f"{first} * {_shortened(label(right), beside=first)}"
+        case Quantized(layout, part, _, of):
+            return f"{label(of[0])} ({layout} {part.value})"
 
 
 def _shortened(name: str, *, beside: str) -> str:

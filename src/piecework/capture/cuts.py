@@ -17,8 +17,9 @@ from piecework.foundation.torch_private import TORCHS_NAMESPACES, operator_of
 from piecework.ops.head_matmul import HEAD_MATMUL_OP
 from piecework.ops.ir.op import ir_op
 from piecework.ops.linear import LINEAR_OP
+from piecework.ops.linear_quantized import LINEAR_QUANTIZED_OP
 
-_INSIDE: Final = frozenset({LINEAR_OP, HEAD_MATMUL_OP})
+_INSIDE: Final = frozenset({LINEAR_OP, LINEAR_QUANTIZED_OP, HEAD_MATMUL_OP})
 """Operators of other namespaces that stay inside pieces."""
 
 _KERNELS: Final = frozenset(

@@ -28,7 +28,7 @@ def packing_of(options: CompileOptions, *, target: Target, device: str) -> Packi
     asked = options.pack_linear
     own = asked == "own" or (asked is None and target.isa in _OWN_LEVELS)
     onednn = _onednn_dtypes(target) if asked is not False else frozenset()
-    return Packing(onednn=onednn, own=frozenset(PACKED_DTYPES if own else ()), matrices=True)
+    return Packing(onednn=onednn, own=frozenset(PACKED_DTYPES if own else ()), matrices=True, quantized=True)
 
 
 def _onednn_dtypes(target: Target) -> frozenset[str]:

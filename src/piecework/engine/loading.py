@@ -9,6 +9,7 @@ import torch
 from piecework.bundle.bundle import Bundle
 from piecework.bundle.check_plan import lie
 from piecework.bundle.plan import Plan
+from piecework.bundle.recipes import castable, stored_takes
 from piecework.bundle.run import LoadedModel, load
 from piecework.bundle.run.loading import read_plan
 from piecework.engine.block_pool import DEFAULT_BLOCK_SIZE, num_blocks_for
@@ -128,9 +129,8 @@ def open_weights(spec: ModelSpec, plan: Plan, *, random_seed: int | None = None)
     if random_seed is None:
         return open_checkpoint(spec.source, wanted_by(plan), folders=spec.config.weight_folders)
     specs = {
-        take.name: TensorMeta(take.shape, getattr(torch, recipe.dtype))
-        for recipe in plan.recipes
-        if not recipe.literal
-        for take in recipe.takes
+        take.name: TensorMeta(take.shape, getattr(torch, wanted.dtype if wanted.dtype in may_be else min(may_be)))
+        for wanted in wanted_by(plan)
+        for take, may_be in stored_takes(wanted.source, castable(wanted.dtype))
     }
     return random_checkpoint(specs, seed=random_seed)

@@ -29,6 +29,7 @@ from piecework.models.cache_interface import Past, cache_arguments
 from piecework.models.deepseek import adapt_deepseek
 from piecework.models.packed_texts import TOKEN_TYPES, PackedTexts, TextEncoder, adapt_encoder
 from piecework.models.paged_attention import adapt_paged
+from piecework.models.quantized import with_quantized_weights
 from piecework.ops.mla.core import Regime
 from piecework.spec.config import ModelConfig
 from piecework.spec.model_spec import ModelSpec
@@ -191,7 +192,7 @@ def _adapt(spec: ModelSpec) -> AdaptedModel:
         module.tie_weights()  # type: ignore[operator]
     module.requires_grad_(False)
     module.eval()
-    return model
+    return model if spec.quantization is None else with_quantized_weights(model, spec.quantization)
 
 
 def _check_model(model: AdaptedModel, config: ModelConfig, *, asked: str) -> None:
@@ -228,7 +229,8 @@ def _transformers_config(config: ModelConfig, *, asked: str) -> PretrainedConfig
             try_="upgrade transformers; code that lies beside a config.json is not run",
         )
     try:
-        hf_config = CONFIG_MAPPING[config.model_type].from_dict(deepcopy(dict(config.raw)))
+        fields = {name: value for name, value in config.raw.items() if name != "quantization_config"}
+        hf_config = CONFIG_MAPPING[config.model_type].from_dict(deepcopy(fields))
     except Exception as error:  # what each family's checks raise
         raise UnsupportedModelError(
             asked=asked, found=f"transformers can't read its config.json: {error}", try_="check the file's fields"

@@ -107,7 +107,7 @@ class SafetensorsCheckpoint(Checkpoint):
 class RandomCheckpoint(Checkpoint):
     """Tensors made up on demand, each from the seed and its own name, so that the order of use doesn't matter.
 
-    Biases are zeros, norms' weights ones, everything else normal with standard deviation 0.02.
+    Biases are zeros, norms' weights ones, whole numbers anything, all else normal with standard deviation 0.02.
     """
 
     def __init__(self, specs: Mapping[str, TensorMeta], *, seed: int) -> None:
@@ -129,6 +129,9 @@ class RandomCheckpoint(Checkpoint):
             return torch.ones(spec.shape, dtype=spec.dtype)
         seed = int(digest_bytes(f"{self._seed}:{name}".encode())[:15], 16)
         generator = torch.Generator().manual_seed(seed)
+        if not spec.dtype.is_floating_point:
+            limits = torch.iinfo(spec.dtype)
+            return torch.randint(limits.min, limits.max, spec.shape, dtype=spec.dtype, generator=generator)
         # made in float32 whatever the dtype, so that every dtype gets the same weights
         values = torch.empty(math.prod(spec.shape), dtype=torch.float32).normal_(0, _RANDOM_STD, generator=generator)
         return values.view(spec.shape).to(spec.dtype)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 from safetensors import SafetensorError, safe_open
 
 from piecework.bundle.plan import Plan
-from piecework.bundle.recipes import Source, Take, resolved, takes
+from piecework.bundle.recipes import Source, Take, castable, resolved, stored_takes, takes
 from piecework.errors import WeightsError
 from piecework.spec.weight_files import WeightFiles, damaged
 
@@ -41,8 +41,6 @@ DTYPES: Final = {
 """The types of safetensors' headers that torch's tensors have, by their names there."""
 
 HEADS: Final = ("lm_head.weight", "embed_out.weight")
-_CAST: Final = frozenset({"float64", "float32", "float16", "bfloat16"})
-"""Types that a load makes of each other."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,8 @@ def find_wanted(files: WeightFiles, wanted: Sequence[Wanted]) -> Names:
     headers = read_headers(files)
     renamed = _with_other_first_part(wanted, headers)
     names = headers.keys() | renamed.keys()
-    needed = {take.name: (take.shape, w.dtype) for w in wanted for take in takes(resolved(w.source, names))}
+    found = [taken for w in wanted for taken in stored_takes(resolved(w.source, names), castable(w.dtype))]
+    needed = {take.name: (take.shape, may_be) for take, may_be in found}
     head = next((head for head in HEADS if head in headers and head not in needed), None)
     alike = [] if head is None else [n for n, (shape, _) in needed.items() if shape == headers[head].shape]
     tied = {} if head is None else {name: head for name in alike if name not in names}
@@ -139,8 +138,8 @@ def find_wanted(files: WeightFiles, wanted: Sequence[Wanted]) -> Names:
     gone = [name for name in needed if name not in headers and name not in renamed]
     if gone:
         raise missing(gone, files)
-    for name, (shape, dtype) in needed.items():
-        _check(name, headers[renamed.get(name, name)], shape=shape, dtype=dtype)
+    for name, (shape, may_be) in needed.items():
+        _check(name, headers[renamed.get(name, name)], shape=shape, may_be=may_be)
     return Names(renamed, untied=() if head is None or tied or not alike else (head, *alike))
 
 
@@ -171,7 +170,7 @@ def _with_other_first_part(wanted: Iterable[Wanted], names: Collection[str]) -> 
     return {name: there for name, there in renamed.items() if name not in names}
 
 
-def _check(name: str, header: TensorHeader, *, shape: tuple[int, ...], dtype: str) -> None:
+def _check(name: str, header: TensorHeader, *, shape: tuple[int, ...], may_be: frozenset[str]) -> None:
     """Raise WeightsError where a tensor isn't what is wanted."""
     if header.shape != shape:
         raise WeightsError(
@@ -179,9 +178,9 @@ def _check(name: str, header: TensorHeader, *, shape: tuple[int, ...], dtype: st
             found=f"shape {header.shape}",
             try_="use the checkpoint that belongs to this config.json",
         )
-    if header.dtype != dtype and not {header.dtype, dtype} <= _CAST:
+    if header.dtype not in may_be:
         raise WeightsError(
-            asked=f"tensor {name} as {dtype}",
+            asked=f"tensor {name} as {' or '.join(sorted(may_be))}",
             found=f"{header.dtype}, as quantized checkpoints have it",
             try_="use the checkpoint that it was quantized from",
         )

@@ -46,13 +46,18 @@ def unpacked_matrices(packed: Tensor) -> Tensor:
 
 
 def packed_linear(weight: Tensor) -> Tensor:
-    """Return a linear layer's weight [out, in] as it is read, in a tensor of the same shape: a matrix [in, out]."""
-    # a pair of bfloat16 moves as one word
-    words = weight.contiguous().view(torch.int32) if weight.dtype is torch.bfloat16 else weight
+    """Return a linear layer's weight [out, in] as it is read, in a tensor of the same shape: a matrix [in, out].
+
+    Words of 32 bits move, with the one to eight numbers of a row that each holds. So do scales and offsets of quantized
+    weights (ops/linear_quantized.py), which are [out, groups].
+    """
+    words = weight.contiguous().view(torch.int32)
     blocks = words.reshape(words.shape[0] // BLOCK_COLUMNS, BLOCK_COLUMNS, words.shape[1]).transpose(1, 2)
     return blocks.contiguous().view(weight.dtype).view(weight.shape)
 
 
 def unpacked_linear(packed: Tensor) -> Tensor:
     """Return what `packed_linear` was given."""
-    return unpacked_matrices(packed.reshape(1, packed.shape[1], packed.shape[0])).squeeze(0).t().contiguous()
+    words = packed.view(torch.int32)
+    blocks = words.reshape(words.shape[0] // BLOCK_COLUMNS, words.shape[1], BLOCK_COLUMNS).transpose(1, 2)
+    return blocks.contiguous().view(packed.dtype).view(packed.shape)

@@ -10,7 +10,7 @@ from piecework.bundle import Bundle, Fact
 from piecework.bundle.format import FORMAT, PLAN
 from piecework.bundle.manifest import corrupt
 from piecework.bundle.plan import OpStep, PieceStep, Plan, Recipe, State, UniquePiece
-from piecework.bundle.recipes import Concat, HeadProduct, HeadRows, Stack
+from piecework.bundle.recipes import Concat, HeadProduct, HeadRows, Quantized, Stack
 from piecework.bundle.record import Record
 from piecework.report.kernel_counts import (
     MOVED,
@@ -258,6 +258,8 @@ def _recipe_kind(recipe: Recipe) -> str:
             source = "rows of heads"
         case HeadProduct():
             source = "product by head"
+        case Quantized(layout, part):
+            source = f"{part.value} of {layout}"
         case _:
             source = "literal" if recipe.literal else "take"
     return f"{source} {recipe.dtype}" + (f", pack {recipe.pack}" if recipe.pack else "")

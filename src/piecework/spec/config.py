@@ -18,6 +18,7 @@ from piecework.spec.latent_config import (
     latent_sizes,
 )
 from piecework.spec.other_models import refuse_others
+from piecework.spec.quantization import Quantization, read_quantization
 
 _LAYERS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _LONGEST: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -43,6 +44,7 @@ class ModelConfig:
         encoder: how its texts become vectors or scores, or None where it continues texts.
         latent: sizes of its latent attention, or None where keys and values are cached as they are.
         experts: how tokens choose among experts, or None where all layers are dense.
+        quantization: how the checkpoint's linear weights are quantized, or None where they aren't.
         read: the fields of config.json that all this was read from.
     """
 
@@ -59,6 +61,7 @@ class ModelConfig:
     encoder: EncoderConfig | None = None
     latent: LatentSizes | None = None
     experts: ExpertRouting | None = None
+    quantization: Quantization | None = None
     read: frozenset[str] = frozenset()
 
     @property
@@ -88,7 +91,8 @@ def read_config(model_dir: Path) -> ModelConfig:
         encoder = read_encoder(model_dir, fields, architecture, max_positions=config.max_positions, asked=asked)
         if encoder is None:
             _check_causal_lm(architecture, asked=asked)
-        return replace(config, encoder=encoder, raw=raw, read=frozenset(fields.read))
+        quantization = read_quantization(fields, asked=asked)
+        return replace(config, encoder=encoder, quantization=quantization, raw=raw, read=frozenset(fields.read))
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise UnsupportedModelError(
             asked=asked,
@@ -130,10 +134,6 @@ def _architecture(raw: Mapping[str, Any], *, asked: str) -> tuple[str, str]:
             asked=asked,
             found='config.json names no "architectures"',
             try_='add what transformers writes there, such as "architectures": ["LlamaForCausalLM"]',
-        )
-    if "quantization_config" in raw:
-        raise UnsupportedModelError(
-            asked=asked, found="quantized weights (quantization_config)", try_="use the unquantized checkpoint"
         )
     return model_type, architectures[0]
 

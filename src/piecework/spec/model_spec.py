@@ -23,6 +23,7 @@ from piecework.spec.latent_config import (
     check_kv_cache_dtype,
 )
 from piecework.spec.option import Declared, at_least_one, declared_options, option, read_options, written, wrong_choice
+from piecework.spec.quantization import AS_STORED, GROUPS, WEIGHTS_DTYPES, Quantization, quantization_for
 from piecework.spec.source import fetch_weights, model_directory
 
 DEFAULT_MAX_TOKENS: Final = 2048
@@ -42,6 +43,9 @@ class ModelSpec:
             see `models/latent_attention.py`.
         kv_cache_dtype: "auto" caches in the model's type; "fp8", for models with latent attention, caches latents in a
             byte per number, with scales.
+        weights_dtype: "auto" keeps linear weights as the checkpoint has them; "int8", "int4" and "fp8" quantize those
+            of one that isn't quantized, when they are bound (docs/quantized-weights.md).
+        weights_group: columns of a quantized weight that share a scale; 0: all of them, or 32 for int4.
         options: how the graph is compiled.
 
     Raises UnsupportedModelError for what the model can't have, CompileError for ranges that end elsewhere than at
@@ -64,6 +68,21 @@ class ModelSpec:
         choices=KV_CACHE_DTYPES,
         latent_only=True,
     )
+    weights_dtype: str = option(
+        AS_STORED,
+        "type of linear weights, which a checkpoint's are quantized to when they are read: a byte per number, or half "
+        "a byte",
+        choices=WEIGHTS_DTYPES,
+        default_text="as the checkpoint has them",
+    )
+    weights_group: int = option(
+        0,
+        "columns of a quantized weight that share a scale",
+        choices=tuple(str(group) for group in GROUPS),
+        default_text="all, 32 for int4",
+        read=int,
+        write=str,
+    )
     options: CompileOptions = CompileOptions()
 
     def __post_init__(self) -> None:
@@ -79,12 +98,29 @@ class ModelSpec:
                 try_=f"one of {', '.join(wrong.option.choices)}",
             )
         check_kv_cache_dtype(self.kv_cache_dtype, self.config.latent, asked=f"{self.source}")
+        self._check_weights()
         ranges = self.options.ranges
         if ranges and ranges[-1][1] != self.max_tokens:
             raise CompileError(
                 asked=f"artifacts for the ranges {ranges_text(ranges)}",
                 found=f"forward passes of up to {self.max_tokens} tokens",
                 try_=f"ranges that end at {self.max_tokens}, or another --max-tokens",
+            )
+
+    def _check_weights(self) -> None:
+        """Raise UnsupportedModelError where the model's weights can't be quantized, or not once more."""
+        asked = f"{self.source} with {self.weights_dtype} weights"
+        if self.weights_dtype != AS_STORED and self.config.quantization is not None:
+            raise UnsupportedModelError(
+                asked=asked,
+                found="a checkpoint that is quantized already (quantization_config in config.json)",
+                try_="leave --weights-dtype out, or give the checkpoint that it was quantized from",
+            )
+        if self.quantization is not None and self.config.latent is not None:
+            raise UnsupportedModelError(
+                asked=asked,
+                found="latent attention, whose projections are absorbed into each other",
+                try_="the unquantized checkpoint, without --weights-dtype",
             )
 
     @staticmethod
@@ -124,6 +160,11 @@ class ModelSpec:
     def source(self) -> Path:
         """The model directory."""
         return self.config.path
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How linear weights are quantized, by the checkpoint or when they are bound; None where they aren't."""
+        return self.config.quantization or quantization_for(self.weights_dtype, self.weights_group)
 
     @property
     def own_facts(self) -> dict[str, JsonScalar]:

@@ -13,7 +13,19 @@ from torch import nn
 
 from piecework.bundle.packings import HEAD_COLUMNS, LINEAR_COLUMNS, MKLDNN_LINEAR
 from piecework.bundle.plan import Recipe
-from piecework.bundle.recipes import Concat, HeadProduct, HeadRows, Source, Stack, Take, numbered, resolved, takes
+from piecework.bundle.recipes import (
+    Concat,
+    HeadProduct,
+    HeadRows,
+    Quantized,
+    Source,
+    Stack,
+    Take,
+    numbered,
+    resolved,
+    takes,
+)
+from piecework.bundle.run.quantized import quantized_part
 from piecework.errors import WeightsError
 from piecework.foundation import torch_private
 from piecework.ops.packed import packed_linear, packed_matrices
@@ -187,6 +199,17 @@ def _fill(target: torch.Tensor, what: Source, source: TensorSource) -> None:
             target.unflatten(1, (heads, -1)).copy_(
                 torch.bmm(a.unflatten(1, (heads, -1)).transpose(0, 1), b).transpose(0, 1)
             )
+        case Quantized(of=parts):
+            target.copy_(quantized_part(what, [_whole_part(part, source, device=target.device) for part in parts]))
+
+
+def _whole_part(part: Source, source: TensorSource, *, device: torch.device) -> torch.Tensor:
+    """Return a tensor of a quantized weight's layout in the type that it is stored in, or a made one in float32."""
+    if isinstance(part, Take):
+        return _taken(part, source).to(device)
+    made = torch.empty(part.shape, device=device)
+    _fill(made, part, source)
+    return made
 
 
 def _taken(take: Take, source: TensorSource) -> torch.Tensor:

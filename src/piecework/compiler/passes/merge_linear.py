@@ -6,9 +6,9 @@ after:  m = linear(x, concat(w0, w1)); a = m[..., :n]; b = m[..., n:]
 Query, key and value, or gate and up: one larger product reads its input once, waits for its threads once, and at one
 token comes nearer to what memory gives. Weights are concatenated by the plan's recipe, at load.
 
-Applies to weights that nothing else uses, of one dtype, either all with a bias or all without. The results are slices
-and no longer contiguous, so the pass checks its work: shapes and types of everything that leaves the piece must be what
-they were, and strides too where another piece reads it.
+Applies to weights that nothing else uses, of one dtype, either all with a bias or all without; to quantized ones with
+their scales and offsets. The results are slices and no longer contiguous, so the pass checks its work: shapes and types
+of everything that leaves the piece must be what they were, and strides too where another piece reads it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from piecework.compiler.rewrite.verify import same_results
 from piecework.ops.ir.program import Call, Program, TensorSpec, references
 from piecework.spec.passes import MERGE_LINEAR
 
-_LINEAR = "piecework.linear.default"
+_LINEAR = ("piecework.linear.default", "piecework.linear_quantized.default")
 _SLICE = "aten.slice.Tensor"
 
 
@@ -61,20 +61,21 @@ def _groups(subject: PassInput) -> tuple[list[list[int]], list[NearMiss]]:
     together: dict[str, list[int]] = {}
     near: list[NearMiss] = []
     for number, call in enumerate(program.calls):
-        if call.target != _LINEAR or call.kwargs:
+        if call.target not in _LINEAR or call.kwargs:
             continue
         used = _constants(call)
-        bias = call.args[2] if len(call.args) > 2 else None
-        inputs = [call.args[0], call.args[1]] if bias is None else [call.args[0], call.args[1], bias]
-        of_constants = ["c" in value for value in inputs]
-        if of_constants != [False, True, True][: len(inputs)] or any(uses[i] > 1 for i in used):
+        given = [value for value in call.args[1:] if value is not None]
+        if "c" in call.args[0] or len(used) != len(given) or any(uses[i] > 1 for i in used):
             continue
         weight = program.constants[used[0]]
         if weight.stride != (weight.shape[1], 1):
             named = subject.named([number])
             near.append(NearMiss(f"not merged, {named}: a linear layer whose weight has the strides {weight.stride}"))
             continue
-        key = json.dumps([call.args[0], bias is None, weight.dtype, weight.device, weight.aligned, weight.shape[1]])
+        specs = [program.constants[i] for i in used]
+        alike = [[spec.dtype, spec.device, spec.aligned, spec.shape[1:]] for spec in specs]
+        absent = [position for position, value in enumerate(call.args) if value is None]
+        key = json.dumps([call.target, call.args[0], absent, alike])
         together.setdefault(key, []).append(used[0])
     return [group for group in together.values() if len(group) > 1], near
 
@@ -87,14 +88,11 @@ def _constants(call: Call) -> list[int]:
 def _merge(made: Rewritten, weights: Sequence[int]) -> Rewritten:
     """Merge the linear layers of these weights, by their positions in `made`."""
     program = made.program
-    by_weight = {call.args[1]["c"]: n for n, call in enumerate(program.calls) if call.target == _LINEAR}
-    calls = [by_weight[weight] for weight in weights]
-    first = program.calls[min(calls)]
-    biases = [program.calls[n].args[2]["c"] for n in calls] if len(first.args) > 2 and first.args[2] else []
-    stacked: dict[int, tuple[int, ...]] = {weights[0]: tuple(weights)}
-    if biases:
-        stacked[biases[0]] = tuple(biases)
-    gone = {*weights[1:], *biases[1:]}
+    by_weight = {call.args[1].get("c"): n for n, call in enumerate(program.calls) if call.target in _LINEAR}
+    calls = [by_weight[weight] for weight in weights]  # in the program's order
+    of_calls = zip(*(_constants(program.calls[n]) for n in calls), strict=True)
+    stacked = {of_each[0]: of_each for of_each in of_calls}
+    gone = {index for of_each in stacked.values() for index in of_each[1:]}
     kept = [index for index in range(len(program.constants)) if index not in gone]
     number = {old: new for new, old in enumerate(kept)}
     specs = tuple(_stacked(program, stacked[i]) if i in stacked else program.constants[i] for i in kept)
@@ -110,11 +108,8 @@ def _merge(made: Rewritten, weights: Sequence[int]) -> Rewritten:
             made_of.append(made.origins[n])
         else:
             if whole < 0:
-                bias = ({"c": number[biases[0]]},) if biases else ()
-                linear = Call(_LINEAR, (first.args[0], {"c": weights[0]}), {})
-                linear = _renumbered(linear, result, number)
                 whole = len(out)
-                out.append(replace(linear, args=(*linear.args, *bias)))
+                out.append(_renumbered(call, result, number))
                 made_of.append(tuple(sorted(origin for member in calls for origin in made.origins[member])))
             begin, end = bounds[calls.index(n)]
             out.append(Call(_SLICE, ({"n": whole}, -1, begin, end), {}))

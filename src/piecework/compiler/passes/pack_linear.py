@@ -9,7 +9,7 @@ the plan's recipe says that it is packed once, at load (DESIGN.md 4.7).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from piecework.ops.ir.program import Call, Program, references
@@ -24,14 +24,14 @@ def packable_constants(program: Program, *, dtypes: frozenset[str]) -> frozenset
     return frozenset(c for c in constants_used_as(LINEAR, program) if _fits(program, c, dtypes=dtypes))
 
 
-def constants_used_as(target: str, program: Program) -> frozenset[int]:
-    """Return the constants that are the second argument, the weight, of calls of `target`, and nothing else."""
+def constants_used_as(target: str, program: Program, *, positions: Collection[int] = (1,)) -> frozenset[int]:
+    """Return the constants that are arguments of calls of `target` at `positions`, the weight's, and nothing else."""
     weights: set[int] = set()
     others = {index for output in program.outputs for kind, index in references(output) if kind == "c"}
     for call in program.calls:
         for position, argument in enumerate(call.args):
             found = {index for kind, index in references(argument) if kind == "c"}
-            (weights if call.target == target and position == 1 else others).update(found)
+            (weights if call.target == target and position in positions else others).update(found)
         for argument in call.kwargs.values():
             others.update(index for kind, index in references(argument) if kind == "c")
     return frozenset(weights - others)

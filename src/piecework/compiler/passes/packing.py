@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from piecework.bundle.packings import HEAD_COLUMNS, LINEAR_COLUMNS, MKLDNN_LINEAR
 from piecework.compiler.passes.native_matmul import packable_matrices
+from piecework.compiler.passes.native_quantized import packable_quantized
 from piecework.compiler.passes.pack_linear import packable_constants
 from piecework.ops.ir.program import Program
 from piecework.ops.packed import can_be_packed
@@ -19,11 +20,13 @@ class Packing:
         onednn: dtypes of the weights of linear layers that are packed for oneDNN, where they aren't for code of ours.
         own: dtypes of those that are packed for code of ours, where their sizes fit.
         matrices: whether heads' matrices are packed for code of ours.
+        quantized: whether quantized weights are.
     """
 
     onednn: frozenset[str] = frozenset()
     own: frozenset[str] = frozenset()
     matrices: bool = False
+    quantized: bool = False
 
     def of(self, program: Program) -> dict[int, str]:
         """Return the name of the packing of each constant that has one."""
@@ -37,4 +40,6 @@ class Packing:
                 made[index] = MKLDNN_LINEAR
         if self.matrices:
             made.update(dict.fromkeys(sorted(packable_matrices(program)), HEAD_COLUMNS))
+        if self.quantized:
+            made.update(dict.fromkeys(sorted(packable_quantized(program)), LINEAR_COLUMNS))
         return made

@@ -14,6 +14,7 @@ from piecework.errors import OpError
 from piecework.foundation.torch_private import find_overload
 from piecework.ops import head_matmul as _head_matmul  # noqa: F401  registers piecework::head_matmul
 from piecework.ops import linear as _linear  # noqa: F401  registers piecework::linear
+from piecework.ops import linear_quantized as _quantized  # noqa: F401  registers piecework::linear_quantized
 
 _PYTHON = {
     f"operator.{n}": getattr(operator, n)

@@ -29,9 +29,9 @@ inline AOTITorchError shape_of(AtenTensorHandle tensor, Shape& shape) {
 }
 
 // Of rows whose elements lie apart, or which are at no regular distance, a copy is multiplied.
-template <class T>
-bool multiply(Product call, const Shape& x, bool by_token) {
-  if (by_token && x.strides[x.dims - 1] == 1) return multiply<T>(call);
+template <class T, class F>
+bool with_rows(Product call, const Shape& x, bool by_token, const F& run) {
+  if (by_token && x.strides[x.dims - 1] == 1) return run(call);
   int64_t count = 1, at[8] = {};
   for (int d = 0; d < x.dims; ++d) count *= x.sizes[d];
   std::vector<T> rows(count);
@@ -48,7 +48,7 @@ bool multiply(Product call, const Shape& x, bool by_token) {
   call.x = rows.data();
   call.x_token = call.num_heads * call.depth;
   call.x_head = call.depth;
-  return multiply<T>(call);
+  return run(call);
 }
 
 // Whether all axes but the last are one of a regular stride, which is written to `stride`.
@@ -66,8 +66,26 @@ inline bool flat(const Shape& x, int64_t& stride) {
   return true;
 }
 
-inline AOTITorchError product(AtenTensorHandle x, const Shape& shape, AtenTensorHandle matrices, AtenTensorHandle bias,
-                              Product call, bool by_token, const int64_t* made, AtenTensorHandle* result) {
+// Products with packed matrices of x's type.
+struct PackedRun {
+  AOTITorchError operator()(const Product& call, const Shape& x, bool by_token, int32_t dtype) const {
+    bool done = false;
+#if defined(PIECEWORK_FLOAT32)
+    if (dtype == aoti_torch_dtype_float32()) done = with_rows<float>(call, x, by_token, multiply<float>);
+#endif
+#if defined(PIECEWORK_BFLOAT16)
+    if (dtype == aoti_torch_dtype_bfloat16()) done = with_rows<BFloat16>(call, x, by_token, multiply<BFloat16>);
+#endif
+#if defined(PIECEWORK_FLOAT16) && defined(__FLT16_MAX__)
+    if (dtype == aoti_torch_dtype_float16()) done = with_rows<Half>(call, x, by_token, multiply<Half>);
+#endif
+    return done ? AOTI_TORCH_SUCCESS : AOTI_TORCH_FAILURE;
+  }
+};
+
+template <class Run>
+AOTITorchError product(AtenTensorHandle x, const Shape& shape, AtenTensorHandle matrices, AtenTensorHandle bias,
+                       Product call, bool by_token, const int64_t* made, AtenTensorHandle* result, const Run& run) {
   int32_t dtype;
   void *from, *packed, *added = nullptr;
   PIECEWORK_TRY(aoti_torch_get_dtype(x, &dtype));
@@ -89,18 +107,30 @@ inline AOTITorchError product(AtenTensorHandle x, const Shape& shape, AtenTensor
   call.out_head = call.width;
   call.num_threads = omp_get_max_threads();
   try {
-#if defined(PIECEWORK_FLOAT32)
-    if (dtype == aoti_torch_dtype_float32() && multiply<float>(call, shape, by_token)) return AOTI_TORCH_SUCCESS;
-#endif
-#if defined(PIECEWORK_BFLOAT16)
-    if (dtype == aoti_torch_dtype_bfloat16() && multiply<BFloat16>(call, shape, by_token)) return AOTI_TORCH_SUCCESS;
-#endif
-#if defined(PIECEWORK_FLOAT16) && defined(__FLT16_MAX__)
-    if (dtype == aoti_torch_dtype_float16() && multiply<Half>(call, shape, by_token)) return AOTI_TORCH_SUCCESS;
-#endif
+    return run(call, shape, by_token, dtype);
   } catch (...) {  // no memory
   }
   return AOTI_TORCH_FAILURE;
+}
+
+template <class Run>
+AOTITorchError linear(AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle bias, AtenTensorHandle* result,
+                      const Run& run) {
+  Shape shape;
+  int64_t *matrix, made[8];
+  PIECEWORK_TRY(shape_of(x, shape));
+  PIECEWORK_TRY(aoti_torch_get_sizes(weight, &matrix));
+  if (shape.dims < 1 || shape.dims > 8) return AOTI_TORCH_FAILURE;
+  Product call;
+  call.num_tokens = 1;
+  for (int64_t d = 0; d < shape.dims - 1; ++d) call.num_tokens *= made[d] = shape.sizes[d];
+  made[shape.dims - 1] = matrix[0];
+  const bool by_token = flat(shape, call.x_token);
+  call.x_head = 0;
+  call.num_heads = 1;
+  call.depth = shape.sizes[shape.dims - 1];
+  call.width = matrix[0];
+  return product(x, shape, weight, bias, call, by_token, made, result, run);
 }
 
 }  // namespace piecework
@@ -120,30 +150,15 @@ extern "C" inline AOTITorchError aoti_torch_cpu_head_matmul_cpu(AtenTensorHandle
   call.num_heads = shape.sizes[1];
   call.depth = shape.sizes[2];
   call.width = matrix[2];
-  return product(x, shape, matrices, nullptr, call, true, made, result);
+  return product(x, shape, matrices, nullptr, call, true, made, result, PackedRun());
 }
 
 extern "C" inline AOTITorchError aoti_torch_cpu_linear_bias_cpu(AtenTensorHandle x, AtenTensorHandle weight,
                                                                 AtenTensorHandle bias, AtenTensorHandle* result) {
-  using namespace piecework;
-  Shape shape;
-  int64_t *matrix, made[8];
-  PIECEWORK_TRY(shape_of(x, shape));
-  PIECEWORK_TRY(aoti_torch_get_sizes(weight, &matrix));
-  if (shape.dims < 1 || shape.dims > 8) return AOTI_TORCH_FAILURE;
-  Product call;
-  call.num_tokens = 1;
-  for (int64_t d = 0; d < shape.dims - 1; ++d) call.num_tokens *= made[d] = shape.sizes[d];
-  made[shape.dims - 1] = matrix[0];
-  const bool by_token = flat(shape, call.x_token);
-  call.x_head = 0;
-  call.num_heads = 1;
-  call.depth = shape.sizes[shape.dims - 1];
-  call.width = matrix[0];
-  return product(x, shape, weight, bias, call, by_token, made, result);
+  return piecework::linear(x, weight, bias, result, piecework::PackedRun());
 }
 
 extern "C" inline AOTITorchError aoti_torch_cpu_linear_cpu(AtenTensorHandle x, AtenTensorHandle weight,
                                                            AtenTensorHandle* result) {
-  return aoti_torch_cpu_linear_bias_cpu(x, weight, nullptr, result);
+  return piecework::linear(x, weight, nullptr, result, piecework::PackedRun());
 }
