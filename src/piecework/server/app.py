@@ -18,6 +18,7 @@ from piecework.server.middleware import Counted, JsonBody, KeyRequired, KnownHos
 from piecework.server.responses import documented_openapi
 from piecework.server.settings import ServerSettings
 from piecework.server.status import ServerStatus, State
+from piecework.server.unknown_fields import IgnoredNamed, UnknownFields
 
 
 def make_app(
@@ -33,7 +34,7 @@ def make_app(
     """
     log = log or EventLog(None)
     metrics = Metrics(status)
-    context = ServerContext(status, settings, metrics, Admission(settings.limits), log)
+    context = ServerContext(status, settings, metrics, Admission(settings.limits), log, UnknownFields(log))
     # no /docs: FastAPI's page loads its scripts from elsewhere
     app = FastAPI(
         title="piecework",
@@ -56,6 +57,7 @@ def make_app(
     add_error_answers(app)
     app.openapi = documented_openapi(app, has_key=settings.api_key is not None)  # type: ignore[method-assign]
     # added last, met first
+    app.add_middleware(IgnoredNamed)
     app.add_middleware(JsonBody, limits=settings.limits, is_draining=lambda: status.state is State.DRAINING)
     if settings.api_key is not None:
         app.add_middleware(KeyRequired, api_key=settings.api_key)

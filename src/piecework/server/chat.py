@@ -49,7 +49,7 @@ def chat_routes(context: ServerContext) -> APIRouter:
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         began_s = time.perf_counter()
-        context.check_model(body.model)
+        context.check_body(body, request)
         service, settings = context.ready_service(), context.settings
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
         asked = await chat_request(body, answer_id=answer_id, service=service, settings=settings)

@@ -45,7 +45,7 @@ def completion_routes(context: ServerContext) -> APIRouter:
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Continue one prompt or several."""
         began_s = time.perf_counter()
-        context.check_model(body.model)
+        context.check_body(body, request)
         service, settings = context.ready_service(), context.settings
         answer_id = f"cmpl-{uuid.uuid4().hex}"
         asked = await completion_requests(body, answer_id=answer_id, service=service, settings=settings)

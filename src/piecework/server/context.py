@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, cast, final
 
+from starlette.requests import Request
+
 from piecework.server.errors import ApiError, invalid
 from piecework.server.log import EventLog
 from piecework.server.metrics import Metrics
+from piecework.server.requests import Body
 from piecework.server.service import AnyService, EncodeService, Service
 from piecework.server.settings import Limits, ServerSettings
 from piecework.server.status import ServerStatus, State
+from piecework.server.unknown_fields import UnknownFields
 from piecework.spec.encoder_config import Task
 
 _DOES: Final = {
@@ -29,6 +33,12 @@ class ServerContext:
     metrics: Metrics
     admission: Admission
     log: EventLog
+    unknown: UnknownFields
+
+    def check_body(self, body: Body, request: Request) -> None:
+        """Raise ApiError 404 for another model's name, 400 for unknown fields that would change the answer."""
+        self.check_model(body.model)
+        self.unknown.check(body, request)
 
     def ready_service(self) -> Service:
         """Return what generates; raises ApiError as `ready_encoder`."""

@@ -208,14 +208,25 @@ def _params(
 
 
 def _structured(request: Sampling) -> StructuredOutput | None:
+    """Return what the text has to match; raises ApiError for two of them, RequestError for a schema that is no JSON."""
     asked, other = request.response_format, request.structured_outputs
-    if other is not None and (other.json_ is not None or other.regex is not None):
-        if asked is not None and asked.type != "text":
+    has_format = asked is not None and asked.type != "text"
+    if other is not None:
+        if has_format:
             raise invalid("structured_outputs: not together with response_format", param="structured_outputs")
-        if other.json_ is not None and other.regex is not None:
-            raise invalid("structured_outputs: either json or regex", param="structured_outputs")
-        return StructuredOutput(json_schema=other.json_, regex=other.regex)
-    if asked is None or asked.type == "text":
+        try:
+            return StructuredOutput(
+                json_schema=other.json_,
+                regex=other.regex,
+                json_object=bool(other.json_object),
+                choice=other.choice,
+                grammar=other.grammar,
+            )
+        except RequestError as error:
+            raise invalid(
+                f"structured_outputs: {error.found}; expected {error.try_}", param="structured_outputs"
+            ) from error
+    if asked is None or not has_format:
         return None
     if asked.type == "json_object":
         return StructuredOutput(json_object=True)

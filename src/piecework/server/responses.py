@@ -26,6 +26,7 @@ _MEANINGS: Final[Mapping[int, str]] = {
     415: "The body is no JSON by its Content-Type.",
     429: "Too many requests are running; see Retry-After.",
     500: "The server failed.",
+    501: "It needs a package that isn't installed here.",
     503: "The model is not ready, or the server is shutting down; see Retry-After.",
 }
 

@@ -1,4 +1,4 @@
-"""Which tokens may come next where a text has to match a JSON schema or a regular expression, by llguidance.
+"""Which tokens may come next where a text has to match a schema, a grammar, or one of several texts, by llguidance.
 
 llguidance is an optional extra: it is imported when the first such request comes. It has no dependencies of its own;
 what it knows of a tokenizer is the bytes of each token.
@@ -6,6 +6,7 @@ what it knows of a tokenizer is the bytes of each token.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from piecework.engine.sampling.candidates import Logits
 from piecework.engine.sampling_params import StructuredOutput
 from piecework.engine.text.tokenizer import Tokenizer
-from piecework.errors import RequestError
+from piecework.errors import MissingPackageError, RequestError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -26,6 +27,9 @@ _MOST_KEPT: Final = 128
 _WHITESPACE: Final = r"[\x20\x0A\x0D\x09]{1,32}"
 """JSON allows any amount; models that may write spaces for ever sometimes do."""
 _WORD_BITS: Final = 32
+_MOST_LEVELS: Final = 2000
+"""llguidance follows references by recursion; at several thousand levels it ends the process."""
+_BRACKET: Final = re.compile(r"[\[\](){}]")
 
 
 @final
@@ -62,22 +66,17 @@ class Grammars:
     def _compile(self, structured: StructuredOutput) -> LLMatcher:
         kind, text = structured.key
         matching = _import()
-        if kind == "regex":
-            grammar = matching.grammar_from_regex(text)
-        else:
-            schema = text if kind == "json_schema" else '{"type": "object"}'
-            grammar = matching.grammar_from_json_schema(schema, {"whitespace_pattern": _WHITESPACE})
+        if _most_levels(kind, text) > _MOST_LEVELS:
+            raise _refused(kind, "references and brackets that may be nested too deep")
+        try:
+            grammar = _grammar_of(kind, text, matching)
+        except (ValueError, RecursionError) as error:
+            raise _refused(kind, str(error)) from error
         if self._known is None:
             self._known = self._know_tokens()
         matcher: LLMatcher = matching(self._known, grammar, log_level=0)
         if matcher.is_error():
-            raise RequestError(
-                asked=f"output that matches a {kind.replace('_', ' ')}",
-                found=matcher.get_error().strip(),
-                try_="a regular expression without look-around or references back"
-                if kind == "regex"
-                else "a valid JSON schema without the keywords named",
-            )
+            raise _refused(kind, matcher.get_error().strip())
         return matcher
 
     def _know_tokens(self) -> LLTokenizer:
@@ -149,13 +148,53 @@ class _Vocabulary:
         return [self._by_byte[byte] for byte in encoded if byte in self._by_byte]
 
 
+def _grammar_of(kind: str, text: str, matching: Any) -> str:
+    """Return llguidance's form of what a text has to match. Raises ValueError for what is no JSON or no grammar."""
+    from llguidance import grammar_from  # noqa: PLC0415  # an optional extra
+
+    match kind:
+        case "regex":
+            return str(matching.grammar_from_regex(text))
+        case "grammar" | "choice":
+            return str(grammar_from(kind, text))
+    schema = text if kind == "json_schema" else '{"type": "object"}'
+    return str(matching.grammar_from_json_schema(schema, {"whitespace_pattern": _WHITESPACE}))
+
+
+def _most_levels(kind: str, text: str) -> int:
+    """Return how many levels deep a grammar may lead: references that follow one another, times brackets in each."""
+    references = text.count('ef"') if kind == "json_schema" else text.count(":")  # "$ref", "$dynamicRef"
+    if kind not in ("json_schema", "grammar"):
+        return 0
+    deepest = depth = 0
+    for bracket in _BRACKET.findall(text):
+        depth += 1 if bracket in "[({" else -1
+        deepest = max(deepest, depth)
+    return references * max(1, deepest)
+
+
+_INSTEAD: Final = {
+    "regex": "a regular expression without look-around or references back",
+    "grammar": "a grammar in Lark's or llama.cpp's form, as llguidance documents them",
+    "choice": "a list of texts",
+}
+
+
+def _refused(kind: str, found: str) -> RequestError:
+    return RequestError(
+        asked=f"output that matches a {kind.replace('_', ' ')}",
+        found=found,
+        try_=_INSTEAD.get(kind, "a valid JSON schema without the keywords named"),
+    )
+
+
 def _import() -> Any:
-    """Return llguidance's LLMatcher; raises RequestError where the extra isn't installed."""
+    """Return llguidance's LLMatcher; raises MissingPackageError where the extra isn't installed."""
     try:
         from llguidance import LLMatcher  # noqa: PLC0415  # an optional extra
     except ImportError as error:
-        raise RequestError(
-            asked="output that matches a JSON schema or a regular expression",
+        raise MissingPackageError(
+            asked="output that has to match something",
             found=f"an optional package is missing: {error}",
             try_="pip install 'piecework[structured]'",
         ) from error
