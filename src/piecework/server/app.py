@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from fastapi import FastAPI
 
 from piecework.foundation.version import VERSION
@@ -34,7 +36,8 @@ def make_app(
     """
     log = log or EventLog(None)
     metrics = Metrics(status)
-    context = ServerContext(status, settings, metrics, Admission(settings.limits), log, UnknownFields(log))
+    seeds = None if settings.seed is None else itertools.count(settings.seed)
+    context = ServerContext(status, settings, metrics, Admission(settings.limits), log, UnknownFields(log), seeds)
     # no /docs: FastAPI's page loads its scripts from elsewhere
     app = FastAPI(
         title="piecework",

@@ -22,6 +22,7 @@ from piecework.server.generation import (
     answer_stream,
     answer_whole,
     logprob_of,
+    prompt_logprobs_of,
     token_texts,
 )
 from piecework.server.requests import ChatRequest
@@ -53,7 +54,7 @@ def chat_routes(context: ServerContext) -> APIRouter:
         service, settings = context.ready_service(), context.settings
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
         asked = await chat_request(body, answer_id=answer_id, service=service, settings=settings)
-        known = await token_texts(service) if body.logprobs else None
+        known = await token_texts(service) if body.logprobs or body.prompt_logprobs is not None else None
         head = {"id": answer_id, "created": int(time.time()), "model": settings.model}
         answer = ChatFormat(body, head=head, known=known)
         exchange = Exchange(context, service, [asked], began_s=began_s)
@@ -78,7 +79,8 @@ class ChatFormat(AnswerFormat):
         self._head = head
         self._no_usage: dict[str, Any] = {"usage": None} if body.include_usage else {}
         self._n = body.n or 1
-        self._known = known
+        self._known = known if body.logprobs else None
+        self._scored = None if body.prompt_logprobs is None else known
 
     def opening(self) -> list[ChatChunk]:
         """Return, for each choice, the chunk that says who speaks."""
@@ -110,7 +112,10 @@ class ChatFormat(AnswerFormat):
             )
             for index, made in enumerate(completion.continuations)
         ]
-        return ChatAnswer(**self._head, object="chat.completion", choices=choices, usage=usage)
+        scores: dict[str, Any] = {}
+        if self._scored is not None:
+            scores["prompt_logprobs"] = prompt_logprobs_of(completion.prompt_logprobs, known=self._scored)
+        return ChatAnswer(**self._head, object="chat.completion", choices=choices, usage=usage, **scores)
 
     def _chunk(
         self,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Final, cast, final
 
 from starlette.requests import Request
 
+from piecework.engine.request import GenerationRequest
 from piecework.server.errors import ApiError, invalid
 from piecework.server.log import EventLog
 from piecework.server.metrics import Metrics
@@ -34,6 +36,13 @@ class ServerContext:
     admission: Admission
     log: EventLog
     unknown: UnknownFields
+    seeds: Iterator[int] | None = None
+
+    def seeded(self, request: GenerationRequest) -> GenerationRequest:
+        """Return a request with a seed of its own, where the server was given one and the client gave none."""
+        if self.seeds is None or request.params.seed is not None:
+            return request
+        return replace(request, params=replace(request.params, seed=next(self.seeds)))
 
     def check_body(self, body: Body, request: Request) -> None:
         """Raise ApiError 404 for another model's name, 400 for unknown fields that would change the answer."""

@@ -137,7 +137,7 @@ def _completion_params(request: CompletionRequest, *, settings: ServerSettings) 
         settings=settings,
         max_tokens=most,
         logprobs=request.logprobs,
-        prompt_logprobs=request.logprobs if request.echo else None,
+        echoed_logprobs=request.logprobs if request.echo else None,
     )
 
 
@@ -157,7 +157,6 @@ def _chat_params(request: ChatRequest, *, settings: ServerSettings, room: int) -
         settings=settings,
         max_tokens=request.max_completion_tokens or request.max_tokens or room,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        prompt_logprobs=None,
     )
     return _fitted(params, room=room)
 
@@ -176,15 +175,24 @@ def _check_logprobs(count: int | None, *, param: str, settings: ServerSettings) 
 
 
 def _params(
-    request: Sampling, *, settings: ServerSettings, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+    request: Sampling,
+    *,
+    settings: ServerSettings,
+    max_tokens: int,
+    logprobs: int | None,
+    echoed_logprobs: int | None = None,
 ) -> SamplingParams:
+    if request.prompt_logprobs is not None and request.stream:
+        raise invalid("prompt_logprobs: not in a stream", param="prompt_logprobs")
+    _check_logprobs(request.prompt_logprobs, param="prompt_logprobs", settings=settings)
+    wanted = [count for count in (request.prompt_logprobs, echoed_logprobs) if count is not None]
     if request.stream_options is not None and not request.stream:
         raise invalid("stream_options: needs stream to be true", param="stream_options")
     n = request.n or 1
     if n > settings.limits.n:
         raise invalid(f"n: {n} is more than this server's {settings.limits.n}", param="n")
     given: dict[str, Any] = {
-        "temperature": settings.default_temperature if request.temperature is None else request.temperature,
+        "temperature": request.temperature,
         "top_k": None if request.top_k is None else max(0, request.top_k),  # -1 means all, as for vLLM
         "top_p": request.top_p,
         "min_p": request.min_p,
@@ -200,8 +208,16 @@ def _params(
         "structured": _structured(request),
     }
     given = {name: value for name, value in given.items() if value is not None}
+    defaults = {"temperature": 1.0, **settings.defaults.given()}
+    most = min(max_tokens, defaults.pop("max_tokens", max_tokens))
     try:
-        return SamplingParams(max_tokens=max_tokens, n=n, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **given)
+        return SamplingParams(
+            **{**defaults, **given},
+            max_tokens=most,
+            n=n,
+            logprobs=logprobs,
+            prompt_logprobs=max(wanted, default=None),
+        )
     except RequestError as error:
         param = error.found.partition(" ")[0]
         raise invalid(f"{error.found}: expected {error.try_}", param=param if param in given else None) from error

@@ -1,7 +1,7 @@
 """What clients send, as pydantic models. Wrong types are refused; `unknown_fields.py` judges fields that aren't here.
 
 Fields beyond OpenAI's have vLLM's names: top_k, min_p, repetition_penalty, min_tokens, stop_token_ids, ignore_eos,
-structured_outputs, chat_template_kwargs.
+prompt_logprobs, structured_outputs, chat_template_kwargs.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ class Sampling(Body):
     stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=128)] = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int | None, Field(ge=0, le=2**31 - 1)] = None
+    prompt_logprobs: Annotated[int | None, Field(ge=0, le=1024)] = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     user: str | None = None

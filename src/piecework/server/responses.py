@@ -79,6 +79,18 @@ class Usage(Answered):
     prompt_tokens_details: PromptTokensDetails
 
 
+class PromptLogprob(Answered):
+    """A token at one place of a prompt; `rank` is null where it isn't one of the likeliest."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""For each token of a prompt but the first, which has None: the token and the likeliest ones there, by id."""
+
+
 class CompletionLogprobs(Answered):
     """Log-probabilities of a completion's tokens; lists of the same length."""
 
@@ -95,6 +107,7 @@ class CompletionChoice(Answered):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class CompletionAnswer(Answered):
@@ -166,6 +179,7 @@ class ChatAnswer(Answered):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class ChatDelta(Answered):

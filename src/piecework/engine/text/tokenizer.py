@@ -24,14 +24,16 @@ _INPUTS: Final[Mapping[str, Sequence[str]]] = {"PreTrainedTokenizerFast": (), "T
 """transformers' tokenizers of no model's own give no token types, unless tokenizer_config.json says so."""
 
 
-def load_tokenizer(model_dir: Path, *, longest: int | None = None) -> Tokenizer:
+def load_tokenizer(model_dir: Path, *, longest: int | None = None, chat_template: Path | None = None) -> Tokenizer:
     """Load a model directory's tokenizer.
 
     Args:
         model_dir: the directory.
         longest: cut texts off after so many tokens, special ones included, and pad none; else as tokenizer.json says.
+        chat_template: a file with a template instead of the directory's.
 
-    Raises UnsupportedModelError where tokenizer.json is missing or broken.
+    Raises UnsupportedModelError where tokenizer.json is missing or broken, RequestError where `chat_template` can't be
+    read.
     """
     path = model_dir / "tokenizer.json"
     asked = f"the tokenizer of {model_dir}"
@@ -53,7 +55,10 @@ def load_tokenizer(model_dir: Path, *, longest: int | None = None) -> Tokenizer:
     if longest is not None:
         tokenizer.no_padding()
         tokenizer.enable_truncation(longest)
-    return Tokenizer(tokenizer, settings=_read_settings(model_dir))
+    settings = _read_settings(model_dir)
+    if chat_template is not None:
+        settings = {**settings, "chat_template": _read_template(chat_template)}
+    return Tokenizer(tokenizer, settings=settings)
 
 
 class TextTokens(NamedTuple):
@@ -229,6 +234,15 @@ def _read_settings(model_dir: Path) -> Mapping[str, Any]:
         files = {**named, "default": template}
         settings["chat_template"] = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
     return settings
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            asked=f"the chat template {path}", found=f"it can't be read: {error}", try_="a file with a Jinja template"
+        ) from error
 
 
 def _named_templates(settings: Mapping[str, Any]) -> dict[str, str]:
