@@ -175,6 +175,7 @@ def _settings(args: argparse.Namespace, environment: Environment, model_dir: Pat
         limits=limits,
         defaults=_defaults(args, model_dir),
         seed=args.seed,
+        dialect=args.tool_call_parser,
         hosts=(args.host, *(args.allowed_host or ())),
     )
 
@@ -225,6 +226,12 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         metavar="DIR",
         help="whose generation_config.json says how to sample where a request doesn't; vllm: nobody's "
         "(default: the model's)",
+    )
+    group.add_argument(
+        "--tool-call-parser",
+        metavar="NAME",
+        help="how the model writes calls of tools and reasoning: hermes, llama3_json, mistral, deepseek_v3, openai, "
+        "think (default: as its chat template shows)",
     )
     group.add_argument(
         "--seed", type=_seed, metavar="N", help="of the random numbers of requests that name none (default: fresh ones)"

@@ -33,6 +33,9 @@ VALUES: Final[Mapping[str, Mapping[str, str | None]]] = {
 }
 """Values of flags that are spelt otherwise here, or are what happens without the flag (None)."""
 
+UNUSED: Final = frozenset({"--reasoning-parser"})
+"""Flags with a value that follows from something else here."""
+
 REFUSED: Final[Mapping[str, str]] = {
     "--gpu-memory-utilization": "use --memory-fraction (the KV cache's part of what weights leave free) or --kv-memory",
     "--tensor-parallel-size": "one process computes a model",
@@ -65,11 +68,11 @@ def as_ours(arguments: Sequence[str]) -> list[str]:
     while left:
         word = left.pop(0)
         flag, equals, value = word.partition("=")
-        if flag in VALUES and not equals and left:
+        if flag in VALUES.keys() | UNUSED and not equals and left:
             value = left.pop(0)
         if flag == "--model":
             made += [value] if equals else []
-        elif flag in NEEDLESS:
+        elif flag in NEEDLESS | UNUSED:
             continue
         elif flag in VALUES:
             made += _with_value(flag, value)

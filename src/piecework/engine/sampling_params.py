@@ -99,6 +99,7 @@ class SamplingParams:
         prompt_logprobs: the same for each token of the prompt but the first.
         n: how many continuations.
         structured: what the text has to match.
+        skip_special_tokens: leave special tokens out of the text.
 
     Raises RequestError for a value out of range.
     """
@@ -121,6 +122,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     n: int = 1
     structured: StructuredOutput | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)

@@ -7,7 +7,7 @@ import itertools
 from fastapi import FastAPI
 
 from piecework.foundation.version import VERSION
-from piecework.server.chat import chat_routes
+from piecework.server.chat.chat import chat_routes
 from piecework.server.completions import completion_routes
 from piecework.server.context import Admission, ServerContext
 from piecework.server.encoders.embeddings import embedding_routes
@@ -15,6 +15,7 @@ from piecework.server.encoders.rerank import rerank_routes
 from piecework.server.errors import add_error_answers
 from piecework.server.information import health_routes, model_routes, page_routes, start_routes
 from piecework.server.log import EventLog
+from piecework.server.messages.dialect import known_dialects
 from piecework.server.metrics import Metrics
 from piecework.server.middleware import Counted, JsonBody, KeyRequired, KnownHost
 from piecework.server.responses import documented_openapi
@@ -37,7 +38,10 @@ def make_app(
     log = log or EventLog(None)
     metrics = Metrics(status)
     seeds = None if settings.seed is None else itertools.count(settings.seed)
-    context = ServerContext(status, settings, metrics, Admission(settings.limits), log, UnknownFields(log), seeds)
+    dialects = known_dialects(settings.dialect)
+    context = ServerContext(
+        status, settings, metrics, Admission(settings.limits), log, UnknownFields(log), dialects, seeds
+    )
     # no /docs: FastAPI's page loads its scripts from elsewhere
     app = FastAPI(
         title="piecework",

@@ -99,7 +99,7 @@ class CompletionFormat(AnswerFormat):
         return []
 
     def chunks(self, prompt: int, delta: TextDelta) -> list[CompletionChunk]:
-        """See `AnswerFormat.chunks`."""
+        """See `AnswerFormat.chunks`. Each step sends one, also where its token has no text yet."""
         index = prompt * self._n + delta.index
         echo = bool(self._echoed) and index not in self._offsets
         offset = self._offsets.setdefault(index, 0)
@@ -107,7 +107,7 @@ class CompletionFormat(AnswerFormat):
             # they come with the first of a prompt's continuations, and are for all of them
             self._scores[prompt] = delta.prompt_logprobs
         choice = self._choice(index, delta.text, delta.tokens, delta.finish_reason, echo=echo, offset=offset)
-        if not choice.text and choice.logprobs is None and choice.finish_reason is None:
+        if not (delta.tokens or choice.text or choice.logprobs or choice.finish_reason):
             return []
         self._offsets[index] = offset + len("".join(choice.logprobs.tokens) if choice.logprobs else choice.text)
         return [CompletionChunk(**self._head, choices=[choice], **self._no_usage)]

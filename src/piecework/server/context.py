@@ -11,6 +11,7 @@ from starlette.requests import Request
 from piecework.engine.request import GenerationRequest
 from piecework.server.errors import ApiError, invalid
 from piecework.server.log import EventLog
+from piecework.server.messages.dialect import Dialect, find_dialect
 from piecework.server.metrics import Metrics
 from piecework.server.requests import Body
 from piecework.server.service import AnyService, EncodeService, Service
@@ -36,7 +37,12 @@ class ServerContext:
     admission: Admission
     log: EventLog
     unknown: UnknownFields
+    dialects: tuple[Dialect, ...]
     seeds: Iterator[int] | None = None
+
+    def dialect(self, service: Service) -> Dialect | None:
+        """Return how the model writes calls and reasoning, where that is known."""
+        return find_dialect(self.dialects, service.chat_templates)
 
     def seeded(self, request: GenerationRequest) -> GenerationRequest:
         """Return a request with a seed of its own, where the server was given one and the client gave none."""

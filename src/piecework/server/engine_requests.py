@@ -11,6 +11,7 @@ from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams, StructuredOutput
 from piecework.errors import RequestError
 from piecework.server.errors import ApiError, invalid
+from piecework.server.messages.tool_use import ToolUse
 from piecework.server.requests import ChatRequest, CompletionRequest, Sampling
 from piecework.server.service import Service
 from piecework.server.settings import ServerSettings
@@ -35,14 +36,16 @@ async def completion_requests(
 
 
 async def chat_request(
-    body: ChatRequest, *, answer_id: str, service: Service, settings: ServerSettings
+    body: ChatRequest, tools: ToolUse, *, answer_id: str, service: Service, settings: ServerSettings
 ) -> GenerationRequest:
-    """Return what answers a conversation.
+    """Return what answers a conversation, whose tools are used like this.
 
     Raises ApiError for what isn't possible, RequestError where the chat template refuses the messages.
     """
-    prompt = await _chat_prompt(body, service=service, settings=settings)
+    prompt = await chat_prompt(body, tools, service=service, settings=settings)
     params = _chat_params(body, settings=settings, room=service.max_positions - len(prompt))
+    if tools.constraint is not None:
+        params = replace(params, structured=tools.constraint)
     return GenerationRequest(answer_id, prompt, params)
 
 
@@ -65,16 +68,17 @@ async def _completion_prompts(
     return prompts
 
 
-async def _chat_prompt(request: ChatRequest, *, service: Service, settings: ServerSettings) -> tuple[int, ...]:
-    """Return the tokens of a conversation."""
+async def chat_prompt(
+    request: ChatRequest, tools: ToolUse, *, service: Service, settings: ServerSettings
+) -> tuple[int, ...]:
+    """Return the tokens of a conversation. Raises ApiError, RequestError."""
     messages = [message.model_dump(exclude_none=True) for message in request.messages]
-    tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
-    if request.tool_choice not in (None, "auto", "none"):
-        raise invalid("tool_choice: only none and auto are supported", param="tool_choice")
-    offered = tools if tools and request.tool_choice != "none" else None
+    extra = dict(request.chat_template_kwargs or {})
+    if request.reasoning_effort is not None:
+        extra.setdefault("reasoning_effort", request.reasoning_effort)
 
     def encode(_text: str) -> list[int]:
-        return service.encode_chat(messages, tools=offered, extra=request.chat_template_kwargs)
+        return service.encode_chat(messages, tools=tools.offered or None, extra=extra)
 
     # the length decides where it is encoded; the text itself is in the messages
     text = "".join(str(message.get("content", "")) for message in messages)
@@ -206,6 +210,7 @@ def _params(
         "min_tokens": request.min_tokens,
         "logit_bias": {int(token): bias for token, bias in (request.logit_bias or {}).items()},
         "structured": _structured(request),
+        "skip_special_tokens": request.skip_special_tokens,
     }
     given = {name: value for name, value in given.items() if value is not None}
     defaults = {"temperature": 1.0, **settings.defaults.given()}

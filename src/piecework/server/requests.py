@@ -1,7 +1,7 @@
 """What clients send, as pydantic models. Wrong types are refused; `unknown_fields.py` judges fields that aren't here.
 
 Fields beyond OpenAI's have vLLM's names: top_k, min_p, repetition_penalty, min_tokens, stop_token_ids, ignore_eos,
-prompt_logprobs, structured_outputs, chat_template_kwargs.
+prompt_logprobs, skip_special_tokens, structured_outputs, chat_template_kwargs.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ class Sampling(Body):
     ignore_eos: bool | None = None
     min_tokens: Annotated[int | None, Field(ge=0, le=2**31 - 1)] = None
     prompt_logprobs: Annotated[int | None, Field(ge=0, le=1024)] = None
+    skip_special_tokens: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     user: str | None = None
@@ -182,7 +183,9 @@ class ChatRequest(Sampling):
     max_completion_tokens: Annotated[int | None, Field(ge=1, le=2**31 - 1)] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=1024)] = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool] | None, Field(max_length=128)] = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Annotated[str | None, Field(max_length=32)] = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 

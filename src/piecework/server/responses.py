@@ -153,12 +153,34 @@ class ChatLogprobs(Answered):
     refusal: None
 
 
+class AnsweredFunction(Answered):
+    """A function that the model calls, with its arguments as JSON text; in a stream, pieces of them."""
+
+    name: str = ""
+    arguments: str
+
+
+class AnsweredCall(Answered):
+    """A call of a tool. In a stream `index` says which of a message's calls; id, type and name come once."""
+
+    index: int = 0
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: AnsweredFunction
+
+
 class AssistantMessage(Answered):
-    """What the model says."""
+    """What the model says; nothing where it only calls tools."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: str = ""
+    tool_calls: list[AnsweredCall] = []
+
+
+ChatEnd = FinishReason | Literal["tool_calls"]
+"""Why a message ended; "tool_calls" where it calls some and wasn't cut off."""
 
 
 class ChatChoice(Answered):
@@ -167,7 +189,7 @@ class ChatChoice(Answered):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatEnd
 
 
 class ChatAnswer(Answered):
@@ -183,10 +205,12 @@ class ChatAnswer(Answered):
 
 
 class ChatDelta(Answered):
-    """What a chunk adds to a message: first who speaks, then text, at the end nothing."""
+    """What a chunk adds to a message: first who speaks, then text, reasoning or a call, at the end nothing."""
 
     role: Literal["assistant"] = "assistant"
     content: str = ""
+    reasoning_content: str = ""
+    tool_calls: list[AnsweredCall] = []
 
 
 class ChatChunkChoice(Answered):
@@ -195,7 +219,7 @@ class ChatChunkChoice(Answered):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatEnd | None
 
 
 class ChatChunk(Answered):

@@ -63,6 +63,7 @@ class ServerSettings:
         defaults: of sampling parameters where a request names none; without them the temperature is 1, as OpenAI's.
         seed: of the random numbers of requests that name none: the first such request draws as one with this seed, the
             second as one with the next; None: nobody can draw them again.
+        dialect: how the model writes calls of tools and reasoning, by name; None: as its chat template shows.
         hosts: names under which clients may call the server, beside "localhost" and addresses; "*" for any.
     """
 
@@ -72,6 +73,7 @@ class ServerSettings:
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     seed: int | None = None
     hosts: tuple[str, ...] = ()
+    dialect: str | None = None
 
     def __post_init__(self) -> None:
         if not self.model_names or not all(self.model_names):

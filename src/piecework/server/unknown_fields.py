@@ -38,7 +38,8 @@ REFUSED: Final[Mapping[str, str]] = {
     **dict.fromkeys(("add_special_tokens", "truncate_prompt_tokens"), "a prompt of tokens"),
     **dict.fromkeys(("chat_template", "documents"), "chat_template_kwargs"),
     **dict.fromkeys(("web_search_options", "prediction", "conversation", "previous_response_id", "background"), ""),
-    **dict.fromkeys(("include_stop_str_in_output", "spaces_between_special_tokens"), ""),
+    **dict.fromkeys(("include_stop_str_in_output", "spaces_between_special_tokens", "include_reasoning"), ""),
+    **dict.fromkeys(("add_generation_prompt", "continue_final_message", "echo", "suffix", "best_of"), ""),
 }
 """Fields of other servers that would change the answer, and what to use here, or ""."""
 
@@ -49,6 +50,9 @@ _NEUTRAL: Final[Mapping[str, object]] = {
     "repeat_penalty": 1.0,
     "add_special_tokens": True,
     "spaces_between_special_tokens": True,
+    "include_reasoning": True,
+    "add_generation_prompt": True,
+    "best_of": 1,
     "mirostat": 0,
     "dry_multiplier": 0,
     "xtc_probability": 0,
@@ -108,9 +112,9 @@ class IgnoredNamed:
 
 def _asks(name: str, value: object) -> bool:
     """Return whether a field asks for anything at all; many clients send every field they have."""
-    if value is None or value is False or value in ("", [], {}):
-        return False
-    return name not in _NEUTRAL or value != _NEUTRAL[name]
+    if value is None or name in _NEUTRAL:
+        return value is not None and value != _NEUTRAL[name]
+    return value is not False and value not in ("", [], {})
 
 
 def _refuse(name: str, known: list[str]) -> None:
