@@ -14,6 +14,8 @@ from piecework.errors import RequestError
 
 LEAST_TEMPERATURE: Final = 1e-5
 MOST_LOGIT_BIAS: Final = 100.0
+JSON_SPACE: Final = r"[\x20\x0A\x0D\x09]{1,32}"
+"""Between the parts of JSON that a model writes; JSON allows any amount, and some models then write spaces for ever."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from piecework.engine.sampling.candidates import Logits
-from piecework.engine.sampling_params import StructuredOutput
+from piecework.engine.sampling_params import JSON_SPACE, StructuredOutput
 from piecework.engine.text.tokenizer import Tokenizer
 from piecework.errors import MissingPackageError, RequestError
 
@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 _MOST_KEPT: Final = 128
-_WHITESPACE: Final = r"[\x20\x0A\x0D\x09]{1,32}"
-"""JSON allows any amount; models that may write spaces for ever sometimes do."""
 _WORD_BITS: Final = 32
 _MOST_LEVELS: Final = 2000
 """llguidance follows references by recursion; at several thousand levels it ends the process."""
+_RULE: Final = re.compile(r'^[^"\n:]*:', re.MULTILINE)
 _BRACKET: Final = re.compile(r"[\[\](){}]")
 
 
@@ -84,7 +83,7 @@ class Grammars:
 
         tokens = self._tokenizer.token_bytes(range(self._vocab_size))
         special = [token for token in self._tokenizer.special_token_ids if token < self._vocab_size]
-        vocabulary = _Vocabulary(tokens, special=special, eos_token_ids=self._eos_token_ids)
+        vocabulary = _Vocabulary(self._tokenizer, tokens, special=special, eos_token_ids=self._eos_token_ids)
         return LLTokenizer(TokenizerWrapper(vocabulary), n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
 
 
@@ -134,18 +133,47 @@ def _limits(masks: NDArray[np.int32], *, vocab: int) -> Logits:
 
 @final
 class _Vocabulary:
-    """The tokenizer that llguidance asks for. Calling it would turn text into tokens; the masks don't need that."""
+    """The tokenizer that llguidance asks for. It asks how text is written that has to come as it is.
 
-    def __init__(self, tokens: list[bytes], *, special: list[int], eos_token_ids: list[int]) -> None:
+    Args:
+        tokenizer: the model's.
+        tokens: the bytes of each token.
+        special: tokens that are never text.
+        eos_token_ids: tokens that end a text.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, tokens: list[bytes], *, special: list[int], eos_token_ids: list[int]
+    ) -> None:
         self.tokens = tokens
         self.special_token_ids = special
         self.eos_token_id = eos_token_ids[0]
         self.bos_token_id = None
-        self._by_byte = {token[0]: place for place, token in enumerate(tokens) if len(token) == 1}
+        self._tokenizer = tokenizer
+        never = set(special)
+        self._ids = {token: place for place, token in enumerate(tokens) if token and place not in never}
+        self._longest = max((len(token) for token in self._ids), default=0)
 
     def __call__(self, text: bytes | str) -> list[int]:
-        encoded = text.encode() if isinstance(text, str) else text
-        return [self._by_byte[byte] for byte in encoded if byte in self._by_byte]
+        """Return the tokens that the model knows a text by; without the special ones at its ends."""
+        wanted = text.encode() if isinstance(text, str) else text
+        ids = self._tokenizer.encode(wanted.decode(errors="replace"), add_special_tokens=False)
+        parts = [self.tokens[token] for token in ids if token < len(self.tokens)]
+        if b"".join(parts) == wanted and all(part in self._ids for part in parts):
+            return ids
+        return self._greedy(wanted)  # a tokenizer that puts a space before, or part of a character
+
+    def _greedy(self, text: bytes) -> list[int]:
+        """Return the longest token at each place; bytes that no token has are left out."""
+        found: list[int] = []
+        place = 0
+        while place < len(text):
+            lengths = range(min(self._longest, len(text) - place), 0, -1)
+            length = next((n for n in lengths if text[place : place + n] in self._ids), 0)
+            if length:
+                found.append(self._ids[text[place : place + length]])
+            place += max(1, length)
+        return found
 
 
 def _grammar_of(kind: str, text: str, matching: Any) -> str:
@@ -158,12 +186,14 @@ def _grammar_of(kind: str, text: str, matching: Any) -> str:
         case "grammar" | "choice":
             return str(grammar_from(kind, text))
     schema = text if kind == "json_schema" else '{"type": "object"}'
-    return str(matching.grammar_from_json_schema(schema, {"whitespace_pattern": _WHITESPACE}))
+    return str(matching.grammar_from_json_schema(schema, {"whitespace_pattern": JSON_SPACE}))
 
 
 def _most_levels(kind: str, text: str) -> int:
     """Return how many levels deep a grammar may lead: references that follow one another, times brackets in each."""
-    references = text.count('ef"') if kind == "json_schema" else text.count(":")  # "$ref", "$dynamicRef"
+    references = text.count('ef"')  # "$ref", "$dynamicRef"
+    if kind == "grammar":
+        references += len(_RULE.findall(text))
     if kind not in ("json_schema", "grammar"):
         return 0
     deepest = depth = 0

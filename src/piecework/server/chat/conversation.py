@@ -65,10 +65,10 @@ async def begin_conversation(
     body: ChatRequest, *, answer_id: str, service: Service, context: ServerContext
 ) -> Conversation:
     """Return what a request comes to. Raises ApiError, RequestError."""
-    tools = tool_use(body)
-    asked = await chat_request(body, tools, answer_id=answer_id, service=service, settings=context.settings)
     dialect = context.dialect(service)
-    if dialect is not None and dialect.special_tokens and tools.constraint is None:
+    tools = tool_use(body, dialect)
+    asked = await chat_request(body, tools, answer_id=answer_id, service=service, settings=context.settings)
+    if dialect is not None and dialect.special_tokens and not tools.required:
         asked = replace(asked, params=replace(asked.params, skip_special_tokens=False))
     opened = None
     if dialect is not None and dialect.reasoning is not None:

@@ -62,6 +62,20 @@ class Span:
 
 
 @dataclass(frozen=True)
+class StrictForm:
+    """The exact text of a call: `begin`, the name and `middle`, both as JSON has them, the arguments, `end`.
+
+    Attributes:
+        trigger: what a text has before a call, wherever that is; "" where a call is a whole text.
+    """
+
+    begin: str
+    middle: str
+    end: str
+    trigger: str = ""
+
+
+@dataclass(frozen=True)
 class Dialect:
     """How a family of models writes.
 
@@ -70,6 +84,7 @@ class Dialect:
         recognised_by: texts of which a chat template of the family has one.
         spans: the marked parts.
         dropped: marks between spans that are no text.
+        strict: how calls are written that have to match their functions' schemas; None where that can't be said.
         special_tokens: whether marks are special tokens, which a text otherwise leaves out.
     """
 
@@ -78,6 +93,7 @@ class Dialect:
     spans: tuple[Span, ...]
     dropped: tuple[str, ...] = ()
     special_tokens: bool = False
+    strict: StrictForm | None = None
 
     @cached_property
     def reasoning(self) -> Span | None:
@@ -149,6 +165,7 @@ def _dialect(data: Mapping[str, Any]) -> Dialect:
         spans=tuple(_span(span) for span in data["spans"]),
         dropped=tuple(data.get("dropped", ())),
         special_tokens=data.get("special_tokens", False),
+        strict=StrictForm(**data["strict"]) if "strict" in data else None,
     )
 
 

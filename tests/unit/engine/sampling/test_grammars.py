@@ -118,6 +118,18 @@ def test_choices_and_grammars(structured: StructuredOutput, texts: set[str]) -> 
     assert {tokenizer.decode(generate(tokenizer, params, seed=seed, vocab=417)) for seed in range(6)} <= texts
 
 
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "metaspace"])
+def test_text_that_is_given_is_written_as_the_model_knows_it(kind: str) -> None:
+    tokenizer: Tokenizer = getattr(small, kind)()
+    text = 'the "name": "weather" at'
+    params = SamplingParams(structured=StructuredOutput(regex=re.escape(text)))
+    tokens = generate(tokenizer, params, seed=1, vocab=tokenizer.num_tokens + 3)
+    assert b"".join(tokenizer.token_bytes(tokens)).decode() == text
+    if kind == "byte_level":
+        assert tokens == tokenizer.encode(text, add_special_tokens=False)
+    assert len(tokens) <= len(text.encode())
+
+
 def test_any_json_object() -> None:
     tokenizer = small.byte_level()
     braces = dict.fromkeys(tokenizer.encode("{") + tokenizer.encode("}"), 100.0)

@@ -6,10 +6,17 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
+import numpy as np
 import openai
 import pytest
 
+from piecework.engine.sampling.grammars import Grammar, Grammars
+from piecework.server.messages.dialect import find_dialect, known_dialects
+from piecework.server.messages.tool_use import tool_use
+from piecework.server.requests import ChatRequest
 from piecework.server.settings import ServerSettings
+from tests.unit.engine import tokenizers_of_tests as small
 from tests.unit.server.fake import FakeService, ready
 from tests.unit.server.live import live_server
 
@@ -27,6 +34,12 @@ def service() -> FakeService:
     service = FakeService()
     service.templates = "<tool_call>"
     return service
+
+
+@pytest.fixture
+def plain_url() -> Iterator[str]:
+    with live_server(ready(FakeService()), ServerSettings(model_names=("fake",))) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +117,54 @@ def test_a_required_call_constrains_the_text_to_calls(client: openai.OpenAI, ser
     schema = json.loads(service.seen[-1].params.structured.key[1])
     assert (schema["$defs"], len(schema["items"]["anyOf"])) == (PARAMETERS["$defs"], 2)
     assert [call[1] for call in streamed(client, **asked)[1]] == ["weather", "time"]
+
+
+STRICT = {"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}
+
+
+@pytest.mark.parametrize(
+    ("template", "before", "begin", "end"),
+    [
+        ("<tool_call>", "Hm: {", '<tool_call>\n{"name": "weather", "arguments": ', "}\n</tool_call>"),
+        ("<|python_tag|>", "", '{"name": "weather", "parameters": ', "}"),
+    ],
+)
+def test_strict_functions_hold_the_model_to_their_schemas_wherever_it_calls(
+    template: str, before: str, begin: str, end: str
+) -> None:
+    pytest.importorskip("llguidance")
+    (dialect,) = [find_dialect(known_dialects(), template)]
+    tools = [STRICT, {"type": "function", "function": {"name": "any"}}]
+    body = ChatRequest.model_validate({**ASKED, "tools": tools})
+    constraint = tool_use(body, dialect).constraint
+    assert constraint is not None
+    tokenizer = small.byte_level()
+    grammars = Grammars(tokenizer, vocab_size=400, eos_token_ids=(small.EOS,))
+    for text, right in (
+        ("Just text.", True),
+        (before + begin + '{"city": "Oslo"}' + end, True),
+        (before + begin + '{"city": 5}' + end, False),
+        (before + begin.replace("weather", "any") + '{"city": 5}' + end, True),
+        (before + begin.replace("weather", "other"), False),
+    ):
+        assert follows(grammars.start(constraint), tokenizer.encode(text)) is right, text
+
+
+def follows(grammar: Grammar, tokens: list[int]) -> bool:
+    """Return whether a grammar allows these tokens, and then the end."""
+    mask = np.zeros(13, dtype=np.int32)
+    for place in range(len(tokens) + 1):
+        grammar.fill(mask, tokens[:place])
+        allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")
+        if not allowed[[*tokens, small.EOS][place]]:
+            return False
+    return True
+
+
+def test_strict_functions_are_refused_where_nothing_holds_the_model_to_them(plain_url: str) -> None:
+    asked = {**ASKED, "model": "fake", "tools": [STRICT]}
+    answer = httpx.post(f"{plain_url}/v1/chat/completions", json=asked)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
 
 
 @pytest.mark.parametrize(
