@@ -110,6 +110,10 @@ class RequestError(PieceworkError):
     """A generation request asks for something impossible."""
 
 
+class MissingPackageError(RequestError):
+    """What a request asks for needs an optional package that isn't installed; `try_` is how to install it."""
+
+
 class CapacityError(PieceworkError):
     """Not enough memory, blocks or room for what was asked."""
 

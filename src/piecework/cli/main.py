@@ -10,6 +10,7 @@ import errno
 import importlib
 import os
 import platform
+import re
 import signal
 import sys
 import threading
@@ -20,6 +21,7 @@ from types import FrameType
 from typing import Final, NoReturn
 
 from piecework.cli import console
+from piecework.cli.command_parser import CommandParser
 from piecework.errors import PieceworkError
 from piecework.foundation.files import as_store_error
 from piecework.foundation.process import end_with_parent, exit_at_once
@@ -45,6 +47,7 @@ exit codes: 0 done, 1 failed (also when interrupted), 2 wrong usage
 store: $PIECEWORK_HOME, else $XDG_CACHE_HOME/piecework, else ~/.cache/piecework,
 else (without a home directory) /tmp/piecework-<user id>
 """
+_FLAG: Final = re.compile(r"--[a-z][a-z0-9-]+")
 _DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -83,7 +86,7 @@ def entry() -> NoReturn:
 
 def make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     """Return the parser for `arguments`: complete for the command they name, one line for each other."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="piecework",
         description="Compile each different piece of a model once; start anywhere in a blink.",
         epilog=_EPILOG,
@@ -104,6 +107,7 @@ def make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
             )
             # given by processes of ours that start others: end when that one does
             subparsers.choices[name].add_argument("--parent", type=int, help=argparse.SUPPRESS)
+            parser.flags = tuple(dict.fromkeys(_FLAG.findall(subparsers.choices[name].format_help())))
         else:
             subparsers.add_parser(name, help=summary)
     return parser

@@ -8,16 +8,20 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from piecework.cli.command_parser import CommandParser
 from piecework.cli.console import size_argument
+from piecework.cli.vllm_flags import as_ours
 from piecework.engine.options import engine_options, read_engine_options
 from piecework.engine.profile_options import DEFAULT_STEPS, ProfileOptions
 from piecework.errors import PieceworkError
 from piecework.foundation.environment import read_environment
 from piecework.foundation.process import keep_freed_memory, seconds_since_start
 from piecework.spec.command_line import add_model, add_options, add_spec_options, spec_of
+from piecework.spec.sampling_defaults import SamplingDefaults, read_sampling_defaults
 from piecework.spec.source import model_name
 
 if TYPE_CHECKING:
@@ -30,7 +34,11 @@ if TYPE_CHECKING:
     from piecework.server.settings import ServerSettings
     from piecework.server.status import ServerStatus
 
+_ENGINE: Final = ("prefix_caching", "while_compiling", "bundle", "trust", "random_weights", "chat_template")
+_AUTO: Final = "auto"
+_NO_FILE: Final = "vllm"
 _EPILOG: Final = """\
+vLLM's names are taken too: --model, --max-num-seqs, --max-num-batched-tokens, --dtype auto|half ...
 The API key may also be given as $PIECEWORK_API_KEY, which other users of the machine don't see.
 SIGTERM and Ctrl-C let running requests finish, up to --drain seconds; the exit code is then 0.
 """
@@ -48,6 +56,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    assert isinstance(parser, CommandParser)
+    parser.rewrite = as_ours
     add_model(parser)
     _add_http(parser.add_argument_group("where and for whom"))
     _add_model(parser.add_argument_group("the model"))
@@ -82,8 +92,9 @@ def run(args: argparse.Namespace) -> int:
     from piecework.server.status import ServerStatus  # noqa: PLC0415
 
     environment = read_environment()
-    options, settings = _engine_options(args), _settings(args, environment)
+    options = _engine_options(args)
     spec = spec_of(args, weights=options.random_weights is None)
+    settings = _settings(args, environment, spec.source)
     log = EventLog(sys.stderr, as_json=args.json)
     status = ServerStatus(clock=seconds_since_start)
     failed = threading.Event()
@@ -142,7 +153,7 @@ def _engine_options(args: argparse.Namespace) -> EngineOptions:
     return read_engine_options(vars(args), profile=profile)
 
 
-def _settings(args: argparse.Namespace, environment: Environment) -> ServerSettings:
+def _settings(args: argparse.Namespace, environment: Environment, model_dir: Path) -> ServerSettings:
     from piecework.server.settings import Limits, ServerSettings  # noqa: PLC0415
 
     limits = Limits(
@@ -162,9 +173,19 @@ def _settings(args: argparse.Namespace, environment: Environment) -> ServerSetti
         model_names=tuple(args.served_model_name or [model_name(args.model)]),
         api_key=args.api_key if args.api_key is not None else environment.api_key,
         limits=limits,
-        default_temperature=args.default_temperature,
+        defaults=_defaults(args, model_dir),
+        seed=args.seed,
+        dialect=args.tool_call_parser,
         hosts=(args.host, *(args.allowed_host or ())),
     )
+
+
+def _defaults(args: argparse.Namespace, model_dir: Path) -> SamplingDefaults:
+    """Return what is taken where a request says nothing; raises UnsupportedModelError for a broken file."""
+    where = model_dir if args.generation_config == _AUTO else Path(args.generation_config)
+    defaults = SamplingDefaults() if args.generation_config == _NO_FILE else read_sampling_defaults(where)
+    chosen = args.default_temperature
+    return defaults if chosen is None else replace(defaults, temperature=chosen)
 
 
 def _add_http(group: argparse._ArgumentGroup) -> None:
@@ -190,15 +211,30 @@ def _add_http(group: argparse._ArgumentGroup) -> None:
 
 def _add_model(group: argparse._ArgumentGroup) -> None:
     add_spec_options(group)
-    add_options(group, engine_options("max_seqs"))
+    add_options(group, engine_options("max_seqs", "max_model_len"))
     add_options(group.add_mutually_exclusive_group(), engine_options("kv_cache_memory", "memory_fraction"))
-    add_options(group, engine_options("prefix_caching", "while_compiling", "bundle", "trust", "random_weights"))
+    add_options(group, engine_options(*_ENGINE))
     group.add_argument(
         "--default-temperature",
         type=float,
-        default=1.0,
         metavar="T",
-        help="where a request names none (default: 1, as OpenAI has it)",
+        help="where a request names none (default: generation_config.json's, else 1, as OpenAI has it)",
+    )
+    group.add_argument(
+        "--generation-config",
+        default=_AUTO,
+        metavar="DIR",
+        help="whose generation_config.json says how to sample where a request doesn't; vllm: nobody's "
+        "(default: the model's)",
+    )
+    group.add_argument(
+        "--tool-call-parser",
+        metavar="NAME",
+        help="how the model writes calls of tools and reasoning: hermes, llama3_json, mistral, deepseek_v3, openai, "
+        "think (default: as its chat template shows)",
+    )
+    group.add_argument(
+        "--seed", type=_seed, metavar="N", help="of the random numbers of requests that name none (default: fresh ones)"
     )
 
 
@@ -266,6 +302,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 1 << 62:
+        raise argparse.ArgumentTypeError(f"{value} is no seed; seeds are 0 to 2**62")
     return value
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,9 +25,11 @@ from piecework.engine.kv_memory import (
 )
 from piecework.engine.options import EngineOptions
 from piecework.engine.text.tokenizer import Tokenizer
+from piecework.errors import RequestError
 from piecework.foundation.process import seconds_since_start
 from piecework.models.checkpoint import Checkpoint, TensorMeta, open_checkpoint, random_checkpoint
 from piecework.models.weight_check import wanted_by
+from piecework.spec.config import ModelConfig
 from piecework.spec.model_spec import ModelSpec
 
 
@@ -83,7 +85,20 @@ def make_engine(
 
         runner = profiled(loaded.model, options.profile, on_note=lambda text: on_event(Note(text)))
     with phase("KV cache", on_event=on_event):
-        return engine_for(runner, config, model_config=spec.config, tokenizer=tokenizer)
+        return engine_for(
+            runner, config, model_config=_shortened(spec.config, options.max_model_len), tokenizer=tokenizer
+        )
+
+
+def _shortened(config: ModelConfig, most: int | None) -> ModelConfig:
+    """Return a config whose sequences are at most so long; raises RequestError where the model's can't be."""
+    if most is not None and most > config.max_positions:
+        raise RequestError(
+            asked=f"sequences of up to {most} tokens",
+            found=f"the model's positions are made for {config.max_positions}",
+            try_=f"--max-model-len {config.max_positions} or less",
+        )
+    return config if most is None else replace(config, max_positions=most)
 
 
 def num_blocks_for_cache(plan: Plan, spec: ModelSpec, options: EngineOptions) -> int:

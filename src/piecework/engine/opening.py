@@ -229,7 +229,8 @@ def _load_tokenizer(start: Start, load: Callable[[], Tokenizer | None] | None) -
         encoder = start.spec.config.encoder
         if encoder is None and not (start.spec.source / "tokenizer.json").exists():
             return None
-        return load_tokenizer(start.spec.source, longest=None if encoder is None else encoder.longest)
+        longest = None if encoder is None else encoder.longest
+        return load_tokenizer(start.spec.source, longest=longest, chat_template=start.options.chat_template)
 
 
 def _read_weights_ahead(start: Start) -> None:

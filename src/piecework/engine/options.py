@@ -50,6 +50,7 @@ class EngineOptions:
 
     Attributes:
         max_seqs: most sequences in one forward pass; None for the most that the bundle takes.
+        max_model_len: the longest sequence in tokens; None for the model's.
         kv_cache_memory: bytes of the KV cache; None for `memory_fraction`.
         memory_fraction: the KV cache's share of the memory that is free once the model is loaded; None for 0.5 of the
             host's or 0.9 of a GPU's.
@@ -59,6 +60,7 @@ class EngineOptions:
         trust: the file of public keys of which a bundle that wasn't compiled into the store needs a signature, or
             "require" for the default one; None for the environment's.
         random_weights: a seed for random weights; the directory then needs no safetensors.
+        chat_template: a file with the template of conversations; None for the model's.
         kv_cache_tokens: the KV cache holds one sequence of so many tokens, whatever memory there is.
         profile: write a torch profiler trace of some forwards, with pieces and layers by name.
     """
@@ -68,6 +70,13 @@ class EngineOptions:
         "most sequences in one forward pass",
         metavar="N",
         default_text="what the bundle takes",
+        read=at_least_one,
+    )
+    max_model_len: int | None = option(
+        None,
+        "the longest sequence, prompt and continuation together, in tokens",
+        metavar="N",
+        default_text="the model's",
         read=at_least_one,
     )
     kv_cache_memory: int | None = option(
@@ -114,6 +123,9 @@ class EngineOptions:
         metavar="SEED",
         default_text="the directory's",
         read=int,
+    )
+    chat_template: Path | None = option(
+        None, "a chat template in Jinja, instead of the model's", metavar="FILE", default_text="the model's", read=Path
     )
     kv_cache_tokens: int | None = None
     profile: ProfileOptions | None = None

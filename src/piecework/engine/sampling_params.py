@@ -14,28 +14,40 @@ from piecework.errors import RequestError
 
 LEAST_TEMPERATURE: Final = 1e-5
 MOST_LOGIT_BIAS: Final = 100.0
+JSON_SPACE: Final = r"[\x20\x0A\x0D\x09]{1,32}"
+"""Between the parts of JSON that a model writes; JSON allows any amount, and some models then write spaces for ever."""
 
 
 @dataclass(frozen=True)
 class StructuredOutput:
-    """What the generated text has to match: exactly one of the three.
+    """What the generated text has to match: exactly one of the five.
 
     Args:
-        json_schema: a JSON schema; `False` and `True` are schemas too, but only objects are taken here.
+        json_schema: a JSON schema, as an object or as its text.
         regex: a regular expression that the whole text matches.
         json_object: any JSON object.
+        choice: the whole text is one of these.
+        grammar: a context-free grammar, in Lark's form or in llama.cpp's (GBNF), with a rule `start` or `root`.
 
     Needs the optional extra `piecework[structured]`. Raises RequestError for none or several of them.
     """
 
-    json_schema: Mapping[str, Any] | None = field(default=None, hash=False)
+    json_schema: Mapping[str, Any] | str | None = field(default=None, hash=False)
     regex: str | None = None
     json_object: bool = False
+    choice: Items[str] | None = None
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
-        chosen = [self.json_schema is not None, self.regex is not None, self.json_object]
+        if self.choice is not None:
+            object.__setattr__(self, "choice", tuple(self.choice))
+            _require(bool(self.choice), "a choice among no texts", "at least one text to choose")
+        given = (self.json_schema, self.regex, self.choice, self.grammar, self.json_object or None)
+        number = sum(one is not None for one in given)
         _require(
-            sum(chosen) == 1, f"{sum(chosen)} kinds of structured output", "one of json_schema, regex, json_object"
+            number == 1,
+            f"{number} kinds of structured output",
+            "one of json_schema, regex, json_object, choice, grammar",
         )
         _ = self.key
 
@@ -44,11 +56,16 @@ class StructuredOutput:
         """Kind and text; equal for equal constraints. The order of a schema's properties counts."""
         if self.regex is not None:
             return "regex", self.regex
+        if self.grammar is not None:
+            return "grammar", self.grammar
+        if self.choice is not None:
+            return "choice", json.dumps(self.choice)
         if self.json_schema is None:
             return "json_object", ""
         try:
-            return "json_schema", json.dumps(self.json_schema)
-        except (TypeError, ValueError) as error:
+            given = self.json_schema
+            return "json_schema", json.dumps(json.loads(given) if isinstance(given, str) else given)
+        except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(
                 asked="output that matches a JSON schema",
                 found=f"the schema is no JSON: {error}",
@@ -84,6 +101,7 @@ class SamplingParams:
         prompt_logprobs: the same for each token of the prompt but the first.
         n: how many continuations.
         structured: what the text has to match.
+        skip_special_tokens: leave special tokens out of the text.
 
     Raises RequestError for a value out of range.
     """
@@ -106,6 +124,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     n: int = 1
     structured: StructuredOutput | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)

@@ -63,6 +63,11 @@ class TextEngine:
         """Return the tokens of a conversation, up to where the assistant answers; see `Tokenizer.encode_chat`."""
         return self._require_tokenizer("continue a conversation").encode_chat(messages, tools=tools, extra=extra)
 
+    @property
+    def chat_templates(self) -> str:
+        """The sources of the model's chat templates, "" where it has none."""
+        return "" if self._tokenizer is None else self._tokenizer.chat_templates
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens; raises RequestError where there is no tokenizer."""
         return self._require_tokenizer("decode tokens").decode(tokens)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 from fastapi import FastAPI
 
 from piecework.foundation.version import VERSION
-from piecework.server.chat import chat_routes
+from piecework.server.chat.chat import chat_routes
 from piecework.server.completions import completion_routes
 from piecework.server.context import Admission, ServerContext
 from piecework.server.encoders.embeddings import embedding_routes
@@ -13,11 +15,13 @@ from piecework.server.encoders.rerank import rerank_routes
 from piecework.server.errors import add_error_answers
 from piecework.server.information import health_routes, model_routes, page_routes, start_routes
 from piecework.server.log import EventLog
+from piecework.server.messages.dialect import known_dialects
 from piecework.server.metrics import Metrics
 from piecework.server.middleware import Counted, JsonBody, KeyRequired, KnownHost
 from piecework.server.responses import documented_openapi
 from piecework.server.settings import ServerSettings
 from piecework.server.status import ServerStatus, State
+from piecework.server.unknown_fields import IgnoredNamed, UnknownFields
 
 
 def make_app(
@@ -33,7 +37,11 @@ def make_app(
     """
     log = log or EventLog(None)
     metrics = Metrics(status)
-    context = ServerContext(status, settings, metrics, Admission(settings.limits), log)
+    seeds = None if settings.seed is None else itertools.count(settings.seed)
+    dialects = known_dialects(settings.dialect)
+    context = ServerContext(
+        status, settings, metrics, Admission(settings.limits), log, UnknownFields(log), dialects, seeds
+    )
     # no /docs: FastAPI's page loads its scripts from elsewhere
     app = FastAPI(
         title="piecework",
@@ -56,6 +64,7 @@ def make_app(
     add_error_answers(app)
     app.openapi = documented_openapi(app, has_key=settings.api_key is not None)  # type: ignore[method-assign]
     # added last, met first
+    app.add_middleware(IgnoredNamed)
     app.add_middleware(JsonBody, limits=settings.limits, is_draining=lambda: status.state is State.DRAINING)
     if settings.api_key is not None:
         app.add_middleware(KeyRequired, api_key=settings.api_key)

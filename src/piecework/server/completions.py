@@ -22,6 +22,7 @@ from piecework.server.generation import (
     answer_stream,
     answer_whole,
     logprob_of,
+    prompt_logprobs_of,
     token_texts,
 )
 from piecework.server.requests import CompletionRequest
@@ -45,11 +46,11 @@ def completion_routes(context: ServerContext) -> APIRouter:
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Continue one prompt or several."""
         began_s = time.perf_counter()
-        context.check_model(body.model)
+        context.check_body(body, request)
         service, settings = context.ready_service(), context.settings
         answer_id = f"cmpl-{uuid.uuid4().hex}"
         asked = await completion_requests(body, answer_id=answer_id, service=service, settings=settings)
-        known = None if body.logprobs is None else await token_texts(service)
+        known = None if body.logprobs is body.prompt_logprobs is None else await token_texts(service)
         head = {"id": answer_id, "created": int(time.time()), "model": settings.model}
         answer = CompletionFormat(body, asked, head=head, service=service, known=known)
         exchange = Exchange(context, service, asked, began_s=began_s, hidden_tokens=1 if body.max_tokens == 0 else 0)
@@ -69,7 +70,7 @@ class CompletionFormat(AnswerFormat):
         requests: one for each of its prompts.
         head: id, created and model of the answer and of each chunk.
         service: gives the text of prompts that came as tokens, for `echo`.
-        known: the texts of tokens, where log-probabilities are asked for.
+        known: the texts of tokens, where log-probabilities are asked for, of the continuation or of the prompt.
     """
 
     def __init__(
@@ -84,7 +85,8 @@ class CompletionFormat(AnswerFormat):
         self._head = {**head, "object": "text_completion"}
         self._no_usage: dict[str, Any] = {"usage": None} if body.include_usage else {}
         self._n = body.n or 1
-        self._known = known
+        self._known = None if body.logprobs is None else known
+        self._scored = None if body.prompt_logprobs is None else known
         self._hide = body.max_tokens == 0
         self._prompts = [request.prompt for request in requests]
         self._service = service
@@ -97,7 +99,7 @@ class CompletionFormat(AnswerFormat):
         return []
 
     def chunks(self, prompt: int, delta: TextDelta) -> list[CompletionChunk]:
-        """See `AnswerFormat.chunks`."""
+        """See `AnswerFormat.chunks`. Each step sends one, also where its token has no text yet."""
         index = prompt * self._n + delta.index
         echo = bool(self._echoed) and index not in self._offsets
         offset = self._offsets.setdefault(index, 0)
@@ -105,7 +107,7 @@ class CompletionFormat(AnswerFormat):
             # they come with the first of a prompt's continuations, and are for all of them
             self._scores[prompt] = delta.prompt_logprobs
         choice = self._choice(index, delta.text, delta.tokens, delta.finish_reason, echo=echo, offset=offset)
-        if not choice.text and choice.logprobs is None and choice.finish_reason is None:
+        if not (delta.tokens or choice.text or choice.logprobs or choice.finish_reason):
             return []
         self._offsets[index] = offset + len("".join(choice.logprobs.tokens) if choice.logprobs else choice.text)
         return [CompletionChunk(**self._head, choices=[choice], **self._no_usage)]
@@ -122,7 +124,11 @@ class CompletionFormat(AnswerFormat):
             for index, made in enumerate(completion.continuations, start=prompt * self._n):
                 tokens = made.logprobs or ()
                 echo = bool(self._echoed)
-                choices.append(self._choice(index, made.text, tokens, made.finish_reason, echo=echo, offset=0))
+                choice = self._choice(index, made.text, tokens, made.finish_reason, echo=echo, offset=0)
+                if self._scored is not None:
+                    scores = prompt_logprobs_of(completion.prompt_logprobs, known=self._scored)
+                    choice = choice.model_copy(update={"prompt_logprobs": scores})
+                choices.append(choice)
         return CompletionAnswer(**self._head, choices=choices, usage=usage)
 
     def _choice(

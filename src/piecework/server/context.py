@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Final, cast, final
 
+from starlette.requests import Request
+
+from piecework.engine.request import GenerationRequest
 from piecework.server.errors import ApiError, invalid
 from piecework.server.log import EventLog
+from piecework.server.messages.dialect import Dialect, find_dialect
 from piecework.server.metrics import Metrics
+from piecework.server.requests import Body
 from piecework.server.service import AnyService, EncodeService, Service
 from piecework.server.settings import Limits, ServerSettings
 from piecework.server.status import ServerStatus, State
+from piecework.server.unknown_fields import UnknownFields
 from piecework.spec.encoder_config import Task
 
 _DOES: Final = {
@@ -29,6 +36,24 @@ class ServerContext:
     metrics: Metrics
     admission: Admission
     log: EventLog
+    unknown: UnknownFields
+    dialects: tuple[Dialect, ...]
+    seeds: Iterator[int] | None = None
+
+    def dialect(self, service: Service) -> Dialect | None:
+        """Return how the model writes calls and reasoning, where that is known."""
+        return find_dialect(self.dialects, service.chat_templates)
+
+    def seeded(self, request: GenerationRequest) -> GenerationRequest:
+        """Return a request with a seed of its own, where the server was given one and the client gave none."""
+        if self.seeds is None or request.params.seed is not None:
+            return request
+        return replace(request, params=replace(request.params, seed=next(self.seeds)))
+
+    def check_body(self, body: Body, request: Request) -> None:
+        """Raise ApiError 404 for another model's name, 400 for unknown fields that would change the answer."""
+        self.check_model(body.model)
+        self.unknown.check(body, request)
 
     def ready_service(self) -> Service:
         """Return what generates; raises ApiError as `ready_encoder`."""

@@ -11,6 +11,7 @@ from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams, StructuredOutput
 from piecework.errors import RequestError
 from piecework.server.errors import ApiError, invalid
+from piecework.server.messages.tool_use import ToolUse
 from piecework.server.requests import ChatRequest, CompletionRequest, Sampling
 from piecework.server.service import Service
 from piecework.server.settings import ServerSettings
@@ -35,14 +36,16 @@ async def completion_requests(
 
 
 async def chat_request(
-    body: ChatRequest, *, answer_id: str, service: Service, settings: ServerSettings
+    body: ChatRequest, tools: ToolUse, *, answer_id: str, service: Service, settings: ServerSettings
 ) -> GenerationRequest:
-    """Return what answers a conversation.
+    """Return what answers a conversation, whose tools are used like this.
 
     Raises ApiError for what isn't possible, RequestError where the chat template refuses the messages.
     """
-    prompt = await _chat_prompt(body, service=service, settings=settings)
+    prompt = await chat_prompt(body, tools, service=service, settings=settings)
     params = _chat_params(body, settings=settings, room=service.max_positions - len(prompt))
+    if tools.constraint is not None:
+        params = replace(params, structured=tools.constraint)
     return GenerationRequest(answer_id, prompt, params)
 
 
@@ -65,16 +68,17 @@ async def _completion_prompts(
     return prompts
 
 
-async def _chat_prompt(request: ChatRequest, *, service: Service, settings: ServerSettings) -> tuple[int, ...]:
-    """Return the tokens of a conversation."""
+async def chat_prompt(
+    request: ChatRequest, tools: ToolUse, *, service: Service, settings: ServerSettings
+) -> tuple[int, ...]:
+    """Return the tokens of a conversation. Raises ApiError, RequestError."""
     messages = [message.model_dump(exclude_none=True) for message in request.messages]
-    tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
-    if request.tool_choice not in (None, "auto", "none"):
-        raise invalid("tool_choice: only none and auto are supported", param="tool_choice")
-    offered = tools if tools and request.tool_choice != "none" else None
+    extra = dict(request.chat_template_kwargs or {})
+    if request.reasoning_effort is not None:
+        extra.setdefault("reasoning_effort", request.reasoning_effort)
 
     def encode(_text: str) -> list[int]:
-        return service.encode_chat(messages, tools=offered, extra=request.chat_template_kwargs)
+        return service.encode_chat(messages, tools=tools.offered or None, extra=extra)
 
     # the length decides where it is encoded; the text itself is in the messages
     text = "".join(str(message.get("content", "")) for message in messages)
@@ -137,7 +141,7 @@ def _completion_params(request: CompletionRequest, *, settings: ServerSettings) 
         settings=settings,
         max_tokens=most,
         logprobs=request.logprobs,
-        prompt_logprobs=request.logprobs if request.echo else None,
+        echoed_logprobs=request.logprobs if request.echo else None,
     )
 
 
@@ -157,7 +161,6 @@ def _chat_params(request: ChatRequest, *, settings: ServerSettings, room: int) -
         settings=settings,
         max_tokens=request.max_completion_tokens or request.max_tokens or room,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        prompt_logprobs=None,
     )
     return _fitted(params, room=room)
 
@@ -176,15 +179,24 @@ def _check_logprobs(count: int | None, *, param: str, settings: ServerSettings) 
 
 
 def _params(
-    request: Sampling, *, settings: ServerSettings, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+    request: Sampling,
+    *,
+    settings: ServerSettings,
+    max_tokens: int,
+    logprobs: int | None,
+    echoed_logprobs: int | None = None,
 ) -> SamplingParams:
+    if request.prompt_logprobs is not None and request.stream:
+        raise invalid("prompt_logprobs: not in a stream", param="prompt_logprobs")
+    _check_logprobs(request.prompt_logprobs, param="prompt_logprobs", settings=settings)
+    wanted = [count for count in (request.prompt_logprobs, echoed_logprobs) if count is not None]
     if request.stream_options is not None and not request.stream:
         raise invalid("stream_options: needs stream to be true", param="stream_options")
     n = request.n or 1
     if n > settings.limits.n:
         raise invalid(f"n: {n} is more than this server's {settings.limits.n}", param="n")
     given: dict[str, Any] = {
-        "temperature": settings.default_temperature if request.temperature is None else request.temperature,
+        "temperature": request.temperature,
         "top_k": None if request.top_k is None else max(0, request.top_k),  # -1 means all, as for vLLM
         "top_p": request.top_p,
         "min_p": request.min_p,
@@ -198,24 +210,44 @@ def _params(
         "min_tokens": request.min_tokens,
         "logit_bias": {int(token): bias for token, bias in (request.logit_bias or {}).items()},
         "structured": _structured(request),
+        "skip_special_tokens": request.skip_special_tokens,
     }
     given = {name: value for name, value in given.items() if value is not None}
+    defaults = {"temperature": 1.0, **settings.defaults.given()}
+    most = min(max_tokens, defaults.pop("max_tokens", max_tokens))
     try:
-        return SamplingParams(max_tokens=max_tokens, n=n, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **given)
+        return SamplingParams(
+            **{**defaults, **given},
+            max_tokens=most,
+            n=n,
+            logprobs=logprobs,
+            prompt_logprobs=max(wanted, default=None),
+        )
     except RequestError as error:
         param = error.found.partition(" ")[0]
         raise invalid(f"{error.found}: expected {error.try_}", param=param if param in given else None) from error
 
 
 def _structured(request: Sampling) -> StructuredOutput | None:
+    """Return what the text has to match; raises ApiError for two of them, RequestError for a schema that is no JSON."""
     asked, other = request.response_format, request.structured_outputs
-    if other is not None and (other.json_ is not None or other.regex is not None):
-        if asked is not None and asked.type != "text":
+    has_format = asked is not None and asked.type != "text"
+    if other is not None:
+        if has_format:
             raise invalid("structured_outputs: not together with response_format", param="structured_outputs")
-        if other.json_ is not None and other.regex is not None:
-            raise invalid("structured_outputs: either json or regex", param="structured_outputs")
-        return StructuredOutput(json_schema=other.json_, regex=other.regex)
-    if asked is None or asked.type == "text":
+        try:
+            return StructuredOutput(
+                json_schema=other.json_,
+                regex=other.regex,
+                json_object=bool(other.json_object),
+                choice=other.choice,
+                grammar=other.grammar,
+            )
+        except RequestError as error:
+            raise invalid(
+                f"structured_outputs: {error.found}; expected {error.try_}", param="structured_outputs"
+            ) from error
+    if asked is None or not has_format:
         return None
     if asked.type == "json_object":
         return StructuredOutput(json_object=True)

@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from piecework.errors import CapacityError, EngineError, PieceworkError, RequestError
+from piecework.errors import CapacityError, EngineError, MissingPackageError, PieceworkError, RequestError
 from piecework.server.responses import ErrorAnswer, ErrorDetail
 
 _INVALID: Final = "invalid_request_error"
@@ -26,6 +26,7 @@ _CODES: Final[Mapping[int, str]] = {
     421: "misdirected_request",
     429: "rate_limit_exceeded",
     500: "internal_error",
+    501: "not_installed",
     503: "unavailable",
 }
 
@@ -77,8 +78,11 @@ def invalid(message: str, *, param: str | None = None, code: str | None = None) 
 def as_api_error(error: PieceworkError) -> ApiError:
     """Return one of our errors as a client is told it: RequestError and CapacityError are the client's, others ours.
 
-    An EngineError is the end of the engine: another server, or this one when it is started again, may answer.
+    An EngineError is the end of the engine: another server, or this one when it is started again, may answer. A package
+    that is missing is a 501.
     """
+    if isinstance(error, MissingPackageError):
+        return ApiError(501, f"{error.asked}: {error.found}; whoever runs this server installs it: {error.try_}")
     if isinstance(error, RequestError | CapacityError):
         hint = f"; expected {error.try_}" if error.try_ and isinstance(error, RequestError) else ""
         return invalid(f"{error.asked}: {error.found}{hint}")

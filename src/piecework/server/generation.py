@@ -20,7 +20,7 @@ from piecework.errors import PieceworkError
 from piecework.server.context import ServerContext
 from piecework.server.errors import ApiError, as_api_error
 from piecework.server.event_stream import DONE, ClientGone, Emit, EventStream, event, until_disconnect
-from piecework.server.responses import Answered, PromptTokensDetails, Usage
+from piecework.server.responses import Answered, PromptLogprob, PromptTokensDetails, Usage
 from piecework.server.service import Service
 
 CLIENT_CLOSED_REQUEST: Final = 499  # nginx' number; nobody is there to read it
@@ -76,7 +76,7 @@ class Exchange:
     ) -> None:
         self._context = context
         self._service = service
-        self.requests = requests
+        self.requests = [context.seeded(request) for request in requests]
         self._began_s = began_s
         self._hidden = hidden_tokens
         self._last_s: dict[tuple[int, int], float] = {}
@@ -220,6 +220,22 @@ class TokenTexts:
 async def token_texts(service: Service) -> TokenTexts:
     """Return how a service's tokens are written; the first time takes a while, beside the event loop."""
     return TokenTexts(await asyncio.to_thread(service.token_bytes))
+
+
+def prompt_logprobs_of(
+    scores: Sequence[SampledToken | None] | None, *, known: TokenTexts
+) -> list[dict[str, PromptLogprob] | None]:
+    """Return the log-probabilities of a prompt's tokens as vLLM writes them: by token id, the prompt's own first."""
+    return [None if entry is None else _by_id(entry, known=known) for entry in scores or ()]
+
+
+def _by_id(entry: SampledToken, *, known: TokenTexts) -> dict[str, PromptLogprob]:
+    ranks = {token: rank for rank, (token, _) in enumerate(entry.top, start=1)}
+    every = dict([(entry.token, logprob_of(entry)), *entry.top])
+    return {
+        str(token): PromptLogprob(logprob=logprob, rank=ranks.get(token), decoded_token=known.text_of(token))
+        for token, logprob in every.items()
+    }
 
 
 def logprob_of(entry: SampledToken) -> float:

@@ -1,7 +1,7 @@
-"""What clients send, as pydantic models. Fields that aren't named here are ignored, as OpenAI does; wrong types aren't.
+"""What clients send, as pydantic models. Wrong types are refused; `unknown_fields.py` judges fields that aren't here.
 
 Fields beyond OpenAI's have vLLM's names: top_k, min_p, repetition_penalty, min_tokens, stop_token_ids, ignore_eos,
-structured_outputs, chat_template_kwargs.
+prompt_logprobs, skip_special_tokens, structured_outputs, chat_template_kwargs.
 """
 
 from __future__ import annotations
@@ -25,20 +25,37 @@ class Given(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
 
 
+class Constraint(Given):
+    """A part of a request that constrains the text: a field that isn't known here would constrain it otherwise."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Body(Given):
+    """A whole request."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: Annotated[str, Field(min_length=1)]
+
+
 class StreamOptions(Given):
     """`include_usage`: send the usage in a chunk of its own before the stream's end."""
 
     include_usage: bool | None = None
 
 
-class StructuredOutputs(Given):
-    """What the text has to match: one of the two."""
+class StructuredOutputs(Constraint):
+    """What the text has to match: one of these. A schema may be given as its text."""
 
-    json_: Annotated[dict[str, Any] | None, Field(alias="json")] = None
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     regex: Annotated[str | None, Field(min_length=1)] = None
+    choice: Annotated[list[str] | None, Field(min_length=1, max_length=1000)] = None
+    grammar: Annotated[str | None, Field(min_length=1)] = None
+    json_object: bool | None = None
 
 
-class JsonSchema(Given):
+class JsonSchema(Constraint):
     """A named JSON schema; `strict` is always on."""
 
     name: str
@@ -47,17 +64,16 @@ class JsonSchema(Given):
     strict: bool | None = None
 
 
-class ResponseFormat(Given):
+class ResponseFormat(Constraint):
     """Text (no constraint), any JSON object, or JSON that matches a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class Sampling(Given):
+class Sampling(Body):
     """What both kinds of requests have in common."""
 
-    model: Annotated[str, Field(min_length=1)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int | None, Field(ge=1, le=1024)] = None
@@ -74,6 +90,8 @@ class Sampling(Given):
     stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=128)] = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int | None, Field(ge=0, le=2**31 - 1)] = None
+    prompt_logprobs: Annotated[int | None, Field(ge=0, le=1024)] = None
+    skip_special_tokens: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     user: str | None = None
@@ -165,15 +183,16 @@ class ChatRequest(Sampling):
     max_completion_tokens: Annotated[int | None, Field(ge=1, le=2**31 - 1)] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0, le=1024)] = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool] | None, Field(max_length=128)] = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Annotated[str | None, Field(max_length=32)] = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-class EmbeddingRequest(Given):
+class EmbeddingRequest(Body):
     """The body of POST /v1/embeddings. `truncate_prompt_tokens` -1, as vLLM has it, cuts off what is too long."""
 
-    model: Annotated[str, Field(min_length=1)]
     input: str | list[str] | TokenPrompt | list[TokenPrompt]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int | None, Field(ge=1, le=2**31 - 1)] = None
@@ -187,19 +206,17 @@ class RerankDocument(Given):
     text: str
 
 
-class RerankRequest(Given):
+class RerankRequest(Body):
     """The body of POST /v1/rerank, as Cohere, Jina and vLLM have it; documents that are too long are cut off."""
 
-    model: Annotated[str, Field(min_length=1)]
     query: str
     documents: Annotated[list[str | RerankDocument], Field(min_length=1)]
     top_n: Annotated[int | None, Field(ge=1, le=2**31 - 1)] = None
     return_documents: bool | None = None
 
 
-class ScoreRequest(Given):
+class ScoreRequest(Body):
     """The body of POST /v1/score, as vLLM has it: as many texts as others, or one for all of the others."""
 
-    model: Annotated[str, Field(min_length=1)]
     text_1: str | Annotated[list[str], Field(min_length=1)]
     text_2: str | Annotated[list[str], Field(min_length=1)]

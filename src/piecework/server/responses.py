@@ -26,6 +26,7 @@ _MEANINGS: Final[Mapping[int, str]] = {
     415: "The body is no JSON by its Content-Type.",
     429: "Too many requests are running; see Retry-After.",
     500: "The server failed.",
+    501: "It needs a package that isn't installed here.",
     503: "The model is not ready, or the server is shutting down; see Retry-After.",
 }
 
@@ -78,6 +79,18 @@ class Usage(Answered):
     prompt_tokens_details: PromptTokensDetails
 
 
+class PromptLogprob(Answered):
+    """A token at one place of a prompt; `rank` is null where it isn't one of the likeliest."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""For each token of a prompt but the first, which has None: the token and the likeliest ones there, by id."""
+
+
 class CompletionLogprobs(Answered):
     """Log-probabilities of a completion's tokens; lists of the same length."""
 
@@ -94,6 +107,7 @@ class CompletionChoice(Answered):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class CompletionAnswer(Answered):
@@ -139,12 +153,34 @@ class ChatLogprobs(Answered):
     refusal: None
 
 
+class AnsweredFunction(Answered):
+    """A function that the model calls, with its arguments as JSON text; in a stream, pieces of them."""
+
+    name: str = ""
+    arguments: str
+
+
+class AnsweredCall(Answered):
+    """A call of a tool. In a stream `index` says which of a message's calls; id, type and name come once."""
+
+    index: int = 0
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: AnsweredFunction
+
+
 class AssistantMessage(Answered):
-    """What the model says."""
+    """What the model says; nothing where it only calls tools."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: str = ""
+    tool_calls: list[AnsweredCall] = []
+
+
+ChatEnd = FinishReason | Literal["tool_calls"]
+"""Why a message ended; "tool_calls" where it calls some and wasn't cut off."""
 
 
 class ChatChoice(Answered):
@@ -153,7 +189,7 @@ class ChatChoice(Answered):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatEnd
 
 
 class ChatAnswer(Answered):
@@ -165,13 +201,16 @@ class ChatAnswer(Answered):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class ChatDelta(Answered):
-    """What a chunk adds to a message: first who speaks, then text, at the end nothing."""
+    """What a chunk adds to a message: first who speaks, then text, reasoning or a call, at the end nothing."""
 
     role: Literal["assistant"] = "assistant"
     content: str = ""
+    reasoning_content: str = ""
+    tool_calls: list[AnsweredCall] = []
 
 
 class ChatChunkChoice(Answered):
@@ -180,7 +219,7 @@ class ChatChunkChoice(Answered):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatEnd | None
 
 
 class ChatChunk(Answered):

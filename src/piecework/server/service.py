@@ -65,6 +65,10 @@ class Service(AnyService, Protocol):
     ) -> list[int]:
         """Return the tokens of a conversation; raises RequestError where the chat template refuses it."""
 
+    @property
+    def chat_templates(self) -> str:
+        """The sources of the model's chat templates, which show how it writes calls and reasoning."""
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens."""
 

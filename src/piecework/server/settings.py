@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from piecework.engine.sampling_params import SamplingParams
 from piecework.errors import RequestError
+from piecework.spec.sampling_defaults import SamplingDefaults
 
 
 @dataclass(frozen=True)
@@ -52,21 +54,26 @@ class Limits:
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """How the server answers.
+    """How the server answers. Raises RequestError for what makes no sense, such as a default that is out of range.
 
     Args:
         model_names: under which the model is served; the first is the one that answers carry.
         api_key: what clients of /v1/ must send as `Authorization: Bearer KEY`, or None for everybody.
         limits: see Limits.
-        default_temperature: where a request names none; OpenAI's is 1.
+        defaults: of sampling parameters where a request names none; without them the temperature is 1, as OpenAI's.
+        seed: of the random numbers of requests that name none: the first such request draws as one with this seed, the
+            second as one with the next; None: nobody can draw them again.
+        dialect: how the model writes calls of tools and reasoning, by name; None: as its chat template shows.
         hosts: names under which clients may call the server, beside "localhost" and addresses; "*" for any.
     """
 
     model_names: tuple[str, ...]
     api_key: str | None = field(default=None, repr=False)
     limits: Limits = field(default_factory=Limits)
-    default_temperature: float = 1.0
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    seed: int | None = None
     hosts: tuple[str, ...] = ()
+    dialect: str | None = None
 
     def __post_init__(self) -> None:
         if not self.model_names or not all(self.model_names):
@@ -75,6 +82,7 @@ class ServerSettings:
             raise RequestError(
                 asked="start the server", found="an empty API key", try_="a longer key, or none for an open server"
             )
+        SamplingParams(**self.defaults.given())
 
     @property
     def model(self) -> str:

@@ -162,7 +162,7 @@ class ModelStart:
     def _load_tokenizer(self) -> Tokenizer:
         from piecework.engine.text.tokenizer import load_tokenizer  # noqa: PLC0415  takes part of the start
 
-        return load_tokenizer(self._spec.source)
+        return load_tokenizer(self._spec.source, chat_template=self._options.chat_template)
 
     def _hear(self, event: StartEvent) -> None:
         """Tell the status and the log."""

@@ -19,6 +19,7 @@ from piecework.spec.latent_config import (
 )
 from piecework.spec.other_models import refuse_others
 from piecework.spec.quantization import Quantization, read_quantization
+from piecework.spec.sampling_defaults import read_generation_config
 
 _LAYERS: Final = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _LONGEST: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -176,9 +177,7 @@ def _dtype(raw: Mapping[str, Any]) -> str:
 
 def _eos_token_ids(model_dir: Path, raw: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the stop tokens of generation_config.json, or of config.json where that names none."""
-    path = model_dir / "generation_config.json"
-    generation = read_json_file(path, asked=f"the generation settings in {model_dir}") if path.exists() else {}
-    value = generation.get("eos_token_id", raw.get("eos_token_id"))
+    value = read_generation_config(model_dir).get("eos_token_id", raw.get("eos_token_id"))
     if value is None:
         return ()
     return tuple(int(token) for token in value) if isinstance(value, list) else (int(value),)

@@ -85,7 +85,7 @@ def test_help_imports_neither_torch_nor_a_command() -> None:
         "loaded = {name.partition('.')[0] for name in sys.modules}\n"
         "assert not loaded & {'torch', 'transformers', 'numpy', 'rich', 'sympy'}, loaded\n"
         "commands = {name for name in sys.modules if name.startswith('piecework.cli.')}\n"
-        "assert commands == {'piecework.cli.main', 'piecework.cli.console'}, commands\n"
+        "assert commands == {'piecework.cli.main', 'piecework.cli.console', 'piecework.cli.command_parser'}, commands\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 

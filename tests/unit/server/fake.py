@@ -43,6 +43,9 @@ class FakeService(Service):
         self.seen: list[GenerationRequest] = []
         self.fail_after: int | None = None
         self.failed = ""
+        self.templates = ""
+        self.says: str | None = None
+        self.prompt_end = ""
         self.prompt_tokens = 0
         self.generated = 0
         self._max_positions = max_positions
@@ -69,7 +72,11 @@ class FakeService(Service):
         tools: Sequence[Mapping[str, Any]] | None = None,
         extra: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        return self.encode(TEMPLATE.render(messages, tools=tools, extra=extra))
+        return self.encode(TEMPLATE.render(messages, tools=tools, extra=extra) + self.prompt_end)
+
+    @property
+    def chat_templates(self) -> str:
+        return self.templates
 
     def decode(self, tokens: Sequence[int]) -> str:
         return b"".join(_raw(token) for token in tokens).decode(errors="replace")
@@ -86,6 +93,8 @@ class FakeService(Service):
 
     def continuation(self, generation: GenerationRequest, index: int, length: int) -> list[int]:
         """Return the ids that `index` of a request generates."""
+        if self.says is not None:
+            return list(self.says.encode())[:length]
         start = f"{generation.prompt} {generation.params.seed} {index}"
         tokens = []
         for place in range(length):
@@ -100,6 +109,8 @@ class FakeService(Service):
         self.prompt_tokens += len(generation.prompt)
         room = self._max_positions - len(generation.prompt)
         length = min(params.max_tokens, room)
+        if self.says is not None:
+            length = min(length, len(self.says))
         plans = [self.continuation(generation, index, length) for index in range(params.n)]
         texts = [""] * params.n
         done = [False] * params.n
@@ -119,7 +130,8 @@ class FakeService(Service):
                         cut = texts[index].index(stopped)
                         text = text[: max(0, cut - (len(texts[index]) - len(text)))]
                     reason = None if place < length - 1 else FinishReason.LENGTH
-                    reason = reason if stopped is None else FinishReason.STOP
+                    if stopped is not None or (reason is not None and self.says is not None):
+                        reason = FinishReason.STOP
                     done[index] = reason is not None
                     self.generated += 1
                     yield TextDelta(

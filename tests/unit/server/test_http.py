@@ -146,10 +146,6 @@ def test_unknown_paths_and_methods(http):
     assert http.get("/docs").status_code == 404
 
 
-def test_unknown_fields_are_ignored(http):
-    assert http.post("/v1/completions", json={**GOOD, "colour": "blue", "store": True}).status_code == 200
-
-
 def test_a_large_body_is_refused_by_its_length_alone_or_when_it_has_come():
     settings = ServerSettings(model_names=("fake",), limits=Limits(body_bytes=10_000))
     with live_server(ready(FakeService()), settings) as url, httpx.Client(base_url=url) as http:

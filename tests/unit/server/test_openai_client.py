@@ -5,7 +5,10 @@ from __future__ import annotations
 import openai
 import pytest
 
-from tests.unit.server.fake import FakeService
+from piecework.server.settings import ServerSettings
+from piecework.spec.sampling_defaults import SamplingDefaults
+from tests.unit.server.fake import FakeService, ready
+from tests.unit.server.live import live_server
 
 MODEL = "fake"
 
@@ -133,6 +136,32 @@ class TestCompletions:
     def test_temperature_is_one_where_nobody_says(self, client, service: FakeService):
         client.completions.create(model=MODEL, prompt="x", max_tokens=1)
         assert service.seen[-1].params.temperature == 1.0
+
+    def test_what_the_model_says_where_nobody_says(self):
+        defaults = SamplingDefaults(temperature=0.6, top_k=20, max_tokens=3, repetition_penalty=1.1)
+        service = FakeService()
+        settings = ServerSettings(model_names=(MODEL,), defaults=defaults, seed=7)
+        with live_server(ready(service), settings) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="x") as client:
+            for _ in range(2):
+                client.completions.create(model=MODEL, prompt="x", temperature=0.0)
+            client.completions.create(model=MODEL, prompt="x", seed=1, extra_body={"top_k": 5})
+        first, second, last = (seen.params for seen in service.seen)
+        assert (first.temperature, first.top_k, first.max_tokens, first.repetition_penalty) == (0.0, 20, 3, 1.1)
+        assert [one.seed for one in (first, second, last)] == [7, 8, 1]
+        assert (last.temperature, last.top_k) == (0.6, 5)
+
+    def test_log_probabilities_of_the_prompt(self, client):
+        asked = {"model": MODEL, "max_tokens": 1, "extra_body": {"prompt_logprobs": 2}}
+        whole = client.completions.create(prompt="ab", **asked)
+        first, second = whole.choices[0].prompt_logprobs
+        assert first is None
+        assert list(second) == ["98", *list(second)[1:]]
+        assert (second["98"]["decoded_token"], second["98"]["rank"]) == ("b", None)
+        chat = client.chat.completions.create(messages=[{"role": "user", "content": "x"}], **asked)
+        assert len(chat.prompt_logprobs) == chat.usage.prompt_tokens
+        assert chat.choices[0].logprobs is whole.choices[0].logprobs is None
+        with pytest.raises(openai.BadRequestError):
+            client.completions.create(prompt="ab", stream=True, **asked)
 
 
 class TestChat:

@@ -99,6 +99,12 @@ def test_a_token_that_the_tokenizer_lacks_has_no_text_and_no_bytes(tmp_path):
         with live_server(ready(service), ServerSettings(model_names=("m",))) as url:
             answer = httpx.post(f"{url}/v1/chat/completions", json={**asked, "logprobs": True, "ignore_eos": True})
             (choice,) = answer.json()["choices"]
+            # whoever measures the time to the first token sees each one, with text or without
+            plain = {"model": "m", "prompt": [0, 1, 3], "max_tokens": 8, "temperature": 0, "stream": True}
+            chunks = httpx.post(f"{url}/v1/completions", json={**plain, "ignore_eos": True}).text.split("\n\n")[:-2]
+            assert len(chunks) == 8
+            talk = httpx.post(f"{url}/v1/chat/completions", json={**asked, "stream": True, "ignore_eos": True}).text
+            assert talk.count("data: {") >= 8 + 1  # and who speaks
     finally:
         engine.close()
     entries = choice["logprobs"]["content"]

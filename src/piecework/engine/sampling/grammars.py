@@ -1,4 +1,4 @@
-"""Which tokens may come next where a text has to match a JSON schema or a regular expression, by llguidance.
+"""Which tokens may come next where a text has to match a schema, a grammar, or one of several texts, by llguidance.
 
 llguidance is an optional extra: it is imported when the first such request comes. It has no dependencies of its own;
 what it knows of a tokenizer is the bytes of each token.
@@ -6,6 +6,7 @@ what it knows of a tokenizer is the bytes of each token.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -15,17 +16,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from piecework.engine.sampling.candidates import Logits
-from piecework.engine.sampling_params import StructuredOutput
+from piecework.engine.sampling_params import JSON_SPACE, StructuredOutput
 from piecework.engine.text.tokenizer import Tokenizer
-from piecework.errors import RequestError
+from piecework.errors import MissingPackageError, RequestError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 _MOST_KEPT: Final = 128
-_WHITESPACE: Final = r"[\x20\x0A\x0D\x09]{1,32}"
-"""JSON allows any amount; models that may write spaces for ever sometimes do."""
 _WORD_BITS: Final = 32
+_MOST_LEVELS: Final = 2000
+"""llguidance follows references by recursion; at several thousand levels it ends the process."""
+_RULE: Final = re.compile(r'^[^"\n:]*:', re.MULTILINE)
+_BRACKET: Final = re.compile(r"[\[\](){}]")
 
 
 @final
@@ -62,22 +65,17 @@ class Grammars:
     def _compile(self, structured: StructuredOutput) -> LLMatcher:
         kind, text = structured.key
         matching = _import()
-        if kind == "regex":
-            grammar = matching.grammar_from_regex(text)
-        else:
-            schema = text if kind == "json_schema" else '{"type": "object"}'
-            grammar = matching.grammar_from_json_schema(schema, {"whitespace_pattern": _WHITESPACE})
+        if _most_levels(kind, text) > _MOST_LEVELS:
+            raise _refused(kind, "references and brackets that may be nested too deep")
+        try:
+            grammar = _grammar_of(kind, text, matching)
+        except (ValueError, RecursionError) as error:
+            raise _refused(kind, str(error)) from error
         if self._known is None:
             self._known = self._know_tokens()
         matcher: LLMatcher = matching(self._known, grammar, log_level=0)
         if matcher.is_error():
-            raise RequestError(
-                asked=f"output that matches a {kind.replace('_', ' ')}",
-                found=matcher.get_error().strip(),
-                try_="a regular expression without look-around or references back"
-                if kind == "regex"
-                else "a valid JSON schema without the keywords named",
-            )
+            raise _refused(kind, matcher.get_error().strip())
         return matcher
 
     def _know_tokens(self) -> LLTokenizer:
@@ -85,7 +83,7 @@ class Grammars:
 
         tokens = self._tokenizer.token_bytes(range(self._vocab_size))
         special = [token for token in self._tokenizer.special_token_ids if token < self._vocab_size]
-        vocabulary = _Vocabulary(tokens, special=special, eos_token_ids=self._eos_token_ids)
+        vocabulary = _Vocabulary(self._tokenizer, tokens, special=special, eos_token_ids=self._eos_token_ids)
         return LLTokenizer(TokenizerWrapper(vocabulary), n_vocab=self._vocab_size, eos_token=self._eos_token_ids)
 
 
@@ -135,27 +133,98 @@ def _limits(masks: NDArray[np.int32], *, vocab: int) -> Logits:
 
 @final
 class _Vocabulary:
-    """The tokenizer that llguidance asks for. Calling it would turn text into tokens; the masks don't need that."""
+    """The tokenizer that llguidance asks for. It asks how text is written that has to come as it is.
 
-    def __init__(self, tokens: list[bytes], *, special: list[int], eos_token_ids: list[int]) -> None:
+    Args:
+        tokenizer: the model's.
+        tokens: the bytes of each token.
+        special: tokens that are never text.
+        eos_token_ids: tokens that end a text.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, tokens: list[bytes], *, special: list[int], eos_token_ids: list[int]
+    ) -> None:
         self.tokens = tokens
         self.special_token_ids = special
         self.eos_token_id = eos_token_ids[0]
         self.bos_token_id = None
-        self._by_byte = {token[0]: place for place, token in enumerate(tokens) if len(token) == 1}
+        self._tokenizer = tokenizer
+        never = set(special)
+        self._ids = {token: place for place, token in enumerate(tokens) if token and place not in never}
+        self._longest = max((len(token) for token in self._ids), default=0)
 
     def __call__(self, text: bytes | str) -> list[int]:
-        encoded = text.encode() if isinstance(text, str) else text
-        return [self._by_byte[byte] for byte in encoded if byte in self._by_byte]
+        """Return the tokens that the model knows a text by; without the special ones at its ends."""
+        wanted = text.encode() if isinstance(text, str) else text
+        ids = self._tokenizer.encode(wanted.decode(errors="replace"), add_special_tokens=False)
+        parts = [self.tokens[token] for token in ids if token < len(self.tokens)]
+        if b"".join(parts) == wanted and all(part in self._ids for part in parts):
+            return ids
+        return self._greedy(wanted)  # a tokenizer that puts a space before, or part of a character
+
+    def _greedy(self, text: bytes) -> list[int]:
+        """Return the longest token at each place; bytes that no token has are left out."""
+        found: list[int] = []
+        place = 0
+        while place < len(text):
+            lengths = range(min(self._longest, len(text) - place), 0, -1)
+            length = next((n for n in lengths if text[place : place + n] in self._ids), 0)
+            if length:
+                found.append(self._ids[text[place : place + length]])
+            place += max(1, length)
+        return found
+
+
+def _grammar_of(kind: str, text: str, matching: Any) -> str:
+    """Return llguidance's form of what a text has to match. Raises ValueError for what is no JSON or no grammar."""
+    from llguidance import grammar_from  # noqa: PLC0415  # an optional extra
+
+    match kind:
+        case "regex":
+            return str(matching.grammar_from_regex(text))
+        case "grammar" | "choice":
+            return str(grammar_from(kind, text))
+    schema = text if kind == "json_schema" else '{"type": "object"}'
+    return str(matching.grammar_from_json_schema(schema, {"whitespace_pattern": JSON_SPACE}))
+
+
+def _most_levels(kind: str, text: str) -> int:
+    """Return how many levels deep a grammar may lead: references that follow one another, times brackets in each."""
+    references = text.count('ef"')  # "$ref", "$dynamicRef"
+    if kind == "grammar":
+        references += len(_RULE.findall(text))
+    if kind not in ("json_schema", "grammar"):
+        return 0
+    deepest = depth = 0
+    for bracket in _BRACKET.findall(text):
+        depth += 1 if bracket in "[({" else -1
+        deepest = max(deepest, depth)
+    return references * max(1, deepest)
+
+
+_INSTEAD: Final = {
+    "regex": "a regular expression without look-around or references back",
+    "grammar": "a grammar in Lark's or llama.cpp's form, as llguidance documents them",
+    "choice": "a list of texts",
+}
+
+
+def _refused(kind: str, found: str) -> RequestError:
+    return RequestError(
+        asked=f"output that matches a {kind.replace('_', ' ')}",
+        found=found,
+        try_=_INSTEAD.get(kind, "a valid JSON schema without the keywords named"),
+    )
 
 
 def _import() -> Any:
-    """Return llguidance's LLMatcher; raises RequestError where the extra isn't installed."""
+    """Return llguidance's LLMatcher; raises MissingPackageError where the extra isn't installed."""
     try:
         from llguidance import LLMatcher  # noqa: PLC0415  # an optional extra
     except ImportError as error:
-        raise RequestError(
-            asked="output that matches a JSON schema or a regular expression",
+        raise MissingPackageError(
+            asked="output that has to match something",
             found=f"an optional package is missing: {error}",
             try_="pip install 'piecework[structured]'",
         ) from error

@@ -31,7 +31,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, *, special_tokens: Mapping[str, str]) -> None:
-        self._source = source
+        self.source = source
         self._special_tokens = special_tokens
         self._template: Template | None = None
 
@@ -76,7 +76,7 @@ class ChatTemplate:
 
         try:
             if self._template is None:
-                self._template = _compile(self._source)
+                self._template = _compile(self.source)
             return self._template.render(names)
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
             raise RequestError(

@@ -80,7 +80,9 @@ class OutputStream:
     """
 
     def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams, prompt: Sequence[int] = ()) -> None:
-        self._detokenizer = None if tokenizer is None else tokenizer.stream(prompt)
+        self._detokenizer = (
+            None if tokenizer is None else tokenizer.stream(prompt, skip_special=params.skip_special_tokens)
+        )
         self._stop = tuple(params.stop)
         self._min_tokens = params.min_tokens
         self._num_tokens = 0
@@ -119,7 +121,7 @@ class OutputStream:
         if found is not None:
             self._held = ""
             return whole[: found.start], found.stop
-        certain = len(whole) if is_last else _num_certain(whole, self._stop)
+        certain = len(whole) if is_last else num_certain(whole, self._stop)
         self._held = whole[certain:]
         return whole[:certain], None
 
@@ -142,7 +144,7 @@ def _first_stop(text: str, stops: Sequence[str], *, after: int) -> _Found | None
     return None if best is None else _Found(chosen, best[1])
 
 
-def _num_certain(text: str, stops: Sequence[str]) -> int:
+def num_certain(text: str, stops: Sequence[str]) -> int:
     """Return how many characters can't be part of a stop string that is still to be completed."""
     certain = len(text)
     for stop in stops:

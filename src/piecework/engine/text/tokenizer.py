@@ -24,14 +24,16 @@ _INPUTS: Final[Mapping[str, Sequence[str]]] = {"PreTrainedTokenizerFast": (), "T
 """transformers' tokenizers of no model's own give no token types, unless tokenizer_config.json says so."""
 
 
-def load_tokenizer(model_dir: Path, *, longest: int | None = None) -> Tokenizer:
+def load_tokenizer(model_dir: Path, *, longest: int | None = None, chat_template: Path | None = None) -> Tokenizer:
     """Load a model directory's tokenizer.
 
     Args:
         model_dir: the directory.
         longest: cut texts off after so many tokens, special ones included, and pad none; else as tokenizer.json says.
+        chat_template: a file with a template instead of the directory's.
 
-    Raises UnsupportedModelError where tokenizer.json is missing or broken.
+    Raises UnsupportedModelError where tokenizer.json is missing or broken, RequestError where `chat_template` can't be
+    read.
     """
     path = model_dir / "tokenizer.json"
     asked = f"the tokenizer of {model_dir}"
@@ -53,7 +55,10 @@ def load_tokenizer(model_dir: Path, *, longest: int | None = None) -> Tokenizer:
     if longest is not None:
         tokenizer.no_padding()
         tokenizer.enable_truncation(longest)
-    return Tokenizer(tokenizer, settings=_read_settings(model_dir))
+    settings = _read_settings(model_dir)
+    if chat_template is not None:
+        settings = {**settings, "chat_template": _read_template(chat_template)}
+    return Tokenizer(tokenizer, settings=settings)
 
 
 class TextTokens(NamedTuple):
@@ -123,9 +128,14 @@ class Tokenizer:
         """Return the bytes of each token inside a text, special ones as they are written; see `token_bytes`."""
         return token_bytes(self._tokenizer, tokens)
 
-    def stream(self, prompt: Sequence[int] = ()) -> Detokenizer:
+    @property
+    def chat_templates(self) -> str:
+        """The sources of its chat templates, one after the other; "" where it has none."""
+        return "\n".join(template.source for template in self._templates.values())
+
+    def stream(self, prompt: Sequence[int] = (), *, skip_special: bool = True) -> Detokenizer:
         """Return a new detokenizer for one sequence that continues the tokens `prompt`."""
-        return Detokenizer(self._tokenizer, prompt)
+        return Detokenizer(self._tokenizer, prompt, skip_special=skip_special)
 
     def encode_chat(
         self,
@@ -167,16 +177,20 @@ class Detokenizer:
     """Turns one sequence's tokens into text as they come. A character is only given out when it is complete.
 
     The end of the prompt decides whether the text starts with a space, where a tokenizer writes that as part of a word,
-    and holds the first bytes of a character that the text may complete.
+    and holds the first bytes of a character that the text may complete. With `skip_special`, special tokens have
+    no text.
     """
 
-    def __init__(self, tokenizer: HuggingFaceTokenizer, prompt: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: HuggingFaceTokenizer, prompt: Sequence[int] = (), *, skip_special: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
+        self._skip = skip_special
         recent = list(prompt[-_CONTEXT:])
         begun = _num_begun(tokenizer, recent)
         self._settled = recent[: len(recent) - begun]
         self._pending: list[int] = []
-        self._stream = DecodeStream(ids=list(self._settled), skip_special_tokens=True)
+        self._stream = DecodeStream(ids=list(self._settled), skip_special_tokens=self._skip)
         for token in recent[len(recent) - begun :]:
             self.add(token)
 
@@ -187,8 +201,8 @@ class Detokenizer:
             text: str | None = self._stream.step(self._tokenizer, token)
         except Exception:  # noqa: BLE001  # tokenizers has no narrower type
             # an invalid byte may make a decoder take back what it gave out before: start anew from there
-            text = self._tokenizer.decode(self._pending, skip_special_tokens=True)
-            self._stream = DecodeStream(ids=list(self._pending), skip_special_tokens=True)
+            text = self._tokenizer.decode(self._pending, skip_special_tokens=self._skip)
+            self._stream = DecodeStream(ids=list(self._pending), skip_special_tokens=self._skip)
         if not text:
             return ""
         self._settled, self._pending = self._pending, []
@@ -198,8 +212,8 @@ class Detokenizer:
         """Return the whole characters that are left, where the last token ends inside of one."""
         if not self._pending:
             return ""
-        before: str = self._tokenizer.decode(self._settled, skip_special_tokens=True)
-        text: str = self._tokenizer.decode(self._settled + self._pending, skip_special_tokens=True)
+        before: str = self._tokenizer.decode(self._settled, skip_special_tokens=self._skip)
+        text: str = self._tokenizer.decode(self._settled + self._pending, skip_special_tokens=self._skip)
         return text[len(before) :].rstrip("�")
 
 
@@ -229,6 +243,15 @@ def _read_settings(model_dir: Path) -> Mapping[str, Any]:
         files = {**named, "default": template}
         settings["chat_template"] = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
     return settings
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            asked=f"the chat template {path}", found=f"it can't be read: {error}", try_="a file with a Jinja template"
+        ) from error
 
 
 def _named_templates(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -28,7 +28,7 @@ def embedding_routes(context: ServerContext) -> APIRouter:
     async def create_embeddings(body: EmbeddingRequest, request: Request) -> Response:
         """Embed one text or several."""
         began_s = time.perf_counter()
-        context.check_model(body.model)
+        context.check_body(body, request)
         service = context.ready_encoder(Task.EMBED)
         texts = _texts(body)
         check_number(texts, context=context, param="input")

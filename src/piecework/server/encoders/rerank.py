@@ -40,7 +40,7 @@ def rerank_routes(context: ServerContext) -> APIRouter:
     async def rerank(body: RerankRequest, request: Request) -> Response:
         """Order documents by how well they answer a query."""
         began_s = time.perf_counter()
-        context.check_model(body.model)
+        context.check_body(body, request)
         check_number(body.documents, context=context, param="documents")
         documents = [text if isinstance(text, str) else text.text for text in body.documents]
         made = await scored(request, [(body.query, text) for text in documents], began_s=began_s)
@@ -56,7 +56,7 @@ def rerank_routes(context: ServerContext) -> APIRouter:
     async def score(body: ScoreRequest, request: Request) -> Response:
         """Score pairs of texts."""
         began_s = time.perf_counter()
-        context.check_model(body.model)
+        context.check_body(body, request)
         pairs = _pairs(body)
         check_number(pairs, context=context, param="text_2")
         made = await scored(request, pairs, began_s=began_s)

@@ -15,7 +15,7 @@ import torch
 from piecework.engine.sampling.sampler import Sampler, SamplingRow
 from piecework.engine.sampling_params import SamplingParams, StructuredOutput
 from piecework.engine.text.tokenizer import Tokenizer
-from piecework.errors import RequestError
+from piecework.errors import MissingPackageError, RequestError
 from tests.unit.engine import tokenizers_of_tests as small
 
 SCHEMAS: dict[str, dict[str, Any]] = {
@@ -103,6 +103,33 @@ def test_regular_expressions_with_every_kind_of_tokenizer(kind: str, regex: str)
         assert re.fullmatch(regex, b"".join(tokenizer.token_bytes(tokens)).decode())
 
 
+@pytest.mark.parametrize(
+    ("structured", "texts"),
+    [
+        (StructuredOutput(choice=["red", "a b", 'c"d']), {"red", "a b", 'c"d'}),
+        (StructuredOutput(grammar='start: "x" digit\ndigit: "1" | "2"'), {"x1", "x2"}),
+        (StructuredOutput(grammar='root ::= "y" [ab]'), {"ya", "yb"}),
+        (StructuredOutput(json_schema='{"enum": [7]}'), {"7"}),
+    ],
+)
+def test_choices_and_grammars(structured: StructuredOutput, texts: set[str]) -> None:
+    tokenizer = small.byte_level()
+    params = SamplingParams(structured=structured, temperature=1.0, seed=5)
+    assert {tokenizer.decode(generate(tokenizer, params, seed=seed, vocab=417)) for seed in range(6)} <= texts
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "metaspace"])
+def test_text_that_is_given_is_written_as_the_model_knows_it(kind: str) -> None:
+    tokenizer: Tokenizer = getattr(small, kind)()
+    text = 'the "name": "weather" at'
+    params = SamplingParams(structured=StructuredOutput(regex=re.escape(text)))
+    tokens = generate(tokenizer, params, seed=1, vocab=tokenizer.num_tokens + 3)
+    assert b"".join(tokenizer.token_bytes(tokens)).decode() == text
+    if kind == "byte_level":
+        assert tokens == tokenizer.encode(text, add_special_tokens=False)
+    assert len(tokens) <= len(text.encode())
+
+
 def test_any_json_object() -> None:
     tokenizer = small.byte_level()
     braces = dict.fromkeys(tokenizer.encode("{") + tokenizer.encode("}"), 100.0)
@@ -158,6 +185,12 @@ def test_a_preempted_or_repeated_sequence_is_constrained_alike() -> None:
         (StructuredOutput(json_schema={"type": "foo"}), "foo"),
         (StructuredOutput(json_schema={"type": "object", "properties": 3}), "properties"),
         (StructuredOutput(json_schema={"$ref": "#/$defs/missing"}), "missing"),
+        (StructuredOutput(grammar="no grammar"), "Ref|grammar|rule"),
+        (StructuredOutput(grammar="".join(f"r{i}: r{i + 1}\n" for i in range(20_000))), "too deep"),
+        (
+            StructuredOutput(json_schema={"$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(9_000)}}),
+            "too deep",
+        ),
     ],
 )
 def test_what_cannot_be_matched_is_refused(structured: StructuredOutput, found: str) -> None:
@@ -175,7 +208,7 @@ def test_without_a_tokenizer_it_is_refused() -> None:
 def test_without_the_extra_it_says_how_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     sampler = Sampler(vocab_size=400, eos_token_ids=(1,), tokenizer=small.byte_level())
-    with pytest.raises(RequestError, match=r"pip install 'piecework\[structured\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install 'piecework\[structured\]'"):
         sampler.check(SamplingParams(structured=StructuredOutput(json_object=True)))
 
 

@@ -1,0 +1,1 @@
+"""What models write in conversations: reasoning, calls of tools, and the families that write them alike."""
