@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from piecework.bundle.facts import Fact
 from piecework.bundle.recipes import Sources
 from piecework.capture.request import TensorInput
 
@@ -20,9 +21,11 @@ class AdaptedModel:
         states: its caches, by qualified name.
         sources: how those parameters are made that a checkpoint has in another form.
         notes: what was decided about it, for people.
+        facts: what is known of it now that it is built.
     """
 
     module: nn.Module
     states: Mapping[str, TensorInput]
     sources: Sources = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    facts: tuple[Fact, ...] = ()

@@ -67,6 +67,7 @@ def build_encoder(spec: ModelSpec) -> CaptureRequest:
         device=device,
         sources=model.sources,
         notes=model.notes,
+        facts=model.facts,
     )
 
 
@@ -112,6 +113,7 @@ def build_causal_lm(spec: ModelSpec) -> CaptureRequest:
         variants=_VARIANTS if regimes else (),
         sources=model.sources,
         notes=model.notes,
+        facts=model.facts,
     )
 
 
