@@ -29,6 +29,8 @@ from piecework.foundation.target import Target, missing_flags, read_target
 
 NOT_INSTALLED: Final = "not installed"
 ABSENT: Final = "not in config.json"
+_NOTHING: Final = object()
+_OF_JSON: Final = ("[", "{", '"')
 _MOST_SOURCE_BYTES: Final = 16 << 20
 _INSTALLED: Final = ".dist-info"
 _RECOMPILE: Final = "compile the model again on this machine"
@@ -39,7 +41,8 @@ class Fact:
     """One thing that the compile read, with its value.
 
     Args:
-        kind: "torch", "target", "piecework", "option", "config", "setting", "source", "provider".
+        kind: "torch", "target", "piecework", "option", "config", "setting", "source", "provider"; "most", of which less
+            may be asked for.
         name: what of that kind, such as "version", "isa", a field of config.json, an environment variable, a package
             that implements operators, or "<package>/<path>" of a source file.
         value: what it was.
@@ -107,6 +110,11 @@ def making_facts() -> tuple[Fact, ...]:
     """Return the facts of what makes bundles here: our own code, and settings of torch's compiler that are changed."""
     settings = compiler_settings()
     return (Fact("piecework", "code", own_code_digest()), *(Fact("setting", name, settings[name]) for name in settings))
+
+
+def longest_text(tokens: int) -> Fact:
+    """Return the fact of how many tokens a text may have in an encoder; asked of a bundle, of those that are given."""
+    return Fact("most", "text tokens", tokens)
 
 
 def option_facts(options: Mapping[str, JsonScalar]) -> tuple[Fact, ...]:
@@ -248,6 +256,8 @@ def _look_up(fact: Fact, *, cpu: Target) -> Difference | None:
 
 def _compare(fact: Fact, here: JsonScalar) -> Difference | None:
     # 1 == True == 1.0 in Python, but not in what a compile read
+    if fact.kind == "most" and isinstance(here, int) and isinstance(fact.value, int) and here <= fact.value:
+        return None
     same = type(fact.value) is type(here) and fact.value == here
     return None if same else Difference(fact, here)
 
@@ -290,8 +300,12 @@ def is_source_name(name: str) -> bool:
 
 
 def _field(config: Mapping[str, object], name: str) -> JsonScalar:
-    """Return a field as facts have it: numbers and texts as they are, the rest as JSON."""
-    value = config.get(name, ABSENT)
+    """Return a field as facts have it: numbers and texts as they are, but those that look like the rest, as JSON."""
+    value = config.get(name, _NOTHING)
+    if value is _NOTHING:
+        return ABSENT
+    if isinstance(value, str) and (value == ABSENT or value.startswith(_OF_JSON)):
+        return canonical_json(value).decode()
     if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and isfinite(value)):
         return value
     return canonical_json(value).decode()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from piecework.bundle.facts import Fact
 from piecework.bundle.recipes import Sources
 from piecework.bundle.where import Where
 
@@ -94,6 +95,7 @@ class CaptureRequest:
         variants: forwards for some kinds of batches, first come first; `call` is for all the others.
         sources: how parameters are made from checkpoint tensors; one that is not here is taken under its own name.
         notes: what was decided while the module was built, for people; they go into the bundle's record.
+        facts: of the bundle, that were known when the module was built.
         objects: what opaque ops are called with and every call brings anew, by name: what stands for it in the trace.
         examples: what one call really brings for an object, by name, where that is known: code that only looks at
             shapes and dtypes (an op's declared calls) may look at the layer it stands for.
@@ -113,6 +115,7 @@ class CaptureRequest:
     variants: tuple[Variant, ...] = ()
     sources: Sources = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    facts: tuple[Fact, ...] = ()
     objects: Mapping[str, object] = field(default_factory=dict)
     examples: Mapping[str, object] = field(default_factory=dict)
     may_write: bool = False

@@ -87,6 +87,7 @@ def compile_request(
         all_facts = (
             *environment_facts(target=setup.target, device=request.device),
             *option_facts(setup.options.facts()),
+            *request.facts,
             *facts(),
             *_facts(built),
         )

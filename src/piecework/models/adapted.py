@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from piecework.bundle.facts import Fact
 from piecework.bundle.recipes import Sources
 from piecework.capture.request import TensorInput
 
@@ -21,6 +22,7 @@ class AdaptedModel:
         sources: how those parameters are made that a checkpoint has in another form.
         notes: what was decided about it, for people.
         cache_length: the tokens that its cache seems to hold, where its code attends by itself; else 0.
+        facts: what is known of it now that it is built.
     """
 
     module: nn.Module
@@ -28,3 +30,4 @@ class AdaptedModel:
     sources: Sources = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     cache_length: int = 0
+    facts: tuple[Fact, ...] = ()

@@ -68,6 +68,7 @@ def build_encoder(spec: ModelSpec) -> CaptureRequest:
         device=device,
         sources=model.sources,
         notes=model.notes,
+        facts=model.facts,
     )
 
 
@@ -113,6 +114,7 @@ def build_causal_lm(spec: ModelSpec) -> CaptureRequest:
         variants=_VARIANTS if regimes else (),
         sources=model.sources,
         notes=model.notes,
+        facts=model.facts,
     )
 
 

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from piecework.bundle.facts import longest_text
 from piecework.bundle.recipes import Source, Sources, Take
 from piecework.errors import PieceworkError, UnsupportedModelError
 from piecework.foundation.torch_private import SymbolicSession
@@ -77,8 +78,9 @@ def adapt_encoder(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: to
         )
     notes = fixed_frequencies(model, longest=config.max_positions)
     module.eval()
-    module.first_position = _try(module, longest=encoder.longest)
-    return AdaptedModel(module, {}, _sources(module, encoder), notes)
+    positions = _try(module, longest=encoder.longest, untold=config.max_positions)
+    module.first_position = positions.first
+    return AdaptedModel(module, {}, _sources(module, encoder), notes, (longest_text(positions.room),))
 
 
 def attend_packed(
@@ -212,8 +214,16 @@ def _activated(x: Tensor, name: str) -> Tensor:
     return made
 
 
-def _try(module: TextEncoder, *, longest: int) -> int:
-    """Run the module once without values; return the number of a text's first position in its table of positions.
+@dataclass(frozen=True)
+class _Positions:
+    """The number of a text's first position in the table of positions, and for how many there is room from there."""
+
+    first: int
+    room: int
+
+
+def _try(module: TextEncoder, *, longest: int, untold: int) -> _Positions:
+    """Run the module once without values; return where positions are in its table, `untold` of them without one.
 
     A table with a padding index counts from the row after that, as fairseq has it. Raises UnsupportedModelError where
     attention isn't reached in every layer, where tokens meet in convolutions, and where a text has more tokens than the
@@ -234,14 +244,14 @@ def _try(module: TextEncoder, *, longest: int) -> int:
         why = f"attends in {len(attended)} layers where transformers' AttentionInterface reaches it"
         raise unreached(model, why, asked=_ASKED)
     first = max((1 + t.padding_idx for t in tables if t.padding_idx is not None), default=0)
-    room = min((t.num_embeddings for t in tables), default=first + longest) - first
+    room = min((t.num_embeddings for t in tables), default=first + untold) - first
     if room < longest:
         raise UnsupportedModelError(
             asked=f"texts of up to {longest} tokens",
             found=f"positions for {room}",
             try_=f'"max_seq_length": {room} in sentence_bert_config.json',
         )
-    return first
+    return _Positions(first, room)
 
 
 def _run_without_values(module: TextEncoder, attended: list[nn.Module]) -> list[nn.Embedding]:

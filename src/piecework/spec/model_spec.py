@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
-from piecework.bundle.facts import Asked, Fact, option_facts
+from piecework.bundle.facts import Asked, Fact, longest_text, option_facts
 from piecework.errors import CompileError, UnsupportedModelError
 from piecework.foundation.digests import JsonScalar, digest_json
 from piecework.spec.compile_options import CompileOptions, ranges_text
@@ -189,13 +189,19 @@ class ModelSpec:
     @property
     def asked(self) -> Asked:
         """What a bundle must be to stand for a compile of this spec."""
-        return Asked(self.facts, config=self.config.raw, as_made_here=True)
+        return Asked((*self.facts, *self._bounds), config=self.config.raw, as_made_here=True)
 
     @property
     def named(self) -> Asked:
         """What a bundle must be which the caller named: of this model, and of the options that aren't the default."""
         default = {fact for fact in ModelSpec(self.config).facts if fact.name != "encoder"}
-        return Asked(tuple(fact for fact in self.facts if fact not in default), config=self.config.raw)
+        chosen = (fact for fact in self.facts if fact not in default)
+        return Asked((*chosen, *self._bounds), config=self.config.raw)
+
+    @property
+    def _bounds(self) -> tuple[Fact, ...]:
+        """What a bundle must be enough for."""
+        return () if self.config.encoder is None else (longest_text(self.config.encoder.longest),)
 
     @property
     def key(self) -> str:

@@ -5,9 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from piecework.bundle import Asked, Fact, check, config_facts, environment_facts, option_facts, require, source_facts
+from piecework.bundle import (
+    Asked,
+    Fact,
+    check,
+    config_facts,
+    environment_facts,
+    option_facts,
+    require,
+    source_facts,
+)
 from piecework.bundle import facts as facts_module
-from piecework.bundle.facts import NOT_INSTALLED, making_facts, package_version
+from piecework.bundle.facts import NOT_INSTALLED, longest_text, making_facts, package_version
 from piecework.errors import StaleBundle
 from piecework.foundation.target import make_target
 
@@ -125,6 +134,24 @@ def test_whoever_would_make_it_anew_has_the_same_code_and_settings(monkeypatch: 
     assert check(changed, asked=here) == ()
     monkeypatch.delenv(setting)
     assert [str(d) for d in check(changed, asked=here)] == [f"setting {setting}: bundle 1, here nothing"]
+
+
+def test_a_text_is_not_the_json_that_it_looks_like() -> None:
+    for value, text in (([1], "[1]"), ({"a": 1}, '{"a":1}'), (None, "null")):
+        [difference] = check(config_facts({"a": value}, ["a"]), asked=Asked(config={"a": text}))
+        assert difference.fact.name == "a"
+    [absent] = check(config_facts({}, ["a"]), asked=Asked(config={"a": "not in config.json"}))
+    assert absent.fact.value == "not in config.json"
+
+
+def test_less_may_be_asked_for_than_there_is_at_most() -> None:
+    facts = (longest_text(64),)
+    assert check(facts) == ()
+    assert check(facts, asked=Asked((longest_text(64),))) == check(facts, asked=Asked((longest_text(8),))) == ()
+    assert [str(d) for d in check(facts, asked=Asked((longest_text(65),)))] == [
+        "most text tokens: bundle 64, here 65",
+    ]
+    assert len(check((), asked=Asked((longest_text(8),)))) == 1
 
 
 @pytest.mark.parametrize(("recorded", "wanted"), [(1, True), (1, 1.0), (0, None), ("1", 1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from piecework.bundle.facts import check
 from piecework.bundle.recipes import Take
 from piecework.errors import UnsupportedModelError
 from piecework.models.adapter import build_request
@@ -118,6 +120,15 @@ def test_a_text_longer_than_the_table_of_positions_is_refused(tmp_path: Path) ->
     (directory / "tokenizer_config.json").unlink()  # so that all 66 rows count, of which the first is number 2
     with pytest.raises(UnsupportedModelError, match="positions for 64"):
         build_request(ModelSpec.of(directory))
+
+
+def test_a_bundle_is_of_texts_that_the_table_of_positions_has_room_for(tmp_path: Path) -> None:
+    directory = write_encoder(tmp_path, "roberta")  # of texts of up to 48 tokens
+    facts = build_request(ModelSpec.of(directory)).facts
+    for longest, fit in ((60, True), (65, False)):
+        (directory / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": longest}))
+        differing = [d for d in check(facts, asked=ModelSpec.of(directory).asked) if d.fact.kind == "most"]
+        assert [str(d) for d in differing] == ([] if fit else ["most text tokens: bundle 64, here 65"])
 
 
 def test_weights_may_be_named_as_a_model_with_a_head_has_them(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,7 @@ from piecework.models.adapter import build_causal_lm
 from piecework.models.reads import model_reads
 from piecework.spec.config import read_config
 from piecework.spec.model_spec import ModelSpec
-from tests.unit.models.tiny import write_config
+from tests.unit.models.tiny import config_dict, write_config
 
 
 def facts_of(model_dir: Path) -> dict[str, Fact]:
@@ -59,3 +61,29 @@ def test_what_modelling_code_reads_is_a_fact(facts: dict[str, Fact], field: str)
 @pytest.mark.parametrize("field", ["initializer_range", "eos_token_id", "transformers_version", "_name_or_path"])
 def test_what_nobody_reads_for_the_graph_is_none(facts: dict[str, Fact], field: str) -> None:
     assert field not in facts
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "fields"),
+    [
+        # every second layer attends: a third one would have to be there for another period to make a difference
+        ("jamba", {"attn_layer_period": 2}, {"attn_layer_period", "attn_layer_offset"}),
+        # a window from a layer on that isn't there; which fields make one, only several together show
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 28}, {"use_sliding_window", "max_window_layers"}),
+        ("qwen2", {"use_sliding_window": False, "max_window_layers": 28}, {"use_sliding_window"}),
+        # names that transformers writes to no config.json, and takes from there
+        ("mixtral", {}, {"experts_implementation"}),
+        ("mixtral", {"_experts_implementation": "batched_mm"}, {"_experts_implementation"}),
+    ],
+)
+def test_a_field_that_its_config_reads_is_a_fact(
+    tmp_path: Path, family: str, config: dict[str, Any], fields: set[str]
+) -> None:
+    assert fields <= facts_of(write_config(tmp_path, family, **config)).keys()
+
+
+def test_a_config_inside_another_is_a_fact(tmp_path: Path) -> None:
+    text = config_dict("llama4_text", num_hidden_layers=1, no_rope_layers=[1])
+    outer = {"architectures": text.pop("architectures"), "vocab_size": text["vocab_size"], "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama4", **outer}))
+    assert "text_config" in facts_of(tmp_path)

@@ -100,7 +100,8 @@ def test_what_an_encoder_gives_is_a_fact_and_its_texts_fit_in_a_forward(tmp_path
     plain, normalized = (write_encoder(tmp_path / str(n), rest=[NORMALIZE] * n) for n in (0, 1))
     one, other = ModelSpec.of(plain), ModelSpec.of(normalized)
     assert one.key != other.key
-    assert {fact.name: fact.value for fact in other.named.facts} == {"encoder": "mean, normalize"}
+    assert {fact.name: fact.value for fact in other.named.facts} == {"encoder": "mean, normalize", "text tokens": 48}
+    assert one.key == ModelSpec.of(write_encoder(tmp_path / "other", max_position_embeddings=32)).key
     long = write_encoder(tmp_path / "long", max_position_embeddings=8192)
     (long / "sentence_bert_config.json").write_text('{"max_seq_length": 8000}')
     assert ModelSpec.of(long).max_tokens == 8000
