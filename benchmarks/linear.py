@@ -1,7 +1,8 @@
-"""Linear layers in a piece on the CPU: with code of ours, and with oneDNN's, both on packed weights.
+"""Linear layers in a piece on the CPU: code of ours and oneDNN's, both on packed weights, and plain torch's.
 
-A piece has several layers that read the same input; together their weights are larger than the CPU's caches, so that
-they are read from memory, as in a model. Both pieces take turns. Needs a C++ compiler.
+A piece has several layers that read the same input; together their weights are larger than most CPUs' caches, so that
+they are read from memory, as in a model. All take turns. 16-bit weights are held against the fastest of float32's.
+As a lesser CPU would: `python -m benchmarks.common.at_level avx2 benchmarks.linear`. Needs a C++ compiler.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from torch import Tensor, nn
 
 import piecework
 from benchmarks.common.main import Benchmark, add_option, names, numbers
-from benchmarks.common.run import Run
+from benchmarks.common.run import Bound, Run
 from benchmarks.common.steps import time_rounds
 
 SHAPES: Final = ((2048, 3648), (2816, 2048))
-DTYPES: Final = ("bfloat16", "float32")
-TOKENS: Final = (1, 8, 16, 32, 64, 256)
-SYSTEMS: Final = ("own", "onednn")
+DTYPES: Final = ("bfloat16", "float16", "float32")
+TOKENS: Final = (1, 8, 16, 32, 64, 256, 512)
+SYSTEMS: Final = {"own": "own", "onednn": "onednn", "plain": False}
 _WEIGHT_BYTES: Final = 1 << 27
+_DECODE: Final = 32  # tokens, at most
+_GOALS: Final = {True: 1.5, False: 0.95}  # decode or not: times float32's speed, without arithmetic of 16 bits
 
 
 class Layers(nn.Module):
@@ -31,7 +34,7 @@ class Layers(nn.Module):
 
     def __init__(self, features: int, width: int, *, dtype: torch.dtype) -> None:
         super().__init__()
-        count = max(2, _WEIGHT_BYTES // (features * width * dtype.itemsize))
+        count = max(2, _WEIGHT_BYTES // (features * width * 2))
         self.layers = nn.ModuleList(nn.Linear(features, width, bias=False, dtype=dtype) for _ in range(count))
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -48,27 +51,47 @@ def options(parser: argparse.ArgumentParser) -> None:
 @torch.inference_mode()
 def measure(args: argparse.Namespace, run: Run) -> dict[str, Any]:
     """Measure all shapes."""
-    for dtype in args.dtypes:
-        for features, width in SHAPES:
+    for features, width in SHAPES:
+        models: dict[tuple[str, str], piecework.LoadedModel] = {}
+        for dtype in args.dtypes:
             run.progress(f"{features} to {width}, {dtype}")
             torch.manual_seed(0)
             module = Layers(features, width, dtype=getattr(torch, dtype)).requires_grad_(requires_grad=False)
-            models = {name: _compiled(module, name, run.root / f"{name}-{features}-{dtype}") for name in SYSTEMS}
-            for tokens in args.tokens:
-                x = torch.randn(tokens, features, dtype=getattr(torch, dtype))
-                found = time_rounds({name: partial(model, x) for name, model in models.items()}, rounds=args.repeats)
-                for name, seconds in found.items():
-                    times = [1e6 * each / len(module.layers) for each in seconds]
-                    key = {"in": features, "out": width, "dtype": dtype, "tokens": tokens}
-                    run.add(*times, system=name, metric="layer_us", **key)
+            for name, packing in SYSTEMS.items():
+                out = run.root / f"{name}-{features}-{dtype}"
+                models[name, dtype] = _compiled(module, packing, out)
+        for tokens in args.tokens:
+            x = torch.randn(tokens, features)
+            ways = {
+                f"{name} {dtype}": partial(model, x.to(getattr(torch, dtype)))
+                for (name, dtype), model in models.items()
+            }
+            found = time_rounds(ways, rounds=args.repeats)
+            for name, dtype in models:
+                times = [1e6 * each / len(module.layers) for each in found[f"{name} {dtype}"]]
+                key = {"in": features, "out": width, "dtype": dtype, "tokens": tokens}
+                run.add(*times, system=name, metric="layer_us", **key)
+            _hold(run, {"in": features, "out": width, "tokens": tokens}, args.dtypes)
     return {}
+
+
+def _hold(run: Run, key: dict[str, int], dtypes: tuple[str, ...]) -> None:
+    """Hold code of ours on 16-bit weights against the fastest of float32."""
+    keys = run.find(metric="layer_us", dtype="float32", **key)
+    fastest = min((value for one in keys if (value := run.value(one)) is not None), default=None)
+    for dtype in dtypes:
+        for one in run.find(system="own", metric="layer_us", dtype=dtype, **key):
+            value = run.value(one)
+            if fastest is not None and value is not None and dtype != "float32":
+                limit = _GOALS[key["tokens"] <= _DECODE]
+                run.hold(one, f"times float32, {dtype} {key}", fastest / value, limit, Bound.AT_LEAST)
 
 
 def _compiled(module: Layers, packing: Any, out: Path) -> piecework.LoadedModel:
     options = piecework.CompileOptions(pack_linear=packing, passes_off=frozenset({"merge_linear"}))
     weight = module.layers[0].weight
     assert isinstance(weight, Tensor)
-    example = torch.randn(8, weight.shape[1], dtype=weight.dtype)
+    example = torch.randn(8, weight.shape[1]).to(weight.dtype)
     piecework.compile(module, (example,), dynamic={"tokens": piecework.Dim(1, 1024)}, out=out, options=options)
     return piecework.load(out, weights=module)
 

@@ -17,6 +17,7 @@ from piecework.foundation.flight import OVERTAKE_S
 
 TRUST_VARIABLE: Final = "PIECEWORK_TRUST"
 REQUIRE: Final = "require"
+ISA_VARIABLE: Final = "PIECEWORK_ISA"
 _COMPILERS: Final = re.compile(r"(TORCHINDUCTOR|TORCHDYNAMO|AOT_INDUCTOR|TORCH_COMPILE)_[A-Z0-9_]+")
 _WITHOUT_EFFECT: Final = re.compile(
     r"CACHE|WORKER|THREADS|TRACE|LOG|DUMP|PROFIL|BENCHMARK|DEBUG|VERBOSE|PROGRESS|SUPPRESS|SAVE_ARGS|PRINT"
@@ -89,6 +90,11 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         remote=given.get("PIECEWORK_REMOTE") or None,
     )
     return replace(found, trust=found.keys_file(given.get(TRUST_VARIABLE) or None))
+
+
+def lesser_isa() -> str | None:
+    """Return the level of instructions that `PIECEWORK_ISA` limits this process and its compiles to, or None."""
+    return os.environ.get(ISA_VARIABLE) or None
 
 
 def child_variables(changes: Mapping[str, str | None]) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Facts about the CPU, without torch: the machine, its instruction-set level and the flags behind it.
 
 Compiled code may use any instruction of the CPU it was compiled on (compilers are run with `-march=native`), so
-it runs wherever all flags that a compiler makes use of are there as well.
+it runs wherever all flags that a compiler makes use of are there as well. `PIECEWORK_ISA=avx2` makes code for lesser
+CPUs of that level.
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
+
+from piecework.errors import PieceworkError
+from piecework.foundation.environment import ISA_VARIABLE, lesser_isa
 
 # Only flags that change what a C++ compiler or an Inductor kernel emits; the rest (virtualisation, power, mitigations)
 # differs between machines that run the same code. Names as in Linux' /proc/cpuinfo.
@@ -44,6 +49,21 @@ _ARM_LEVELS: tuple[tuple[str, frozenset[str]], ...] = (
 )
 
 
+_V3_NAMES = "sse2 pni ssse3 sse4_1 sse4_2 popcnt cx16 movbe abm avx f16c fma avx2 bmi1 bmi2"
+_V3: Final = frozenset(_V3_NAMES.split())
+_V4: Final = _V3 | {"avx512f", "avx512dq", "avx512cd", "avx512bw", "avx512vl"}
+NATIVE: Final = ("-march=native",)
+_LESSER: Final = {
+    "avx2": (_V3, ("-march=x86-64-v3",)),
+    "avx512": (_V4, ("-march=x86-64-v4",)),
+    "avx512_bf16": (
+        _V4 | {"avx512_vnni", "avx512_bf16"},
+        ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"),
+    ),
+}
+"""Levels that code can be made for on better CPUs: the flags that it may depend on, and what compilers are told."""
+
+
 @dataclass(frozen=True)
 class Target:
     """The CPU that code is compiled for or run on.
@@ -53,12 +73,14 @@ class Target:
         system: "linux" or "darwin".
         isa: the instruction-set level, such as "avx512_bf16", "avx2", "asimd" or "baseline".
         flags: the CPU flags that compiled code may depend on, sorted.
+        compiler_flags: what says so to C++ compilers.
     """
 
     machine: str
     system: str
     isa: str
     flags: tuple[str, ...]
+    compiler_flags: tuple[str, ...] = NATIVE
 
     @property
     def fact(self) -> str:
@@ -67,7 +89,29 @@ class Target:
 
 
 def read_target(*, cpuinfo: Path = Path("/proc/cpuinfo")) -> Target:
-    """Return this machine's CPU; an unreadable list of flags gives the level "baseline"."""
+    """Return this machine's CPU, or the lesser one that `PIECEWORK_ISA` names.
+
+    An unreadable list of flags gives the level "baseline". Raises PieceworkError for a level that this CPU hasn't.
+    """
+    target = _own_target(cpuinfo)
+    name = lesser_isa()
+    return target if name in (None, target.isa) else lesser_target(target, name)
+
+
+def lesser_target(target: Target, isa: str) -> Target:
+    """Return a CPU of the level `isa` of which `target` has all flags. Raises PieceworkError where there is none."""
+    flags, compiler_flags = _LESSER.get(isa, (frozenset[str](), ()))
+    if not flags or not flags <= set(target.flags):
+        known = [name for name, (needed, _) in _LESSER.items() if needed <= set(target.flags) and name != target.isa]
+        raise PieceworkError(
+            asked=f"{ISA_VARIABLE}={isa}",
+            found=f"this CPU's level is {target.isa}",
+            try_=f"one of {', '.join([*known, target.isa])}, or no {ISA_VARIABLE}",
+        )
+    return replace(make_target(target.machine, system=target.system, flags=flags), compiler_flags=compiler_flags)
+
+
+def _own_target(cpuinfo: Path) -> Target:
     machine = _machine_name(platform.machine())
     system = platform.system().lower()
     if sys.platform == "darwin":

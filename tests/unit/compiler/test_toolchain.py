@@ -116,6 +116,18 @@ def ignore(*_: object) -> None:
     pass
 
 
+def test_code_for_lesser_cpus_is_compiled_without_other_instructions(tmp_path: Path) -> None:
+    said, compiler = tmp_path / "said", tmp_path / "c++"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {said}\n')
+    compiler.chmod(0o755)
+    toolchain = Toolchain(tmp_path / "root", str(compiler), "1", machine=("-march=x86-64-v3",))
+    toolchain.compile_kernel(tmp_path / "a.cpp", macros=(), target=tmp_path / "a.so")
+    toolchain.runtime(("-march=native", "-mavx512f", "-DX"), interface="")
+    words = said.read_text().split()
+    assert [word for word in words if word.startswith("-m")] == 2 * ["-march=x86-64-v3"]
+    assert "-DX" in words
+
+
 def test_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(CompileError, match=r"none of g\+\+"):

@@ -2,7 +2,17 @@ from pathlib import Path
 
 import pytest
 
-from piecework.foundation.target import Target, make_target, missing_flags, parse_cpuinfo, parse_sysctl, read_target
+from piecework.errors import PieceworkError
+from piecework.foundation.target import (
+    NATIVE,
+    Target,
+    lesser_target,
+    make_target,
+    missing_flags,
+    parse_cpuinfo,
+    parse_sysctl,
+    read_target,
+)
 
 AVX2 = "fpu sse2 ssse3 avx avx2 fma bmi2"
 AVX512 = f"{AVX2} avx512f avx512bw avx512vl avx512dq"
@@ -61,6 +71,37 @@ def test_read_target(tmp_path: Path) -> None:
     assert here.machine
     assert here.system
     assert missing_flags(here.fact, target=here) == ()
+
+
+V4 = (
+    "sse2 pni ssse3 sse4_1 sse4_2 popcnt cx16 movbe abm avx f16c fma avx2 bmi1 bmi2 "
+    "avx512f avx512dq avx512cd avx512bw avx512vl"
+)
+
+
+@pytest.mark.parametrize(("isa", "compiler"), [("avx2", "-march=x86-64-v3"), ("avx512", "-march=x86-64-v4")])
+def test_code_can_be_made_for_lesser_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, isa: str, compiler: str
+) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"flags : {V4} avx512_bf16 amx_tile amx_bf16\n")
+    here = read_target(cpuinfo=cpuinfo)
+    monkeypatch.setenv("PIECEWORK_ISA", isa)
+    lesser = read_target(cpuinfo=cpuinfo)
+    assert (here.isa, here.compiler_flags) == ("amx_bf16", NATIVE)
+    assert (lesser.isa, lesser.compiler_flags) == (isa, (compiler,))
+    assert missing_flags(lesser.fact, target=here) == ()
+    assert missing_flags(here.fact, target=lesser)
+
+
+def test_code_can_not_be_made_for_better_cpus() -> None:
+    here = make_target("x86_64", system="linux", flags=frozenset(V4.split()))
+    with pytest.raises(PieceworkError, match="one of avx2, avx512, or no PIECEWORK_ISA"):
+        lesser_target(here, "avx512_bf16")
+    with pytest.raises(PieceworkError, match="PIECEWORK_ISA=sse"):
+        lesser_target(here, "sse")
 
 
 def test_without_cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from piecework.foundation.digests import digest_json
 from piecework.foundation.environment import child_variables
 from piecework.foundation.flight import OVERTAKE_S, leading
 from piecework.foundation.leases import Holder, Lease
-from piecework.foundation.target import Target
+from piecework.foundation.target import NATIVE, Target, read_target
 from piecework.foundation.watch import watched
 
 # `model_base.h` parses "cpu" or "cuda:1" with std::regex, whose templates are most of a wrapper's compile time. With
@@ -106,12 +106,16 @@ _DROPPED = frozenset({"-fno-omit-frame-pointer", "-fPIC"})
 
 @dataclass(frozen=True)
 class Toolchain:
-    """Builds pieces' libraries under `root`, a directory that may be shared by processes and kept between compiles."""
+    """Builds pieces' libraries under `root`, a directory that may be shared by processes and kept between compiles.
+
+    `machine` is what tells the compiler which CPU its code is for: `Target.compiler_flags`.
+    """
 
     root: Path
     compiler: str
     version: str
     overtake_s: float = OVERTAKE_S
+    machine: tuple[str, ...] = NATIVE
 
     def prefix(
         self, flags: tuple[str, ...], *, on_start: Callable[[subprocess.Popen[str]], None] | None = None
@@ -121,6 +125,7 @@ class Toolchain:
         `on_start` is given the compiler's process, so that it can be ended. Raises CompileError where the compiler
         fails on torch's headers.
         """
+        flags = self._for_machine(flags)
         place = self._place(flags) / "prefix"
         with self._making(place) as made:
             if made is not None:
@@ -140,6 +145,7 @@ class Toolchain:
 
         `on_start` is as for `prefix`.
         """
+        flags = self._for_machine(flags)
         place = self._place(flags) / f"runtime-{digest_json([interface, _RUNTIME_LEVEL])[:16]}"
         with self._making(place) as made:
             if made is not None:
@@ -152,7 +158,10 @@ class Toolchain:
     def compile(self, source: Path, *, flags: tuple[str, ...], target: Path) -> None:
         """Compile one piece's C++ file."""
         prefix = self.prefix(flags)
-        self._run([*flags, "-O3", "-include", str(prefix), "-c", str(source), "-o", str(target)], cwd=source.parent)
+        self._run(
+            [*self._for_machine(flags), "-O3", "-include", str(prefix), "-c", str(source), "-o", str(target)],
+            cwd=source.parent,
+        )
 
     def compile_as_generated(self, command: str, *, directory: Path) -> None:
         """Run one of Inductor's own compile commands, with nothing changed but the stand-in for std::regex."""
@@ -188,8 +197,14 @@ class Toolchain:
     ) -> None:
         """Compile and link one of our own C++ files; `on_start` is as for `prefix`."""
         defines = [f"-D{macro}" for macro in macros]
-        command = [*KERNEL_FLAGS, *defines, str(source), "-o", str(target)]
+        command = [*self._for_machine(KERNEL_FLAGS), *defines, str(source), "-o", str(target)]
         self._run(command, cwd=target.parent, on_start=on_start)
+
+    def _for_machine(self, flags: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the flags, where it is not this machine without those that would allow its other instructions."""
+        if self.machine == NATIVE:
+            return flags
+        return (*(f for f in flags if not f.startswith("-m")), *self.machine)
 
     def _place(self, flags: tuple[str, ...]) -> Path:
         return self.root / digest_json([self.compiler, self.version, flags, _PREFIX])[:24]
@@ -247,7 +262,7 @@ def find_toolchain(root: Path, *, compiler: str | None, overtake_s: float = OVER
 
     `compiler` may have arguments, as CXX may ("ccache g++").
 
-    Raises CompileError where there is none or it doesn't run.
+    Raises CompileError where there is none or it doesn't run, PieceworkError where `PIECEWORK_ISA` is not to be had.
     """
     candidates = [compiler] if compiler else ["g++", "clang++", "c++"]
     try:
@@ -272,7 +287,8 @@ def find_toolchain(root: Path, *, compiler: str | None, overtake_s: float = OVER
             found=f"`{found} --version` fails: {(done.stderr or done.stdout).strip()[:200]}",
             try_="repair it, or name another compiler with CXX",
         )
-    return Toolchain(root=root, compiler=found, version=done.stdout.splitlines()[0], overtake_s=overtake_s)
+    version, machine = done.stdout.splitlines()[0], read_target().compiler_flags
+    return Toolchain(root=root, compiler=found, version=version, overtake_s=overtake_s, machine=machine)
 
 
 def flags_of(command: str) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from typing import Any, TextIO
 from piecework.compiler.backends.toolchain import Toolchain
 from piecework.errors import InternalError, PieceworkError
 from piecework.foundation.process import python_command
+from piecework.foundation.target import read_target
 
 _COLLECT_EVERY = 50_000  # objects more than before; Inductor makes some hundred thousand of them for a piece
 
@@ -58,13 +59,14 @@ def main() -> int:
         _end_with_input()
     events = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what torch or the compiler print must not mix with the events
-    toolchain = Toolchain(args.toolchain, args.compiler, args.compiler_version, args.overtake_s)
+    target = read_target()
+    toolchain = Toolchain(args.toolchain, args.compiler, args.compiler_version, args.overtake_s, target.compiler_flags)
     gc.disable()  # collecting walks all of torch and Inductor in vain while they are imported: a quarter of that time
     # they import torch, which must come after that
     from piecework.compiler.backends.aoti import warm_up  # noqa: PLC0415
     from piecework.foundation import torch_private  # noqa: PLC0415
 
-    torch_private.set_inductor_options(trust_isa=True)
+    torch_private.set_inductor_options(trust_isa=True, vector_bits=256 if target.isa == "avx2" else None)
     if args.single:
         _send(events, _compile(json.loads(sys.stdin.readline()), toolchain=toolchain))
         return 0

@@ -171,13 +171,14 @@ def warm_up_inductor() -> None:
     import torch._inductor.kernel.mm  # noqa: F401
 
 
-def set_inductor_options(*, trust_isa: bool) -> None:
+def set_inductor_options(*, trust_isa: bool, vector_bits: int | None = None) -> None:
     """Prepare this process for compiling pieces: one thread, no caches between pieces, no instruction-set probes.
 
     Args:
         trust_isa: believe what the CPU says of itself. torch 2.11-2.13 compile, link and load a library for each
             instruction set, and for some of its parts although `vec_isa_ok` is set (cpu_vec_isa.py); then the compiler
             is asked only whether it knows them.
+        vector_bits: how wide vectors are; None for the CPU's widest.
     """
     import torch._inductor.config as config
     from torch._inductor import cpu_vec_isa
@@ -185,6 +186,7 @@ def set_inductor_options(*, trust_isa: bool) -> None:
     config.compile_threads = 1
     config.fx_graph_cache = False
     config.cpp_cache_precompile_headers = False
+    config.cpp.simdlen = vector_bits
     if trust_isa:
         config.cpp.vec_isa_ok = True
         isa: Any = cpu_vec_isa.VecISA
