@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Final, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,6 @@ from piecework.errors import UnsupportedModelError
 from piecework.models.adapted import AdaptedModel
 from piecework.ops import linear_quantized as _op  # noqa: F401  registers piecework::linear_quantized
 from piecework.spec.quantization import Quantization
-
-_PARAMETERS: Final = {Part.VALUES: "weight", Part.SCALES: "scales", Part.OFFSETS: "offsets"}
 
 
 def with_quantized_weights(model: AdaptedModel, how: Quantization) -> AdaptedModel:
@@ -37,8 +35,8 @@ def with_quantized_weights(model: AdaptedModel, how: Quantization) -> AdaptedMod
             parts = _parts(taken, LAYOUTS[layout], sizes, name=name)
             sources.pop(f"{name}.weight", None)
             sources |= {
-                f"{name}.{_PARAMETERS[part]}": Quantized(layout, part, sizes, parts)
-                for part in _PARAMETERS
+                f"{name}.{part.value}": Quantized(layout, part, sizes, parts)
+                for part in Part
                 if part is not Part.OFFSETS or LAYOUTS[layout].has_offsets
             }
             parent, _, last = name.rpartition(".")
@@ -58,7 +56,7 @@ class QuantizedLinear(nn.Module):
         sizes: of its weight.
     """
 
-    weight: Tensor
+    values: Tensor
     scales: Tensor
     offsets: Tensor | None
     bias: Tensor | None
@@ -67,17 +65,17 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         kept = LAYOUTS[layout]
-        for part, name in _PARAMETERS.items():
+        for part in Part:
             made = None
             if part is not Part.OFFSETS or kept.has_offsets:
                 shape, dtype = kept.shape(part, sizes), getattr(torch, kept.dtype(part))
                 made = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
-            self.register_parameter(name, made)
+            self.register_parameter(part.value, made)
         self.register_parameter("bias", layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's result [..., out] of x [..., in], in x's type."""
-        made: Tensor = torch.ops.piecework.linear_quantized(x, self.weight, self.scales, self.offsets, self.bias)
+        made: Tensor = torch.ops.piecework.linear_quantized(x, self.values, self.scales, self.offsets, self.bias)
         return made
 
 

@@ -109,18 +109,17 @@ class ModelSpec:
 
     def _check_weights(self) -> None:
         """Raise UnsupportedModelError where the model's weights can't be quantized, or not once more."""
-        asked = f"{self.source} with {self.weights_dtype} weights"
         if self.weights_dtype != AS_STORED and self.config.quantization is not None:
             raise UnsupportedModelError(
-                asked=asked,
+                asked=f"{self.source} with {self.weights_dtype} weights",
                 found="a checkpoint that is quantized already (quantization_config in config.json)",
                 try_="leave --weights-dtype out, or give the checkpoint that it was quantized from",
             )
-        if self.quantization is not None and self.config.latent is not None:
+        if self.config.quantization is not None and self.config.latent is not None:
             raise UnsupportedModelError(
-                asked=asked,
+                asked=f"{self.source}, whose weights are quantized",
                 found="latent attention, whose projections are absorbed into each other",
-                try_="the unquantized checkpoint, without --weights-dtype",
+                try_="the checkpoint that it was quantized from, with --weights-dtype",
             )
 
     @staticmethod
@@ -164,7 +163,9 @@ class ModelSpec:
     @property
     def quantization(self) -> Quantization | None:
         """How linear weights are quantized, by the checkpoint or when they are bound; None where they aren't."""
-        return self.config.quantization or quantization_for(self.weights_dtype, self.weights_group)
+        return self.config.quantization or quantization_for(
+            self.weights_dtype, self.weights_group, latent=self.config.latent is not None
+        )
 
     @property
     def own_facts(self) -> dict[str, JsonScalar]:

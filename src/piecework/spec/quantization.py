@@ -15,6 +15,8 @@ AS_STORED: Final = "auto"
 GROUPS: Final = (0, 32, 64, 128)
 _INT4_GROUP: Final = 32
 _HEADS: Final = ("lm_head", "embed_out")
+_ABSORBED: Final = ("kv_b_proj", "o_proj")
+_BLOCK: Final = 32
 
 
 @dataclass(frozen=True)
@@ -43,25 +45,31 @@ class Quantization:
             return None
         is_head = name.rpartition(".")[2] in _HEADS
         if is_head and self.head != self.layout:
-            return (self.head, Sizes(rows, columns, columns)) if self.head else None
+            fits = rows % _BLOCK == 0 and columns % _BLOCK == 0
+            return (self.head, Sizes(rows, columns, columns)) if self.head and fits else None
         sizes = Sizes(rows, columns, self.group or columns, self.group_rows)
         fits = columns % sizes.group == 0 and (LAYOUTS[self.layout].values != "int32" or columns % 8 == 0)
-        if not fits and self.stored:
+        if not self.stored:  # only what is read faster for it
+            return (self.layout, sizes) if fits and rows % _BLOCK == 0 and columns % _BLOCK == 0 else None
+        if not fits:
             raise UnsupportedModelError(
                 asked=f"the quantized weight of {name}, of {rows} rows and {columns} columns",
                 found=f"groups of {sizes.group} columns, which don't divide them evenly",
                 try_="the checkpoint that it was quantized from",
             )
-        return (self.layout, sizes) if fits else None
+        return self.layout, sizes
 
 
-def quantization_for(weights_dtype: str, group: int) -> Quantization | None:
-    """Return what `--weights-dtype` asks of a checkpoint that isn't quantized; an output projection has 8 bits."""
+def quantization_for(weights_dtype: str, group: int, *, latent: bool) -> Quantization | None:
+    """Return what `--weights-dtype` asks of a checkpoint that isn't quantized; an output projection has 8 bits.
+
+    Projections that latent attention absorbs into others keep their type.
+    """
     if weights_dtype == AS_STORED:
         return None
     head = "fp8" if weights_dtype == "fp8" else "int8"
     default = _INT4_GROUP if weights_dtype == "int4" else 0
-    return Quantization(weights_dtype, group or default, head=head, stored=False)
+    return Quantization(weights_dtype, group or default, kept=_ABSORBED if latent else (), head=head, stored=False)
 
 
 def read_quantization(config: Mapping[str, Any], *, asked: str) -> Quantization | None:

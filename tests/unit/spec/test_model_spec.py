@@ -24,6 +24,8 @@ GIVEN: dict[str, tuple[Any, list[str], Any, Any]] = {
     "max_tokens": (64, ["--max-tokens", "64"], 64, 64),
     "mla": ("opaque", ["--mla", "opaque"], "opaque", "opaque"),
     "kv_cache_dtype": ("fp8", ["--kv-cache-dtype", "fp8"], "fp8", "fp8"),
+    "weights_dtype": ("int8", ["--weights-dtype", "int8"], "int8", "int8"),
+    "weights_group": (64, ["--weights-group", "64"], 64, "64"),
     "device": ("cuda", ["--device", "cuda"], "cuda", "cuda"),
     "backend": (BackendName.EAGER, ["--backend", "eager"], BackendName.EAGER, "eager"),
     "providers": (
