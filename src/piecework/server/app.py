@@ -13,14 +13,16 @@ from piecework.server.context import Admission, ServerContext
 from piecework.server.encoders.embeddings import embedding_routes
 from piecework.server.encoders.rerank import rerank_routes
 from piecework.server.errors import add_error_answers
-from piecework.server.information import health_routes, model_routes, page_routes, start_routes
+from piecework.server.figures.metrics import Metrics
+from piecework.server.information import health_routes, model_routes, start_routes
 from piecework.server.log import EventLog
 from piecework.server.messages.dialect import known_dialects
-from piecework.server.metrics import Metrics
 from piecework.server.middleware import Counted, JsonBody, KeyRequired, KnownHost
+from piecework.server.pages.routes import page_routes
 from piecework.server.responses import documented_openapi
 from piecework.server.settings import ServerSettings
 from piecework.server.status import ServerStatus, State
+from piecework.server.tokens import token_routes
 from piecework.server.unknown_fields import IgnoredNamed, UnknownFields
 
 
@@ -42,7 +44,7 @@ def make_app(
     context = ServerContext(
         status, settings, metrics, Admission(settings.limits), log, UnknownFields(log), dialects, seeds
     )
-    # no /docs: FastAPI's page loads its scripts from elsewhere
+    # FastAPI's own /docs loads its scripts from elsewhere
     app = FastAPI(
         title="piecework",
         version=VERSION,
@@ -58,9 +60,10 @@ def make_app(
         model_routes,
         health_routes,
         start_routes,
-        page_routes,
+        token_routes,
     ):
         app.include_router(routes(context))
+    app.include_router(page_routes(lambda: app.openapi()))
     add_error_answers(app)
     app.openapi = documented_openapi(app, has_key=settings.api_key is not None)  # type: ignore[method-assign]
     # added last, met first

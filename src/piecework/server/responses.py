@@ -30,6 +30,9 @@ _MEANINGS: Final[Mapping[int, str]] = {
     503: "The model is not ready, or the server is shutting down; see Retry-After.",
 }
 
+PROTECTED: Final = ("/v1/", "/tokenize", "/detokenize")
+"""Paths that need the API key, where there is one, begin with these."""
+
 _REFERENCE: Final = "#/components/schemas/{model}"
 
 Responses = dict[int | str, dict[str, Any]]
@@ -299,6 +302,27 @@ class ScoreAnswer(Answered):
     usage: TextUsage
 
 
+class TokenizeAnswer(Answered):
+    """The answer to POST /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeAnswer(Answered):
+    """The answer to POST /detokenize."""
+
+    prompt: str
+
+
+class Version(Answered):
+    """The answer to GET /version."""
+
+    version: str
+
+
 class Model(Answered):
     """A model that is served."""
 
@@ -401,7 +425,7 @@ def documented_openapi(app: FastAPI, *, has_key: bool) -> Callable[[], dict[str,
         for path, methods in schema["paths"].items():
             for operation in methods.values():
                 operation["responses"].pop("422", None)
-                if has_key and path.startswith("/v1/"):
+                if has_key and path.startswith(PROTECTED):
                     operation["security"] = [{"key": []}]
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)

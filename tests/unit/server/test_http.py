@@ -8,6 +8,7 @@ import socket
 import httpx
 import pytest
 
+import piecework
 from piecework.server.settings import Limits, ServerSettings
 from piecework.server.status import ServerStatus
 from tests.unit.server.fake import REPORT, FakeService, ready
@@ -143,7 +144,6 @@ def test_unknown_paths_and_methods(http):
     assert response.status_code == 405
     assert response.headers["allow"] == "POST"
     error_of(response)
-    assert http.get("/docs").status_code == 404
 
 
 def test_a_large_body_is_refused_by_its_length_alone_or_when_it_has_come():
@@ -182,6 +182,7 @@ class TestKey:
             guarded.post("/v1/chat/completions", content=b"{", headers=headers),
             guarded.get("/v1/piecework/status", headers=headers),
             guarded.get("/v1/nothing", headers=headers),
+            guarded.post("/tokenize", json={"prompt": "x"}, headers=headers),
         ):
             assert (response.status_code, error_of(response)["code"]) == (401, "invalid_api_key")
             assert response.headers["www-authenticate"] == "Bearer"
@@ -213,6 +214,20 @@ def test_one_request_too_many_is_a_429_and_goes_in_later():
 class TestInformation:
     def test_health(self, http):
         assert http.get("/health").json() == {"status": "ready", "serving": "aoti", "message": ""}
+
+    def test_version_and_ping(self, http):
+        assert http.get("/version").json() == {"version": piecework.__version__}
+        assert http.get("/ping").json()["status"] == "ready"
+
+    def test_tokens_and_back(self, http):
+        answer = http.post("/tokenize", json={"model": "fake", "prompt": "Hi", "return_token_strs": True})
+        assert answer.json() == {"count": 2, "max_model_len": 2048, "tokens": [72, 105], "token_strs": ["H", "i"]}
+        assert http.post("/detokenize", json={"tokens": [72, 105]}).json() == {"prompt": "Hi"}
+        talk = {"messages": [{"role": "user", "content": "x"}]}
+        assert http.post("/tokenize", json=talk).json()["count"] == len("user: x\nassistant:")
+        for wrong in ({}, {"prompt": "x", **talk}, {"prompt": "x", "add_generation_prompt": False}):
+            assert http.post("/tokenize", json=wrong).status_code == 400
+        assert http.post("/tokenize", json={"model": "other", "prompt": "x"}).status_code == 404
 
     def test_the_bundle(self, http):
         assert http.get("/v1/piecework/bundle").json() == REPORT
