@@ -38,7 +38,7 @@ def make_app(
         log_requests: whether it gets every request as well.
     """
     log = log or EventLog(None)
-    metrics = Metrics(status)
+    metrics = Metrics(status, model=settings.model, names=settings.metrics)
     seeds = None if settings.seed is None else itertools.count(settings.seed)
     dialects = known_dialects(settings.dialect)
     context = ServerContext(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from piecework.foundation.version import VERSION
@@ -83,9 +83,10 @@ def health_routes(context: ServerContext) -> APIRouter:
         response_class=PlainTextResponse,
         responses={200: {"content": {CONTENT_TYPE: {"schema": {"type": "string"}}}, "description": "The figures."}},
     )
-    async def metrics() -> Response:
-        """Figures for Prometheus."""
-        return Response(context.metrics.text(), media_type=CONTENT_TYPE)
+    async def metrics(request: Request) -> Response:
+        """Figures for Prometheus; as OpenMetrics where `Accept` says so."""
+        text, kind = context.metrics.text(request.headers.get("accept", ""))
+        return Response(text, headers={"Content-Type": kind})
 
     return router
 

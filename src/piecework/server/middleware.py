@@ -58,7 +58,7 @@ class Counted:
         finally:
             # the route's own path: one label for each, whatever clients make up
             path = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(path, str(status)).inc()
+            self._metrics.answered(path, status)
             if self._log is not None:
                 client = scope.get("client") or ("",)
                 self._log.event(
