@@ -8,6 +8,8 @@ from fastapi import FastAPI
 
 from piecework.foundation.version import VERSION
 from piecework.server.chat.chat import chat_routes
+from piecework.server.chat.response_bodies import ResponseEvent
+from piecework.server.chat.response_routes import response_routes
 from piecework.server.completions import completion_routes
 from piecework.server.context import Admission, ServerContext
 from piecework.server.encoders.embeddings import embedding_routes
@@ -55,6 +57,7 @@ def make_app(
     for routes in (
         completion_routes,
         chat_routes,
+        response_routes,
         embedding_routes,
         rerank_routes,
         model_routes,
@@ -65,7 +68,7 @@ def make_app(
         app.include_router(routes(context))
     app.include_router(page_routes(lambda: app.openapi()))
     add_error_answers(app)
-    app.openapi = documented_openapi(app, has_key=settings.api_key is not None)  # type: ignore[method-assign]
+    app.openapi = documented_openapi(app, chunks=(ResponseEvent,), has_key=settings.api_key is not None)  # type: ignore[method-assign]
     # added last, met first
     app.add_middleware(IgnoredNamed)
     app.add_middleware(JsonBody, limits=settings.limits, is_draining=lambda: status.state is State.DRAINING)

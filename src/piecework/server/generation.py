@@ -170,7 +170,7 @@ async def answer_whole(
     finally:
         ticket.release()
     completions = [completion_of(request, of_it) for request, of_it in zip(exchange.requests, deltas, strict=True)]
-    return answer.whole(completions, exchange.usage()).response()
+    return answer.whole(completions, exchange.usage()).to_response()
 
 
 async def answer_stream(

@@ -38,7 +38,7 @@ def model_routes(context: ServerContext) -> APIRouter:
     @router.get("/v1/models", response_model=None, responses={200: {"model": ModelList}, **error_responses(401)})
     async def list_models() -> Response:
         """List the names under which the model is served."""
-        return ModelList(object="list", data=[model(name) for name in context.settings.model_names]).response()
+        return ModelList(object="list", data=[model(name) for name in context.settings.model_names]).to_response()
 
     @router.get(
         "/v1/models/{name:path}", response_model=None, responses={200: {"model": Model}, **error_responses(401, 404)}
@@ -46,7 +46,7 @@ def model_routes(context: ServerContext) -> APIRouter:
     async def get_model(name: str) -> Response:
         """Say whether a model is served."""
         context.check_model(name)
-        return model(name).response()
+        return model(name).to_response()
 
     return router
 
@@ -63,15 +63,15 @@ def health_routes(context: ServerContext) -> APIRouter:
         able = status.service is not None and state in (State.READY, State.COMPILING)
         if not able:
             retry = {"Retry-After": str(settings.limits.retry_after_s)}
-            return Health(status=state, message=failure).response(status=503, headers=retry)
+            return Health(status=state, message=failure).to_response(status=503, headers=retry)
         if status.bundle is None:
-            return Health(status=state, message=failure).response()
-        return Health(status=state, message=failure, serving=status.bundle.backend).response()
+            return Health(status=state, message=failure).to_response()
+        return Health(status=state, message=failure, serving=status.bundle.backend).to_response()
 
     @router.get("/version", response_model=None, responses={200: {"model": Version}})
     async def version() -> Response:
         """Say which version of piecework this is."""
-        return Version(version=VERSION).response()
+        return Version(version=VERSION).to_response()
 
     @router.get("/ping", response_model=None, responses={200: {"model": Health}, 503: {"model": Health}})
     async def ping() -> Response:
@@ -107,14 +107,14 @@ def start_routes(context: ServerContext) -> APIRouter:
             retry = {"Retry-After": str(settings.limits.retry_after_s)}
             raise ApiError(503, "no bundle is loaded yet", code=status.state.value, headers=retry)
         report = await asyncio.to_thread(status.bundle.report)
-        return BundleAnswer.model_validate(report).response()
+        return BundleAnswer.model_validate(report).to_response()
 
     @router.get(
         "/v1/piecework/status", response_model=None, responses={200: {"model": StatusAnswer}, **error_responses(401)}
     )
     async def server_status() -> Response:
         """How the start went, what is being compiled, and what the engine is doing."""
-        return _status_answer(context).response()
+        return _status_answer(context).to_response()
 
     return router
 

@@ -92,7 +92,7 @@ class KeyRequired:
                     code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
-                await error.response()(scope, receive, send)
+                await error.to_response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -115,7 +115,7 @@ class KnownHost:
             host = Headers(scope=scope).get("host", "")
             if not self._is_known(host):
                 error = ApiError(421, f"this server doesn't answer as {host!r}; start it with --allowed-host {host!r}")
-                await error.response()(scope, receive, send)
+                await error.to_response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -163,7 +163,7 @@ class JsonBody:
             body = await self._read(receive)
             _check_text(body or b"", nesting=self._limits.nesting)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error.to_response()(scope, receive, send)
             return
         if body is None:
             return  # the client went away

@@ -34,14 +34,14 @@ def token_routes(context: ServerContext) -> APIRouter:
         if body.return_token_strs:
             texts = await _beside(context, lambda: [service.decode([token]) for token in tokens])
             answer = answer.model_copy(update={"token_strs": texts})
-        return answer.response()
+        return answer.to_response()
 
     @router.post("/detokenize", response_model=None, responses={200: {"model": DetokenizeAnswer}, **errors})
     async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
         """Return the text of tokens."""
         context.check_body(body, request)
         service = context.ready_service()
-        return DetokenizeAnswer(prompt=await _beside(context, lambda: service.decode(body.tokens))).response()
+        return DetokenizeAnswer(prompt=await _beside(context, lambda: service.decode(body.tokens))).to_response()
 
     return router
 
