@@ -62,7 +62,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_http(parser.add_argument_group("where and for whom"))
     _add_model(parser.add_argument_group("the model"))
     _add_limits(parser.add_argument_group("limits"))
-    log = parser.add_argument_group("logging, on stderr")
+    log = parser.add_argument_group("logging, on stderr, and figures")
+    log.add_argument(
+        "--metrics",
+        choices=("piecework", "vllm"),
+        default="piecework",
+        help="whose names the figures at /metrics have (default: %(default)s)",
+    )
     log.add_argument("--log-requests", action="store_true", help="log every request")
     log.add_argument("--json", action="store_true", help="log JSON objects, one a line")
     profile = parser.add_argument_group("profiling")
@@ -176,6 +182,7 @@ def _settings(args: argparse.Namespace, environment: Environment, model_dir: Pat
         defaults=_defaults(args, model_dir),
         seed=args.seed,
         dialect=args.tool_call_parser,
+        metrics=args.metrics,
         hosts=(args.host, *(args.allowed_host or ())),
     )
 

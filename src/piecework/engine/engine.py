@@ -248,7 +248,8 @@ class Engine:
                 ends_request = len(self._sequences[request_id]) == 1
             if len(sequence.generated) == 1:
                 scores = self._take_scores(sequence)
-                outputs.append(TokenOutput(request_id, index, token, reason, ends_request, sequence.num_cached, scores))
+                known = (sequence.num_cached, scores, sequence.scheduled_s)
+                outputs.append(TokenOutput(request_id, index, token, reason, ends_request, *known))
             else:
                 outputs.append(TokenOutput(request_id, index, token, reason, ends_request))
             if reason is not None:

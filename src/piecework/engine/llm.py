@@ -18,6 +18,7 @@ from piecework.engine.output import Stats
 from piecework.engine.profile_options import ProfileOptions
 from piecework.engine.request import GenerationRequest
 from piecework.engine.sampling_params import SamplingParams
+from piecework.engine.text.chat_template import Message
 from piecework.engine.text.completion import Completion
 from piecework.engine.text.deltas import TextDelta
 from piecework.engine.text.tokenizer import Tokenizer
@@ -100,6 +101,30 @@ class LLM:
         engine ends before they do.
         """
         return self._texts.complete([self._request(prompt, one) for prompt, one in _pair(prompts, params)])
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[Completion]:
+        """Answer conversations by the model's own chat template, and return what became of each, in their order.
+
+        Args:
+            messages: a conversation, or a list of them: messages with "role" and "content", as in OpenAI's API.
+            params: how to answer all of them, or one for each; None for SamplingParams().
+            tools: JSON descriptions of functions that the model is told of.
+            chat_template_kwargs: further names for the template, such as "enable_thinking".
+
+        Raises like `generate`, and RequestError where there is no chat template or it refuses the messages.
+        """
+        single = not messages or isinstance(messages[0], Mapping)
+        each = cast("Sequence[Sequence[Message]]", [messages] if single else messages)
+        return self.generate(
+            [self._texts.encode_chat(one, tools=tools, extra=chat_template_kwargs) for one in each], params
+        )
 
     async def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[TextDelta]:
         """Continue a prompt, and yield what each step adds.

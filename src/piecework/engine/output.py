@@ -33,6 +33,7 @@ class TokenOutput(NamedTuple):
         num_cached: how many of the prompt's tokens were found in the KV cache; said with the first token.
         prompt_logprobs: with the first token of continuation 0 where asked for: one for each token of the prompt,
             None for the first of them.
+        scheduled_s: with the first token: when its sequence was first in a batch, by `time.perf_counter`.
     """
 
     request_id: str
@@ -42,6 +43,7 @@ class TokenOutput(NamedTuple):
     ends_request: bool = False
     num_cached: int = 0
     prompt_logprobs: tuple[SampledToken | None, ...] | None = None
+    scheduled_s: float | None = None
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ class Sequence:
         num_computed: how many tokens are in the KV cache.
         num_scored: how many of the prompt's first tokens have given the logits that the request wants of a prompt.
         num_cached: how many of the prompt's tokens were found in the KV cache when it was first admitted.
+        scheduled_s: when it was first admitted, by `time.perf_counter`; None before.
         blocks: the KV cache's blocks that it holds.
         digests: those of its first full blocks, as far as they were needed.
         finish_reason: set when it ended.
@@ -74,6 +75,7 @@ class Sequence:
     num_computed: int = field(init=False, default=0)
     num_scored: int = field(init=False, default=0)
     num_cached: int = field(init=False, default=-1)
+    scheduled_s: float | None = field(init=False, default=None)
     blocks: list[int] = field(init=False, default_factory=list)
     digests: list[bytes] = field(init=False, default_factory=list)
     finish_reason: FinishReason | None = field(init=False, default=None)

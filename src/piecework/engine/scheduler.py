@@ -11,6 +11,7 @@ to be computed again. The first in the line can have the blocks of all others, s
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple, final
@@ -238,6 +239,7 @@ class Scheduler:
     def _count(self, sequence: Sequence, num_cached: int) -> None:
         if sequence.num_cached < 0:  # not when it is computed again
             sequence.num_cached = num_cached
+            sequence.scheduled_s = time.perf_counter()
             self.counts.prompt_tokens += sequence.num_prompt
             self.counts.cached_tokens += num_cached
 

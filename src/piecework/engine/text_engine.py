@@ -49,9 +49,9 @@ class TextEngine:
         error = self._engine.error
         return "" if error is None else f"the engine failed: {type(error).__name__}: {error}"
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the tokens of a plain prompt; raises RequestError where there is no tokenizer."""
-        return self._require_tokenizer("continue a text").encode(text)
+        return self._require_tokenizer("continue a text").encode(text, add_special_tokens=add_special_tokens)
 
     def encode_chat(
         self,

@@ -8,19 +8,23 @@ from fastapi import FastAPI
 
 from piecework.foundation.version import VERSION
 from piecework.server.chat.chat import chat_routes
+from piecework.server.chat.response_bodies import ResponseEvent
+from piecework.server.chat.response_routes import response_routes
 from piecework.server.completions import completion_routes
 from piecework.server.context import Admission, ServerContext
 from piecework.server.encoders.embeddings import embedding_routes
 from piecework.server.encoders.rerank import rerank_routes
 from piecework.server.errors import add_error_answers
-from piecework.server.information import health_routes, model_routes, page_routes, start_routes
+from piecework.server.figures.metrics import Metrics
+from piecework.server.information import health_routes, model_routes, start_routes
 from piecework.server.log import EventLog
 from piecework.server.messages.dialect import known_dialects
-from piecework.server.metrics import Metrics
 from piecework.server.middleware import Counted, JsonBody, KeyRequired, KnownHost
+from piecework.server.pages.routes import page_routes
 from piecework.server.responses import documented_openapi
 from piecework.server.settings import ServerSettings
 from piecework.server.status import ServerStatus, State
+from piecework.server.tokens import token_routes
 from piecework.server.unknown_fields import IgnoredNamed, UnknownFields
 
 
@@ -36,13 +40,13 @@ def make_app(
         log_requests: whether it gets every request as well.
     """
     log = log or EventLog(None)
-    metrics = Metrics(status)
+    metrics = Metrics(status, model=settings.model, names=settings.metrics)
     seeds = None if settings.seed is None else itertools.count(settings.seed)
     dialects = known_dialects(settings.dialect)
     context = ServerContext(
         status, settings, metrics, Admission(settings.limits), log, UnknownFields(log), dialects, seeds
     )
-    # no /docs: FastAPI's page loads its scripts from elsewhere
+    # FastAPI's own /docs loads its scripts from elsewhere
     app = FastAPI(
         title="piecework",
         version=VERSION,
@@ -53,16 +57,18 @@ def make_app(
     for routes in (
         completion_routes,
         chat_routes,
+        response_routes,
         embedding_routes,
         rerank_routes,
         model_routes,
         health_routes,
         start_routes,
-        page_routes,
+        token_routes,
     ):
         app.include_router(routes(context))
+    app.include_router(page_routes(lambda: app.openapi()))
     add_error_answers(app)
-    app.openapi = documented_openapi(app, has_key=settings.api_key is not None)  # type: ignore[method-assign]
+    app.openapi = documented_openapi(app, chunks=(ResponseEvent,), has_key=settings.api_key is not None)  # type: ignore[method-assign]
     # added last, met first
     app.add_middleware(IgnoredNamed)
     app.add_middleware(JsonBody, limits=settings.limits, is_draining=lambda: status.state is State.DRAINING)

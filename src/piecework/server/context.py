@@ -10,10 +10,10 @@ from starlette.requests import Request
 
 from piecework.engine.request import GenerationRequest
 from piecework.server.errors import ApiError, invalid
+from piecework.server.figures.metrics import Metrics
 from piecework.server.log import EventLog
 from piecework.server.messages.dialect import Dialect, find_dialect
-from piecework.server.metrics import Metrics
-from piecework.server.requests import Body
+from piecework.server.requests import DetokenizeRequest, NamedBody, TokenizeRequest
 from piecework.server.service import AnyService, EncodeService, Service
 from piecework.server.settings import Limits, ServerSettings
 from piecework.server.status import ServerStatus, State
@@ -50,9 +50,10 @@ class ServerContext:
             return request
         return replace(request, params=replace(request.params, seed=next(self.seeds)))
 
-    def check_body(self, body: Body, request: Request) -> None:
+    def check_body(self, body: NamedBody | TokenizeRequest | DetokenizeRequest, request: Request) -> None:
         """Raise ApiError 404 for another model's name, 400 for unknown fields that would change the answer."""
-        self.check_model(body.model)
+        if body.model is not None:
+            self.check_model(body.model)
         self.unknown.check(body, request)
 
     def ready_service(self) -> Service:

@@ -65,9 +65,9 @@ class ApiError(Exception):
         detail = ErrorDetail(message=_encodable(self.message), type=kind, param=param, code=self.code)
         return ErrorAnswer(error=detail)
 
-    def response(self) -> Response:
+    def to_response(self) -> Response:
         """Return the answer."""
-        return self.answer().response(status=self.status, headers=self.headers)
+        return self.answer().to_response(status=self.status, headers=self.headers)
 
 
 def invalid(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
@@ -100,22 +100,22 @@ def add_error_answers(app: FastAPI) -> None:
 
 async def _answer_api_error(_request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error.response()
+    return error.to_response()
 
 
 async def _answer_ours(_request: Request, error: Exception) -> Response:
     assert isinstance(error, PieceworkError)
-    return as_api_error(error).response()
+    return as_api_error(error).to_response()
 
 
 async def _answer_http(_request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return ApiError(error.status_code, str(error.detail), headers=error.headers).response()
+    return ApiError(error.status_code, str(error.detail), headers=error.headers).to_response()
 
 
 async def _answer_bug(_request: Request, error: Exception) -> Response:
     # what it was is in the log; a client learns nothing of our insides
-    return ApiError(500, f"an error that the server did not expect ({type(error).__name__})").response()
+    return ApiError(500, f"an error that the server did not expect ({type(error).__name__})").to_response()
 
 
 async def _answer_validation(_request: Request, error: Exception) -> Response:
@@ -123,9 +123,9 @@ async def _answer_validation(_request: Request, error: Exception) -> Response:
     errors = error.errors()
     if any(entry["type"] == "json_invalid" for entry in errors):
         context = errors[0].get("ctx", {}).get("error", "")
-        return invalid(f"the body is not valid JSON: {context}".rstrip(": "), code="invalid_json").response()
+        return invalid(f"the body is not valid JSON: {context}".rstrip(": "), code="invalid_json").to_response()
     param, message = describe(errors)
-    return invalid(message, param=param).response()
+    return invalid(message, param=param).to_response()
 
 
 def describe(errors: Sequence[Mapping[str, Any]]) -> tuple[str | None, str]:

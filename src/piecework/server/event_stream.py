@@ -24,8 +24,10 @@ class ClientGone(Exception):
 
 
 def event(value: Answered) -> bytes:
-    """Return an answer, or a part of one, as an event."""
-    return b"data: " + value.to_bytes() + b"\n\n"
+    """Return an answer, or a part of one, as an event; one that has a type is named by it, too."""
+    name = getattr(value, "type", None)
+    head = f"event: {name}\n".encode() if isinstance(name, str) else b""
+    return head + b"data: " + value.to_bytes() + b"\n\n"
 
 
 async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:

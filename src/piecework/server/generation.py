@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Final, cast, final
@@ -79,8 +80,9 @@ class Exchange:
         self.requests = [context.seeded(request) for request in requests]
         self._began_s = began_s
         self._hidden = hidden_tokens
+        self._first_s: dict[tuple[int, int], float] = {}
         self._last_s: dict[tuple[int, int], float] = {}
-        self._num_generated = 0
+        self._num_of: Counter[tuple[int, int]] = Counter()
         self._num_cached = 0
 
     async def check(self) -> None:
@@ -112,25 +114,35 @@ class Exchange:
                 await on_delta(prompt, delta)
 
     def _measure(self, delta: TextDelta, *, key: tuple[int, int]) -> None:
-        metrics = self._context.metrics
+        now = time.perf_counter()
         if delta.tokens:
-            now = time.perf_counter()
             before = self._last_s.get(key)
             if before is None:
-                metrics.first_token.observe(now - self._began_s)
-                self._context.status.first_token()
-                self._num_cached += delta.num_cached
+                self._measure_first(delta, key=key, now_s=now)
             else:
-                metrics.inter_token.observe((now - before) / len(delta.tokens))
+                self._context.metrics.inter_token.observe((now - before) / len(delta.tokens))
             self._last_s[key] = now
-            self._num_generated += len(delta.tokens)
+            self._num_of[key] += len(delta.tokens)
         if delta.finish_reason is not None:
-            metrics.finished.labels(delta.finish_reason.value).inc()
+            self._context.metrics.ends(
+                delta.finish_reason, decode_s=now - self._first_s.get(key, now), num_tokens=self._num_of[key]
+            )
+
+    def _measure_first(self, delta: TextDelta, *, key: tuple[int, int], now_s: float) -> None:
+        metrics = self._context.metrics
+        metrics.first_token.observe(now_s - self._began_s)
+        if delta.scheduled_s is not None:
+            metrics.queue_time.observe(max(0.0, delta.scheduled_s - self._began_s))
+            metrics.prefill_time.observe(max(0.0, now_s - delta.scheduled_s))
+        metrics.request_prompt.observe(len(self.requests[key[0]].prompt))
+        self._context.status.first_token()
+        self._num_cached += delta.num_cached
+        self._first_s[key] = now_s
 
     def usage(self) -> Usage:
         """Return the tokens so far, as OpenAI counts them: a prompt counts once, however many continue it."""
         prompt = sum(len(request.prompt) for request in self.requests)
-        generated = self._num_generated - self._hidden * len(self._last_s)
+        generated = self._num_of.total() - self._hidden * len(self._last_s)
         return Usage(
             prompt_tokens=prompt,
             completion_tokens=generated,
@@ -158,7 +170,7 @@ async def answer_whole(
     finally:
         ticket.release()
     completions = [completion_of(request, of_it) for request, of_it in zip(exchange.requests, deltas, strict=True)]
-    return answer.whole(completions, exchange.usage()).response()
+    return answer.whole(completions, exchange.usage()).to_response()
 
 
 async def answer_stream(

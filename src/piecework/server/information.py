@@ -1,26 +1,28 @@
-"""What the server says of itself: models, health, figures, the bundle, how the start went, and a page that shows it."""
+"""What the server says of itself: models, health, its version, figures, the bundle, and how the start went."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
-import re
 import time
-from importlib.resources import files
-from typing import Final
 
-from fastapi import APIRouter, Response
-from fastapi.responses import HTMLResponse, PlainTextResponse
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
 
 from piecework.foundation.version import VERSION
 from piecework.server.context import ServerContext
 from piecework.server.errors import ApiError
-from piecework.server.metrics import CONTENT_TYPE
-from piecework.server.responses import BundleAnswer, Health, Model, ModelList, PhaseTimes, StatusAnswer, error_responses
+from piecework.server.figures.metrics import CONTENT_TYPE
+from piecework.server.responses import (
+    BundleAnswer,
+    Health,
+    Model,
+    ModelList,
+    PhaseTimes,
+    StatusAnswer,
+    Version,
+    error_responses,
+)
 from piecework.server.status import State
-
-_INLINE: Final = re.compile(r"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
 def model_routes(context: ServerContext) -> APIRouter:
@@ -36,7 +38,7 @@ def model_routes(context: ServerContext) -> APIRouter:
     @router.get("/v1/models", response_model=None, responses={200: {"model": ModelList}, **error_responses(401)})
     async def list_models() -> Response:
         """List the names under which the model is served."""
-        return ModelList(object="list", data=[model(name) for name in context.settings.model_names]).response()
+        return ModelList(object="list", data=[model(name) for name in context.settings.model_names]).to_response()
 
     @router.get(
         "/v1/models/{name:path}", response_model=None, responses={200: {"model": Model}, **error_responses(401, 404)}
@@ -44,7 +46,7 @@ def model_routes(context: ServerContext) -> APIRouter:
     async def get_model(name: str) -> Response:
         """Say whether a model is served."""
         context.check_model(name)
-        return model(name).response()
+        return model(name).to_response()
 
     return router
 
@@ -61,19 +63,30 @@ def health_routes(context: ServerContext) -> APIRouter:
         able = status.service is not None and state in (State.READY, State.COMPILING)
         if not able:
             retry = {"Retry-After": str(settings.limits.retry_after_s)}
-            return Health(status=state, message=failure).response(status=503, headers=retry)
+            return Health(status=state, message=failure).to_response(status=503, headers=retry)
         if status.bundle is None:
-            return Health(status=state, message=failure).response()
-        return Health(status=state, message=failure, serving=status.bundle.backend).response()
+            return Health(status=state, message=failure).to_response()
+        return Health(status=state, message=failure, serving=status.bundle.backend).to_response()
+
+    @router.get("/version", response_model=None, responses={200: {"model": Version}})
+    async def version() -> Response:
+        """Say which version of piecework this is."""
+        return Version(version=VERSION).to_response()
+
+    @router.get("/ping", response_model=None, responses={200: {"model": Health}, 503: {"model": Health}})
+    async def ping() -> Response:
+        """The same as /health, under the name that load balancers use."""
+        return await health()
 
     @router.get(
         "/metrics",
         response_class=PlainTextResponse,
         responses={200: {"content": {CONTENT_TYPE: {"schema": {"type": "string"}}}, "description": "The figures."}},
     )
-    async def metrics() -> Response:
-        """Figures for Prometheus."""
-        return Response(context.metrics.text(), media_type=CONTENT_TYPE)
+    async def metrics(request: Request) -> Response:
+        """Figures for Prometheus; as OpenMetrics where `Accept` says so."""
+        text, kind = context.metrics.text(request.headers.get("accept", ""))
+        return Response(text, headers={"Content-Type": kind})
 
     return router
 
@@ -94,33 +107,14 @@ def start_routes(context: ServerContext) -> APIRouter:
             retry = {"Retry-After": str(settings.limits.retry_after_s)}
             raise ApiError(503, "no bundle is loaded yet", code=status.state.value, headers=retry)
         report = await asyncio.to_thread(status.bundle.report)
-        return BundleAnswer.model_validate(report).response()
+        return BundleAnswer.model_validate(report).to_response()
 
     @router.get(
         "/v1/piecework/status", response_model=None, responses={200: {"model": StatusAnswer}, **error_responses(401)}
     )
     async def server_status() -> Response:
         """How the start went, what is being compiled, and what the engine is doing."""
-        return _status_answer(context).response()
-
-    return router
-
-
-def page_routes(_context: ServerContext) -> APIRouter:
-    """Return the route of the page at /: one file of HTML, CSS and JavaScript that loads nothing from anywhere."""
-    router = APIRouter()
-    html = files("piecework.server").joinpath("page.html").read_text(encoding="utf-8")
-    headers = {
-        "Content-Security-Policy": content_policy(html),
-        "Cache-Control": "no-cache",
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-    }
-
-    @router.get("/", response_class=HTMLResponse)
-    async def page() -> Response:
-        """A page to try the model and watch the server."""
-        return HTMLResponse(html, headers=headers)
+        return _status_answer(context).to_response()
 
     return router
 
@@ -148,24 +142,4 @@ def _status_answer(context: ServerContext) -> StatusAnswer:
         bundle_hit=None if status.bundle is None else status.bundle.hit,
         max_positions=None if service is None else service.max_positions,
         engine=None if service is None else service.stats(),
-    )
-
-
-def content_policy(html: str) -> str:
-    """Return a Content-Security-Policy that runs the page's own script and style, by digest, and nothing else."""
-    digests: dict[str, list[str]] = {"script": [], "style": []}
-    for kind, text in _INLINE.findall(html):
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        digests[kind].append(f"'sha256-{digest}'")
-    return "; ".join(
-        [
-            "default-src 'none'",
-            "connect-src 'self'",
-            "img-src data:",
-            "script-src " + (" ".join(digests["script"]) or "'none'"),
-            "style-src " + (" ".join(digests["style"]) or "'none'"),
-            "base-uri 'none'",
-            "form-action 'none'",
-            "frame-ancestors 'none'",
-        ]
     )

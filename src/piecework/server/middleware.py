@@ -15,11 +15,11 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from piecework.server.errors import ApiError
+from piecework.server.figures.metrics import Metrics
 from piecework.server.log import EventLog
-from piecework.server.metrics import Metrics
+from piecework.server.responses import PROTECTED
 from piecework.server.settings import Limits
 
-_PROTECTED: Final = "/v1/"
 _LOOK_S: Final = 0.25  # between two looks whether the server ends, while a body is awaited
 _STRING: Final = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _BRACKET: Final = re.compile(rb"[\[\]{}]")
@@ -58,7 +58,7 @@ class Counted:
         finally:
             # the route's own path: one label for each, whatever clients make up
             path = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(path, str(status)).inc()
+            self._metrics.answered(path, status)
             if self._log is not None:
                 client = scope.get("client") or ("",)
                 self._log.event(
@@ -73,7 +73,7 @@ class Counted:
 
 @final
 class KeyRequired:
-    """Lets requests to /v1/ through only with the API key."""
+    """Lets requests to the paths that need it through only with the API key."""
 
     def __init__(self, app: ASGIApp, *, api_key: str) -> None:
         self._app = app
@@ -81,7 +81,7 @@ class KeyRequired:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if scope["type"] == "http" and scope["path"].startswith(_PROTECTED):
+        if scope["type"] == "http" and scope["path"].startswith(PROTECTED):
             scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
             # the time that this takes says nothing about how much of the key was right
             right = hmac.compare_digest(given.strip().encode("latin-1"), self._expected)
@@ -92,7 +92,7 @@ class KeyRequired:
                     code="invalid_api_key",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
-                await error.response()(scope, receive, send)
+                await error.to_response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -115,7 +115,7 @@ class KnownHost:
             host = Headers(scope=scope).get("host", "")
             if not self._is_known(host):
                 error = ApiError(421, f"this server doesn't answer as {host!r}; start it with --allowed-host {host!r}")
-                await error.response()(scope, receive, send)
+                await error.to_response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
@@ -163,7 +163,7 @@ class JsonBody:
             body = await self._read(receive)
             _check_text(body or b"", nesting=self._limits.nesting)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error.to_response()(scope, receive, send)
             return
         if body is None:
             return  # the client went away

@@ -36,6 +36,10 @@ class Body(Given):
 
     model_config = ConfigDict(extra="allow")
 
+
+class NamedBody(Body):
+    """A whole request that names its model."""
+
     model: Annotated[str, Field(min_length=1)]
 
 
@@ -71,7 +75,7 @@ class ResponseFormat(Constraint):
     json_schema: JsonSchema | None = None
 
 
-class Sampling(Body):
+class Sampling(NamedBody):
     """What both kinds of requests have in common."""
 
     stream: bool | None = None
@@ -190,7 +194,26 @@ class ChatRequest(Sampling):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-class EmbeddingRequest(Body):
+class TokenizeRequest(Body):
+    """The body of POST /tokenize, as vLLM has it: a text, or a conversation."""
+
+    model: Annotated[str | None, Field(min_length=1)] = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage] | None, Field(min_length=1)] = None
+    tools: Annotated[list[Tool] | None, Field(max_length=128)] = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeRequest(Body):
+    """The body of POST /detokenize, as vLLM has it."""
+
+    model: Annotated[str | None, Field(min_length=1)] = None
+    tokens: list[TokenId]
+
+
+class EmbeddingRequest(NamedBody):
     """The body of POST /v1/embeddings. `truncate_prompt_tokens` -1, as vLLM has it, cuts off what is too long."""
 
     input: str | list[str] | TokenPrompt | list[TokenPrompt]
@@ -206,7 +229,7 @@ class RerankDocument(Given):
     text: str
 
 
-class RerankRequest(Body):
+class RerankRequest(NamedBody):
     """The body of POST /v1/rerank, as Cohere, Jina and vLLM have it; documents that are too long are cut off."""
 
     query: str
@@ -215,7 +238,7 @@ class RerankRequest(Body):
     return_documents: bool | None = None
 
 
-class ScoreRequest(Body):
+class ScoreRequest(NamedBody):
     """The body of POST /v1/score, as vLLM has it: as many texts as others, or one for all of the others."""
 
     text_1: str | Annotated[list[str], Field(min_length=1)]

@@ -6,7 +6,7 @@ A field that is given is written, `null` included; one that isn't given is left 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal
 
 from fastapi import FastAPI
@@ -30,6 +30,9 @@ _MEANINGS: Final[Mapping[int, str]] = {
     503: "The model is not ready, or the server is shutting down; see Retry-After.",
 }
 
+PROTECTED: Final = ("/v1/", "/tokenize", "/detokenize")
+"""Paths that need the API key, where there is one, begin with these."""
+
 _REFERENCE: Final = "#/components/schemas/{model}"
 
 Responses = dict[int | str, dict[str, Any]]
@@ -44,7 +47,7 @@ class Answered(BaseModel):
         """Return it as JSON, in UTF-8 and without spaces."""
         return self.__pydantic_serializer__.to_json(self, exclude_unset=True)
 
-    def response(self, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    def to_response(self, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
         """Return it as the answer to a request."""
         return Response(self.to_bytes(), status_code=status, headers=headers, media_type="application/json")
 
@@ -299,6 +302,27 @@ class ScoreAnswer(Answered):
     usage: TextUsage
 
 
+class TokenizeAnswer(Answered):
+    """The answer to POST /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeAnswer(Answered):
+    """The answer to POST /detokenize."""
+
+    prompt: str
+
+
+class Version(Answered):
+    """The answer to GET /version."""
+
+    version: str
+
+
 class Model(Answered):
     """A model that is served."""
 
@@ -387,8 +411,11 @@ def encode_responses(answer: type[BaseModel]) -> Responses:
     return {200: {"model": answer, "description": "The numbers."}, **error_responses(*_MEANINGS)}
 
 
-def documented_openapi(app: FastAPI, *, has_key: bool) -> Callable[[], dict[str, Any]]:
-    """Return what replaces `app.openapi`: with the chunks, the API key where there is one, and without the status 422.
+def documented_openapi(
+    app: FastAPI, *, chunks: Sequence[type[Answered]], has_key: bool
+) -> Callable[[], dict[str, Any]]:
+    """Return what replaces `app.openapi`: with the chunks of streams, `chunks` among them, the API key where there is
+    one, and without the status 422.
 
     FastAPI documents 422 for every body; this server answers 400.
     """
@@ -401,14 +428,13 @@ def documented_openapi(app: FastAPI, *, has_key: bool) -> Callable[[], dict[str,
         for path, methods in schema["paths"].items():
             for operation in methods.values():
                 operation["responses"].pop("422", None)
-                if has_key and path.startswith("/v1/"):
+                if has_key and path.startswith(PROTECTED):
                     operation["security"] = [{"key": []}]
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
-        _, chunks = models_json_schema(
-            [(CompletionChunk, "serialization"), (ChatChunk, "serialization")], ref_template=_REFERENCE
-        )
-        schemas.update({name: chunk for name, chunk in chunks["$defs"].items() if name not in schemas})
+        every: list[type[Answered]] = [CompletionChunk, ChatChunk, *chunks]
+        _, made = models_json_schema([(chunk, "serialization") for chunk in every], ref_template=_REFERENCE)
+        schemas.update({name: chunk for name, chunk in made["$defs"].items() if name not in schemas})
         if has_key:
             components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         return schema

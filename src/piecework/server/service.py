@@ -53,7 +53,7 @@ class EncodeService(AnyService, Protocol):
 class Service(AnyService, Protocol):
     """Generates text; see `TextEngine` for what each of these does. All but `stream` may be called from any thread."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Return the tokens of a plain prompt."""
 
     def encode_chat(

@@ -64,6 +64,7 @@ class ServerSettings:
         seed: of the random numbers of requests that name none: the first such request draws as one with this seed, the
             second as one with the next; None: nobody can draw them again.
         dialect: how the model writes calls of tools and reasoning, by name; None: as its chat template shows.
+        metrics: whose names figures have: "piecework" or "vllm".
         hosts: names under which clients may call the server, beside "localhost" and addresses; "*" for any.
     """
 
@@ -74,6 +75,7 @@ class ServerSettings:
     seed: int | None = None
     hosts: tuple[str, ...] = ()
     dialect: str | None = None
+    metrics: str = "piecework"
 
     def __post_init__(self) -> None:
         if not self.model_names or not all(self.model_names):

@@ -31,6 +31,7 @@ from piecework.errors import (
     WeightsError,
 )
 from piecework.spec.model_spec import ModelSpec
+from tests.unit.engine.letters import TEMPLATE
 from tests.unit.engine.next_letter import (
     BLOCK_BYTES,
     CONFIG,
@@ -83,6 +84,19 @@ def test_one_text_and_tokens(make: Make) -> None:
     assert llm.generate("a", SamplingParams(max_tokens=2))[0].text == "bc"
     assert [c.text for c in llm.generate([[0, 1], (2,)], SamplingParams(max_tokens=2))] == ["cd", "de"]
     assert llm.generate([]) == []
+
+
+def test_conversations(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "talk.jinja").write_text(TEMPLATE)
+    llm = make(chat_template=tmp_path / "talk.jinja")
+    params = SamplingParams(max_tokens=3)
+    talk = [{"role": "user", "content": "abc"}]
+    (one,) = llm.chat(talk, params)
+    several = llm.chat([talk, talk], [params, params], tools=[{"function": {"name": "kl"}}])
+    assert one == llm.generate("abc", params)[0]
+    assert [made.text for made in several] == [llm.generate("abckl", params)[0].text] * 2
+    with pytest.raises(RequestError, match="chat template"):
+        make().chat(talk)
 
 
 def test_parameters_for_each(make: Make) -> None:

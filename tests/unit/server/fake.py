@@ -62,7 +62,7 @@ class FakeService(Service):
     def failure(self) -> str:
         return self.failed
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 
     def encode_chat(
@@ -79,7 +79,7 @@ class FakeService(Service):
         return self.templates
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return b"".join(_raw(token) for token in tokens).decode(errors="replace")
+        return b"".join(_raw(token) for token in tokens if token < VOCAB).decode(errors="replace")
 
     def token_bytes(self) -> Sequence[bytes]:
         return [_raw(token) for token in range(VOCAB)]

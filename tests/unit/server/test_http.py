@@ -7,7 +7,11 @@ import socket
 
 import httpx
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as open_families
+from prometheus_client.parser import text_string_to_metric_families as families
 
+import piecework
+from piecework.server.figures.names import OF_VLLM
 from piecework.server.settings import Limits, ServerSettings
 from piecework.server.status import ServerStatus
 from tests.unit.server.fake import REPORT, FakeService, ready
@@ -143,7 +147,6 @@ def test_unknown_paths_and_methods(http):
     assert response.status_code == 405
     assert response.headers["allow"] == "POST"
     error_of(response)
-    assert http.get("/docs").status_code == 404
 
 
 def test_a_large_body_is_refused_by_its_length_alone_or_when_it_has_come():
@@ -182,6 +185,7 @@ class TestKey:
             guarded.post("/v1/chat/completions", content=b"{", headers=headers),
             guarded.get("/v1/piecework/status", headers=headers),
             guarded.get("/v1/nothing", headers=headers),
+            guarded.post("/tokenize", json={"prompt": "x"}, headers=headers),
         ):
             assert (response.status_code, error_of(response)["code"]) == (401, "invalid_api_key")
             assert response.headers["www-authenticate"] == "Bearer"
@@ -214,6 +218,20 @@ class TestInformation:
     def test_health(self, http):
         assert http.get("/health").json() == {"status": "ready", "serving": "aoti", "message": ""}
 
+    def test_version_and_ping(self, http):
+        assert http.get("/version").json() == {"version": piecework.__version__}
+        assert http.get("/ping").json()["status"] == "ready"
+
+    def test_tokens_and_back(self, http):
+        answer = http.post("/tokenize", json={"model": "fake", "prompt": "Hi", "return_token_strs": True})
+        assert answer.json() == {"count": 2, "max_model_len": 2048, "tokens": [72, 105], "token_strs": ["H", "i"]}
+        assert http.post("/detokenize", json={"tokens": [72, 105]}).json() == {"prompt": "Hi"}
+        talk = {"messages": [{"role": "user", "content": "x"}]}
+        assert http.post("/tokenize", json=talk).json()["count"] == len("user: x\nassistant:")
+        for wrong in ({}, {"prompt": "x", **talk}, {"prompt": "x", "add_generation_prompt": False}):
+            assert http.post("/tokenize", json=wrong).status_code == 400
+        assert http.post("/tokenize", json={"model": "other", "prompt": "x"}).status_code == 404
+
     def test_the_bundle(self, http):
         assert http.get("/v1/piecework/bundle").json() == REPORT
 
@@ -230,16 +248,38 @@ class TestInformation:
         http.get("/v1/made-up-by-somebody")
         response = http.get("/metrics")
         assert response.headers["content-type"].startswith("text/plain; version=")
-        figures = dict(line.rsplit(" ", 1) for line in response.text.splitlines() if not line.startswith("#"))
-        assert float(figures["piecework_time_to_first_token_seconds_count"]) > 0
-        assert float(figures["piecework_inter_token_seconds_count"]) >= 2
-        assert float(figures["piecework_generated_tokens_total"]) == service.generated
-        assert float(figures["piecework_kv_blocks_total"]) == 100
-        assert float(figures['piecework_bundle_lookups_total{result="hit"}']) == 1
-        assert float(figures['piecework_startup_phase_seconds{phase="weights"}']) >= 0
-        assert float(figures['piecework_state{state="ready"}']) == 1
-        assert float(figures['piecework_http_requests_total{path="/v1/completions",status="200"}']) > 0
+        figures = {sample.name: sample.value for f in families(response.text) for sample in f.samples}
+        assert figures["piecework_time_to_first_token_seconds_count"] > 0
+        assert figures["piecework_inter_token_seconds_count"] >= 2
+        assert figures["piecework_decode_seconds_count"] > 0
+        assert figures["piecework_generated_tokens_total"] == service.generated
+        assert figures["piecework_kv_blocks"] == 100
+        for line in (
+            'piecework_bundle_lookups_total{model_name="fake",result="hit"} 1.0',
+            'piecework_startup_phase_seconds{model_name="fake",phase="weights"}',
+            'piecework_state{model_name="fake",state="ready"} 1.0',
+            'piecework_http_requests_total{model_name="fake",path="/v1/completions",status="200"}',
+        ):
+            assert line in response.text
         assert "made-up" not in response.text
+
+    def test_metrics_keep_to_the_conventions(self, http):
+        accept = {"accept": "application/openmetrics-text; version=1.0.0"}
+        response = http.get("/metrics", headers=accept)
+        assert response.headers["content-type"].startswith("application/openmetrics-text")
+        assert response.text.endswith("# EOF\n")
+        for family in [*open_families(response.text), *families(http.get("/metrics").text)]:
+            assert all("model_name" in sample.labels for sample in family.samples)
+            assert family.type == "counter" or not any(s.name.endswith("_total") for s in family.samples)
+
+    def test_metrics_under_the_names_of_vllm(self):
+        settings = ServerSettings(model_names=("fake",), metrics="vllm")
+        with live_server(ready(FakeService()), settings) as url:
+            httpx.post(f"{url}/v1/completions", json=GOOD)
+            text = httpx.get(f"{url}/metrics").text
+        for name in set(OF_VLLM.values()):
+            assert f"\n# HELP {name}" in text
+        assert 'vllm:request_success_total{finished_reason="length",model_name="fake"} 1.0' in text
 
     def test_two_servers_count_for_themselves(self, http):
         with live_server(ready(FakeService()), ServerSettings(model_names=("fake",))) as url:
@@ -302,4 +342,4 @@ def test_an_engine_that_has_ended_fails_requests_and_health():
         assert (refused.status_code, error_of(refused)["code"]) == (503, "failed")
         assert "broken" in error_of(refused)["message"]
         assert (http.get("/health").status_code, http.get("/health").json()["status"]) == (503, "failed")
-        assert 'piecework_state{state="failed"} 1.0' in http.get("/metrics").text
+        assert 'piecework_state{model_name="fake",state="failed"} 1.0' in http.get("/metrics").text

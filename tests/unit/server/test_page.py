@@ -7,7 +7,7 @@ import time
 import httpx
 import pytest
 
-from piecework.server.information import content_policy
+from piecework.server.pages.routes import content_policy
 from piecework.server.settings import ServerSettings
 from tests.unit.server.browser import browser_page, find_browser
 from tests.unit.server.fake import FakeService, ready
@@ -149,6 +149,14 @@ def test_the_page_loads_nothing_and_runs_only_itself(url):
     assert policy.count("sha256-") == 2
     for word in ("http://", "https://", "src=", "@import"):
         assert word not in response.text.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_the_interface_is_shown_without_scripts(url):
+    response = httpx.get(f"{url}/docs")
+    assert "script-src 'none'" in response.headers["content-security-policy"]
+    for word in ("/v1/chat/completions", "tool_choice", "none | auto | required", "/tokenize", "The request asks"):
+        assert word in response.text
+    assert "<script" not in response.text
 
 
 def test_a_policy_without_scripts_allows_none():

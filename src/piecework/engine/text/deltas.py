@@ -27,6 +27,7 @@ class TextDelta:
         num_cached: how many of the prompt's tokens were found in the KV cache; said with the first token.
         prompt_logprobs: with the first token of continuation 0 where asked for: one for each token of the prompt,
             None for the first of them.
+        scheduled_s: with the first token: when its sequence was first in a batch, by `time.perf_counter`.
     """
 
     text: str
@@ -36,6 +37,7 @@ class TextDelta:
     index: int = 0
     num_cached: int = 0
     prompt_logprobs: tuple[SampledToken | None, ...] | None = None
+    scheduled_s: float | None = None
 
 
 @final
@@ -105,7 +107,8 @@ class OutputStream:
             if found is not None:
                 finish_reason, stop = FinishReason.STOP, found
         self.ended = finish_reason is not None
-        return TextDelta(text, (token,), finish_reason, stop, output.index, output.num_cached, output.prompt_logprobs)
+        known = (output.num_cached, output.prompt_logprobs, output.scheduled_s)
+        return TextDelta(text, (token,), finish_reason, stop, output.index, *known)
 
     def _decode(self, token: int, *, stopped: bool, is_last: bool) -> str:
         if self._detokenizer is None:

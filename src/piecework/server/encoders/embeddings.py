@@ -49,7 +49,7 @@ def embedding_routes(context: ServerContext) -> APIRouter:
             )
             for index, row in enumerate(vectors)
         ]
-        return EmbeddingAnswer(object="list", model=context.settings.model, data=data, usage=made.usage).response()
+        return EmbeddingAnswer(object="list", model=context.settings.model, data=data, usage=made.usage).to_response()
 
     return router
 

@@ -50,7 +50,7 @@ def rerank_routes(context: ServerContext) -> APIRouter:
         best = sorted(range(len(scores)), key=lambda index: -scores[index])[: body.top_n]
         results = [_ranked(index, scores[index], documents[index], body) for index in best]
         answer_id = f"rerank-{uuid.uuid4().hex}"
-        return RerankAnswer(id=answer_id, model=context.settings.model, results=results, usage=made.usage).response()
+        return RerankAnswer(id=answer_id, model=context.settings.model, results=results, usage=made.usage).to_response()
 
     @router.post("/v1/score", response_model=None, responses=encode_responses(ScoreAnswer))
     async def score(body: ScoreRequest, request: Request) -> Response:
@@ -69,7 +69,7 @@ def rerank_routes(context: ServerContext) -> APIRouter:
             model=context.settings.model,
             data=[Score(object="score", index=i, score=s) for i, s in enumerate(made.rows[:, 0].tolist())],
             usage=made.usage,
-        ).response()
+        ).to_response()
 
     return router
 

@@ -1,0 +1,1 @@
+"""Figures for Prometheus, under our names or those of vLLM."""

@@ -1,0 +1,1 @@
+"""Pages for people: the one at /, and the interface at /docs."""
