@@ -80,7 +80,8 @@ def adapt_encoder(config: ModelConfig, hf_config: PretrainedConfig, *, dtype: to
     module.eval()
     positions = _try(module, longest=encoder.longest, untold=config.max_positions)
     module.first_position = positions.first
-    return AdaptedModel(module, {}, _sources(module, encoder), notes, (longest_text(positions.room),))
+    facts = (longest_text(positions.room),)
+    return AdaptedModel(module, {}, _sources(module, encoder), notes, facts=facts)
 
 
 def attend_packed(
