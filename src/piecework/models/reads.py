@@ -36,12 +36,8 @@ _WITHOUT_EFFECT: Final = frozenset(
         *("initializer_range", "use_cache", "transformers_version", "name_or_path", "gradient_checkpointing"),
         *("_name_or_path", "_commit_hash", "_attn_implementation", "attn_implementation"),  # of which we give our own
         "auto_map",  # of code that lies beside config.json, which is not run
-        *(
-            "base_model_tp_plan",
-            "base_model_ep_plan",
-            "base_model_pp_plan",
-            "base_model_fsdp_plan",
-        ),  # of several devices
+        *("base_model_tp_plan", "base_model_ep_plan"),  # of several devices, as the next ones
+        *("base_model_pp_plan", "base_model_fsdp_plan"),
     }
 )
 """Fields that are read, and that change nothing of a model's forward as piecework calls it."""
@@ -52,7 +48,7 @@ _REPLACED: Final = frozenset({"num_key_value_heads", "experts_implementation", "
 _OF_TRAINING: Final = re.compile(r"((dropout|pdrop)(_prob|_rate)?|aux_loss_coef)$")
 _ASKED_FOR: Final = re.compile(r"kwargs(?:\.pop\(|\.get\(|\[)\s*[\"'](\w+)[\"']")
 _INITIALISERS: Final = frozenset({"_init_weights", "init_weights", "initialize_weights", "post_init"})
-_GENERAL: Final = "configuration_utils.py"
+_GENERAL: Final = ("configuration_utils.py", "configuration_auto.py")
 _MISSING: Final = object()
 
 
@@ -75,7 +71,7 @@ class ModelReads:
     def note(self, name: str, config: PretrainedConfig, reader: FrameType) -> None:
         """Note that code read an attribute of a config, unless that is about generating, initialising or all configs.
 
-        What the code of all configs reads is seen in what it makes of it, by `_decides`.
+        What the code of all configs reads is seen in what it makes of it, by `_fields_behind`.
         """
         if name.startswith("__") or reader.f_code.co_name in _INITIALISERS:
             return
@@ -110,7 +106,7 @@ class _Reader(Enum):
 @functools.cache
 def _reader(filename: str) -> _Reader:
     file = Path(filename)
-    if file.name == _GENERAL or "generation" in file.parts or file == Path(__file__):
+    if file.name in _GENERAL or "generation" in file.parts or file == Path(__file__):
         return _Reader.GENERAL
     return _Reader.FAMILY if file.name.startswith("configuration_") else _Reader.MODEL
 
