@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from pathlib import Path
 
 import numpy
@@ -15,14 +16,15 @@ from piecework.compiler.model import compile_model
 from piecework.errors import RequestError, UnsupportedModelError
 from piecework.foundation.environment import Environment
 from piecework.spec.model_spec import ModelSpec
+from tests.choice import slow_but
 from tests.unit.models.encoders import DENSE, NORMALIZE, save_weights, write_encoder, write_plain
 
 TEXTS = ["abc", "hello world", "a" * 99, "x", "Zz", "bcd", ""]
 
 
-def bundle_of(directory: Path, home: Path) -> Path:
+def bundle_of(directory: Path, home: Path, *, backend: str = "eager") -> Path:
     compiled = compile_model(
-        ModelSpec.of(directory, backend="eager"), store=DirectoryStore(home), environment=Environment(store_root=home)
+        ModelSpec.of(directory, backend=backend), store=DirectoryStore(home), environment=Environment(store_root=home)
     )
     return compiled.bundle.path
 
@@ -55,6 +57,25 @@ def test_scores_are_those_of_sentence_transformers(tmp_path: Path, home: Path) -
     theirs = sentence_transformers.CrossEncoder(str(directory), device="cpu")
     with piecework.CrossEncoder(directory, bundle=bundle_of(directory, home), backend="eager") as encoder:
         numpy.testing.assert_allclose(encoder.score(pairs), theirs.predict(pairs), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "backend"),
+    slow_but(itertools.product(["mpnet", "deberta-v2", "t5"], ["eager", "aoti"]), ("mpnet", "eager")),
+)
+def test_texts_in_rows_of_their_own_give_the_vectors_of_sentence_transformers(
+    family: str, backend: str, tmp_path: Path, home: Path
+) -> None:
+    directory = write_encoder(tmp_path, family, rest=[NORMALIZE])
+    save_weights(directory)
+    theirs = sentence_transformers.SentenceTransformer(str(directory), device="cpu")
+    bundle = bundle_of(directory, home, backend=backend)
+    with piecework.Embedder(directory, bundle=bundle, backend=backend) as embedder:
+        vectors = embedder.encode(TEXTS)
+        assert embedder.stats().steps == 1
+        one_by_one = numpy.stack([embedder.encode(text) for text in TEXTS])
+    numpy.testing.assert_allclose(vectors, theirs.encode(TEXTS), atol=5e-6)
+    numpy.testing.assert_allclose(vectors, one_by_one, atol=5e-6)
 
 
 @pytest.mark.slow

@@ -12,10 +12,11 @@ Size = Callable[[Mapping[str, int]], int]
 
 
 def size_expression(text: str) -> Size:
-    """Return a function that computes an expression over sizes: names, numbers, + - * // Max Min Mod and parentheses.
+    """Return a function that computes an expression over sizes.
 
-    Raises ValueError for anything else, and for more than 1024 characters or 32 levels; nothing is evaluated as Python
-    code. The function raises KeyError for a size that it isn't given, and ZeroDivisionError.
+    There are names, numbers, + - * // Max Min Mod, ** with a number of one digit, and parentheses. Raises ValueError
+    for anything else, and for more than 1024 characters or 32 levels; nothing is evaluated as Python code. The function
+    raises KeyError for a size that it isn't given, and ZeroDivisionError.
     """
     return _SizeParser(text).parse()
 
@@ -39,7 +40,7 @@ class _SizeParser:
 
     def __init__(self, text: str) -> None:
         self._text = text
-        self._tokens: list[str] = re.findall(r"[A-Za-z_]\w*|\d+|//|[-+*(),]", text[:_MOST_CHARACTERS], re.ASCII)
+        self._tokens: list[str] = re.findall(r"[A-Za-z_]\w*|\d+|//|\*\*|[-+*(),]", text[:_MOST_CHARACTERS], re.ASCII)
         self._position = 0
         self._depth = 0
 
@@ -74,10 +75,20 @@ class _SizeParser:
         return left
 
     def _product(self) -> Size:
-        left = self._atom()
+        left = self._power()
         while self._next() in {"*", "//"}:
-            left = _combine(left, _OPERATIONS[self._take()], self._atom())
+            left = _combine(left, _OPERATIONS[self._take()], self._power())
         return left
+
+    def _power(self) -> Size:
+        base = self._atom()
+        if self._next() != "**":
+            return base
+        self._take()
+        exponent = self._take()
+        if not (exponent.isdigit() and len(exponent) == 1):
+            raise self._error()
+        return lambda env: base(env) ** int(exponent)
 
     def _atom(self) -> Size:
         token = self._take()

@@ -27,7 +27,15 @@ from piecework.models.adapted import AdaptedModel
 from piecework.models.batch import BLOCK_SIZE, STATE_SLOTS, ForwardBatch
 from piecework.models.cache_interface import Past, cache_arguments
 from piecework.models.deepseek import adapt_deepseek
-from piecework.models.packed_texts import TOKEN_TYPES, PackedTexts, TextEncoder, adapt_encoder
+from piecework.models.packed_texts import (
+    LEAST_PLACES,
+    LONGEST,
+    PLACES,
+    TOKEN_TYPES,
+    PackedTexts,
+    TextEncoder,
+    adapt_encoder,
+)
 from piecework.models.paged_attention import adapt_paged
 from piecework.models.quantized import with_quantized_weights
 from piecework.ops.mla.core import Regime
@@ -60,11 +68,16 @@ def build_encoder(spec: ModelSpec) -> CaptureRequest:
     inputs = {"input_ids": "tokens", "positions": "tokens", "query_start": "seqs_plus_one"}
     if model.module.takes_types:
         inputs[TOKEN_TYPES] = "tokens"
+    sizes = {"tokens": Dim(1, spec.max_tokens), "seqs_plus_one": Dim(2, MAX_SEQS + 1)}
+    if model.module.padded:
+        assert spec.config.encoder is not None
+        inputs[PLACES] = LONGEST
+        sizes[LONGEST] = Dim(LEAST_PLACES, max(LEAST_PLACES, spec.config.encoder.longest))
     return CaptureRequest(
         module=model.module,
         call=call_encoder,
         inputs=tuple(TensorInput(name, (size,), "int64", device) for name, size in inputs.items()),
-        sizes={"tokens": Dim(1, spec.max_tokens), "seqs_plus_one": Dim(2, MAX_SEQS + 1)},
+        sizes=sizes,
         device=device,
         sources=model.sources,
         notes=model.notes,
@@ -74,12 +87,12 @@ def build_encoder(spec: ModelSpec) -> CaptureRequest:
 
 def call_encoder(module: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """Run a `TextEncoder` on the named inputs of a batch; returns vectors [seqs, dim] or scores [seqs, 1]."""
-    types = inputs.get(TOKEN_TYPES)
+    types, places = inputs.get(TOKEN_TYPES), inputs.get(PLACES)
     row = (1, inputs["input_ids"].shape[0])  # the size is asked for here, and not in the first of the layers
     made: Tensor = module(
         inputs["input_ids"].view(row),
         inputs["positions"].view(row),
-        PackedTexts(inputs["query_start"], []),
+        PackedTexts(inputs["query_start"], [], None if places is None else places.unsqueeze(0)),
         None if types is None else types.view(row),
     )
     return made

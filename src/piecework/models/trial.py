@@ -22,6 +22,8 @@ CONV_STATE: Final = "conv_state"
 RECURRENT_STATE: Final = "recurrent_state"
 TRIAL: Final = "piecework, on trial"
 """The name of attention during the trial."""
+_NOT_KNOWN: Final = ("position_bias", "sinks", "block_indices")
+"""What some modules give to attention that isn't known here: biases for each query, sinks and keys by token."""
 UNKNOWN_MASK: Final = "attends with a mask that transformers' mask interface didn't make"
 
 
@@ -32,7 +34,7 @@ def try_attention(
     value: Tensor,
     attention_mask: Sight | Tensor | None,
     *_: object,
-    **__: object,
+    **others: object,
 ) -> tuple[Tensor, None]:
     """Take the place of `paged_attention` in a forward without values, and give the module its cache."""
     if key.shape[0] != 1 or key.shape != value.shape or query.shape[-1] != key.shape[-1]:
@@ -40,6 +42,9 @@ def try_attention(
         raise unreached(module, f"attends with queries, keys and values of shapes {shapes}")
     if not isinstance(attention_mask, Sight):
         raise unreached(module, UNKNOWN_MASK)
+    unknown = [name for name in _NOT_KNOWN if others.get(name) is not None]
+    if unknown:
+        raise unreached(module, f"attends with {unknown[0]}")
     if not attention_mask.causal:
         raise unreached(module, "attends to tokens that come later")
     if hasattr(module, KV_CACHE):

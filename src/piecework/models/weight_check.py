@@ -2,7 +2,7 @@
 
 Names may be others than the model's, as they may be for transformers: without the first part (`model.`) where the base
 model alone was saved, with one more where it was part of a larger one, and the head's in place of the embedding's
-where the two are tied.
+where the two are tied. Old checkpoints have their own names for the weights of norms.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ DTYPES: Final = {
 """The types of safetensors' headers that torch's tensors have, by their names there."""
 
 HEADS: Final = ("lm_head.weight", "embed_out.weight")
+_OLD_NAMES: Final = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,8 @@ def find_wanted(files: WeightFiles, wanted: Sequence[Wanted]) -> Names:
     Raises WeightsError where a tensor is missing, or has another shape, or a type that isn't cast to what is wanted.
     """
     headers = read_headers(files)
+    old = _old_names(headers)
+    headers |= {name: headers[there] for name, there in old.items()}
     renamed = _with_other_first_part(wanted, headers)
     names = headers.keys() | renamed.keys()
     found = [taken for w in wanted for taken in stored_takes(resolved(w.source, names), castable(w.dtype))]
@@ -140,6 +143,7 @@ def find_wanted(files: WeightFiles, wanted: Sequence[Wanted]) -> Names:
         raise missing(gone, files)
     for name, (shape, may_be) in needed.items():
         _check(name, headers[renamed.get(name, name)], shape=shape, may_be=may_be)
+    renamed = {**old, **{name: old.get(there, there) for name, there in renamed.items()}}
     return Names(renamed, untied=() if head is None or tied or not alike else (head, *alike))
 
 
@@ -155,6 +159,12 @@ def missing(names: Sequence[str], files: WeightFiles) -> WeightsError:
         if is_head
         else "use the checkpoint that belongs to this config.json",
     )
+
+
+def _old_names(names: Collection[str]) -> dict[str, str]:
+    """Return today's names for tensors that checkpoints converted from TensorFlow have under others."""
+    new = {name.replace(before, after): name for name in names for before, after in _OLD_NAMES if before in name}
+    return {name: there for name, there in new.items() if name not in names}
 
 
 def _with_other_first_part(wanted: Iterable[Wanted], names: Collection[str]) -> dict[str, str]:

@@ -15,9 +15,13 @@ from typing import Any, Final
 from piecework.errors import PieceworkError, UnsupportedModelError, WeightsError
 from piecework.spec.conversions import to_safetensors
 
-MODEL_HELP: Final = "directory in Hugging Face layout, or OWNER/NAME[@REVISION] on the Hub"
+MODEL_HELP: Final = (
+    "directory in Hugging Face layout, or OWNER/NAME[@REVISION] on the Hub (some, as gpt2, have no OWNER)"
+)
 
-_HUB_ID: Final = re.compile(r"(?P<repo>\w[\w.-]*/[\w.-]+)(?:@(?P<revision>.+))?")
+_HUB_ID: Final = re.compile(r"(?P<repo>\w[\w.-]*(/[\w.-]+)?)(?:@(?P<revision>.+))?")
+_FILES: Final = (".gguf", ".safetensors", ".bin", ".pt", ".pth", ".json", ".pwb")
+"""How names end that are those of files, and of no repository."""
 _DESCRIPTION: Final = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("chat_template.jinja", "additional_chat_templates/*.jinja"),
@@ -29,7 +33,10 @@ _WEIGHTS: Final = ("model*.safetensors", "model.safetensors.index.json", "[0-9]_
 
 @dataclass(frozen=True)
 class HubId:
-    """A repository of the Hub, "owner/name", and a branch, tag or commit of it; None is its main branch."""
+    """A repository of the Hub, "owner/name" or one of the first ones, "gpt2", and a branch, tag or commit of it.
+
+    None is its main branch.
+    """
 
     repo: str
     revision: str | None
@@ -76,7 +83,7 @@ def model_name(model: str | Path) -> str:
 def hub_id(model: str | Path) -> HubId | None:
     """Return the id that a text is, or None for the path of something that exists, or that can be no id."""
     found = _HUB_ID.fullmatch(str(model))
-    if found is None or Path(model).exists():
+    if found is None or Path(model).exists() or ("/" not in found["repo"] and found["repo"].endswith(_FILES)):
         return None
     return HubId(found["repo"], found["revision"])
 

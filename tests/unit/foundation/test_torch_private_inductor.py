@@ -72,3 +72,39 @@ def test_a_transposed_result_holds_for_no_row_and_for_one(tmp_path: Path, low: i
 def test_without_that_it_would_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inductor, "_general_stride_order", contextlib.nullcontext)
     assert transposed_product(tmp_path, low=0) != []
+
+
+def source_of_a_scale(directory: Path) -> str:
+    """Return the code generated for a product with exp(7), where 7 is the value that a weight happens to have."""
+    root = torch.nn.Module()
+    root.register_parameter("w", torch.nn.Parameter(torch.tensor(7.0), requires_grad=False))
+    graph = torch.fx.Graph()
+    given, weight = graph.placeholder("x"), graph.get_attr("w")
+    scale = graph.call_function(torch.ops.aten.exp.default, (weight,))
+    graph.output((graph.call_function(torch.ops.aten.mul.Tensor, (given, scale)),))
+    with SymbolicSession().fake_mode:
+        x = torch.empty(4)
+    sources: list[str] = []
+
+    def build(kind: str, command: str, target: Path) -> bool:
+        sources.extend(Path(word).read_text() for word in command.split() if word.endswith(".cpp"))
+        target.write_bytes(b"\x00" * 2048)
+        return True
+
+    options = {
+        "always_keep_tensor_constants": True,
+        "aot_inductor.package_constants_in_so": False,
+        "aot_inductor.precompile_headers": False,
+    }
+    compile_aoti(torch.fx.GraphModule(root, graph), [x], output=directory / "w.so", options=options, build=build)
+    return "\n".join(sources)
+
+
+def test_what_is_computed_of_a_weight_of_one_element_is_not_known(tmp_path: Path) -> None:
+    assert "exp" in source_of_a_scale(tmp_path)
+    assert "1096.6" not in source_of_a_scale(tmp_path)
+
+
+def test_without_that_it_would_be_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor, "_weights_without_values", contextlib.nullcontext)
+    assert "1096.6" in source_of_a_scale(tmp_path)

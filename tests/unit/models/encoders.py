@@ -32,6 +32,25 @@ ENCODERS: dict[str, dict[str, Any]] = {
         "cls_token_id": 2,
         "sep_token_id": 3,
     },
+    "mpnet": {"architectures": ["MPNetModel"], "pad_token_id": 1, "max_position_embeddings": 66},
+    "deberta-v2": {
+        "architectures": ["DebertaV2Model"],
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_buckets": 8,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+    },
+    "deberta": {
+        "architectures": ["DebertaModel"],
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+    },
+    "t5": {"architectures": ["T5EncoderModel"], "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4},
     "nomic_bert": {"architectures": ["NomicBertModel"]},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": None},
 }
@@ -83,14 +102,14 @@ def write_plain(directory: Path, family: str = "bert", **changes: Any) -> Path:
     special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 40, **special}
     _write(directory / "tokenizer_config.json", settings)
-    _tokenizer().save(str(directory / "tokenizer.json"))
+    _tokenizer(pads_with_one=config["pad_token_id"] == 1).save(str(directory / "tokenizer.json"))
     return directory
 
 
 def save_weights(directory: Path, *, seed: int = 0) -> nn.Module:
     """Give a directory random weights; return transformers' own model with them."""
     model = reference_encoder(directory, seed=seed)
-    save_file({n: t.contiguous() for n, t in model.state_dict().items()}, directory / "model.safetensors")
+    save_file({n: t.contiguous() for n, t in model.named_parameters()}, directory / "model.safetensors")
     if (directory / "2_Dense").exists():
         torch.manual_seed(seed)
         dense = nn.Linear(32, 20)
@@ -106,7 +125,9 @@ def reference_encoder(directory: Path, *, seed: int = 0) -> Any:
     config = transformers.AutoConfig.from_pretrained(directory)
     scores = config.architectures[0].endswith("ForSequenceClassification")
     auto = transformers.AutoModelForSequenceClassification if scores else transformers.AutoModel
-    return auto.from_config(config, attn_implementation="sdpa").eval().requires_grad_(False)
+    if config.architectures[0].endswith("EncoderModel"):
+        auto = transformers.AutoModelForTextEncoding
+    return auto.from_config(config).eval().requires_grad_(False)
 
 
 def packed_encoder(directory: Path, reference: nn.Module) -> Any:
@@ -124,6 +145,7 @@ def packed_encoder(directory: Path, reference: nn.Module) -> Any:
             "positions": torch.cat([torch.arange(length) for length in lengths]),
             "token_type_ids": torch.tensor([kind for text in kinds for kind in text]),
             "query_start": torch.tensor([0, *lengths]).cumsum(0),
+            "places": torch.arange(max(2, *lengths)),
         }
         with torch.inference_mode():
             made: Tensor = request.call(module, {given.name: inputs[given.name] for given in request.inputs})
@@ -137,13 +159,14 @@ def _write(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value))
 
 
-def _tokenizer() -> Tokenizer:
-    """Return a tokenizer of single letters that puts 1 before a text and 2 behind it, as BERT's do."""
-    vocab = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3, **{chr(97 + i): 4 + i for i in range(26)}}
+def _tokenizer(*, pads_with_one: bool) -> Tokenizer:
+    """Return a tokenizer of single letters that puts 1 before a text and 2 behind it, as BERT's do, or 0 and 2."""
+    first, padding = (0, 1) if pads_with_one else (1, 0)
+    vocab = {"[PAD]": padding, "[CLS]": first, "[SEP]": 2, "[UNK]": 3, **{chr(97 + i): 4 + i for i in range(26)}}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", first), ("[SEP]", 2)]
     )
     tokenizer.enable_padding(length=64)  # as some directories have it; texts are packed here
     return tokenizer

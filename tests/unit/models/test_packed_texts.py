@@ -36,7 +36,7 @@ def hidden_states(reference: Any, text: list[int]) -> Tensor:
     return states
 
 
-@pytest.mark.parametrize("family", slow_but(ENCODERS, "bert", "roberta", "modernbert"))
+@pytest.mark.parametrize("family", slow_but(ENCODERS, "bert", "roberta", "modernbert", "mpnet", "t5"))
 def test_means_of_packed_texts_equal_those_of_each_text_alone(tmp_path: Path, family: str) -> None:
     directory = write_encoder(tmp_path, family)
     reference = reference_encoder(directory)
@@ -78,6 +78,7 @@ def test_poolings_are_those_of_sentence_transformers(tmp_path: Path, names: list
     [
         ("bert", {"architectures": ["BertForSequenceClassification"]}),
         ("roberta", {"architectures": ["RobertaForSequenceClassification"]}),
+        ("deberta-v2", {"architectures": ["DebertaV2ForSequenceClassification"]}),
         pytest.param(
             "modernbert",
             {"architectures": ["ModernBertForSequenceClassification"], "classifier_pooling": "mean"},
@@ -104,13 +105,12 @@ def test_scores_equal_those_of_the_models_own_head(tmp_path: Path, family: str, 
 @pytest.mark.parametrize(
     ("family", "found"),
     [
-        ("mpnet", "fails on packed texts"),  # it adds the mask to its scores itself
-        ("deberta", "fails on packed texts|attends in 0 layers"),
+        ("fnet", "takes no attention_mask"),
         ("convbert", "mixes tokens of different texts"),
     ],
 )
 def test_what_the_interfaces_do_not_reach_is_refused(tmp_path: Path, family: str, found: str) -> None:
-    name = {"mpnet": "MPNetModel", "deberta": "DebertaModel", "convbert": "ConvBertModel"}[family]
+    name = {"fnet": "FNetModel", "convbert": "ConvBertModel"}[family]
     with pytest.raises(UnsupportedModelError, match=found):
         build_request(ModelSpec.of(write_plain(tmp_path, family, architectures=[name])))
 

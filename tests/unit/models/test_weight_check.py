@@ -133,6 +133,18 @@ def test_names_of_a_larger_model_are_found(tmp_path: Path) -> None:
         find_wanted(weight_files(tmp_path), NEEDED)
 
 
+@pytest.mark.parametrize("prefix", ["", "bert."])
+def test_norms_of_old_checkpoints_are_found_under_their_names(tmp_path: Path, prefix: str) -> None:
+    old = {f"{prefix}x.LayerNorm.gamma": torch.ones(2), f"{prefix}x.LayerNorm.beta": torch.zeros(2)}
+    save_file({**old, f"{prefix}x.ls.gamma": torch.ones(3)}, tmp_path / "model.safetensors")
+    wanted = [Wanted(Take(f"x.{n}", (2,), f"bert.x.{n}"), "float32") for n in ("LayerNorm.weight", "LayerNorm.bias")]
+    checkpoint = open_checkpoint(tmp_path, wanted)
+    assert torch.equal(checkpoint.get(f"{prefix}x.LayerNorm.weight"), torch.ones(2))
+    assert torch.equal(checkpoint.get(f"{prefix}x.LayerNorm.bias"), torch.zeros(2))
+    with pytest.raises(WeightsError, match=r"x\.ls\.weight"):
+        open_checkpoint(tmp_path, [Wanted(Take("x.ls.weight", (3,)), "float32")])
+
+
 def test_a_shard_that_lacks_what_the_index_says_is_refused(tmp_path: Path) -> None:
     save_file(HAS, tmp_path / "one.safetensors")
     index = {"weight_map": dict.fromkeys((*HAS, "f"), "one.safetensors")}

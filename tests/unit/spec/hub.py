@@ -35,7 +35,7 @@ class LocalHub:
 
 @contextmanager
 def local_hub(directory: Path) -> Iterator[LocalHub]:
-    """Serve a model directory as "owner/tiny" while the block runs."""
+    """Serve a model directory as "owner/tiny", and as "tiny", while the block runs."""
     files = {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
     hub = LocalHub(files)
 
@@ -45,7 +45,10 @@ def local_hub(directory: Path) -> Iterator[LocalHub]:
 
         def do_GET(self) -> None:
             hub.requests += 1
-            match unquote(urlsplit(self.path).path).strip("/").split("/", 4):
+            path = unquote(urlsplit(self.path).path).strip("/")
+            if path.startswith(("tiny/", "api/models/tiny/")):  # as "gpt2" is one of the first, without an owner
+                path = path.replace("tiny/", "owner/tiny/", 1)
+            match path.split("/", 4):
                 case ["api", "models", "owner", "tiny", rest] if rest.startswith("revision/"):
                     known = rest.removeprefix("revision/") in ("main", "old", COMMIT)
                     self.json({"id": "owner/tiny", "sha": COMMIT}) if known else self.error("RevisionNotFound")

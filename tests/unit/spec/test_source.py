@@ -15,7 +15,7 @@ from huggingface_hub import constants
 
 from piecework.errors import UnsupportedModelError, WeightsError
 from piecework.spec.model_spec import ModelSpec
-from piecework.spec.source import hub_id, model_directory, model_name
+from piecework.spec.source import HubId, hub_id, model_directory, model_name
 from tests.unit.models.tiny import write_config
 from tests.unit.spec.hub import COMMIT, LocalHub, local_hub
 
@@ -72,9 +72,25 @@ def test_the_cache_serves_where_there_is_no_network(hub: LocalHub, monkeypatch: 
         ModelSpec.of("owner/tiny")
 
 
+def test_the_first_repositories_have_no_owner(
+    hub: LocalHub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = ModelSpec.of("tiny")
+    assert spec.key == ModelSpec.of(model).key
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert ModelSpec.of("tiny").source == spec.source
+    with pytest.raises(UnsupportedModelError, match="no directory modle, not all of it in the cache"):
+        ModelSpec.of("modle")
+    (tmp_path / "tiny").mkdir()
+    with pytest.raises(UnsupportedModelError, match=r"config\.json"):
+        ModelSpec.of("tiny")
+
+
 @pytest.mark.parametrize(
     ("name", "found"),
     [
+        ("modle", "neither a directory modle, nor a repository"),
         ("owner/other", "neither a directory owner/other, nor a repository"),
         ("owner/tiny@new", "no branch, tag or commit new"),
         ("owner/ti--ny", "nor an id of the Hub"),
@@ -136,7 +152,9 @@ def test_a_path_that_exists_is_no_id(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "models/tiny").mkdir(parents=True)
     assert hub_id("models/tiny") is None
     assert (model_name("models/tiny"), model_name("owner/tiny@main")) == ("tiny", "owner/tiny")
-    for path in ("tiny", "./tiny", "/tmp/tiny", "~/tiny", "models/of/tiny", "../tiny", "owner/tiny@"):
+    assert [hub_id("tiny"), hub_id("tiny@main")] == [HubId("tiny", None), HubId("tiny", "main")]
+    assert model_name("tiny") == "tiny"
+    for path in ("./tiny", "tiny.Q4_K_M.gguf", "/tmp/tiny", "~/tiny", "models/of/tiny", "../tiny", "owner/tiny@"):
         assert hub_id(path) is None, path
 
 

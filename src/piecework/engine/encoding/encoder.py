@@ -46,9 +46,20 @@ class Encoder:
         max_texts: most texts of a batch.
         longest: most tokens of a text.
         vocab_size: how many tokens there are.
+        padded: whether the model computes each text as if it were as long as the longest one of a batch.
     """
 
-    def __init__(self, model: EncoderModel, *, max_tokens: int, max_texts: int, longest: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        model: EncoderModel,
+        *,
+        max_tokens: int,
+        max_texts: int,
+        longest: int,
+        vocab_size: int,
+        padded: bool = False,
+    ) -> None:
+        self._padded = padded
         self._model: EncoderModel | None = model
         self._max_tokens = max_tokens
         self._max_texts = max_texts
@@ -135,10 +146,11 @@ class Encoder:
         batch: list[tuple[_Job, int]] = []
         room = self._max_tokens
         for job, place in sorted(texts, key=lambda text: -len(text[0].texts[text[1]].ids)):
-            length = len(job.texts[place].ids)
+            first, at = batch[0] if self._padded and batch else (job, place)
+            length = len(first.texts[at].ids)  # what it takes of the room
             if length > room or len(batch) == self._max_texts:
                 yield batch
-                batch, room = [], self._max_tokens
+                batch, room, length = [], self._max_tokens, len(job.texts[place].ids)
             batch.append((job, place))
             room -= length
         yield batch
@@ -162,4 +174,5 @@ def packed(texts: Sequence[TextTokens]) -> dict[str, Any]:
         "positions": torch.tensor([place for text in texts for place in range(len(text.ids))]),
         "token_type_ids": torch.tensor([kind for text in texts for kind in text.types]),
         "query_start": torch.from_numpy(starts),
+        "places": torch.arange(max(2, *(len(text.ids) for text in texts))),
     }

@@ -56,5 +56,6 @@ def open_encoder(
         max_texts=sizes["seqs_plus_one"][1] - 1,
         longest=encoder.longest,
         vocab_size=spec.config.vocab_size,
+        padded="longest" in sizes,
     )
     return OpenEncoder(**vars(opened), engine=EncodeEngine(computes, opened.tokenizer, encoder))

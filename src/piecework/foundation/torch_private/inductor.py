@@ -67,6 +67,7 @@ def compile_aoti(
             size_oblivious(),
             _general_strides(),
             _general_stride_order(),
+            _weights_without_values(),
             watching_kernels(on_kernels, names=size_names),
         ):
             result: Any = compile_fx_aot(
@@ -75,6 +76,28 @@ def compile_aoti(
     finally:
         codecache.CppBuilder = original
     return Path(result if isinstance(result, str) else next(str(f) for f in result if str(f).endswith(".so")))
+
+
+@contextlib.contextmanager
+def _weights_without_values() -> Iterator[None]:
+    """Keep Inductor from computing with the values of weights, which they don't have yet.
+
+    torch 2.11-2.13: `fx_passes/joint_graph.py` takes parameters of one element for known, and puts what is computed of
+    them alone (`scale.exp()`) into the code as a number, `always_keep_tensor_constants` or not.
+    """
+    from torch._inductor.fx_passes import joint_graph
+
+    folder: Any = joint_graph.UniformValueConstantFolder
+    original = folder._deduce_value
+
+    def deduce(self: Any, node: torch.fx.Node) -> Any:
+        return self.unknown_value if node.op == "get_attr" else original(self, node)
+
+    folder._deduce_value = deduce
+    try:
+        yield
+    finally:
+        folder._deduce_value = original
 
 
 @contextlib.contextmanager

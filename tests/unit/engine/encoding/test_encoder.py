@@ -46,8 +46,8 @@ def text(*tokens: int) -> TextTokens:
     return TextTokens(tokens, [1] * len(tokens))
 
 
-def make(model: Sums) -> Encoder:
-    return Encoder(model, max_tokens=10, max_texts=3, longest=8, vocab_size=100)
+def make(model: Sums, *, padded: bool = False) -> Encoder:
+    return Encoder(model, max_tokens=10, max_texts=3, longest=8, vocab_size=100, padded=padded)
 
 
 def test_texts_are_computed_longest_first_in_batches_and_returned_in_their_order() -> None:
@@ -57,6 +57,13 @@ def test_texts_are_computed_longest_first_in_batches_and_returned_in_their_order
     wanted = [[sum(t.ids), sum(range(len(t.ids))), len(t.ids)] for t in texts]
     assert rows.tolist() == wanted
     assert model.batches == [[8], [5, 2, 2], [1, 1, 1]]
+
+
+def test_texts_that_are_filled_up_count_as_long_as_the_longest() -> None:
+    model = Sums()
+    texts = [text(*range(length)) for length in (1, 8, 2, 5, 1, 1, 2, 3)]
+    assert make(model, padded=True).encode(texts).shape == (8, 3)
+    assert model.batches == [[8], [5, 3], [2, 2, 1], [1, 1]]
 
 
 def test_calls_that_wait_are_computed_together() -> None:
