@@ -192,7 +192,9 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     add_spec_options(group)
     add_options(group, engine_options("max_seqs"))
     add_options(group.add_mutually_exclusive_group(), engine_options("kv_cache_memory", "memory_fraction"))
-    add_options(group, engine_options("prefix_caching", "while_compiling", "bundle", "trust", "random_weights"))
+    add_options(
+        group, engine_options("prefix_caching", "while_compiling", "bundle", "trust", "random_weights", "threads")
+    )
     group.add_argument(
         "--default-temperature",
         type=float,

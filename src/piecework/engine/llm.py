@@ -29,7 +29,7 @@ from piecework.spec.model_spec import ModelSpec, check_names, spec_options
 
 Prompt = str | Sequence[int]
 _OPTIONS: Final = engine_options(
-    "max_seqs", "kv_cache_memory", "memory_fraction", "prefix_caching", "bundle", "trust", "random_weights"
+    "max_seqs", "kv_cache_memory", "memory_fraction", "prefix_caching", "bundle", "trust", "random_weights", "threads"
 )
 
 
@@ -47,9 +47,8 @@ class LLM:
         on_note: is told what happens to bundles, such as that one is being compiled, and where a trace was written.
         options: how the model is compiled, by the names of the options of `ModelSpec` and `CompileOptions` (dtype,
             device, max_tokens, ranges, providers, ...), unless `model` is a spec; and how it is run, by those of
-            `EngineOptions` (max_seqs, kv_cache_memory, memory_fraction, prefix_caching, bundle, trust, random_weights).
-            None
-            is the default.
+            `EngineOptions` (max_seqs, kv_cache_memory, memory_fraction, prefix_caching, bundle, trust, random_weights,
+            threads). None is the default.
 
     Raises UnsupportedModelError, BundleError, WeightsError, CompileError, CapacityError, OpError, RequestError.
     """

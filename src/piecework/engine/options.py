@@ -59,6 +59,8 @@ class EngineOptions:
         trust: the file of public keys of which a bundle that wasn't compiled into the store needs a signature, or
             "require" for the default one; None for the environment's.
         random_weights: a seed for random weights; the directory then needs no safetensors.
+        threads: how many threads of this process compute; None for `OMP_NUM_THREADS`, else the physical cores within
+            the CPU quota of its control groups.
         kv_cache_tokens: the KV cache holds one sequence of so many tokens, whatever memory there is.
         profile: write a torch profiler trace of some forwards, with pieces and layers by name.
     """
@@ -114,6 +116,13 @@ class EngineOptions:
         metavar="SEED",
         default_text="the directory's",
         read=int,
+    )
+    threads: int | None = option(
+        None,
+        "how many threads compute",
+        metavar="N",
+        default_text="$OMP_NUM_THREADS, else the physical cores within the CPU quota",
+        read=at_least_one,
     )
     kv_cache_tokens: int | None = None
     profile: ProfileOptions | None = None
