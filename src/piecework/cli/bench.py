@@ -50,7 +50,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         parser.add_argument(name, type=_from(1), default=default, metavar="N", help=f"{text} (default: {default})")
     parser.add_argument("--starts", type=_from(0), default=3, metavar="N", help="timed starts; 0: none (default: 3)")
     add_spec_options(parser)
-    add_options(parser, engine_options("kv_cache_memory", "bundle", "trust", "random_weights"))
+    add_options(parser, engine_options("kv_cache_memory", "bundle", "trust", "random_weights", "threads"))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
             bundle=args.bundle,
             trust=args.trust,
             random_weights=args.random_weights,
+            threads=args.threads,
             on_note=notes.append,
         ) as llm:
             progress.update("generating")
@@ -101,6 +102,8 @@ def _starts(args: argparse.Namespace, model: Path, bundle: Path, notes: list[str
         words += ["--random-weights", str(args.random_weights)]
     if args.trust is not None:
         words += ["--trust", str(args.trust)]
+    if args.threads is not None:
+        words += ["--threads", str(args.threads)]
     found: dict[str, list[float]] = {"first_token_s": [], "load_ms": []}
     with console.progress() as progress:
         for number in range(args.starts + 1):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from piecework.engine.sampling_params import SamplingParams
     from piecework.engine.text.tokenizer import Tokenizer
 
-_ENGINE_OPTIONS: Final = engine_options("bundle", "trust", "random_weights")
+_ENGINE_OPTIONS: Final = engine_options("bundle", "trust", "random_weights", "threads")
 
 
 @dataclass(frozen=True)

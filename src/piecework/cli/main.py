@@ -23,6 +23,7 @@ from typing import Final, NoReturn
 from piecework.cli import console
 from piecework.cli.command_parser import CommandParser
 from piecework.errors import PieceworkError
+from piecework.foundation.environment import let_idle_threads_sleep
 from piecework.foundation.files import as_store_error
 from piecework.foundation.process import end_with_parent, exit_at_once
 from piecework.foundation.version import VERSION
@@ -81,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> NoReturn:
     """Be the console script: run this process's command, then end at once."""
+    let_idle_threads_sleep()
     exit_at_once(main())
 
 

@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     from piecework.server.settings import ServerSettings
     from piecework.server.status import ServerStatus
 
-_ENGINE: Final = ("prefix_caching", "while_compiling", "bundle", "trust", "random_weights", "chat_template")
+_ENGINE: Final = (
+    *("prefix_caching", "while_compiling", "bundle", "trust", "random_weights"),
+    *("threads", "chat_template"),
+)
 _AUTO: Final = "auto"
 _NO_FILE: Final = "vllm"
 _EPILOG: Final = """\

@@ -15,6 +15,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import final
 
+import torch
+
 from piecework.engine.engine import Engine, Runner
 from piecework.engine.mailbox import Mailbox
 from piecework.engine.output import Stats, TokenOutput
@@ -197,6 +199,7 @@ class AsyncEngine:
     # what follows runs in the thread
 
     def _serve(self) -> None:
+        torch.get_num_threads()  # tells this thread's OpenMP, which our code asks, what another thread has set
         try:
             while True:
                 self._obey()

@@ -31,7 +31,7 @@ from piecework.spec.model_spec import ModelSpec, check_names, spec_options
 Prompt = str | Sequence[int]
 _OPTIONS: Final = engine_options(
     *("max_seqs", "max_model_len", "kv_cache_memory", "memory_fraction", "prefix_caching"),
-    *("bundle", "trust", "random_weights", "chat_template"),
+    *("bundle", "trust", "random_weights", "threads", "chat_template"),
 )
 
 
@@ -50,7 +50,7 @@ class LLM:
         options: how the model is compiled, by the names of the options of `ModelSpec` and `CompileOptions` (dtype,
             device, max_tokens, ranges, providers, ...), unless `model` is a spec; and how it is run, by those of
             `EngineOptions` (max_seqs, max_model_len, kv_cache_memory, memory_fraction, prefix_caching, bundle, trust,
-            random_weights, chat_template). None is the default.
+            random_weights, threads, chat_template). None is the default.
 
     Raises UnsupportedModelError, BundleError, WeightsError, CompileError, CapacityError, OpError, RequestError.
     """

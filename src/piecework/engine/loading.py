@@ -26,6 +26,8 @@ from piecework.engine.kv_memory import (
 from piecework.engine.options import EngineOptions
 from piecework.engine.text.tokenizer import Tokenizer
 from piecework.errors import RequestError
+from piecework.foundation.cpus import read_cpus
+from piecework.foundation.environment import threads_given
 from piecework.foundation.process import seconds_since_start
 from piecework.models.checkpoint import Checkpoint, TensorMeta, open_checkpoint, random_checkpoint
 from piecework.models.weight_check import wanted_by
@@ -48,6 +50,7 @@ def load_model(bundle: Bundle, spec: ModelSpec, options: EngineOptions, *, on_ev
 
     Raises CorruptBundle, WeightsError, CapacityError.
     """
+    _use_threads(options.threads)
     plan = read_plan(bundle)
     if spec.config.encoder is None:
         _check_model_plan(plan)
@@ -63,6 +66,14 @@ def load_model(bundle: Bundle, spec: ModelSpec, options: EngineOptions, *, on_ev
             on_event(Phase(name, at, at + seconds))
             at += seconds
     return Loaded(model, num_blocks)
+
+
+def _use_threads(num: int | None) -> None:
+    """Have this process compute with so many threads; None lowers what torch would use to what this machine gives."""
+    usual = torch.get_num_threads()
+    default = usual if threads_given() else min(usual, read_cpus().threads)
+    if (num or default) != usual:
+        torch.set_num_threads(num or default)
 
 
 def make_engine(

@@ -61,6 +61,8 @@ class EngineOptions:
             "require" for the default one; None for the environment's.
         random_weights: a seed for random weights; the directory then needs no safetensors.
         chat_template: a file with the template of conversations; None for the model's.
+        threads: how many threads of this process compute; None for `OMP_NUM_THREADS`, else the physical cores within
+            the CPU quota of its control groups.
         kv_cache_tokens: the KV cache holds one sequence of so many tokens, whatever memory there is.
         profile: write a torch profiler trace of some forwards, with pieces and layers by name.
     """
@@ -126,6 +128,13 @@ class EngineOptions:
     )
     chat_template: Path | None = option(
         None, "a chat template in Jinja, instead of the model's", metavar="FILE", default_text="the model's", read=Path
+    )
+    threads: int | None = option(
+        None,
+        "how many threads compute",
+        metavar="N",
+        default_text="$OMP_NUM_THREADS, else the physical cores within the CPU quota",
+        read=at_least_one,
     )
     kv_cache_tokens: int | None = None
     profile: ProfileOptions | None = None

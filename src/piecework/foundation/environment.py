@@ -97,6 +97,21 @@ def lesser_isa() -> str | None:
     return os.environ.get(ISA_VARIABLE) or None
 
 
+def threads_given() -> bool:
+    """Whether the user has told OpenMP how many threads to use (`OMP_NUM_THREADS`)."""
+    return bool(os.environ.get("OMP_NUM_THREADS"))
+
+
+def let_idle_threads_sleep() -> None:
+    """Have OpenMP's threads wait some 50 µs for work, and then sleep, unless the user has said how they shall wait.
+
+    GNU's OpenMP otherwise spins for milliseconds, which takes the core from whoever else, or which other thread of
+    ours, has work to do (docs/decisions.md). Has an effect before torch is imported.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def child_variables(changes: Mapping[str, str | None]) -> dict[str, str]:
     """Return the environment for a child process: this one's, with `changes` applied (None removes)."""
     variables = dict(os.environ)

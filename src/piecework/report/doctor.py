@@ -18,7 +18,8 @@ from typing import Final
 from piecework.bundle.facts import NOT_INSTALLED, package_version
 from piecework.errors import StoreError
 from piecework.foundation import files
-from piecework.foundation.environment import Environment
+from piecework.foundation.cpus import Cpus, read_cpus
+from piecework.foundation.environment import Environment, threads_given
 from piecework.foundation.target import Target, read_target
 from piecework.providers.known import OURS, KnownProvider, entry_points_of_others
 
@@ -27,6 +28,7 @@ _TORCH_NEWEST: Final = (2, 13)
 _COMPILERS: Final = ("g++", "c++", "clang++")
 _COMPILER_TIMEOUT_S: Final = 20.0
 _NEEDED_BYTES: Final = 200 << 20
+_BUSY_LOAD: Final = 0.5  # of a CPU, for each that this process may use
 _COMFORTABLE_BYTES: Final = 1 << 30
 # OpenMP is in it because every kernel is compiled with it, and it is what compilers lack most often.
 _TRIVIAL_PROGRAM: Final = '#include <cmath>\n#include <omp.h>\nextern "C" int f() { return omp_get_max_threads(); }\n'
@@ -91,6 +93,7 @@ def examine(environment: Environment, *, target: Target | None = None) -> Doctor
             check_package("safetensors", version=package_version("safetensors")),
             check_compiler(environment.compiler),
             check_cpu(target or read_target()),
+            check_threads(read_cpus(), load=os.getloadavg()[0], given=threads_given()),
             check_store(environment.store_root),
             *(check_provider(known) for known in OURS),
             *(
@@ -172,7 +175,27 @@ def check_cpu(target: Target) -> Check:
         return Check(
             "CPU", Status.SLOW, found, fix="a CPU with AVX2, AVX-512 or ASIMD runs compiled pieces much faster"
         )
+    if target.machine == "x86_64":  # 16-bit weights are widened, which is as fast as float32, or faster
+        return Check("CPU", Status.OK, found)
     return Check("CPU", Status.SLOW, found, fix="no bfloat16 instructions: --dtype float32 may be as fast")
+
+
+def check_threads(cpus: Cpus, *, load: float, given: bool) -> Check:
+    """Check how many threads compute by default, and whether they have the CPUs to themselves.
+
+    Args:
+        cpus: what this process may use.
+        load: the load average of the last minute.
+        given: whether `OMP_NUM_THREADS` says how many.
+    """
+    found = f"OMP_NUM_THREADS; else {cpus.threads}: {cpus.why}" if given else f"{cpus.threads}: {cpus.why}"
+    if cpus.quota is not None and cpus.quota < cpus.physical:
+        fix = f"the CPU quota is {cpus.quota:g} of {cpus.physical} cores: raise it, and more threads compute"
+        return Check("threads", Status.SLOW, found, fix=fix)
+    if load > _BUSY_LOAD * cpus.allowed:
+        fix = f"other processes compute (load average {load:.1f} on {cpus.allowed} CPUs): end them, or use --threads"
+        return Check("threads", Status.SLOW, found, fix=fix)
+    return Check("threads", Status.OK, found)
 
 
 def check_store(root: Path) -> Check:

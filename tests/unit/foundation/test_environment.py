@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 from piecework.errors import PieceworkError
-from piecework.foundation.environment import Environment, child_variables, let_torch_cache_in, read_environment
+from piecework.foundation.environment import (
+    Environment,
+    child_variables,
+    let_idle_threads_sleep,
+    let_torch_cache_in,
+    read_environment,
+)
 from piecework.foundation.flight import OVERTAKE_S
 
 
@@ -96,3 +102,16 @@ def test_without_any_home_it_is_a_directory_of_this_users_own(monkeypatch: pytes
     assert root.is_absolute()
     assert "~" not in str(root)
     assert str(os.getuid()) in root.name
+
+
+@pytest.mark.parametrize(("given", "spins"), [({}, "1000"), ({"OMP_WAIT_POLICY": "active"}, None)])
+def test_idle_threads_sleep_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], spins: str | None
+) -> None:
+    variables = dict(given)
+    monkeypatch.setattr("os.environ", variables)
+    let_idle_threads_sleep()
+    assert variables.get("GOMP_SPINCOUNT") == spins
+    variables["GOMP_SPINCOUNT"] = "7"
+    let_idle_threads_sleep()
+    assert variables["GOMP_SPINCOUNT"] == "7"

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from piecework.foundation.cpus import Cpus
 from piecework.foundation.target import make_target
 from piecework.providers.known import OURS, KnownProvider
 from piecework.report import Check, DoctorReport, Status
@@ -18,6 +19,7 @@ from piecework.report.doctor import (
     check_provider,
     check_python,
     check_store,
+    check_threads,
     check_torch,
 )
 
@@ -80,13 +82,29 @@ def test_providers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ("flags", "status"),
     [
         ("sse2", Status.SLOW),
-        ("avx2 fma", Status.SLOW),
+        ("avx2 fma", Status.OK),
         ("fma avx512f avx512bw avx512vl avx512dq avx512_bf16", Status.OK),
     ],
 )
 def test_cpu(flags: str, status: Status) -> None:
     check = check_cpu(make_target("x86_64", system="linux", flags=frozenset(flags.split())))
     assert check.status is status
+
+
+@pytest.mark.parametrize(
+    ("cpus", "load", "status", "text"),
+    [
+        (Cpus(allowed=8, physical=4), 0.5, Status.OK, "4: 4 physical cores of 8 CPUs"),
+        (Cpus(allowed=8, physical=4), 9.0, Status.SLOW, "load average 9.0 on 8 CPUs"),
+        (Cpus(allowed=8, physical=4, quota=1.5), 0.0, Status.SLOW, "the CPU quota is 1.5 of 4 cores"),
+        (Cpus(allowed=8, physical=4, quota=6.0), 0.0, Status.OK, "CPU quota 6"),
+    ],
+)
+def test_threads(cpus: Cpus, load: float, status: Status, text: str) -> None:
+    check = check_threads(cpus, load=load, given=False)
+    assert check.status is status
+    assert text in f"{check.found}; {check.fix}"
+    assert check_threads(cpus, load=load, given=True).found.startswith("OMP_NUM_THREADS")
 
 
 def test_no_compiler() -> None:

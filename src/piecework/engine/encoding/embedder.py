@@ -23,7 +23,7 @@ from piecework.spec.model_spec import ModelSpec, check_names, spec_options
 if TYPE_CHECKING:
     from piecework.engine.encoding.encode_engine import Vectors
 
-_OPTIONS: Final = engine_options("bundle", "trust", "random_weights")
+_OPTIONS: Final = engine_options("bundle", "trust", "random_weights", "threads")
 
 
 class Encodes:
@@ -33,7 +33,7 @@ class Encodes:
         model: a directory that sentence-transformers wrote, or one of a transformers encoder alone, or a ModelSpec.
         on_note: is told what happens to bundles, such as that one is being compiled.
         options: how the model is compiled, by the names of the options of `ModelSpec` and `CompileOptions`, unless
-            `model` is a spec; and bundle, trust and random_weights of `EngineOptions`. None is the default.
+            `model` is a spec; and bundle, trust, random_weights and threads of `EngineOptions`. None is the default.
 
     Raises UnsupportedModelError, BundleError, WeightsError, CompileError, OpError, RequestError.
     """
