@@ -1,4 +1,4 @@
-"""Linear layers in a piece on the CPU: with code of ours, and with oneDNN's, both on packed weights.
+"""Linear layers in a piece on the CPU: with code of ours, with oneDNN's, and with quantized weights, all packed.
 
 A piece has several layers that read the same input; together their weights are larger than the CPU's caches, so that
 they are read from memory, as in a model. Both pieces take turns. Needs a C++ compiler.
@@ -18,11 +18,16 @@ import piecework
 from benchmarks.common.main import Benchmark, add_option, names, numbers
 from benchmarks.common.run import Run
 from benchmarks.common.steps import time_rounds
+from piecework.bundle.quantized_layouts import Part, Sizes
+from piecework.bundle.recipes import Quantized
+from piecework.bundle.run.quantized import quantized_part
+from piecework.ops import linear_quantized as _op  # noqa: F401  registers piecework::linear_quantized
 
 SHAPES: Final = ((2048, 3648), (2816, 2048))
 DTYPES: Final = ("bfloat16", "float32")
 TOKENS: Final = (1, 8, 16, 32, 64, 256)
 SYSTEMS: Final = ("own", "onednn")
+QUANTIZED: Final = ("int8", "int4", "fp8")
 _WEIGHT_BYTES: Final = 1 << 27
 
 
@@ -39,9 +44,34 @@ class Layers(nn.Module):
         return [layer(x) for layer in self.layers]
 
 
+class QuantizedLayers(nn.Module):
+    """The same layers with quantized weights: int4 in groups of 32 columns, others by row."""
+
+    def __init__(self, layers: Layers, kind: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(self._quantized(layer, kind) for layer in layers.layers)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Return the result of each."""
+        return [torch.ops.piecework.linear_quantized(x, each.values, each.scales) for each in self.layers]
+
+    @staticmethod
+    def _quantized(layer: nn.Module, kind: str) -> nn.Module:
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        rows, columns = weight.shape
+        sizes = Sizes(rows, columns, 32 if kind == "int4" else columns)
+        made = nn.Module()
+        for part in (Part.VALUES, Part.SCALES):
+            tensor = quantized_part(Quantized(kind, part, sizes, ()), [weight])
+            made.register_parameter(part.value, nn.Parameter(tensor, requires_grad=False))
+        return made
+
+
 def options(parser: argparse.ArgumentParser) -> None:
     """Add the options."""
     add_option(parser, "--dtypes", DTYPES, "of weights", type_=names(DTYPES), metavar="D,…")
+    add_option(parser, "--quantized", QUANTIZED, "types of quantized weights", type_=names(QUANTIZED), metavar="T,…")
     add_option(parser, "--tokens", TOKENS, "in a call", type_=numbers, metavar="N,…")
 
 
@@ -53,7 +83,18 @@ def measure(args: argparse.Namespace, run: Run) -> dict[str, Any]:
             run.progress(f"{features} to {width}, {dtype}")
             torch.manual_seed(0)
             module = Layers(features, width, dtype=getattr(torch, dtype)).requires_grad_(requires_grad=False)
-            models = {name: _compiled(module, name, run.root / f"{name}-{features}-{dtype}") for name in SYSTEMS}
+            modules: dict[str, nn.Module] = dict.fromkeys(SYSTEMS, module)
+            modules |= {kind: QuantizedLayers(module, kind) for kind in args.quantized}
+            example = torch.randn(8, features, dtype=getattr(torch, dtype))
+            models = {
+                name: _compiled(
+                    which,
+                    example,
+                    packing=name if which is module else None,
+                    out=run.root / f"{name}-{features}-{dtype}",
+                )
+                for name, which in modules.items()
+            }
             for tokens in args.tokens:
                 x = torch.randn(tokens, features, dtype=getattr(torch, dtype))
                 found = time_rounds({name: partial(model, x) for name, model in models.items()}, rounds=args.repeats)
@@ -64,11 +105,8 @@ def measure(args: argparse.Namespace, run: Run) -> dict[str, Any]:
     return {}
 
 
-def _compiled(module: Layers, packing: Any, out: Path) -> piecework.LoadedModel:
+def _compiled(module: nn.Module, example: Tensor, *, packing: Any, out: Path) -> piecework.LoadedModel:
     options = piecework.CompileOptions(pack_linear=packing, passes_off=frozenset({"merge_linear"}))
-    weight = module.layers[0].weight
-    assert isinstance(weight, Tensor)
-    example = torch.randn(8, weight.shape[1], dtype=weight.dtype)
     piecework.compile(module, (example,), dynamic={"tokens": piecework.Dim(1, 1024)}, out=out, options=options)
     return piecework.load(out, weights=module)
 
