@@ -24,6 +24,7 @@ from piecework.report.kernel_counts import (
 from piecework.report.natives import NativeReport, native_lines, native_reports
 from piecework.report.passes import PassUse, pass_lines, pass_uses
 from piecework.report.spelling import spell_bytes, spell_count
+from piecework.report.step_labels import step_labels
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class BundleReport:
         moved: what forwards and their layers move at some sizes.
         passes: what each pass did.
         natives: what serves calls of IR ops inside opaque ops.
+        steps: of the rest's forward: which piece or opaque op each step is, and of which layers.
     """
 
     path: str
@@ -121,6 +123,7 @@ class BundleReport:
     moved: tuple[MovedTable, ...]
     passes: tuple[PassUse, ...] = ()
     natives: tuple[NativeReport, ...] = ()
+    steps: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """Return the report as a JSON object."""
@@ -218,6 +221,7 @@ def describe(bundle: Bundle, *, verified: bool, sizes: Sequence[Mapping[str, int
         moved=tuple(moved_table(plan, kernels, sizes=at) for at in sizes or typical_sizes(plan)) if kernels else (),
         passes=pass_uses(bundle, plan),
         natives=native_reports(bundle, plan),
+        steps=step_labels(plan)[-len(plan.steps) :] if plan.steps else (),
     )
 
 

@@ -141,5 +141,6 @@ def _status_answer(context: ServerContext) -> StatusAnswer:
         failure=status.failure,
         bundle_hit=None if status.bundle is None else status.bundle.hit,
         max_positions=None if service is None else service.max_positions,
+        task=None if service is None else service.task,
         engine=None if service is None else service.stats(),
     )

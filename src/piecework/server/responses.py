@@ -17,6 +17,7 @@ from starlette.responses import Response
 from piecework.engine.output import Stats
 from piecework.engine.request import FinishReason
 from piecework.server.status import CompileProgress, State
+from piecework.spec.encoder_config import Task
 
 _MEANINGS: Final[Mapping[int, str]] = {
     400: "The request asks for something wrong.",
@@ -370,6 +371,7 @@ class StatusAnswer(Answered):
     failure: str
     bundle_hit: bool | None
     max_positions: int | None
+    task: Task | None
     engine: Stats | None
 
 

@@ -170,6 +170,7 @@ REPORT = {
     "facts": {"torch/version": "0"},
     "num_pieces": 9,
     "num_unique_pieces": 3,
+    "steps": ["piece 0 [aa] model.layers 0", "piecework::attention model.layers.0", "piece 1 [bb] model.layers 0-1"],
 }
 
 

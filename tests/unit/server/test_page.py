@@ -67,13 +67,38 @@ def test_it_shows_the_start_the_bundle_and_the_figures(page):
         page.wait("!document.getElementById('bundle-card').hidden")
         assert "3 compiled for 9 places" in page.text("#bundle")
         assert page.text("#bundle-hit") == "from the store"
-        page.evaluate("document.getElementById('tokens').value = 400")
+        rects = "[...document.querySelectorAll('#plan rect title')].map(each => each.textContent).join()"
+        assert page.evaluate(rects) == "piece 0 [aa] model.layers 0,piece 1 [bb] model.layers 0-1"
+        cut_off = "[...document.querySelectorAll('.phase b')].some(each => each.scrollWidth > each.clientWidth + 1)"
+        assert not page.evaluate(cut_off)
+        page.evaluate("document.getElementById('prompt').value = 'Hello'")
+        page.evaluate("document.getElementById('tokens').value = 2000")
         _press(page)
         page.wait("document.getElementById('running').textContent === '1'")
         assert page.text("#kv-text") == "KV cache: 4 of 100 blocks"
         page.wait("parseFloat(document.getElementById('tps').textContent) > 0")
-        page.wait("document.getElementById('reason').textContent === 'length'")
+        _press(page)  # it stops
         page.wait("document.getElementById('between').textContent.endsWith('ms')")
+
+
+@in_browser
+def test_a_conversation_goes_on_and_another_begins(page):
+    service = FakeService()
+    service.says = "Yes."
+    with live_server(ready(service), SETTINGS) as url:
+        page.open(url)
+        _is_ready(page)
+        assert page.evaluate("document.getElementById('prompt').value") == ""
+        page.evaluate("document.querySelector('input[value=chat]').click()")
+        for number, text in enumerate(("Hello?", "And now?"), start=1):
+            page.evaluate(f"document.getElementById('prompt').value = '{text}'")
+            _press(page)
+            page.wait(f"state.turns.length === {2 * number}")
+        assert page.text("#output") == "Hello?Yes.And now?Yes."
+        prompt = service.decode(service.seen[-1].prompt)
+        assert prompt == "user: Hello?\nassistant: Yes.\nuser: And now?\nassistant:"
+        page.evaluate("document.getElementById('new').click()")
+        assert (page.text("#output"), page.evaluate("state.turns.length")) == ("", 0)
 
 
 @in_browser
@@ -83,6 +108,7 @@ def test_stopping_frees_the_memory(page):
         page.open(url)
         _is_ready(page)
         page.evaluate("document.querySelector('input[value=chat]').click()")
+        page.evaluate("document.getElementById('prompt').value = 'Hello'")
         page.evaluate("document.getElementById('tokens').value = 1000")
         _press(page)
         page.wait("Number(document.getElementById('count').textContent) > 3")
