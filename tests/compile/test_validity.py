@@ -101,9 +101,10 @@ def _compare(seen: Seen, change: Change, model_dir: Path, *, first: First) -> No
     hit = not differing and spec.key == first.key
     try:
         paths = forwards(spec)
-    except PieceworkError:
+    except PieceworkError as error:
         seen.refused.append(str(change))
-        same = False
+        # what a forward doesn't need may be of a type that transformers refuses before it makes a model
+        same = hit and "can't read its config.json" in error.found
     else:
         same = what_runs(paths) == what_runs(first.paths)
         if hit and not same:
