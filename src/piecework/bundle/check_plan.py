@@ -109,13 +109,16 @@ def _check_inputs(plan: Plan) -> None:
 
 def _given_sizes(plan: Plan) -> set[str]:
     """Return the sizes that a call says by its inputs."""
-    return {d for i in plan.inputs for d in i.shape or () if isinstance(d, str)} | {i.size for i in plan.inputs}
+    return {d for i in plan.inputs for d in i.shape or () if isinstance(d, str) and d in plan.sizes} | {
+        i.size for i in plan.inputs
+    }
 
 
 def _check_tensor_input(given: PlanInput, plan: Plan) -> None:
     shape = given.shape or ()
-    unknown = [d for d in shape if isinstance(d, str) and d not in plan.sizes]
-    _require(given.dtype and given.device and not unknown, f"an input {given.name!r} of unknown dtype, device or size")
+    _require(given.dtype and given.device, f"an input {given.name!r} of unknown dtype or device")
+    for dim in shape:
+        _check_expression(dim, plan)
     _require(given.stride is None or len(given.stride) == len(shape), f"strides of {given.name!r}")
 
 

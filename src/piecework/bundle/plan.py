@@ -31,6 +31,8 @@ Dim = int | str
 class PlanInput:
     """An argument of the forward: a tensor whose shape may name sizes, or (shape None) the size `size` as an integer.
 
+    A shape may have expressions over sizes as well, which other arguments have.
+
     With neither it is an object that opaque ops take. `stride` (in elements) is None where the tensor is contiguous;
     a `written` tensor is changed by the forward, so that no copy may take its place. One with a `recipe` is no argument
     but a buffer that the model holds between calls: what that recipe makes.

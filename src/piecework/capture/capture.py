@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from piecework.bundle.sizes import size_expression
+from piecework.capture.blocks import marking_blocks
 from piecework.capture.cuts import is_opaque
 from piecework.capture.general import Forward, holds_for_one, mentions, require_whole_ranges
 from piecework.capture.held import BuffersChange, require_held, write_back
@@ -159,6 +161,8 @@ def _traced(
                 stamping(request.module, tensors=tensors, fake_mode=fake_mode, opaque=opaque, one_by_one=one_by_one)
             )
 
+        stack.enter_context(marking_blocks(request.module))
+
         def forward(*values: Any) -> list[Any]:
             tracer = torch_private.current_tracer()
             assert tracer is not None
@@ -240,7 +244,7 @@ def _argument(given: TensorInput | SizeInput, *, sizes: Mapping[str, Any], sessi
 
 
 def _fake_tensor(given: TensorInput, *, sizes: Mapping[str, Any], session: Any, device: str) -> torch.Tensor:
-    shape = [sizes[d] if isinstance(d, str) else d for d in given.shape]
+    shape = [size_expression(d)(sizes) if isinstance(d, str) else d for d in given.shape]
     dtype = getattr(torch, given.dtype)
     with session.fake_mode:
         if given.stride is None:

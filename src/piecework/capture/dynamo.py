@@ -154,12 +154,16 @@ class _Description:
         self._examples: dict[str, object] = {}
         self._numbers: dict[str, int] = {}
         self._devices: set[str] = set()
+        self._derived: set[str] = set()
 
     def finish(self) -> DynamoGraph:
         """Return the graph as a request. Raises CaptureError."""
         for position, node in enumerate(self._placeholders):
             self._placeholder(node, position)
         self._carry_numbers()
+        unknown = sorted(self._derived - self._dims.keys())
+        if unknown:
+            raise _refused(f"it takes a tensor whose size is made of {unknown[0]}, which it doesn't take")
         if len(self._devices) > 1:
             raise _refused(f"it has tensors on {' and '.join(sorted(self._devices))}")
         results, leaves = self._results()
@@ -202,7 +206,7 @@ class _Description:
         self._from[node.name] = Given(position)
 
     def _dim(self, size: int | torch.SymInt) -> int | str:
-        """Return a size as requests have it; one that is new is declared."""
+        """Return a size as requests have it; one that is new is declared. Raises CaptureError."""
         if isinstance(size, int):
             return size
         expr = size.node.expr
@@ -210,7 +214,8 @@ class _Description:
             return int(expr)
         name = str(expr)
         if not expr.is_symbol:
-            raise _refused(f"it takes a tensor with the size {name}")
+            self._derived |= {str(symbol) for symbol in expr.free_symbols}
+            return expression_text(expr, {symbol: symbol for symbol in self._derived})
         if name not in self._dims:
             self._sizes[name] = size
             self._dims[name] = _range(name, size)

@@ -14,7 +14,7 @@ from piecework.capture.dynamo import example
 from piecework.foundation.torch_private import function_module, single_overload
 
 _MODES = frozenset({"_enter_autocast", "_exit_autocast", "_enter_inference_mode", "_exit_inference_mode"})
-_TRANSFORMS = ("torch._functorch", "torch._C._functorch", "torch.func", "torch.autograd")
+_TRANSFORMS = ("torch._functorch.", "torch._C._functorch.", "torch.func.", "torch.autograd.")
 _GRADIENTS = frozenset({"backward", "requires_grad_", "retain_grad", "register_hook"})
 
 
@@ -37,7 +37,7 @@ def _why(node: torch.fx.Node) -> str | None:
     if node.op == "call_function":
         if name in _MODES:
             return "it enters or leaves a mode"
-        if function_module(node.target).startswith(_TRANSFORMS) or name == "autograd_function_apply":
+        if f"{function_module(node.target)}.".startswith(_TRANSFORMS) or name == "autograd_function_apply":
             return "it takes gradients or maps a function over a dimension"
         overload = single_overload(node.target)
         if overload is not None and any(str(r.type) not in _TENSORS for r in overload._schema.returns):

@@ -17,6 +17,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from piecework.capture.blocks import block_of, mark_block
 from piecework.capture.sources import is_users
 from piecework.foundation.torch_private import Tracer
 
@@ -83,24 +84,27 @@ class _Files(dict[str, bool]):
 
 
 class KeepLines(torch.fx.Interpreter):
-    """Runs a graph whose nodes have their lines noted, under a trace that gives them to the nodes that it makes."""
+    """Runs a graph whose nodes have lines and blocks noted, under a trace whose nodes get them."""
 
     def __init__(self, module: torch.fx.GraphModule, *, tracer: Tracer) -> None:
         super().__init__(module)
         self._line: _Line | None = None
+        self._block: object = None
         create = tracer.tracer.create_node
 
         def create_node(kind: str, *args: Any, **kwargs: Any) -> torch.fx.Node:
             node: torch.fx.Node = create(kind, *args, **kwargs)
             if kind == "call_function" and self._line is not None:
                 node.meta[_LINE] = self._line
+            if self._block is not None:
+                mark_block([node], self._block)
             return node
 
         tracer.tracer.create_node = create_node
 
     def run_node(self, n: torch.fx.Node) -> Any:
         """See `torch.fx.Interpreter.run_node`."""
-        self._line = n.meta.get(_LINE)
+        self._line, self._block = n.meta.get(_LINE), block_of(n)
         return super().run_node(n)
 
 

@@ -46,7 +46,7 @@ class Dim:
 
 @dataclass(frozen=True)
 class TensorInput:
-    """A tensor argument: each axis is a number or the name of a declared size."""
+    """A tensor argument: each axis is a number, the name of a declared size, or an expression over such names."""
 
     name: str
     shape: tuple[int | str, ...]

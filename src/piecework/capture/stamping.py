@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from piecework.capture.blocks import in_place_of_forward, mark_copies
 from piecework.capture.calls import Calls
 from piecework.capture.constants import argument_at, with_arguments
 from piecework.capture.cuts import is_opaque_name
@@ -107,18 +108,10 @@ def stamping(
     stamper = _Stamper(tensors=tensors, fake_mode=fake_mode, opaque=opaque)
     leaks = "some keep a tensor where another block may find it"
     stamper.counts.notes.extend(f"{cls.__name__} blocks are traced one by one: {leaks}" for cls in one_by_one)
-    blocks = {id(b): b for stack in _stacks(module) for b in stack if type(b) not in one_by_one}
-    own = {key: vars(b)["forward"] for key, b in blocks.items() if "forward" in vars(b)}
-    try:
-        for block in blocks.values():
-            vars(block)["forward"] = stamper.forward_of(block)
-        parts = frozenset(part for b in blocks.values() for part in b.modules())
+    blocks = [b for stack in _stacks(module) for b in stack if type(b) not in one_by_one]
+    with in_place_of_forward(blocks, stamper.forward_of):
+        parts = frozenset(part for block in blocks for part in block.modules())
         yield Stamping(stamper.counts, parts, stamper.calls)
-    finally:
-        for key, block in blocks.items():
-            del vars(block)["forward"]
-            if key in own:
-                vars(block)["forward"] = own[key]
     if stamper.failed is not None:  # the module's code caught it
         raise stamper.failed
 
@@ -291,6 +284,7 @@ class _Stamper:
             bound[node] = tracer.graph.node_copy(node, lambda n: bound.get(n, n))
             if node in constants:
                 bound[node].args, bound[node].kwargs = with_arguments(bound[node], constants[node])
+        mark_copies({node: bound[node] for node in template.nodes})
         self.counts.stamped_of[cls] += 1
         return self._result(template, held, bound, replay.all_taken(), tracer)
 

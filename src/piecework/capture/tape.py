@@ -293,6 +293,8 @@ class Writer:
     def _see_inputs(self, nodes: Sequence[torch.fx.Node]) -> None:
         known = {*nodes, *(s.node for s in self.tape.taken)}
         for node in nodes:
+            if isinstance(node.meta.get("val"), _SIZES):
+                continue  # a size that another block has as well, read from a tensor that is outside of both
             for source in node.all_input_nodes:
                 if source not in known and not isinstance(source.meta.get("val"), _SIZES):
                     self.tape.problems.append(f"takes {source.target} otherwise than as an argument of torch's")

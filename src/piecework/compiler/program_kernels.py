@@ -4,15 +4,17 @@ Every operator that computes is a kernel. Views, sizes, and tensors without cont
 takes is read once and whole, but for look-ups, which read no more than they return; of an expanded one the distinct
 elements count. An IR op counts as what its native body is made of.
 
-Tensors are measured at two choices of sizes, which is quick. Where one isn't a number times one or two sizes, all are
-measured with symbolic ones.
+Tensors are measured at two choices of sizes, which is quick. Where one isn't a number times one or two sizes, or sums
+of two sizes (texts and images that are attended to together), all are measured with symbolic ones.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations_with_replacement
+from fractions import Fraction
+from itertools import combinations, combinations_with_replacement
 from math import prod
 from typing import Any, Final
 
@@ -84,19 +86,28 @@ def _two(low: int, high: int, *, number: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class _Forms:
-    """What sizes may make of a number: products of up to two of them, each with its values in the runs."""
+    """What sizes may make of a number, each with its values in the runs: products of up to two sizes or sums of two."""
 
     values: Mapping[str, tuple[int, ...]]
 
     @staticmethod
     def of(tried: Sequence[Mapping[str, int]]) -> _Forms:
-        """Return the products of the sizes that were tried. Raises _Unclear where two of them can't be told apart."""
-        varying = [name for name in tried[0] if len({sizes[name] for sizes in tried}) > 1]
-        products = [names for count in range(3) for names in combinations_with_replacement(varying, count)]
-        values = {"*".join(names): tuple(prod(sizes[n] for n in names) for sizes in tried) for names in products}
-        if len({value[1] / value[0] if value[0] else None for value in values.values()}) < len(values):
+        """Return the forms of the sizes that were tried. Raises _Unclear where two products can't be told apart."""
+        varying = {
+            name: tuple(sizes[name] for sizes in tried)
+            for name in tried[0]
+            if len({sizes[name] for sizes in tried}) > 1
+        }
+        products = _products(varying)
+        if len({_ratio(value) for value in products.values()}) < len(products):
             raise _Unclear
-        return _Forms(values)
+        sums = {
+            f"({' + '.join(names)})": tuple(map(sum, zip(*(varying[name] for name in names), strict=True)))
+            for names in combinations(varying, 2)
+        }
+        every = _products({**varying, **sums})
+        ratios = Counter(map(_ratio, every.values()))
+        return _Forms({**products, **{text: value for text, value in every.items() if ratios[_ratio(value)] == 1}})
 
     def text(self, found: Sequence[int]) -> str:
         """Write a number that was found in the runs. Raises _Unclear."""
@@ -105,6 +116,17 @@ class _Forms:
             if rest == 0 and all(factor * value == number for value, number in zip(values, found, strict=True)):
                 return f"{factor}*{names}" if names else str(factor)
         raise _Unclear
+
+
+def _products(factors: Values) -> dict[str, tuple[int, ...]]:
+    """Return the products of up to two factors, each given by its values in the runs."""
+    chosen = [names for count in range(3) for names in combinations_with_replacement(factors, count)]
+    ones = (1,) * len(_TRIED)
+    return {"*".join(names): tuple(map(prod, zip(ones, *(factors[n] for n in names), strict=True))) for names in chosen}
+
+
+def _ratio(values: Sequence[int]) -> Fraction | None:
+    return Fraction(values[1], values[0]) if values[0] else None
 
 
 def _kernels(program: Program, runs: Sequence[Values], *, measure: Measure) -> Iterator[Kernel]:

@@ -1,9 +1,10 @@
 """Cut a captured graph at its opaque ops into pieces, and write each piece down as a program.
 
-A piece is a run of nodes between two opaque ops, or one of the equal parts of such a run (compiler/repeats.py). Sizes
-are recomputed inside each piece from one of its own tensors, because compiled pieces take tensors only. A write to
-memory that is kept (capture/memory.py) is a step like an opaque op. Views of such memory belong to no piece: each piece
-that reads one makes it itself, and for a step that takes one it is a step before it.
+A piece is a run of nodes between two opaque ops or ends of declared blocks (capture/blocks.py), or one of the equal
+parts of such a run (compiler/repeats.py). Sizes are recomputed inside each piece from one of its own tensors, because
+compiled pieces take tensors only. A write to memory that is kept (capture/memory.py) is a step like an opaque op. Views
+of such memory belong to no piece: each piece that reads one makes it itself, and for a step that takes one it is a step
+before it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from piecework.capture.blocks import block_of
 from piecework.capture.capture import CapturedGraph, InputKind
 from piecework.capture.memory import is_step
 from piecework.compiler.encode import ProgramBuilder
@@ -67,9 +69,11 @@ def split(captured: CapturedGraph) -> list[Step]:
                 results[node] = []
                 order.append(node)
         elif node.op == "call_function" and node not in captured.views and not _is_size(node):
-            if isinstance(order[-1], torch.fx.Node):
-                order.append([])
-            order[-1].append(node)
+            last = order[-1]
+            if isinstance(last, torch.fx.Node) or (last and block_of(last[-1]) is not block_of(node)):
+                last = []
+                order.append(last)
+            last.append(node)
     carriers = _size_carriers(captured)
     weights = {i.node: i.name for i in captured.inputs if i.kind is InputKind.WEIGHT}
     steps: list[Step] = []

@@ -15,7 +15,7 @@ from piecework.bundle.run.arguments import bind_arguments
 from piecework.bundle.run.states import zeros
 from piecework.bundle.run.step_calls import Run, StepCall, op_call, piece_call
 from piecework.bundle.run.structure import match, unflatten
-from piecework.bundle.sizes import names_in, size_expression
+from piecework.bundle.sizes import Size, names_in, size_expression
 from piecework.bundle.structures import check_structure
 from piecework.errors import CapacityError, InternalError, RequestError, ShapeContractError
 from piecework.ops.ir.decode import decode
@@ -64,6 +64,7 @@ class LoadedModel:
         self._rest = plan.rest
         self._programs: dict[str, list[tuple[int, int, list[StepCall]]]] = {}
         self._checks = _size_checks(plan)
+        self._computed_sizes = _computed_size_checks(plan)
         self._labels: Sequence[str] | None = None
         self._device = next((i.device for i in plan.inputs if i.device not in ("", "cpu")), None)
         self._tensors = _tensor_checks(plan)
@@ -271,6 +272,9 @@ class LoadedModel:
             low, high = self.plan.sizes[name]
             if not low <= found <= high:
                 self._check_range(name, found)
+        for position, axis, size, given in self._computed_sizes:
+            if values[position].shape[axis] != size(sizes):
+                raise _wrong_shape(given, values[position])
         return sizes
 
     def _arrange(self, values: list[Any]) -> None:
@@ -354,8 +358,23 @@ def _size_checks(plan: Plan) -> list[tuple[int, int, int | str, PlanInput]]:
         if given.shape is None:
             checks += [(position, -1, given.size, given)] if given.size else []
         else:
-            checks += [(position, axis, dim, given) for axis, dim in enumerate(given.shape)]
+            checks += [
+                (position, axis, dim, given)
+                for axis, dim in enumerate(given.shape)
+                if isinstance(dim, int) or dim in plan.sizes
+            ]
     return checks
+
+
+def _computed_size_checks(plan: Plan) -> list[tuple[int, int, Size, PlanInput]]:
+    """Return (position, axis, size, input) for every axis whose size is an expression over others."""
+    return [
+        (position, axis, size_expression(dim), given)
+        for position, given in enumerate(plan.inputs)
+        if given.recipe is None
+        for axis, dim in enumerate(given.shape or ())
+        if isinstance(dim, str) and dim not in plan.sizes
+    ]
 
 
 def _tensor_checks(plan: Plan) -> list[tuple[int, torch.dtype, int, PlanInput]]:

@@ -38,7 +38,7 @@ _PYTHON = {
         "or_",
     ]
 }
-_TORCH = {f"torch.{n}": getattr(torch, n) for n in ["sym_max", "sym_min", "sym_int", "sym_float", "sym_ite", "sym_not"]}
+_TORCH = {f"torch.sym_{n}": getattr(torch, f"sym_{n}") for n in ["max", "min", "sum", "int", "float", "ite", "not"]}
 _MATH = {f"math.{n}": getattr(math, n) for n in ["ceil", "floor", "trunc"]}
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {**_PYTHON, **_TORCH, **_MATH}
 """What programs call beside operators, on sizes."""
