@@ -1,7 +1,8 @@
-"""docs/errors.md names tests that are there."""
+"""docs/errors.md names tests that are there, and that look for what the page says."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -16,9 +17,22 @@ ROWS = [line for line in (ROOT / "docs" / "errors.md").read_text().splitlines() 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.split("|")[1].strip()[:50])
 def test_a_row_has_its_test_and_its_error(row: str) -> None:
     (test,) = re.findall(r"`(tests/[^`]+)::(\w+)`", row)
-    assert f"def {test[1]}(" in (ROOT / test[0]).read_text()
-    for name in re.findall(r"`(\w+(?:Error|Bundle))`", row):
-        assert hasattr(piecework.errors, name)
+    errors = re.findall(r"`(\w+(?:Error|Bundle))`", row)
+    statuses = re.findall(r"\b4\d\d\b", row.split("|")[2])
+    assert all(hasattr(piecework.errors, name) for name in errors)
+    source = source_of(ROOT / test[0], test[1])
+    assert all(what in source for what in errors + statuses)
+
+
+def source_of(path: Path, name: str) -> str:
+    """Return a test's source with its decorators, and that of the file's functions by which it asserts something."""
+    text = path.read_text()
+    functions = {n.name: n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef)}
+    test = functions[name]
+    helpers = {n.id for n in ast.walk(test) if isinstance(n, ast.Name) and n.id.startswith("assert_")}
+    wanted = [test, *(functions[helper] for helper in helpers)]
+    nodes = [node for function in wanted for node in (*function.decorator_list, function)]
+    return "\n".join(ast.get_source_segment(text, node) or "" for node in nodes)
 
 
 def test_all_errors_that_users_see_are_on_the_page() -> None:

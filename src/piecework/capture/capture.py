@@ -43,6 +43,7 @@ from piecework.foundation import torch_private
 from piecework.foundation.digests import digest_bytes, digest_json
 from piecework.ops.ir.layer import LayerName
 from piecework.ops.linear import KeepLinear
+from piecework.ops.recurrent_layers import KeepRecurrent
 
 
 class InputKind(Enum):
@@ -180,6 +181,7 @@ def _traced(
 
         stack.enter_context(session.fake_mode)
         stack.enter_context(KeepLinear())
+        stack.enter_context(KeepRecurrent())
         traced = torch_private.trace(forward, arguments)
         require_held(tensors.replaced(), request)
     _adopt_constants(traced, tensors=tensors)

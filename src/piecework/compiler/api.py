@@ -177,7 +177,7 @@ def module_request(
         opaque=frozenset(_operator_name(o) for o in opaque),
         device=next(iter(devices), "cpu"),
         values=values,
-        notes=_training_notes(module),
+        notes=(*_training_notes(module), *_gradient_notes(values)),
         held=(),
     )
     return request, {"parameters": parameters, "given": structures, "defaults": defaults}
@@ -229,6 +229,14 @@ def _training_notes(module: nn.Module) -> tuple[str, ...]:
     if not found:
         return ()
     return (f"in training mode, which {' and '.join(sorted(found))} compute otherwise in: call .eval() first",)
+
+
+def _gradient_notes(values: Mapping[str, torch.Tensor]) -> tuple[str, ...]:
+    """Say that there are no gradients where example arguments ask for them."""
+    asking = [name for name, value in values.items() if value.requires_grad]
+    if not asking:
+        return ()
+    return (f"{', '.join(asking)} requires gradients: a loaded model is for inference, and its results have none",)
 
 
 def _bind(

@@ -7,6 +7,7 @@ from typing import Any
 
 from piecework.errors import BundleError
 from piecework.foundation.torch_private import TORCHS_NAMESPACES, find_overload, is_computation
+from piecework.ops import recurrent_layers as _recurrent_layers  # noqa: F401
 from piecework.ops.attention import ATTENTION_OP, attention_native
 from piecework.ops.ir.opaque_op import declared_op
 from piecework.ops.mla import attention as _mla  # noqa: F401  registers its operators, and those of ops/mla/operators.py

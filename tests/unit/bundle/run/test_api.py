@@ -404,6 +404,14 @@ def test_training_mode_is_noted(training: bool, tmp_path: Path) -> None:
     assert any("Dropout" in note and ".eval()" in note for note in bundle.record().notes) is training
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_gradients_that_are_asked_for_are_said_not_to_be_there(asked: bool) -> None:
+    x = torch.randn(3, 8, requires_grad=asked)
+    bundle = piecework.compile(Mlp(), (x,), dynamic=ROWS, options=EAGER)
+    assert any("requires gradients" in note for note in bundle.record().notes) is asked
+    assert not piecework.load(bundle, weights=Mlp())(x).requires_grad
+
+
 def test_channels_last_with_a_dynamic_batch() -> None:
     module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()).eval()
     module = module.to(memory_format=torch.channels_last)

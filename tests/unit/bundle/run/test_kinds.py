@@ -57,6 +57,46 @@ def test_no_arguments_where_any_number_may_be(tmp_path: Path) -> None:
         model(x, x)
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer over its first axis, or the second, between two linear ones."""
+
+    def __init__(self, kind: Callable[..., nn.Module], **options: Any) -> None:
+        super().__init__()
+        self.before, self.layer = nn.Linear(8, 6), kind(6, 4, num_layers=2, **options)
+        self.after = nn.Linear(8 if options.get("bidirectional") else 4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        out, last = self.layer(self.before(x).relu())
+        return self.after(out), last
+
+
+RECURRENT: list[tuple[Callable[..., nn.Module], dict[str, Any]]] = [
+    (nn.LSTM, {}),
+    (nn.GRU, {"bidirectional": True, "batch_first": True}),
+    (nn.RNN, {"nonlinearity": "relu", "bias": False}),
+]
+
+
+@pytest.mark.parametrize("backend", [BackendName.EAGER, pytest.param(BackendName.AOTI, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kind", "given"), RECURRENT, ids=lambda value: getattr(value, "__name__", ""))
+def test_recurrent_layers_take_any_length(
+    kind: Callable[..., nn.Module], given: dict[str, Any], backend: BackendName, tmp_path: Path
+) -> None:
+    module = Recurrent(kind, **given).eval()
+    axis = 1 if given.get("batch_first") else 0
+
+    def example(length: int) -> Tensor:
+        return torch.randn(2, length, 8) if axis else torch.randn(length, 2, 8)
+
+    options = CompileOptions(backend=backend)
+    lengths = {"length": Dim(1, 64, axes={"x": axis})}
+    bundle = piecework.compile(module, (example(5),), dynamic=lengths, options=options, out=tmp_path / "b")
+    model = piecework.load(bundle, weights=module)
+    for length in (1, 7, 64):
+        x = example(length)
+        torch.testing.assert_close(model(x), module(x), atol=1e-5, rtol=1e-5)
+
+
 class Counts(nn.Module):
     """Returns how many rows it was given, and what follows from that."""
 
