@@ -21,14 +21,22 @@ def packing_of(options: CompileOptions, *, target: Target, device: str) -> Packi
     """Return what is packed for `target`.
 
     Unless it is asked for, linear layers have code of ours only where that was measured to be faster than oneDNN's
-    (docs/decisions.md); CPUs with matrix units (AMX) are not among these.
+    (docs/decisions.md); dtypes that the CPU has matrix units (AMX) for are not among these.
     """
     if device != "cpu" or options.backend is not BackendName.AOTI:
         return Packing()
     asked = options.pack_linear
-    own = asked == "own" or (asked is None and target.isa in _OWN_LEVELS)
     onednn = _onednn_dtypes(target) if asked is not False else frozenset()
-    return Packing(onednn=onednn, own=frozenset(PACKED_DTYPES if own else ()), matrices=True, quantized=True)
+    own = _own_dtypes(target) if asked is None else frozenset(PACKED_DTYPES if asked == "own" else ())
+    return Packing(onednn=onednn, own=own, matrices=True, quantized=True)
+
+
+def _own_dtypes(target: Target) -> frozenset[str]:
+    """Return the dtypes of weights that code of ours is faster with than oneDNN's."""
+    if target.isa in _OWN_LEVELS:
+        return frozenset(PACKED_DTYPES)
+    without_units = target.isa == "amx_bf16" and "amx_fp16" not in target.flags
+    return frozenset({"float16"} if without_units else ())
 
 
 def _onednn_dtypes(target: Target) -> frozenset[str]:

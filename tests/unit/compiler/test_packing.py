@@ -22,7 +22,7 @@ def _target(isa: str, machine: str = "x86_64") -> Target:
     ("target", "onednn", "own"),
     [
         (_target("avx512_bf16"), BOTH, ALL),
-        (_target("amx_bf16"), BOTH, frozenset()),
+        (_target("amx_bf16"), BOTH, {"float16"}),
         (_target("avx512"), BOTH, ALL),
         (_target("avx2"), {"float32"}, ALL),
         (_target("baseline"), frozenset(), frozenset()),

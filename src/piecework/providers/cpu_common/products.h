@@ -10,6 +10,8 @@
 #include <memory>
 #include <new>
 
+#include <omp.h>
+
 #include "lanes.h"
 
 namespace piecework {
@@ -248,17 +250,23 @@ void multiply_chunk(const Product& call, int64_t first, int64_t end, uint32_t* c
   const int64_t share = (tiles + parts - 1) / parts;
 #pragma omp parallel num_threads(call.num_threads) if (call.num_threads > 1)
   {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < tiles * call.num_heads; ++i) {
+    const auto turn = [&](int64_t i, uint32_t* to) {
       const int64_t token = first + i % tiles * kTileTokens, num = std::min<int64_t>(kTileTokens, end - token);
-      sized(num, typename Products<T>::Turn{products, token, i / tiles, num, copy + i * size});
+      sized(num, typename Products<T>::Turn{products, token, i / tiles, num, to});
+    };
+    uint32_t* from = copy;
+    if (tiles * call.num_heads == 1) {  // a copy for each thread: to wait for one takes longer than to make it
+      turn(0, from += omp_get_thread_num() * size);
+    } else {
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < tiles * call.num_heads; ++i) turn(i, copy + i * size);
     }
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < parts * all_blocks; ++i) {
       const int64_t number = i % all_blocks, head = number / blocks, begin = i / all_blocks * share;
       if (begin < tiles)
         products.run(head, number % blocks, first + begin * kTileTokens,
-                     std::min(end, first + (begin + share) * kTileTokens), copy + (head * tiles + begin) * size);
+                     std::min(end, first + (begin + share) * kTileTokens), from + (head * tiles + begin) * size);
     }
   }
 }
@@ -266,8 +274,9 @@ void multiply_chunk(const Product& call, int64_t first, int64_t end, uint32_t* c
 // Returns false where there is no memory.
 template <class T>
 [[nodiscard]] bool multiply(const Product& call) {
-  const int64_t most = std::min(call.num_tokens, kChunkTokens) + kTileTokens;
-  const std::unique_ptr<uint32_t[]> copy(new (std::nothrow) uint32_t[call.num_heads * most * call.depth]);
+  const int64_t tokens = std::min(call.num_tokens, kChunkTokens) + kTileTokens;
+  const int64_t most = std::max<int64_t>(call.num_heads * tokens, call.num_threads * kTileTokens);
+  const std::unique_ptr<uint32_t[]> copy(new (std::nothrow) uint32_t[most * call.depth]);
   if (copy == nullptr) return false;
   for (int64_t t = 0; t < call.num_tokens; t += kChunkTokens)
     multiply_chunk<T>(call, t, std::min(call.num_tokens, t + kChunkTokens), copy.get());
