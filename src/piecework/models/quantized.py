@@ -23,11 +23,12 @@ def with_quantized_weights(model: AdaptedModel, how: Quantization) -> AdaptedMod
     """
     sources = dict(model.sources)
     owners = {id(p): name for name, p in model.module.named_parameters()}
-    layers = [(name, part) for name, part in model.module.named_modules() if type(part) is nn.Linear]
-    found = 0
+    modules = model.module.named_modules(remove_duplicate=False)
+    layers = [(name, part) for name, part in modules if type(part) is nn.Linear]
+    made: dict[nn.Linear, QuantizedLinear] = {}
     for name, layer in layers:
         chosen = how.of(name, layer.out_features, layer.in_features)
-        if chosen is not None:
+        if chosen is not None and layer not in made:
             layout, sizes = chosen
             # of a head that is the embedding, the latter's name
             weight = owners[id(layer.weight)]
@@ -39,10 +40,12 @@ def with_quantized_weights(model: AdaptedModel, how: Quantization) -> AdaptedMod
                 for part in Part
                 if part is not Part.OFFSETS or LAYOUTS[layout].has_offsets
             }
+            made[layer] = QuantizedLinear(layer, layout, sizes)
+        if layer in made:  # which several blocks may share
             parent, _, last = name.rpartition(".")
-            setattr(model.module.get_submodule(parent), last, QuantizedLinear(layer, layout, sizes))
-            found += 1
-    notes = (*model.notes, f"{found} of {len(layers)} linear layers have quantized weights ({how.layout})")
+            setattr(model.module.get_submodule(parent), last, made[layer])
+    num_layers = len({layer for _, layer in layers})
+    notes = (*model.notes, f"{len(made)} of {num_layers} linear layers have quantized weights ({how.layout})")
     return replace(model, sources=sources, notes=(*notes, *_experts(model.module, how)))
 
 
