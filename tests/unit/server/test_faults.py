@@ -48,7 +48,7 @@ def test_a_client_that_leaves_a_stream_frees_its_memory_within_a_step(slow):
     before = time.monotonic()
     assert eventually(lambda: not service.active, seconds=1)
     assert time.monotonic() - before < 0.5
-    assert eventually(lambda: "piecework_client_disconnects_total 1.0" in http.get("/metrics").text)
+    assert eventually(lambda: 'piecework_client_disconnects_total{model_name="fake"} 1.0' in http.get("/metrics").text)
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
