@@ -37,9 +37,7 @@ READ_ALL_THE_SAME = {
     "tie_word_embeddings": "which transformers asks for in models without a head",
     "max_position_embeddings": "which a rotary embedding keeps",
     "global_attn_every_n_layers": "of which two numbers make the same of few layers",
-    **dict.fromkeys(
-        ("experts_implementation", "_experts_implementation"), "which models without experts are asked for"
-    ),
+    **dict.fromkeys(("experts_implementation", "_experts_implementation"), "which all models are asked for"),
     **dict.fromkeys(("output_router_logits", "router_jitter_noise"), "which is looked at, and then is of training"),
     "mlp_only_layers": "whose order and repetitions mean nothing",
     "deterministic_flash_attn": "which is handed to attention of another kind",
