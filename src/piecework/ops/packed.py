@@ -48,16 +48,20 @@ def unpacked_matrices(packed: Tensor) -> Tensor:
 def packed_linear(weight: Tensor) -> Tensor:
     """Return a linear layer's weight [out, in] as it is read, in a tensor of the same shape: a matrix [in, out].
 
-    Words of 32 bits move, with the one to eight numbers of a row that each holds. So do scales and offsets of quantized
-    weights (ops/linear_quantized.py), which are [out, groups].
+    Words of 32 bits move, with the one to eight numbers of a row that each holds; numbers of float16 move one by one. So
+    do scales and offsets of quantized weights (ops/linear_quantized.py), which are [out, groups].
     """
-    words = weight.contiguous().view(torch.int32)
+    words = weight.contiguous().view(_word(weight.dtype))
     blocks = words.reshape(words.shape[0] // BLOCK_COLUMNS, BLOCK_COLUMNS, words.shape[1]).transpose(1, 2)
     return blocks.contiguous().view(weight.dtype).view(weight.shape)
 
 
 def unpacked_linear(packed: Tensor) -> Tensor:
     """Return what `packed_linear` was given."""
-    words = packed.view(torch.int32)
+    words = packed.view(_word(packed.dtype))
     blocks = words.reshape(words.shape[0] // BLOCK_COLUMNS, words.shape[1], BLOCK_COLUMNS).transpose(1, 2)
     return blocks.contiguous().view(packed.dtype).view(packed.shape)
+
+
+def _word(dtype: torch.dtype) -> torch.dtype:
+    return torch.int16 if dtype is torch.float16 else torch.int32
