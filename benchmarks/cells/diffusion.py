@@ -163,7 +163,11 @@ def _torch(args: argparse.Namespace, model: Model) -> Callable[..., Any]:
         compiled: Callable[..., Any] = torch.compile(module, fullgraph=True, dynamic=args.dynamic)
         return compiled
     backend = "piecework" if args.way == "piecework_blocks" else "inductor"
-    module.compile_repeated_blocks(backend=backend, fullgraph=True, dynamic=args.dynamic)
+    if args.model == "sd3":  # which declares no blocks: what `compile_repeated_blocks` does, by hand
+        for block in module.transformer_blocks:
+            block.compile(backend=backend, fullgraph=True, dynamic=args.dynamic)
+    else:
+        module.compile_repeated_blocks(backend=backend, fullgraph=True, dynamic=args.dynamic)
     return model.module
 
 

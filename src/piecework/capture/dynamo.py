@@ -195,6 +195,8 @@ class _Description:
             if isinstance(size, int):  # Dynamo has given it a value since
                 self._numbers[node.name] = size
                 return
+            if size not in self._dims:
+                raise _refused(f"it takes the number {size}, which is computed of sizes")
             self._inputs.append(SizeInput(node.name, size))
         elif is_python_object(value):
             real = real_object(value)

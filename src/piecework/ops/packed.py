@@ -48,8 +48,8 @@ def unpacked_matrices(packed: Tensor) -> Tensor:
 def packed_linear(weight: Tensor) -> Tensor:
     """Return a linear layer's weight [out, in] as it is read, in a tensor of the same shape: a matrix [in, out].
 
-    Words of 32 bits move, with the one to eight numbers of a row that each holds; numbers of float16 move one by one. So
-    do scales and offsets of quantized weights (ops/linear_quantized.py), which are [out, groups].
+    Words of 32 bits move, with the one to eight numbers of a row that each holds; numbers of float16 move one by one.
+    Scales and offsets of quantized weights (ops/linear_quantized.py), which are [out, groups], move in the same way.
     """
     words = weight.contiguous().view(_word(weight.dtype))
     blocks = words.reshape(words.shape[0] // BLOCK_COLUMNS, BLOCK_COLUMNS, words.shape[1]).transpose(1, 2)

@@ -167,7 +167,10 @@ def _known(expr: Any, ranges: Mapping[Any, Any]) -> Any:
     """Return what a condition is for all values in the ranges of its symbols, in sympy's terms; None: that depends."""
     import sympy
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.utils._sympy.functions import Mod, PythonMod
 
+    # of 32*a + 32*b and 4*a + 4*b, sympy sees that one divides the other where both are factored
+    expr = expr.replace(lambda e: e.func in (Mod, PythonMod), lambda e: e.func(*map(sympy.factor_terms, e.args)))
     if expr in (sympy.true, sympy.false):
         return expr
     env = ShapeEnv(specialize_zero_one=False, duck_shape=False)
