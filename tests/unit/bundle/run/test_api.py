@@ -100,7 +100,7 @@ def test_one_of_two_results_unused() -> None:
 
 
 def test_a_size_that_plans_cannot_write_is_refused_when_compiling() -> None:
-    module = Forward(lambda m, x, *_: torch.ops.pwtest.two(x, x.shape[0] ** 2, 0.5)[0])
+    module = Forward(lambda m, x, *_: torch.ops.pwtest.two(x, x.shape[0] ** 10, 0.5)[0])
     with pytest.raises(CaptureError, match="rows"):
         loaded(module, torch.randn(3, 8), opaque=["pwtest::two"])
 
