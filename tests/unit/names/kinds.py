@@ -6,13 +6,13 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from piecework.ops.gated_delta_net import gated_delta_net
 from piecework.ops.ir.layer import LayerName, LayerNameType
 from piecework.ops.ir.opaque_op import OpaqueOp, opaque_op
 from piecework.ops.layer_attention import kv_write, layer_attention
-from piecework.ops.layer_mla import layer_mla_attention
-from piecework.ops.mamba import mamba_mixer
-from piecework.ops.mamba2 import mamba2_mixer
+from piecework.ops.mixers.gated_delta_net import gated_delta_net
+from piecework.ops.mixers.mamba import mamba_mixer
+from piecework.ops.mixers.mamba2 import mamba2_mixer
+from piecework.ops.mla.layer import layer_mla_attention
 from piecework.ops.moe.layer import moe_forward
 from tests.unit.names.adapter import adapter
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from piecework.ops.gated_delta_net import GatedDeltaNetState, GatedDeltaNetWeights, gated_delta_net
 from piecework.ops.ir.forward_context import Batch
 from piecework.ops.layer_attention import AttentionState, kv_write, layer_attention
-from piecework.ops.layer_mla import LatentState, layer_mla_attention
-from piecework.ops.mamba import MambaState, MambaWeights, mamba_mixer
-from piecework.ops.mamba2 import Mamba2State, Mamba2Weights, mamba2_mixer
+from piecework.ops.mixers.gated_delta_net import GatedDeltaNetState, GatedDeltaNetWeights, gated_delta_net
+from piecework.ops.mixers.mamba import MambaState, MambaWeights, mamba_mixer
+from piecework.ops.mixers.mamba2 import Mamba2State, Mamba2Weights, mamba2_mixer
 from piecework.ops.mla.core import LatentWeights
+from piecework.ops.mla.layer import LatentState, layer_mla_attention
 from piecework.ops.moe.layer import MoeWeights, moe_forward
 from tests.unit.names.adapter import Adapter, adapter
 from tests.unit.names.kinds import KINDS, OPS

@@ -15,8 +15,8 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 )
 
 from piecework import LayerName, OpError, check_ops
-from piecework.ops.gated_delta_net import GatedDeltaNetState, GatedDeltaNetWeights, gated_delta_net
 from piecework.ops.ir.forward_context import ForwardContext
+from piecework.ops.mixers.gated_delta_net import GatedDeltaNetState, GatedDeltaNetWeights, gated_delta_net
 from tests.choice import one_in
 from tests.unit.ops.schedules import LENGTHS, SCHEDULES, make_batch, run_schedule
 

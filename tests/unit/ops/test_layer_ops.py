@@ -13,10 +13,10 @@ import sys
 import torch
 from piecework import LayerName
 from piecework.ops.ir.forward_context import Batch, ForwardContext
-from piecework.ops.gated_delta_net import GatedDeltaNetState, GatedDeltaNetWeights, gated_delta_net
+from piecework.ops.mixers.gated_delta_net import GatedDeltaNetState, GatedDeltaNetWeights, gated_delta_net
 from piecework.ops.ir.layer import IS_OBJECT
 from piecework.ops.layer_attention import AttentionState, kv_write, layer_attention
-from piecework.ops.mamba2 import Mamba2State, Mamba2Weights, mamba2_mixer
+from piecework.ops.mixers.mamba2 import Mamba2State, Mamba2Weights, mamba2_mixer
 from piecework.ops.moe.layer import MoeWeights, SharedMoeWeights, moe_forward, moe_forward_shared
 
 assert IS_OBJECT == (sys.argv[1] == "1")

@@ -10,7 +10,7 @@ from transformers.models.mamba.modeling_mamba import MambaConfig, MambaMixer
 
 from piecework import LayerName, OpError, check_ops
 from piecework.ops.ir.forward_context import ForwardContext
-from piecework.ops.mamba import MambaState, MambaWeights, mamba_mixer
+from piecework.ops.mixers.mamba import MambaState, MambaWeights, mamba_mixer
 from tests.unit.ops.schedules import LENGTHS, SCHEDULES, make_batch, run_schedule
 
 LAYER = LayerName("backbone.layers.0.mixer")

@@ -12,7 +12,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Config, Mamba2Mixer
 
 from piecework import LayerName, OpError, check_ops
 from piecework.ops.ir.forward_context import ForwardContext
-from piecework.ops.mamba2 import Mamba2State, Mamba2Weights, mamba2_mixer
+from piecework.ops.mixers.mamba2 import Mamba2State, Mamba2Weights, mamba2_mixer
 from tests.unit.ops.schedules import LENGTHS, SCHEDULES, make_batch, run_schedule
 
 LAYER = LayerName("backbone.layers.0.mixer")

@@ -39,7 +39,7 @@ def test_a_constant_of_whole_blocks_is_packed_and_multiplied_natively() -> None:
     "weight",
     [
         replace(_W, device="cuda"),
-        replace(_W, dtype="float16"),
+        replace(_W, dtype="float64"),
         replace(_W, stride=(512, 1, 8)),
         replace(_W, shape=(4, 8, 48), stride=(384, 48, 1)),
         replace(_W, shape=(4, 7, 64), stride=(448, 64, 1)),

@@ -7,8 +7,8 @@ import torch
 
 from piecework import LayerName, OpError
 from piecework.ops.ir.forward_context import Batch, ForwardContext
-from piecework.ops.layer_mla import LatentState, layer_mla_attention
 from piecework.ops.mla.core import LatentWeights
+from piecework.ops.mla.layer import LatentState, layer_mla_attention
 from tests.unit.ops.mla_cases import BATCHES, TOLERANCES, MlaCase, make_mla_case, reference, reference_cache
 
 LAYER = LayerName("model.layers.0.self_attn")

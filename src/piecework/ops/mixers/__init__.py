@@ -1,0 +1,1 @@
+"""Operators of layers with recurrent states, which they find by the layer's name."""
