@@ -45,7 +45,7 @@ class Apart(nn.Module):
         return head_matmul(x.transpose(1, 2), self.first)
 
 
-@pytest.fixture(scope="module", params=slow_but(TOLERANCES, torch.bfloat16), ids=str)
+@pytest.fixture(scope="module", params=slow_but(TOLERANCES), ids=str)
 def products(request: pytest.FixtureRequest) -> Products:
     torch.manual_seed(0)
     return Products(dtype=request.param).requires_grad_(requires_grad=False)

@@ -36,7 +36,7 @@ class Layers(nn.Module):
         return first, second, self.odd(second), turned, self.turned(x[:, 8:24].unflatten(1, (4, 4)))
 
 
-@pytest.fixture(scope="module", params=slow_but(TOLERANCES, torch.float32), ids=str)
+@pytest.fixture(scope="module", params=slow_but(TOLERANCES), ids=str)
 def layers(request: pytest.FixtureRequest) -> Layers:
     torch.manual_seed(0)
     return Layers(dtype=request.param).requires_grad_(requires_grad=False)

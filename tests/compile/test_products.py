@@ -95,6 +95,7 @@ def test_a_linear_weight_is_packed_as_a_matrix(dtype: torch.dtype) -> None:
     assert torch.equal(unpacked_linear(packed), weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["-march=armv8.2-a"], ["-march=armv8.6-a+sve+bf16"]], ids=["neon", "sve_bf16"])
 def test_arm_compilers_take_the_kernels(tmp_path: Path, flags: list[str]) -> None:
     """They are not run; pieces have the products with fused multiply-adds written out."""
