@@ -43,8 +43,8 @@ ONE_BLOCK = 2
 def every_cell(*, deep: Sequence[tuple[str, str]] = (), depths: Iterable[int] = WHOLE_STACK) -> pytest.MarkDecorator:
     """Return every operator, type of name and depth, 80 layers with one type each; most are slow.
 
-    Those with 4 layers of a few aren't, nor the first in `deep`, with 80. Dynamo takes 2 to 4 seconds for 80 layers, and 5
-    to 10 where it traces every block; torch.export more than 20. So with Dynamo, 80 layers are those in `deep` only.
+    Those with 4 layers of a few aren't, nor the first in `deep`, with 80. Dynamo takes 2 to 4 seconds for 80 layers,
+    and 5 to 10 where it traces every block; torch.export more than 20. So with Dynamo, 80 layers are those in `deep`.
     """
     kept = [(family, kind, 4) for family, kind in itertools.product(FAMILIES, KINDS) if _one_kind_each(family, kind)]
     kept += [(family, kind, 80) for family, kind in deep[:1] if 80 in depths]
