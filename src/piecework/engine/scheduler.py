@@ -118,7 +118,7 @@ class Scheduler:
         num_decode = len(items)
         if items and items[-1].sequence.num_uncomputed > 1:
             num_decode -= 1
-        self._admit(items)
+        self._admit(items, preempted)
         if not items:
             raise InternalError(f"nothing to run, with {len(self._running)} running and {len(self._waiting)} waiting")
         return ScheduledBatch(tuple(items), num_decode, tuple(preempted))
@@ -170,16 +170,19 @@ class Scheduler:
                     self._publish(sequence, start, start + num_new)
         return preempted
 
-    def _admit(self, items: list[ScheduledSequence]) -> None:
+    def _admit(self, items: list[ScheduledSequence], preempted: list[Sequence]) -> None:
         """Add those who wait to `items`, first come, first served, as far as tokens and blocks suffice.
 
-        Whoever was preempted for this batch is not admitted to it: of the blocks it gave back, at least one is taken.
+        Whoever was preempted for this batch is not admitted to it, even where fewer blocks would do now: a prompt whose
+        log-probabilities were asked for shares blocks with others only once it has them.
         """
         budget = self._max_tokens - sum([item.num_new for item in items])
         while self._waiting and budget and len(self._running) < self._max_seqs:
             if self._pool.num_free <= len(self._running):
                 break  # what follows would say the same, after looking at the whole prompt
             sequence = next(iter(self._waiting))
+            if sequence in preempted:
+                break
             cached = self._find_prefix(sequence)
             needed = self._num_blocks(len(sequence.tokens)) - len(cached)
             # a block for each who runs, who would otherwise soon preempt the one that is admitted now
