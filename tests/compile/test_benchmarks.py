@@ -50,6 +50,7 @@ def test_forwards_of_several_bundles_are_timed(compiled: Callable[[str], tuple[P
         assert all(state.std() > 0.5 for state in model.states.values())  # what is in the cache is something
 
 
+@pytest.mark.slow
 def test_chats_are_sent_at_once_and_every_token_has_its_time(compiled: Callable[[str], tuple[Path, Path]]) -> None:
     model, bundle = compiled("llama-tiny")
     chats = ChatLoad(4, 20, 8, 64).draw(vocab=1024)

@@ -281,7 +281,7 @@ def test_the_decision_is_told_where_they_are_two(
     assert not [note for note in compile_family("deepseek_v3", mla="opaque").bundle.record().notes if "MFLOP" in note]
 
 
-@pytest.mark.parametrize("mla", slow_but(MLA_MODES, "opaque"))
+@pytest.mark.parametrize("mla", slow_but(MLA_MODES))
 def test_the_command_compiles_either_way(
     mla: str, references: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

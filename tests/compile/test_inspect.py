@@ -22,6 +22,7 @@ def layers(bundle: Bundle) -> MovedRow:
     return next(row for row in describe(bundle, verified=False).moved[0].rows if row.part == "layers")
 
 
+@pytest.mark.slow
 def test_a_layer_before_and_after(float32: CompiledModel) -> None:
     row = layers(float32.bundle)
     captured, passed, lowered, compiled = row.stages

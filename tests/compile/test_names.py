@@ -26,7 +26,7 @@ ARTIFACTS = 3
 CLOSE = 1e-5
 
 
-@pytest.fixture(scope="module", params=slow_but(["LayerName", "str"], "LayerName"))
+@pytest.fixture(scope="module", params=slow_but(["LayerName", "str"]))
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -74,6 +74,7 @@ def test_whoever_is_killed_leaves_nobody(generate: subprocess.Popen[bytes], kill
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_from_the_current_directory(tmp_path: Path) -> None:
     """A downloaded model's directory may hold files of any name."""
     names = ("json", "torch", "safetensors", "transformers", "numpy", "tokenizers", "argparse", "piecework")

@@ -175,6 +175,7 @@ def test_both_ways_have_one_artifact_and_weights_may_change_in_place() -> None:
     assert recorder.finish().counts["graphs"] == 1
 
 
+@pytest.mark.slow
 def test_siblings_that_are_compiled_by_themselves_have_their_own_weights() -> None:
     model, recorder = nn.Sequential(*(Gated() for _ in range(3))), Recorder()
     x = torch.randn(4, 32)

@@ -23,7 +23,7 @@ from tests.compile.perturbed import Change, changes, forwards, what_runs
 from tests.unit.models import tiny
 from tests.unit.models.encoders import DENSE, ENCODERS, NORMALIZE, write_encoder, write_plain
 
-QUICK = ("llama", "deepseek_v3")
+QUICK = ("llama",)
 """Those that run with the long tests; the others have a marker of their own."""
 
 FAMILIES = (*tiny.FAMILIES, *tiny.MORE_FAMILIES, *tiny.HYBRID_FAMILIES, *tiny.LATENT_FAMILIES)
@@ -146,7 +146,9 @@ def write_texts(directory: Path, family: str) -> Path:
 
 
 def few_but(names: Any) -> list[Any]:
-    return [pytest.param(n, marks=pytest.mark.slow if n in QUICK else pytest.mark.exhaustive) for n in names]
+    """Mark all as exhaustive, and a few as slow besides, which are part of CI."""
+    marks = [pytest.mark.exhaustive, pytest.mark.slow]
+    return [pytest.param(n, marks=marks[: 1 + (n in QUICK)]) for n in names]
 
 
 @pytest.mark.parametrize("family", few_but(FAMILIES))
