@@ -69,6 +69,7 @@ def test_bench_measures_a_model(
     compiled: Callable[[str], tuple[Path, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, bundle = compiled("llama-tiny")
+    capsys.readouterr()  # what the compile said, if it was this test's
     words = ["bench", str(model), "--bundle", str(bundle), "--requests", "3", "--input", "9", "--output", "5"]
     words += ["--runs", "2", "--starts", "0", "--kv-memory", "16MiB"]
     assert main([*words, "--json"]) == 0
