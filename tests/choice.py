@@ -1,19 +1,22 @@
-"""Which of a test's parameters run each time; the others are marked slow (`pytest -m slow` runs them)."""
+"""Which of a test's parameters run each time; others are marked slow (`pytest -m slow` runs them) or exhaustive."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
 
 
-def slow_but(values: Iterable[Any], *kept: Any) -> list[Any]:
-    """Return the values; all but those that are kept are marked slow. A tuple stands for several arguments."""
+def slow_but(values: Iterable[Any], *kept: Any, seldom: Sequence[Any] = ()) -> list[Any]:
+    """Return the values; all but those that are kept are marked slow, or exhaustive if they are to run `seldom`.
+
+    A tuple stands for several arguments.
+    """
     every = list(values)
-    assert all(value in every for value in kept), "a kept value is none of the values"
-    return [_param(value, slow=value not in kept) for value in every]
+    assert all(value in every for value in (*kept, *seldom)), "a kept value is none of the values"
+    return [_param(value, slow=value not in kept, seldom=value in seldom) for value in every]
 
 
 def one_in(number: int, *axes: Iterable[Any]) -> list[Any]:
@@ -29,6 +32,7 @@ def one_in(number: int, *axes: Iterable[Any]) -> list[Any]:
     return found
 
 
-def _param(*values: Any, slow: bool) -> Any:
+def _param(*values: Any, slow: bool, seldom: bool = False) -> Any:
     arguments = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
-    return pytest.param(*arguments, marks=[pytest.mark.slow] if slow else [])
+    marks = [pytest.mark.exhaustive if seldom else pytest.mark.slow] if slow else []
+    return pytest.param(*arguments, marks=marks)

@@ -244,7 +244,7 @@ def wide_values(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Modu
     return model_dir, reference
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("backend", [BackendName.AOTI])
 def test_values_and_output_are_projected_as_one(
     backend: BackendName, compile_family: Compile, wide_values: tuple[Path, nn.Module], tmp_path: Path

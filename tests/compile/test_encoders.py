@@ -61,7 +61,10 @@ def test_scores_are_those_of_sentence_transformers(tmp_path: Path, home: Path) -
 
 @pytest.mark.parametrize(
     ("family", "backend"),
-    slow_but(itertools.product(["mpnet", "deberta-v2", "t5"], ["eager", "aoti"])),
+    slow_but(
+        itertools.product(["mpnet", "deberta-v2", "t5"], ["eager", "aoti"]),
+        seldom=[("deberta-v2", "aoti"), ("t5", "aoti")],
+    ),
 )
 def test_texts_in_rows_of_their_own_give_the_vectors_of_sentence_transformers(
     family: str, backend: str, tmp_path: Path, home: Path

@@ -58,19 +58,19 @@ QUICK = [("qwen3", BackendName.EAGER), ("gpt_oss", BackendName.EAGER)]
 """Operator by operator, families are under test in tests/unit/models/test_adapter.py."""
 
 
+SELDOM = (
+    *("mpt", "falcon_alibi", "gptj", "codegen", "qwen3_5_text", "olmo_hybrid", "falcon_h1"),
+    *("nemotron_h", "zamba2", "mamba", "falcon_mamba", "jamba", "lfm2"),
+)
+"""Families whose native code others' is like: they are no part of CI."""
+
+
+NATIVE = [(family, BackendName.AOTI) for family in (*FAMILIES, *MORE_FAMILIES, *HYBRID_FAMILIES) if family != "llama"]
+
+
 @pytest.mark.parametrize(
     ("family", "backend"),
-    slow_but(
-        [
-            *(
-                (family, BackendName.AOTI)
-                for family in (*FAMILIES, *MORE_FAMILIES, *HYBRID_FAMILIES)
-                if family != "llama"
-            ),
-            *QUICK,
-        ],
-        *QUICK,
-    ),
+    slow_but([*NATIVE, *QUICK], *QUICK, seldom=[(family, BackendName.AOTI) for family in SELDOM]),
 )
 def test_a_family_equals_transformers(family: str, backend: BackendName, home: Path, tmp_path: Path) -> None:
     model_dir = write_config(tmp_path, family, eos_token_id=None)

@@ -28,6 +28,7 @@ BLOCKS = 30
     slow_but(
         itertools.product(["bamba", "qwen3_next", "mamba2"], [BackendName.EAGER, BackendName.AOTI]),
         ("bamba", BackendName.EAGER),
+        seldom=[("qwen3_next", BackendName.AOTI), ("mamba2", BackendName.AOTI)],
     ),
 )
 def test_many_requests(family: str, backend: BackendName, home: Path, tmp_path: Path) -> None:

@@ -163,8 +163,7 @@ def test_logits_are_the_same_with_all_passes_as_with_none(family: str, compile_t
     _assert_close(_logits(every, weights), wanted)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", PASS_BY_PASS)
+@pytest.mark.parametrize("family", slow_but(PASS_BY_PASS, seldom=PASS_BY_PASS[1:]))
 def test_logits_are_the_same_without_any_one_pass(family: str, compile_tiny: Compile, tmp_path: Path) -> None:
     weights = _weights(write_config(tmp_path, family))
     every = compile_tiny(tmp_path)

@@ -18,6 +18,7 @@ from piecework.foundation.leases import Lease
 from piecework.foundation.process import python_command
 from piecework.spec.compile_options import BackendName
 from piecework.spec.model_spec import ModelSpec
+from tests.choice import slow_but
 
 MODEL = Path(piecework.__file__).parent / "demo_model"
 DEADLINE_S = 60
@@ -105,8 +106,7 @@ def test_of_starts_that_write_bundles_of_their_own_one_compiles_each_artifact(tm
     assert [*tmp_path.glob("home/locks/*"), *tmp_path.glob("home/scratch/*"), *tmp_path.glob("tmp/*")] == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("how", slow_but([signal.SIGKILL, signal.SIGSTOP], seldom=[signal.SIGKILL]))
 def test_a_compiler_that_dies_or_hangs_is_replaced(tmp_path: Path, start: Start, how: signal.Signals) -> None:
     """The first one compiles native artifacts when it is killed or stopped; the second one is done all the same."""
     first = start(*compile_words("--out", str(tmp_path / "first")))
