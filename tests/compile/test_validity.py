@@ -41,6 +41,16 @@ READ_ALL_THE_SAME = {
     **dict.fromkeys(("output_router_logits", "router_jitter_noise"), "which is looked at, and then is of training"),
     "mlp_only_layers": "whose order and repetitions mean nothing",
     "deterministic_flash_attn": "which is handed to attention of another kind",
+    **dict.fromkeys(("n_embd", "n_head", "n_heads", "n_layer", "n_layers", "n_ctx"), "of which the other name decides"),
+    **dict.fromkeys(("layerdrop", "z_loss_coefficient"), "of training"),
+    **dict.fromkeys(("linear_a_log_min", "linear_a_log_max"), "by which weights begin"),
+    **dict.fromkeys(("linear_dt_min", "linear_dt_max", "linear_dt_init_floor"), "by which weights begin"),
+    **dict.fromkeys(("pretraining_tp", "slow_but_exact"), "by which Bloom adds in another order where both are set"),
+    **dict.fromkeys(("multi_query", "num_ln_in_parallel_attn"), "of which Falcon's newer architecture decides"),
+    "rope_parameters": "which Falcon has no use for with alibi",
+    "no_rope_layer_interval": "of which a list of layers decides",
+    "attn_layer_indices": "whose repetitions mean nothing",
+    "mamba_chunk_size": "which our scan chooses for itself",
 }
 """Fields that code reads without effect on some models' graphs: a change of them is a miss, as of all that was read."""
 
